@@ -1,0 +1,1 @@
+"""Evenkeel's framework: multitask rankers, time-ordered data and the tools that keep training stable."""

@@ -1,0 +1,138 @@
+"""A batch: a handful of tensors, whatever the number of features. Windows and batches are the same type."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Ragged:
+    """Lists of different lengths, without padding: list i is ``values[offsets[i] : offsets[i + 1]]``.
+
+    Attributes:
+        values: int64, shape [N].
+        offsets: int64, shape [B + 1], starting at 0 and ending at N.
+    """
+
+    values: Tensor
+    offsets: Tensor
+
+    def take(self, index_B: Tensor) -> Ragged:
+        """The lists at the given positions, in that order."""
+        starts = self.offsets[index_B]
+        lengths = self.offsets[index_B + 1] - starts
+        offsets = torch.zeros(len(index_B) + 1, dtype=torch.int64, device=index_B.device)
+        torch.cumsum(lengths, 0, out=offsets[1:])
+        # Position in the source of each value: its list's start plus its place within the list.
+        shift = torch.repeat_interleave(starts - offsets[:-1], lengths)
+        return Ragged(self.values[torch.arange(len(shift), device=index_B.device) + shift], offsets)
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Ragged:
+        """The same lists on another device."""
+        return Ragged(
+            self.values.to(device, non_blocking=non_blocking), self.offsets.to(device, non_blocking=non_blocking)
+        )
+
+    @staticmethod
+    def concat(parts: Sequence[Ragged]) -> Ragged:
+        """The lists of several parts one after another."""
+        ends = torch.cumsum(torch.tensor([0, *(len(p.values) for p in parts)]), 0).tolist()
+        offsets = [parts[0].offsets[:1], *(p.offsets[1:] + end for p, end in zip(parts, ends, strict=False))]
+        return Ragged(torch.cat([p.values for p in parts]), torch.cat(offsets))
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows of a log in columns, as a model and a loss read them.
+
+    Attributes:
+        dense_BF: float32 [B, F], transformed dense features, in the schema's order.
+        onehot_BC: int64 [B, C], embedding row of each one-hot feature within its own table, in the schema's order.
+        ragged: by name of a multi-hot or sequence feature, its embedding rows.
+        labels_BT: float32 [B, T], transformed labels; 0 where not observed.
+        mask_BT: bool [B, T], true where the label is observed.
+        time_ms_B: int64 [B], Unix milliseconds, UTC.
+        row_B: int64 [B], the schema's row_id, or the row's position in the log.
+        window: number of the time window the rows were drawn from; -1 outside of training.
+        opening: on the first batch of a window, the whole of this rank's share of it in time order, so that the
+            window can be scored before any of it is trained on; None on every other batch.
+    """
+
+    dense_BF: Tensor
+    onehot_BC: Tensor
+    ragged: Mapping[str, Ragged]
+    labels_BT: Tensor
+    mask_BT: Tensor
+    time_ms_B: Tensor
+    row_B: Tensor
+    window: int = -1
+    opening: Batch | None = field(default=None, repr=False)
+
+    def __len__(self) -> int:
+        return len(self.labels_BT)
+
+    def take(self, index_B: Tensor) -> Batch:
+        """The rows at the given positions, in that order (without ``opening``)."""
+        return Batch(
+            dense_BF=self.dense_BF[index_B],
+            onehot_BC=self.onehot_BC[index_B],
+            ragged={name: lists.take(index_B) for name, lists in self.ragged.items()},
+            labels_BT=self.labels_BT[index_B],
+            mask_BT=self.mask_BT[index_B],
+            time_ms_B=self.time_ms_B[index_B],
+            row_B=self.row_B[index_B],
+            window=self.window,
+        )
+
+    def slice(self, start: int, stop: int) -> Batch:
+        """Rows start .. stop-1, without copying but for the lists."""
+        ragged = {}
+        for name, lists in self.ragged.items():
+            offsets = lists.offsets[start : stop + 1]
+            low, high = int(offsets[0]), int(offsets[-1])
+            ragged[name] = Ragged(lists.values[low:high], offsets - low)
+        return Batch(
+            dense_BF=self.dense_BF[start:stop],
+            onehot_BC=self.onehot_BC[start:stop],
+            ragged=ragged,
+            labels_BT=self.labels_BT[start:stop],
+            mask_BT=self.mask_BT[start:stop],
+            time_ms_B=self.time_ms_B[start:stop],
+            row_B=self.row_B[start:stop],
+            window=self.window,
+        )
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Batch:
+        """The same rows on another device (``opening`` stays where it is: it is moved in pieces when scored)."""
+
+        def move(tensor: Tensor) -> Tensor:
+            return tensor.to(device, non_blocking=non_blocking)
+
+        return replace(
+            self,
+            dense_BF=move(self.dense_BF),
+            onehot_BC=move(self.onehot_BC),
+            ragged={name: lists.to(device, non_blocking=non_blocking) for name, lists in self.ragged.items()},
+            labels_BT=move(self.labels_BT),
+            mask_BT=move(self.mask_BT),
+            time_ms_B=move(self.time_ms_B),
+            row_B=move(self.row_B),
+        )
+
+    @staticmethod
+    def concat(parts: Sequence[Batch]) -> Batch:
+        """The rows of several parts one after another."""
+        return Batch(
+            dense_BF=torch.cat([p.dense_BF for p in parts]),
+            onehot_BC=torch.cat([p.onehot_BC for p in parts]),
+            ragged={n: Ragged.concat([p.ragged[n] for p in parts]) for n in parts[0].ragged},
+            labels_BT=torch.cat([p.labels_BT for p in parts]),
+            mask_BT=torch.cat([p.mask_BT for p in parts]),
+            time_ms_B=torch.cat([p.time_ms_B for p in parts]),
+            row_B=torch.cat([p.row_B for p in parts]),
+            window=parts[0].window,
+        )

@@ -1,0 +1,359 @@
+"""What a log holds: features, time, tasks. Read from a YAML file, so that a new log needs no code."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal, TypeVar, cast
+
+import yaml
+
+from ranker.errors import UserError, suggest
+
+Transform = Literal["none", "log1p"]
+TRANSFORMS: tuple[Transform, ...] = ("none", "log1p")
+KINDS = ("one_hot", "multi_hot", "sequence")
+TASK_TYPES = ("binary", "regression")
+TIME_UNITS = {"s": 1000.0, "ms": 1.0, "us": 1e-3, "ns": 1e-6}
+SCHEMA_FILE = "schema.yaml"
+
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DenseFeature:
+    """A number a row. Value used: ``transform(scale * x)``; log1p is signed, ``sign(x) * log(1 + |x|)``.
+
+    Attributes:
+        name: the feature's name.
+        column: the Parquet column; the name where it is left out.
+        transform: ``none`` or ``log1p``. Both look at the value alone, so neither sees the future.
+        scale: factor applied first, for example 1e-3 to turn milliseconds into seconds.
+        fill_null: the raw value that stands for null; without one, a null is an error.
+    """
+
+    name: str
+    column: str = ""
+    transform: Transform = "none"
+    scale: float = 1.0
+    fill_null: float | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "column", self.column or self.name)
+        _one_of(self.transform, TRANSFORMS, f"dense feature '{self.name}': transform")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CategoricalFeature:
+    """An id (``one_hot``) or a list of ids (``multi_hot``, ``sequence``) a row, embedded and mean-pooled.
+
+    Exactly one of three says how an id finds its row in the embedding table. Row 0 always stands for null
+    and for what is not known, so a table has one row more than the number given here.
+
+    Attributes:
+        name: the feature's name.
+        column: the Parquet column; the name where it is left out.
+        kind: ``one_hot`` (integer or string column), ``multi_hot`` or ``sequence`` (list columns).
+        num_embeddings: ids are 0 .. n-1 and use row id + 1.
+        hash_buckets: ids are any int64 (or string) and use row 1 + hash(id) mod n.
+        vocabulary: the known strings or integers, in order; the i-th uses row i + 1, others row 0.
+        embedding_dim: D, width of the embedding.
+        max_length: a sequence keeps its last (most recent) max_length ids; 0 keeps all.
+        table: name of another categorical feature whose table (and id mapping) this one shares.
+    """
+
+    name: str
+    column: str = ""
+    kind: Literal["one_hot", "multi_hot", "sequence"] = "one_hot"
+    num_embeddings: int = 0
+    hash_buckets: int = 0
+    vocabulary: tuple[str | int, ...] = ()
+    embedding_dim: int = 8
+    max_length: int = 0
+    table: str = ""
+
+    def __post_init__(self) -> None:
+        where = f"categorical feature '{self.name}'"
+        object.__setattr__(self, "column", self.column or self.name)
+        object.__setattr__(self, "vocabulary", tuple(self.vocabulary))
+        _one_of(self.kind, KINDS, f"{where}: kind")
+        given = sum([self.num_embeddings > 0, self.hash_buckets > 0, bool(self.vocabulary), bool(self.table)])
+        if given != 1:
+            raise UserError(f"{where}: give exactly one of num_embeddings, hash_buckets, vocabulary, table")
+        if self.embedding_dim < 1:
+            raise UserError(f"{where}: embedding_dim must be at least 1, got {self.embedding_dim}")
+
+    @property
+    def rows(self) -> int:
+        """Rows of its own embedding table, the one for unknown ids included; 0 where it shares one."""
+        size = self.num_embeddings or self.hash_buckets or len(self.vocabulary)
+        return size + 1 if size else 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """One thing to predict. Label used: ``transform(scale * y)``.
+
+    Attributes:
+        name: the task's name.
+        type: ``binary`` (label 0 or 1, log loss, AUC) or ``regression`` (squared loss, RMSE).
+        column: the Parquet column; the name where it is left out.
+        transform: ``none`` or ``log1p`` of the scaled label (regression only).
+        scale: factor applied to the label before the transform (regression only).
+        mask: an optional boolean column; a row counts for this task where it is true. A null label never counts.
+        weight: weight of this task's loss in the sum.
+        at_least: turns a number into a binary label, 1 where the column is at least this (binary only).
+    """
+
+    name: str
+    type: Literal["binary", "regression"] = "binary"
+    column: str = ""
+    transform: Transform = "none"
+    scale: float = 1.0
+    mask: str = ""
+    weight: float = 1.0
+    at_least: float | None = None
+
+    def __post_init__(self) -> None:
+        where = f"task '{self.name}'"
+        object.__setattr__(self, "column", self.column or self.name)
+        _one_of(self.type, TASK_TYPES, f"{where}: type")
+        _one_of(self.transform, TRANSFORMS, f"{where}: transform")
+        if self.type == "binary" and (self.transform != "none" or self.scale != 1.0):
+            raise UserError(f"{where}: transform and scale are for regression; use at_least on a binary task")
+        if self.type == "regression" and self.at_least is not None:
+            raise UserError(f"{where}: at_least is for binary tasks")
+        if not self.weight > 0:
+            raise UserError(f"{where}: weight must be above 0, got {self.weight}; leave the task out instead")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schema:
+    """Everything a model and a loader need to know about a log.
+
+    Attributes:
+        name: name of the data set.
+        time_column: the column that orders the log.
+        time_unit: its unit, one of s, ms, us, ns (since the Unix epoch, UTC).
+        dense: dense features, in the order of ``Batch.dense_BF``.
+        categorical: categorical features; the one-hot ones, in order, are ``Batch.onehot_BC``.
+        tasks: tasks, in the order of ``Batch.labels_BT`` and of the model's logits.
+        row_id: optional integer column that names a row, for audits; the position in the log otherwise.
+    """
+
+    name: str
+    time_column: str
+    time_unit: str = "ms"
+    dense: tuple[DenseFeature, ...] = ()
+    categorical: tuple[CategoricalFeature, ...] = ()
+    tasks: tuple[Task, ...] = ()
+    row_id: str = ""
+
+    def __post_init__(self) -> None:
+        _one_of(self.time_unit, tuple(TIME_UNITS), f"schema '{self.name}': time_unit")
+        for what, names in (
+            ("feature", [f.name for f in (*self.dense, *self.categorical)]),
+            ("task", [t.name for t in self.tasks]),
+        ):
+            for name in names:
+                if names.count(name) > 1:
+                    raise UserError(f"schema '{self.name}': two {what}s are called '{name}'")
+                if "." in name or "/" in name:
+                    raise UserError(f"schema '{self.name}': {what} name '{name}' must not hold '.' or '/'")
+        if not self.tasks:
+            raise UserError(f"schema '{self.name}': no task; give at least one under tasks:")
+        if not self.dense and not self.categorical:
+            raise UserError(f"schema '{self.name}': no feature; give some under dense: or categorical:")
+        for feature in self.categorical:
+            self._check_shared_table(feature)
+
+    def _check_shared_table(self, feature: CategoricalFeature) -> None:
+        if not feature.table:
+            return
+        where = f"schema '{self.name}': categorical feature '{feature.name}'"
+        owners = {f.name: f for f in self.categorical if not f.table}
+        if feature.table not in owners:
+            raise UserError(f"{where}: table '{feature.table}' is no feature; {suggest(feature.table, owners)}")
+        if owners[feature.table].embedding_dim != feature.embedding_dim:
+            raise UserError(f"{where}: embedding_dim differs from that of '{feature.table}', whose table it shares")
+
+    @cached_property
+    def one_hot(self) -> tuple[CategoricalFeature, ...]:
+        """Features with one id a row."""
+        return tuple(f for f in self.categorical if f.kind == "one_hot")
+
+    @cached_property
+    def ragged(self) -> tuple[CategoricalFeature, ...]:
+        """Features with a list of ids a row."""
+        return tuple(f for f in self.categorical if f.kind != "one_hot")
+
+    @property
+    def feature_names(self) -> list[str]:
+        """Names of all features, dense first."""
+        return [f.name for f in (*self.dense, *self.categorical)]
+
+    @property
+    def task_names(self) -> list[str]:
+        """Names of the tasks, in the order of the logits."""
+        return [t.name for t in self.tasks]
+
+    def table_of(self, feature: CategoricalFeature) -> CategoricalFeature:
+        """The feature that owns the table (and the id mapping) this one uses."""
+        return next(f for f in self.categorical if f.name == (feature.table or feature.name))
+
+    def columns(self) -> list[str]:
+        """Every Parquet column that must be read, each once."""
+        names = [self.time_column, *([self.row_id] if self.row_id else [])]
+        names += [f.column for f in self.dense] + [f.column for f in self.categorical]
+        for task in self.tasks:
+            names += [task.column, *([task.mask] if task.mask else [])]
+        return list(dict.fromkeys(names))
+
+    def select(
+        self,
+        *,
+        tasks: Sequence[str] | None = None,
+        features: Sequence[str] | None = None,
+        drop_features: Sequence[str] = (),
+    ) -> Schema:
+        """The same log with fewer tasks or features.
+
+        Args:
+            tasks: names to keep, in the schema's order; None keeps all.
+            features: names to keep; None keeps all.
+            drop_features: names to leave out.
+
+        Raises:
+            UserError: a name is not in the schema.
+        """
+        for what, asked, known in (
+            ("task", tasks or (), self.task_names),
+            ("feature", [*(features or ()), *drop_features], self.feature_names),
+        ):
+            for name in asked:
+                if name not in known:
+                    raise UserError(f"schema '{self.name}' has no {what} '{name}'; {suggest(name, known)}")
+        kept = set(self.feature_names if features is None else features) - set(drop_features)
+        categorical = [f for f in self.categorical if f.name in kept]
+        names = {f.name for f in categorical}
+        for i, feature in enumerate(categorical):
+            if feature.table and feature.table not in names:
+                # The owner of a shared table is gone: the first sharer left takes the table over.
+                owner = self.table_of(feature)
+                categorical[i] = dataclasses.replace(
+                    owner,
+                    name=feature.name,
+                    column=feature.column,
+                    kind=feature.kind,
+                    max_length=feature.max_length,
+                )
+                for j in range(i + 1, len(categorical)):
+                    if categorical[j].table == feature.table:
+                        categorical[j] = dataclasses.replace(categorical[j], table=feature.name)
+        return dataclasses.replace(
+            self,
+            tasks=tuple(t for t in self.tasks if tasks is None or t.name in tasks),
+            dense=tuple(f for f in self.dense if f.name in kept),
+            categorical=tuple(categorical),
+        )
+
+    @classmethod
+    def from_dict(cls, raw: Mapping[str, Any], *, source: str = "schema") -> Schema:
+        """Builds a schema from plain data.
+
+        Args:
+            raw: the mapping, as read from YAML.
+            source: what to call it in an error, usually the file's path.
+
+        Raises:
+            UserError: an unknown key, a missing one, or a value of the wrong kind.
+        """
+        if not isinstance(raw, Mapping):
+            raise UserError(f"{source}: a schema is a mapping with name, time_column, tasks and features")
+        parts: dict[str, Any] = dict(raw)
+        for key, kind in (("dense", DenseFeature), ("categorical", CategoricalFeature), ("tasks", Task)):
+            entries = parts.get(key) or ()
+            if not isinstance(entries, Sequence) or isinstance(entries, str):
+                raise UserError(f"{source}: '{key}' must be a list")
+            parts[key] = tuple(_build(kind, entry, f"{source}: {key}[{i}]") for i, entry in enumerate(entries))
+        return _build(cls, parts, source)
+
+    @classmethod
+    def from_yaml(cls, path: str | Path) -> Schema:
+        """Reads a schema file.
+
+        Raises:
+            UserError: there is no such file, it is no YAML, or it does not describe a schema.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise UserError(f"no schema at {path}: a data set needs a {SCHEMA_FILE} beside its Parquet files")
+        try:
+            raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except yaml.YAMLError as error:
+            raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+        return cls.from_dict(raw, source=str(path))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, without the entries that hold their default."""
+        plain: dict[str, Any] = {
+            "name": self.name,
+            "time_column": self.time_column,
+            "time_unit": self.time_unit,
+        }
+        if self.row_id:
+            plain["row_id"] = self.row_id
+        for key in ("dense", "categorical", "tasks"):
+            plain[key] = [_without_defaults(entry) for entry in getattr(self, key)]
+        return plain
+
+    def to_yaml(self, path: str | Path) -> None:
+        """Writes the schema file."""
+        text = yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True, width=120)
+        Path(path).write_text(text, encoding="utf-8")
+
+
+def _one_of(value: object, options: Sequence[str], where: str) -> None:
+    if value not in options:
+        raise UserError(f"{where} '{value}' is unknown; {suggest(str(value), options)}")
+
+
+def _build(kind: type[_T], raw: object, where: str) -> _T:
+    """A dataclass from a mapping, with unknown, missing and wrongly typed keys named."""
+    if not isinstance(raw, Mapping):
+        raise UserError(f"{where}: expected a mapping, got {raw!r}")
+    fields = {f.name: f for f in dataclasses.fields(cast(Any, kind))}
+    for key in raw:
+        if key not in fields:
+            raise UserError(f"{where}: unknown key '{key}'; {suggest(str(key), fields)}")
+    for name, field in fields.items():
+        if name not in raw and field.default is dataclasses.MISSING:
+            raise UserError(f"{where}: '{name}' is missing")
+    clean = {key: _coerce(raw[key], str(fields[key].type), f"{where}: {key}") for key in raw}
+    return kind(**clean)
+
+
+def _coerce(value: Any, annotation: str, where: str) -> Any:
+    """Checks a YAML scalar against the annotation; a whole number is fine where a float is asked for."""
+    kinds: dict[str, tuple[type, ...]] = {
+        "str": (str,),
+        "int": (int,),
+        "float": (int, float),
+        "float | None": (int, float, type(None)),
+    }
+    expected = kinds.get(annotation)
+    if expected is not None and (not isinstance(value, expected) or isinstance(value, bool)):
+        raise UserError(f"{where} must be {annotation}, got {value!r}")
+    return float(value) if annotation.startswith("float") and value is not None else value
+
+
+def _without_defaults(entry: Any) -> dict[str, Any]:
+    plain = {}
+    for field in dataclasses.fields(entry):
+        value = getattr(entry, field.name)
+        if value != field.default and not (field.name == "column" and value == entry.name):
+            plain[field.name] = list(value) if isinstance(value, tuple) else value
+    return plain
