@@ -155,7 +155,7 @@ class Schema:
     def __post_init__(self) -> None:
         _one_of(self.time_unit, tuple(TIME_UNITS), f"schema '{self.name}': time_unit")
         for what, names in (
-            ("feature", [f.name for f in (*self.dense, *self.categorical)]),
+            ("feature", [f.name for f in self.dense] + [f.name for f in self.categorical]),
             ("task", [t.name for t in self.tasks]),
         ):
             for name in names:
@@ -193,7 +193,7 @@ class Schema:
     @property
     def feature_names(self) -> list[str]:
         """Names of all features, dense first."""
-        return [f.name for f in (*self.dense, *self.categorical)]
+        return [f.name for f in self.dense] + [f.name for f in self.categorical]
 
     @property
     def task_names(self) -> list[str]:
