@@ -1,0 +1,102 @@
+"""The training loss: one masked mean a task, over the labels of all ranks, weighted and summed."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ranker.data.schema import Schema
+
+
+class Loss(NamedTuple):
+    """A loss and its parts, all on the device.
+
+    Attributes:
+        total: scalar to call backward on, sum over tasks of weight_t * loss_t.
+        task_T: loss of each task, unweighted and detached; exactly 0 where no rank observed a label. Where there are
+            several ranks, both are this rank's share times the number of ranks: their mean over ranks is the loss.
+    """
+
+    total: Tensor
+    task_T: Tensor
+
+
+def observed_counts(mask_BT: Tensor) -> Tensor:
+    """Observed labels a task, over the batches of all ranks.
+
+    Args:
+        mask_BT: bool, true where the label is observed.
+
+    Returns:
+        int64 [T], on the mask's device. Under ``torch.distributed`` one all-reduce: every rank must call.
+    """
+    counts_T = mask_BT.sum(0)
+    if dist.is_available() and dist.is_initialized():
+        dist.all_reduce(counts_T)
+    return counts_T
+
+
+class MultitaskLoss(nn.Module):
+    """Log loss of binary tasks, squared error of regressions.
+
+        l_bt   = log(1 + exp(z)) - y z   or   (z - y)^2           z logit, y label
+        loss_t = sum over observed b of l_bt / n_t                n_t observed labels of task t over all ranks
+        total  = sum over t of weight_t * loss_t
+
+    DDP averages gradients over R ranks. A rank's sum over its own rows divided by the global n_t would come out R times
+    too small, so it is multiplied by R; averaging the ranks' own means instead would weigh a label on a rank with few
+    of them more than one on a rank with many.
+
+    A row that is not observed counts for nothing, whatever its label or logit, and neither does a task without labels.
+    An observed logit that is not finite makes the loss not finite, for a detector to see. Nothing waits for the device.
+
+    Args:
+        schema: gives each task's type and weight.
+    """
+
+    binary_at: Tensor
+    regression_at: Tensor
+    order: Tensor
+    weight_T: Tensor
+
+    def __init__(self, schema: Schema) -> None:
+        super().__init__()
+        binary = [i for i, task in enumerate(schema.tasks) if task.type == "binary"]
+        regression = [i for i, task in enumerate(schema.tasks) if task.type == "regression"]
+        place = torch.tensor(binary + regression)
+        # Made from the schema, hence not in a checkpoint.
+        self.register_buffer("binary_at", torch.tensor(binary, dtype=torch.int64), persistent=False)
+        self.register_buffer("regression_at", torch.tensor(regression, dtype=torch.int64), persistent=False)
+        self.register_buffer("order", torch.argsort(place), persistent=False)
+        self.register_buffer("weight_T", torch.tensor([task.weight for task in schema.tasks]), persistent=False)
+
+    def forward(self, logits_BT: Tensor, labels_BT: Tensor, mask_BT: Tensor, counts_T: Tensor | None = None) -> Loss:
+        """Loss of this rank's rows.
+
+        Args:
+            logits_BT: the model's output.
+            labels_BT: labels, any value where not observed.
+            mask_BT: bool, true where observed.
+            counts_T: observed labels over all ranks, where the caller has them already; ``observed_counts`` otherwise.
+        """
+        counts_T = observed_counts(mask_BT) if counts_T is None else counts_T
+        ranks = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+        return self.local(logits_BT, labels_BT, mask_BT, counts_T=counts_T, ranks=ranks)
+
+    def local(self, logits_BT: Tensor, labels_BT: Tensor, mask_BT: Tensor, *, counts_T: Tensor, ranks: int = 1) -> Loss:
+        """The same without any communication: counts over all ranks and their number are given."""
+        # Zeros in place of what is not observed, before any function of it: 0 * inf would be nan, backward too.
+        z = torch.where(mask_BT, logits_BT.float(), 0.0)
+        y = torch.where(mask_BT, labels_BT.float(), 0.0)
+        log_loss = F.binary_cross_entropy_with_logits(
+            z.index_select(1, self.binary_at), y.index_select(1, self.binary_at), reduction="none"
+        )
+        log_loss_T = (log_loss * mask_BT.index_select(1, self.binary_at)).sum(0)
+        squared_T = (z.index_select(1, self.regression_at) - y.index_select(1, self.regression_at)).square().sum(0)
+        sums_T = torch.cat([log_loss_T, squared_T]).index_select(0, self.order)
+        task_T = sums_T * (ranks / counts_T.clamp(min=1).to(sums_T.dtype))
+        return Loss(total=(task_T * self.weight_T).sum(), task_T=task_T.detach())

@@ -1,0 +1,294 @@
+"""Metrics by task: exact ones for evaluation, and a cheap running AUC for training."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchmetrics import Metric
+from torchmetrics.functional.classification import binary_auroc
+from torchmetrics.utilities import dim_zero_cat
+
+from ranker.data.schema import Schema
+from ranker.errors import UserError
+
+NAN = math.nan
+
+
+class _State(Metric):
+    """What the metrics need of all rows: sums a task, and every binary logit for an exact AUC.
+
+    One metric for all tasks, so that joining the ranks takes eight collectives however many tasks there are.
+    States are sums [T] in float64 and, by row, logits [N, binary tasks] in float32 and labels in int8 with -1 for not
+    observed: 5 bytes a row and binary task.
+    """
+
+    full_state_update = False
+    SUMS = ("observed", "nonfinite", "label", "prediction", "loss")
+    observed: Tensor
+    nonfinite: Tensor
+    label: Tensor
+    prediction: Tensor
+    loss: Tensor
+    logits: list[Tensor]
+    labels: list[Tensor]
+
+    def __init__(self, is_binary: list[bool]) -> None:
+        super().__init__()
+        self.register_buffer("binary_T", torch.tensor(is_binary), persistent=False)
+        self.register_buffer("binary_at", torch.tensor([i for i, b in enumerate(is_binary) if b]), persistent=False)
+        for name in self.SUMS:
+            self.add_state(name, torch.zeros(len(is_binary), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("logits", [], dist_reduce_fx="cat")
+        self.add_state("labels", [], dist_reduce_fx="cat")
+
+    def update(self, logits_BT: Tensor, labels_BT: Tensor, mask_BT: Tensor) -> None:
+        z, y = logits_BT.detach().float(), labels_BT.float()
+        usable = mask_BT & z.isfinite()
+        # Zeros in place of what does not count, so that the sums need no other care.
+        z_used, y_used = torch.where(usable, z, 0.0).double(), torch.where(usable, y, 0.0).double()
+        binary_T: Tensor = self.get_buffer("binary_T")
+        log_loss = F.softplus(z_used) - y_used * z_used
+        self.observed += mask_BT.sum(0)
+        self.nonfinite += (mask_BT & ~usable).sum(0)
+        self.label += y_used.sum(0)
+        self.prediction += (torch.where(binary_T, z_used.sigmoid(), z_used) * usable).sum(0)
+        self.loss += (torch.where(binary_T, log_loss, (z_used - y_used).square()) * usable).sum(0)
+        at: Tensor = self.get_buffer("binary_at")
+        self.logits.append(z.index_select(1, at))
+        self.labels.append(torch.where(mask_BT, y, -1.0).index_select(1, at).to(torch.int8))
+
+    def compute(self) -> dict[str, Tensor]:
+        state = {name: getattr(self, name) for name in self.SUMS}
+        return state | {"logits": dim_zero_cat(self.logits), "labels": dim_zero_cat(self.labels)}
+
+
+class TaskMetrics(nn.Module):
+    """Metrics of every task of a schema, each over the task's observed rows alone.
+
+    Binary, with p = sigmoid(logit), y the label, n rows, b = mean y:
+
+        auc          area under the ROC curve, ties counted half, no bins       0 .. 1
+        logloss      mean of -(y log p + (1 - y) log(1 - p))                    nats
+        ne           logloss / -(b log b + (1 - b) log(1 - b))                  1 is no better than always saying b
+        calibration  mean p / mean y                                            1 is unbiased
+
+    Regression, in the units of the transformed label, which the model is trained on (log1p seconds, not seconds):
+
+        rmse         sqrt(mean (z - y)^2)
+        calibration  mean z / mean y
+
+    Both also give ``observed`` (n) and ``nonfinite`` (observed rows whose prediction is nan or infinite).
+
+    A metric that is undefined is nan, and ``notes`` says why: AUC or ne of one class, calibration to a mean of 0, a
+    task without rows. Where any prediction of a task is not finite, all its metrics are nan: leaving the rows out
+    would flatter a broken model.
+
+    Under ``torch.distributed``, ``compute`` joins the rows of all ranks (never the mean of ranks' AUCs) and gives
+    every rank the same; every rank must call it, one without rows too.
+
+    Args:
+        schema: gives names and types of the tasks.
+
+    Attributes:
+        notes: after ``compute``, by metric, why it is nan.
+
+    Source: AUC by ``torchmetrics.functional.classification.binary_auroc``; normalised entropy by He et al. (2014),
+        equation 1; AUC and RMSE are the metrics of Tang et al. (2023), section 5.1.
+    """
+
+    def __init__(self, schema: Schema) -> None:
+        super().__init__()
+        self.tasks = schema.tasks
+        self.notes: dict[str, str] = {}
+        self.state = _State([task.type == "binary" for task in schema.tasks])
+
+    def update(self, logits_BT: Tensor, labels_BT: Tensor, mask_BT: Tensor) -> None:
+        """Adds rows. Nothing waits for the device.
+
+        Args:
+            logits_BT: the model's output.
+            labels_BT: transformed labels, any value where not observed.
+            mask_BT: bool, true where observed.
+        """
+        self.state.update(logits_BT, labels_BT, mask_BT)
+
+    def compute(self) -> dict[str, float]:
+        """All metrics of the rows since the last reset, by ``<task>/<metric>``."""
+        if not self.state.update_called:
+            # A rank without rows still takes part in joining the ranks, with nothing to add.
+            device = self.state.observed.device
+            nothing = torch.zeros(0, len(self.tasks), device=device)
+            self.state.update(nothing, nothing, nothing.bool())
+        state = self.state.compute()
+        sums = torch.stack([state[name] for name in _State.SUMS]).tolist()
+        self.notes = {}
+        metrics: dict[str, float] = {}
+        column = 0
+        for index, task in enumerate(self.tasks):
+            observed, nonfinite, label, prediction, loss = (row[index] for row in sums)
+            metrics |= {f"{task.name}/observed": observed, f"{task.name}/nonfinite": nonfinite}
+            trouble = ""
+            if not observed:
+                trouble = "no row has an observed label"
+            elif nonfinite:
+                trouble = f"{nonfinite:.0f} of {observed:.0f} predictions are not finite"
+            n = NAN if trouble else observed
+            calibration = prediction / label if label and not trouble else NAN
+            if task.type == "binary":
+                values = {
+                    "auc": self._auc(state["logits"][:, column], state["labels"][:, column], label, n),
+                    "logloss": loss / n,
+                    "ne": _normalised_entropy(loss, label, n),
+                    "calibration": calibration,
+                }
+                column += 1
+            else:
+                values = {"rmse": math.sqrt(loss / n) if n == n else NAN, "calibration": calibration}
+            for name, value in values.items():
+                metrics[f"{task.name}/{name}"] = value
+                if math.isnan(value):
+                    self.notes[f"{task.name}/{name}"] = trouble or _why_undefined(name, label, observed)
+        return metrics
+
+    def reset(self) -> None:
+        """Forgets all rows."""
+        self.state.reset()
+        self.notes = {}
+
+    @staticmethod
+    def _auc(logits_N: Tensor, labels_N: Tensor, positives: float, n: float) -> float:
+        if math.isnan(n) or positives in (0, n):
+            return NAN
+        seen = labels_N >= 0
+        # Double precision keeps apart scores up to a logit of 36; in single precision all above 17 would be ties.
+        scores = logits_N[seen].double().sigmoid()
+        return float(binary_auroc(scores, labels_N[seen].long(), validate_args=False))
+
+
+def _normalised_entropy(loss: float, label: float, n: float) -> float:
+    if math.isnan(n) or label in (0, n):
+        return NAN
+    base = label / n
+    entropy = -(base * math.log(base) + (1 - base) * math.log1p(-base))
+    return loss / n / entropy
+
+
+def _why_undefined(name: str, label: float, observed: float) -> str:
+    if name in ("auc", "ne"):
+        return f"all {observed:.0f} observed labels are {'1' if label else '0'}"
+    if name == "calibration":
+        return f"the mean of {observed:.0f} observed labels is 0"
+    return "the sum of losses is not finite"
+
+
+class StreamingStats(NamedTuple):
+    """What ``StreamingAUC`` knows, by task.
+
+    Attributes:
+        auc_T: AUC over the recent past; nan for regressions and where one class is missing.
+        spread_T: standard deviation of the last batch's finite logits, over all its rows; nan without any.
+        nonfinite_T: logits of the last batch that are nan or infinite, observed or not.
+    """
+
+    auc_T: Tensor
+    spread_T: Tensor
+    nonfinite_T: Tensor
+
+
+class StreamingAUC(nn.Module):
+    """Training AUC of the recent past, cheap enough for every step: histograms of logits, old rows fading.
+
+        h_tcb <- decay * h_tcb + rows of task t, class c, bin b in this batch
+        auc_t = sum over b of h_t1b * (sum over b' < b of h_t0b' + h_t0b / 2) / (h_t1 * h_t0)
+
+    Bins are of equal width in the logit, from -range to range, the outermost open. Bins of equal width in the
+    probability would put a task of one positive in a thousand into its first bin or two.
+
+    Predictions that no longer depend on the input show as ``spread_T`` near 0 (rows of one batch share the weights,
+    so it is exactly 0 where the shared layers are dead). Logits that are not finite are counted and enter no histogram.
+
+    Nothing waits for the device until the caller reads a value. The cost is one pass over the batch and O(T * bins).
+    The histograms are buffers: they go with the module into a checkpoint.
+
+    Args:
+        schema: gives the tasks.
+        bins: number of bins.
+        logit_range: half the width that the bins cover.
+        decay: factor on the past a batch; 0.99 remembers about the last 100 batches.
+
+    Raises:
+        UserError: bins below 2, a range not above 0, or a decay outside of [0, 1].
+    """
+
+    histogram_TCK: Tensor
+    deviation_T: Tensor
+    finite_T: Tensor
+    nonfinite_T: Tensor
+    binary_T: Tensor
+
+    def __init__(self, schema: Schema, *, bins: int = 512, logit_range: float = 12.0, decay: float = 0.99) -> None:
+        super().__init__()
+        if bins < 2 or not logit_range > 0 or not 0 <= decay <= 1:
+            raise UserError(
+                f"streaming AUC: bins >= 2, logit_range > 0 and 0 <= decay <= 1 are needed, got "
+                f"{bins}, {logit_range}, {decay}"
+            )
+        self.bins, self.logit_range, self.decay = bins, logit_range, decay
+        tasks = len(schema.tasks)
+        self.register_buffer("histogram_TCK", torch.zeros(tasks, 2, bins))
+        for name in ("deviation_T", "finite_T", "nonfinite_T"):
+            self.register_buffer(name, torch.zeros(tasks))
+        self.register_buffer("binary_T", torch.tensor([t.type == "binary" for t in schema.tasks]), persistent=False)
+
+    @torch.no_grad()
+    def update(self, logits_BT: Tensor, labels_BT: Tensor, mask_BT: Tensor) -> None:
+        """Adds a batch."""
+        z, tasks = logits_BT.float(), logits_BT.shape[1]
+        finite = z.isfinite()
+        self.finite_T.copy_(finite.sum(0))
+        self.nonfinite_T.copy_((~finite).sum(0))
+        z = torch.where(finite, z, 0.0)
+        mean_T = z.sum(0) / self.finite_T.clamp(min=1)
+        self.deviation_T.copy_(torch.where(finite, z - mean_T, 0.0).square().sum(0))
+
+        step = 2 * self.logit_range / self.bins
+        bin_BT = (
+            ((z.clamp(-self.logit_range, self.logit_range) + self.logit_range) / step).long().clamp(max=self.bins - 1)
+        )
+        row_BT = 2 * torch.arange(tasks, device=z.device) + (labels_BT > 0.5).long()
+        counted = (mask_BT & finite & self.binary_T).float()
+        self.histogram_TCK.mul_(self.decay)
+        self.histogram_TCK.view(-1).index_add_(0, (row_BT * self.bins + bin_BT).view(-1), counted.view(-1))
+
+    @torch.no_grad()
+    def compute(self, *, all_ranks: bool = True) -> StreamingStats:
+        """AUC, spread and counts by task, on the device.
+
+        Args:
+            all_ranks: join the ranks where ``torch.distributed`` is initialised (one all-reduce, every rank must
+                call), so that all of them see, and decide, the same.
+        """
+        sums_T = torch.stack([self.deviation_T, self.finite_T, self.nonfinite_T])
+        flat = torch.cat([sums_T.view(-1), self.histogram_TCK.view(-1)])
+        if all_ranks and dist.is_available() and dist.is_initialized():
+            dist.all_reduce(flat)
+        deviation_T, finite_T, nonfinite_T = flat[: sums_T.numel()].view_as(sums_T)
+        negative_TK, positive_TK = flat[sums_T.numel() :].view_as(self.histogram_TCK).unbind(1)
+        below_TK = negative_TK.cumsum(1) - negative_TK / 2
+        pairs_T = positive_TK.sum(1) * negative_TK.sum(1)
+        # 0 / 0 is nan, which is what an AUC of one class or of a regression should be.
+        return StreamingStats(
+            auc_T=(positive_TK * below_TK).sum(1) / pairs_T,
+            spread_T=(deviation_T / finite_T).sqrt(),
+            nonfinite_T=nonfinite_T,
+        )
+
+    def reset(self) -> None:
+        """Forgets the past."""
+        for buffer in (self.histogram_TCK, self.deviation_T, self.finite_T, self.nonfinite_T):
+            buffer.zero_()
