@@ -1,0 +1,50 @@
+# Everything runs from .venv, which is made from constraints.txt on first use.
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+STAMP := $(VENV)/.evenkeel-installed
+JOBS ?= 2
+ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help setup train test test-slow check format lock clean
+
+help:  ## show this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "evenkeel needs Python 3.11 or newer, this is " + sys.version.split()[0] + "; try make PYTHON=python3.11")'
+	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	@echo "installing into $(VENV) (a few minutes the first time)"
+	@# torch first and exactly: a range would let pip choose a build with gigabytes of CUDA packages
+	@$(PY) -m pip install --quiet -c constraints.txt torch==$$(sed -n 's/^torch==//p' constraints.txt)
+	@$(PY) -m pip install --quiet -c constraints.txt -e '.[dev]'
+	@touch $@
+
+setup: $(STAMP)  ## make .venv and install the project with its tested versions
+
+train: $(STAMP)  ## train on the synthetic stream; ARGS="model=small optim=adagrad" passes overrides
+	@$(PY) train.py $(ARGS)
+
+test: $(STAMP)  ## run the default tests (under 5 minutes on 2 cores)
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) -q $(ARGS)
+
+test-slow: $(STAMP)  ## run the long tests too
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) -q -m "not gpu" $(ARGS)
+
+check: $(STAMP)  ## lint, formatting, types, import contracts
+	@$(PY) -m ruff check .
+	@$(PY) -m ruff format --check .
+	@$(PY) -m mypy
+	@$(VENV)/bin/lint-imports
+
+format: $(STAMP)  ## rewrite the code in the project's format
+	@$(PY) -m ruff check --fix .
+	@$(PY) -m ruff format .
+
+lock: $(STAMP)  ## write the versions installed now into constraints.txt
+	@{ echo "# One tested set for everybody who uses make: pip install -c constraints.txt. Written by: make lock"; \
+	  $(PY) -m pip freeze --exclude-editable | sed 's/+cpu$$//'; } > constraints.tmp && mv constraints.tmp constraints.txt
+
+clean:  ## remove the environment and caches (runs are kept)
+	@rm -rf $(VENV) build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

@@ -1,0 +1,248 @@
+"""From the configuration to objects. The only module beside train.py and config.py that knows Hydra."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from hydra.core.hydra_config import HydraConfig
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf, open_dict
+from pytorch_lightning.callbacks import Callback, ModelCheckpoint
+from pytorch_lightning.loggers.logger import Logger
+from pytorch_lightning.utilities.rank_zero import rank_zero_only
+
+from ranker.config import base_lr, resumed
+from ranker.data.datamodule import RankingDataModule
+from ranker.data.log import Log
+from ranker.data.select import Selected
+from ranker.errors import UserError
+from ranker.training import trackers
+from ranker.training.divergence_watch import DivergenceWatch
+from ranker.training.metrics_csv import MetricsCsv
+from ranker.training.module import RankingModule
+from ranker.training.run_folder import RunFolder
+from ranker.training.throughput import Throughput
+
+RUN_DIR_VARIABLE = "EVENKEEL_RUN_DIR"  # tells the processes that DDP starts which folder theirs is
+
+
+@dataclass(frozen=True)
+class Run:
+    """Everything a run is made of.
+
+    Attributes:
+        cfg: the resolved configuration; that of the saved run when one goes on.
+        folder: the run folder.
+        module: the Lightning module.
+        datamodule: the Lightning data module.
+        trainer: the Lightning trainer.
+        throughput: the callback that measures speed.
+        watch: the callback that watches for divergence; None where it is switched off.
+        loggers: metrics.csv and the tracker.
+        checkpoint: the checkpoint to go on from; None for a new run.
+    """
+
+    cfg: DictConfig
+    folder: RunFolder
+    module: RankingModule
+    datamodule: RankingDataModule
+    trainer: pl.Trainer
+    throughput: Throughput
+    watch: DivergenceWatch | None
+    loggers: list[Logger]
+    checkpoint: Path | None
+
+
+def open_folder(cfg: DictConfig) -> tuple[DictConfig, RunFolder, Path | None]:
+    """The run's folder, and for a run that goes on its configuration and newest checkpoint.
+
+    Raises:
+        UserError: ``resume`` names a folder that is no run, or that has no checkpoint.
+    """
+    hydra = HydraConfig.get()
+    if cfg.resume is None:
+        return cfg, RunFolder(os.environ.get(RUN_DIR_VARIABLE, hydra.runtime.output_dir)), None
+    folder = RunFolder.existing(cfg.resume)
+    checkpoint = folder.newest_checkpoint()
+    return resumed(cfg, folder.load_config(), list(hydra.overrides.task)), folder, checkpoint
+
+
+def open_log(cfg: DictConfig) -> Log:
+    """The log, with the tasks and features that were chosen."""
+    log: Log = instantiate(cfg.data.log, _convert_="all")
+    chosen = log.schema.select(
+        tasks=_names(cfg.data.tasks),
+        features=_names(cfg.data.features),
+        drop_features=_names(cfg.data.drop_features) or (),
+    )
+    return log if chosen == log.schema else Selected(log, chosen)
+
+
+def build(cfg: DictConfig, folder: RunFolder, checkpoint: Path | None) -> Run:
+    """Builds every part of a run.
+
+    Raises:
+        UserError: something in the configuration cannot be built; the message says what.
+    """
+    _check_devices(cfg)
+    pl.seed_everything(cfg.seed, verbose=False)
+    if cfg.train.threads:
+        torch.set_num_threads(cfg.train.threads)
+    log = open_log(cfg)
+    datamodule = RankingDataModule(
+        log,
+        batch_size=cfg.scale.batch_size,
+        eval_batch_size=cfg.scale.eval_batch_size,
+        window=cfg.data.window,
+        seed=cfg.seed,
+        num_workers=cfg.data.num_workers,
+        eval_max_rows=cfg.data.eval_max_rows,
+        progressive=cfg.train.progressive,
+    )
+    net = instantiate(cfg.model.net, _convert_="all")(log.schema)
+    module = RankingModule(
+        net,
+        schema=log.schema,
+        optimizer=instantiate(cfg.optim, _convert_="all"),
+        lr=base_lr(cfg) * cfg.lr_mult,
+        warmup_steps=cfg.train.warmup_steps,
+        progressive=cfg.train.progressive,
+        score_rows=cfg.scale.eval_batch_size,
+        log_every=cfg.train.log_every,
+        compile_net=cfg.train.compile,
+    )
+    module.configure_optimizers()  # a wrong hyperparameter is said now, before processes start and data are read
+    throughput = Throughput()
+    datamodule.watch_training = throughput.watch
+    callbacks: list[Callback] = [throughput]
+    for node in cfg.callbacks.values():
+        callbacks.append(instantiate(node, _convert_="all"))
+    watch = next((c for c in callbacks if isinstance(c, DivergenceWatch)), None)
+    if watch is not None:
+        watch.folder = folder
+    callbacks.append(_checkpoints(cfg, folder))
+    loggers = trackers.build(
+        OmegaConf.to_container(cfg.logger, resolve=True),  # type: ignore[arg-type]
+        folder,
+        name=folder.path.name,
+        group=f"{cfg.data.name}/{cfg.scale.name}/{cfg.model.name}/{cfg.optim.name}/x{cfg.lr_mult:g}",
+        tags=[cfg.data.name, cfg.scale.name, cfg.model.name, cfg.optim.name, *cfg.tags],
+    )
+    if checkpoint is not None:
+        _continue_files(loggers, folder, checkpoint)
+    return Run(
+        cfg=cfg,
+        folder=folder,
+        module=module,
+        datamodule=datamodule,
+        trainer=_trainer(cfg, folder, callbacks, loggers),
+        throughput=throughput,
+        watch=watch,
+        loggers=loggers,
+        checkpoint=checkpoint,
+    )
+
+
+@contextmanager
+def own_process_environment(folder: RunFolder) -> Iterator[None]:
+    """Leaves the process as it was found, so that the next job of a multirun can start its own processes.
+
+    Lightning starts the other DDP processes by repeating the command line. Under multirun that line describes the
+    whole sweep, so while a job runs it is replaced by the job's own; and the variables and the process group that
+    a distributed job leaves behind would make the next one wait for processes that are gone.
+    """
+    environment = dict(os.environ)
+    import sys
+
+    arguments = list(sys.argv)
+    os.environ[RUN_DIR_VARIABLE] = str(folder.path)
+    sys.argv = [arguments[0], *HydraConfig.get().overrides.task]
+    try:
+        yield
+    finally:
+        sys.argv = arguments
+        os.environ.clear()
+        os.environ.update(environment)
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+
+def _trainer(cfg: DictConfig, folder: RunFolder, callbacks: list[Callback], loggers: list[Logger]) -> pl.Trainer:
+    for name in ("pytorch_lightning", "lightning.pytorch", "lightning_fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    settings: dict[str, Any] = {
+        "max_epochs": 1,
+        "max_steps": cfg.train.max_steps,
+        "limit_val_batches": 1.0 if cfg.train.eval_every else 0,
+        # Counted in batches, whatever the (unknown) number of batches in the epoch.
+        "val_check_interval": cfg.train.eval_every * cfg.trainer.accumulate_grad_batches or None,
+        "check_val_every_n_epoch": None,
+        "num_sanity_val_steps": 0,
+        "callbacks": callbacks,
+        "logger": loggers,
+        "default_root_dir": str(folder.path),
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "use_distributed_sampler": False,
+    }
+    try:
+        return instantiate(cfg.trainer, **settings, _convert_="all")
+    except Exception as error:
+        cause = error.__cause__ or error
+        raise UserError(f"trainer: {' '.join(str(cause).split())}") from error
+
+
+def _checkpoints(cfg: DictConfig, folder: RunFolder) -> ModelCheckpoint:
+    return ModelCheckpoint(
+        dirpath=folder.checkpoints,
+        filename="{step}",
+        every_n_train_steps=cfg.train.checkpoint_every or None,
+        every_n_epochs=None,
+        save_top_k=1,
+        save_last=False,
+        save_on_exception=True,
+        enable_version_counter=False,
+    )
+
+
+def _check_devices(cfg: DictConfig) -> None:
+    asked, accelerator = cfg.trainer.devices, cfg.trainer.accelerator
+    gpus = torch.cuda.device_count()
+    if accelerator in ("gpu", "cuda") and gpus == 0:
+        raise UserError("trainer: no GPU is visible to torch; use trainer=cpu, or install a CUDA build of torch")
+    if isinstance(asked, int) and accelerator in ("gpu", "cuda", "auto") and 0 < gpus < asked:
+        raise UserError(f"trainer.devices is {asked}, but there are {gpus} GPUs; use trainer.devices={gpus}")
+    if isinstance(asked, int) and asked > 1 and accelerator == "auto" and gpus == 0:
+        raise UserError(
+            f"trainer.devices is {asked}, but there is no GPU; add trainer.accelerator=cpu for {asked} CPU processes"
+        )
+    if isinstance(asked, int) and asked < 1 and asked != -1:
+        raise UserError(f"trainer.devices must be 1 or more (or -1 or auto for all), got {asked}")
+
+
+def _continue_files(loggers: list[Logger], folder: RunFolder, checkpoint: Path) -> None:
+    step = int(torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)["global_step"])
+    _keep_until(loggers, folder, step)
+
+
+@rank_zero_only
+def _keep_until(loggers: list[Logger], folder: RunFolder, step: int) -> None:
+    folder.keep_events_until(step)
+    for logger in loggers:
+        if isinstance(logger, MetricsCsv):
+            logger.resume(step)
+
+
+def _names(value: Any) -> list[str] | None:
+    if value is None:
+        return None
+    with open_dict(value):
+        return [str(name) for name in value]

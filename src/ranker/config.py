@@ -1,0 +1,167 @@
+"""The typed root of the configuration, and errors in it said in one line."""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from hydra.errors import HydraException, MissingConfigException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from ranker.errors import UserError, suggest
+
+
+@dataclass
+class TrainSettings:
+    """How long to train and how often to look. Units: steps are optimizer steps.
+
+    Attributes:
+        max_steps: stop after this many steps; -1 trains on every row once.
+        eval_every: evaluate on the hold-out every so many steps; 0 only at the end.
+        progressive: score each window before it is trained on.
+        checkpoint_every: write a checkpoint every so many steps; 0 writes none but on interruption.
+        log_every: write metrics every so many steps.
+        warmup_steps: raise the learning rate linearly from 0 over so many steps; 0 for none.
+        compile: run the model through torch.compile.
+        threads: CPU threads of torch; 0 leaves torch's own choice.
+    """
+
+    max_steps: int = -1
+    eval_every: int = 50
+    progressive: bool = True
+    checkpoint_every: int = 100
+    log_every: int = 10
+    warmup_steps: int = 0
+    compile: bool = False
+    threads: int = 0
+
+
+@dataclass
+class Root:
+    """The whole configuration: groups chosen by name, and what belongs to no group."""
+
+    model: dict[str, Any] = field(default_factory=dict)
+    optim: dict[str, Any] = field(default_factory=dict)
+    data: dict[str, Any] = field(default_factory=dict)
+    scale: dict[str, Any] = field(default_factory=dict)
+    trainer: dict[str, Any] = field(default_factory=dict)
+    callbacks: dict[str, Any] = field(default_factory=dict)
+    logger: dict[str, Any] = field(default_factory=dict)
+    train: TrainSettings = field(default_factory=TrainSettings)
+    seed: int = 0
+    lr_mult: float = 1.0
+    resume: str | None = None
+    objective: str | None = None
+    tags: list[str] = field(default_factory=list)
+
+
+def register() -> None:
+    """Makes the typed root known to Hydra, as the config ``root`` that conf/config.yaml starts from."""
+    ConfigStore.instance().store(name="root", node=Root)
+
+
+def base_lr(cfg: DictConfig) -> float:
+    """The learning rate called 1x: that of the chosen data at the chosen scale.
+
+    Raises:
+        UserError: the data set gives none for this scale.
+    """
+    rates, scale = cfg.data.base_lr, cfg.scale.name
+    if scale not in rates:
+        raise UserError(f"data.base_lr has no entry for scale '{scale}'; {suggest(scale, map(str, rates))}")
+    return float(rates[scale])
+
+
+def check(cfg: DictConfig) -> None:
+    """Refuses values that would only fail later, before anything is built.
+
+    Raises:
+        UserError: a value is out of range.
+    """
+    if not (cfg.lr_mult > 0 and math.isfinite(cfg.lr_mult)):
+        raise UserError(f"lr_mult must be a number above 0, got {cfg.lr_mult}; 1 is the base learning rate")
+    if not base_lr(cfg) > 0:
+        raise UserError(f"data.base_lr.{cfg.scale.name} must be above 0, got {base_lr(cfg)}")
+    if cfg.seed < 0:
+        raise UserError(f"seed must be 0 or more, got {cfg.seed}")
+    if cfg.scale.batch_size < 1:
+        raise UserError(f"scale.batch_size must be 1 or more, got {cfg.scale.batch_size}")
+    for name in ("eval_every", "checkpoint_every", "warmup_steps", "threads"):
+        if cfg.train[name] < 0:
+            raise UserError(f"train.{name} must be 0 or more, got {cfg.train[name]}")
+    if cfg.train.log_every < 1:
+        raise UserError(f"train.log_every must be 1 or more, got {cfg.train.log_every}")
+    if cfg.train.max_steps < -1 or cfg.train.max_steps == 0:
+        raise UserError(f"train.max_steps must be -1 (every row once) or more than 0, got {cfg.train.max_steps}")
+
+
+def resumed(cfg: DictConfig, saved: DictConfig, overrides: list[str]) -> DictConfig:
+    """The configuration of a run that goes on: what was saved, with the values given now on top.
+
+    Args:
+        cfg: the configuration as composed from this command line (unused values are ignored).
+        saved: the resolved configuration of the run folder.
+        overrides: this command line's overrides, such as ``["resume=runs/x", "train.max_steps=500"]``.
+
+    Raises:
+        UserError: an override chooses another group option, or a value that is not in the saved configuration.
+    """
+    groups = {"model", "optim", "data", "scale", "trainer", "callbacks", "logger", "experiment", "hparams_search"}
+    merged = saved.copy()
+    for override in overrides:
+        key = override.lstrip("+~").split("=", 1)[0]
+        if key == "resume" or key.startswith("hydra."):
+            continue
+        if key in groups and key != "logger":
+            raise UserError(f"resume goes on with the saved {key}; '{override}' would start another run: leave it out")
+        if OmegaConf.select(saved, key, default=None) is None and OmegaConf.select(cfg, key, default=None) is None:
+            raise UserError(f"'{key}' is not in the configuration of {cfg.resume}")
+        OmegaConf.update(merged, key, OmegaConf.select(cfg, key), force_add=True)
+    merged.resume = cfg.resume
+    return merged
+
+
+def one_line(error: BaseException) -> str:
+    """What went wrong in one line, from whatever Hydra or OmegaConf wrapped around it."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, UserError):
+            return str(cause)
+        if isinstance(cause, MissingConfigException) and cause.options is not None:
+            missing = cause.missing_cfg_file
+            name = missing[0] if isinstance(missing, (list, tuple)) else str(missing)
+            group, _, choice = name.rpartition("/")
+            return f"unknown {group or 'config'} '{choice}'; {suggest(choice, cause.options)}"
+        key, parent = getattr(cause, "key", None), getattr(cause, "parent_node", None)
+        if isinstance(cause, OmegaConfBaseException) and isinstance(parent, DictConfig) and key not in parent:
+            where = getattr(cause, "full_key", None) or key
+            return f"unknown option '{where}'; {suggest(str(key), map(str, parent))}"
+        cause = cause.__cause__ or cause.__context__
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    root = error.__cause__ or error
+    detail = [line.strip() for line in str(root).splitlines() if line.strip()] if root is not error else []
+    told = [line for line in (*lines[:1], *detail[:1], *lines[1:2]) if not line.startswith("Set the environment")]
+    return "; ".join(dict.fromkeys(told)) or type(error).__name__
+
+
+def cli(main: Callable[[], None]) -> None:
+    """Runs a Hydra main so that a mistake of the user's ends in one line and exit status 2.
+
+    The stack is shown with HYDRA_FULL_ERROR=1, as Hydra's own users expect.
+    """
+    wants_stack = os.environ.get("HYDRA_FULL_ERROR") == "1"
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # else Hydra prints and exits before the error reaches us
+    try:
+        main()
+    except (UserError, HydraException, OmegaConfBaseException) as error:
+        if wants_stack:
+            raise
+        print(f"error: {one_line(error)}", file=sys.stderr)
+        print("(HYDRA_FULL_ERROR=1 shows where)", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,75 @@
+"""Run folders read back as one table."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import polars as pl
+
+from ranker.errors import UserError
+from ranker.training.run_folder import SUMMARY
+
+KEYS = ("data", "scale", "model", "optim", "lr_mult", "seed")
+
+
+def find_runs(folder: str | Path) -> list[Path]:
+    """Run folders at or below a folder, in name order.
+
+    Raises:
+        UserError: there is none.
+    """
+    folders = sorted(path.parent for path in Path(folder).rglob(SUMMARY))
+    if not folders:
+        raise UserError(f"no {SUMMARY} at or below {folder}; give a run folder, or the folder of a sweep")
+    return folders
+
+
+def load_runs(folder: str | Path) -> pl.DataFrame:
+    """One row a run: what was asked for, how it ended, and every metric of the hold-out.
+
+    Columns: data, scale, model, optim, lr_mult, seed, lr, status, first_step, micro, steps, examples_per_second,
+    data_wait_fraction, dense_parameters, run, and ``<task>/<metric>``.
+
+    Raises:
+        UserError: there is no run.
+    """
+    rows = []
+    for path in find_runs(folder):
+        summary = json.loads((path / SUMMARY).read_text(encoding="utf-8"))
+        row = {
+            key: summary[key] for key in (*KEYS, "lr", "status", "steps", "examples_per_second", "data_wait_fraction")
+        }
+        row |= {"first_step": summary["divergence"]["first_step"], "micro": summary["divergence"]["micro"]}
+        row |= {"dense_parameters": summary["parameters"]["dense"], "run": path.name}
+        row |= {key.removeprefix("test/"): value for key, value in summary["metrics"].items()}
+        rows.append(row)
+    return pl.DataFrame(rows, infer_schema_length=None)
+
+
+def by_cell(runs: pl.DataFrame, metrics: Sequence[str]) -> pl.DataFrame:
+    """Mean and standard deviation over seeds of each (data, scale, model, optim, lr_mult).
+
+    Args:
+        runs: from ``load_runs`` (or the CSV it was saved to).
+        metrics: names such as ``is_click/auc``.
+
+    Returns:
+        One row a cell: its keys, ``runs``, ``diverged`` and ``failed`` (numbers of runs), and for each metric
+        ``<metric>/mean`` and ``<metric>/std`` (sample standard deviation) over the runs that completed.
+
+    Raises:
+        UserError: a metric is in none of the runs.
+    """
+    for metric in metrics:
+        if metric not in runs.columns:
+            known = ", ".join(c for c in runs.columns if "/" in c)
+            raise UserError(f"no run has the metric '{metric}'; known: {known}")
+    done = pl.col("status") == "completed"
+    cells = [pl.len().alias("runs")]
+    cells += [(pl.col("status") == status).sum().alias(status) for status in ("diverged", "failed")]
+    for metric in metrics:
+        cells.append(pl.col(metric).filter(done).mean().alias(f"{metric}/mean"))
+        cells.append(pl.col(metric).filter(done).std().alias(f"{metric}/std"))
+    return runs.group_by(KEYS[:-1], maintain_order=True).agg(cells)

@@ -1,0 +1,64 @@
+"""One run from configuration to summary.json."""
+
+from __future__ import annotations
+
+import time
+
+from omegaconf import DictConfig
+
+from ranker import outcome
+from ranker.build import Run, build, open_folder, own_process_environment
+from ranker.training import trackers
+
+
+def run(cfg: DictConfig) -> float:
+    """Builds, fits, evaluates and sums up a run.
+
+    A lost model is an experiment's outcome: the run ends normally with status ``diverged``. A crash or an
+    interruption is written down as ``failed`` and raised again.
+
+    Returns:
+        The metric a sweep maximises.
+    """
+    cfg, folder, checkpoint = open_folder(cfg)
+    with own_process_environment(folder):
+        parts = build(cfg, folder, checkpoint)
+        with trackers.finishing(parts.loggers):
+            return _train(parts)
+
+
+def _train(run: Run) -> float:
+    start = time.monotonic()
+    if run.trainer.is_global_zero:
+        run.folder.save_config(run.cfg)
+        print(f"run folder: {run.folder.path}", flush=True)
+    try:
+        checkpoint = str(run.checkpoint) if run.checkpoint else None
+        run.trainer.fit(run.module, datamodule=run.datamodule, ckpt_path=checkpoint, weights_only=True)
+        run.trainer.test(run.module, datamodule=run.datamodule, verbose=False)
+    except BaseException as error:
+        _finish(run, "failed", _why(error), time.monotonic() - start)
+        raise
+    status, reason = "completed", ""
+    if run.watch is not None and run.watch.detector is not None:
+        run.watch.judge(run.trainer, run.module)
+        if run.watch.detector.status == "diverged":
+            status, reason = "diverged", run.watch.detector.reason
+    summary = _finish(run, status, reason, time.monotonic() - start)
+    if run.trainer.is_global_zero:
+        outcome.show(summary)
+    return outcome.objective(summary, run.cfg.objective)
+
+
+def _finish(run: Run, status: str, reason: str, seconds: float) -> dict[str, object]:
+    summary = outcome.summarise(run, status=status, reason=reason, seconds=seconds)
+    if run.trainer.is_global_zero:
+        run.folder.save_summary(summary)
+        trackers.write_summary(run.loggers, summary)
+    return summary
+
+
+def _why(error: BaseException) -> str:
+    if isinstance(error, (KeyboardInterrupt, SystemExit)):
+        return "interrupted; go on with: python train.py resume=RUN_DIR"
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"

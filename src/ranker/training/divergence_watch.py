@@ -1,0 +1,94 @@
+"""Lightning's side of divergence detection: feeds every step, records events, stops a lost run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import pytorch_lightning as pl
+from pytorch_lightning.callbacks import Callback
+from rich.console import Console
+
+from ranker.stability import DivergenceDetector, Event, reduce_signals
+from ranker.training.module import RankingModule
+from ranker.training.progress import TrainingProgress
+from ranker.training.run_folder import RunFolder
+
+
+class DivergenceWatch(Callback):
+    """Runs the detector on every step's signals.
+
+    The detector is fed on the device and read every few steps, so that training does not wait for it.
+
+    Args:
+        poll_every: steps between two looks at the verdict.
+        stop: end training when the model is lost.
+        settings: arguments of DivergenceDetector; its defaults hold otherwise.
+    """
+
+    def __init__(self, *, poll_every: int = 10, stop: bool = True, settings: Mapping[str, Any] | None = None) -> None:
+        self._poll_every = poll_every
+        self._stop = stop
+        self._settings = dict(settings or {})
+        self._state: dict[str, Any] | None = None
+        self.folder: RunFolder | None = None
+        self.detector: DivergenceDetector | None = None
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Makes the detector, on the model's device, and gives it a checkpoint's state."""
+        assert isinstance(pl_module, RankingModule)
+        self.detector = DivergenceDetector(pl_module.schema.task_names, device=pl_module.device, **self._settings)
+        if self._state is not None:
+            self.detector.load_state_dict(self._state)
+
+    def on_train_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        """Feeds the step; looks at the verdict now and then."""
+        assert isinstance(pl_module, RankingModule)
+        assert self.detector is not None
+        assert pl_module.signals is not None
+        signals = pl_module.signals
+        step = trainer.global_step
+        self.detector.update(
+            step, **reduce_signals(signals.losses_T, signals.auc_T, signals.spread_T, ~signals.logits_finite)
+        )
+        if step % self._poll_every == 0:
+            self._look(trainer, pl_module)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Judges what is still open when training ends."""
+        assert isinstance(pl_module, RankingModule)
+        self._look(trainer, pl_module)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The detector's state: baselines, open jumps, counts."""
+        return {"detector": self.detector.state_dict()} if self.detector else {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Keeps the state until the detector is made."""
+        self._state = state_dict.get("detector")
+
+    def _look(self, trainer: pl.Trainer, module: RankingModule) -> None:
+        assert self.detector is not None
+        for event in self.detector.poll():
+            self.report(trainer, module, event)
+        if self.detector.status == "diverged" and self._stop:
+            trainer.should_stop = True
+
+    def report(self, trainer: pl.Trainer, module: RankingModule, event: Event) -> None:
+        """Writes an event to events.jsonl, the tracker, and where the person looks."""
+        if not trainer.is_global_zero:
+            return
+        if self.folder is not None:
+            self.folder.append_event(event.to_dict())
+        module.record({f"divergence/{event.kind}": float(event.step)})
+        bar = next((c for c in trainer.callbacks if isinstance(c, TrainingProgress)), None)  # type: ignore[attr-defined]
+        if bar is not None:
+            bar.note = f"{event.kind} divergence at step {event.step}"
+        Console(stderr=True).print(f"[yellow]{event}[/yellow]", soft_wrap=True)

@@ -1,0 +1,182 @@
+"""The Lightning module: a ranker, its losses, its metrics and its optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from ranker.data.batch import Batch
+from ranker.data.schema import Schema
+from ranker.losses import MultitaskLoss
+from ranker.metrics import StreamingAUC, TaskMetrics
+
+OptimizerFactory = Callable[..., Optimizer]
+
+
+@dataclass(frozen=True)
+class StepSignals:
+    """What the last training step says about the health of the model; all on the device, none synchronised.
+
+    Attributes:
+        losses_T: loss of each task, before weights.
+        auc_T: streaming training AUC of each task; NaN for regressions.
+        spread_T: standard deviation of each task's logits over the batch; 0 means the input no longer matters.
+        logits_finite: bool scalar.
+        rows: rows in this rank's part of the batch.
+    """
+
+    losses_T: Tensor
+    auc_T: Tensor
+    spread_T: Tensor
+    logits_finite: Tensor
+    rows: int
+
+
+class RankingModule(pl.LightningModule):
+    """Trains a multitask ranker on batches in time order.
+
+    Args:
+        net: maps a Batch to logits_BT; its embedding tables stand under ``embeddings``.
+        schema: the tasks, in the order of the logits.
+        optimizer: called as ``optimizer(net, lr=lr)``.
+        lr: learning rate per step, multiplier included.
+        warmup_steps: raise the learning rate linearly from lr / warmup_steps to lr over so many steps; 0 for none.
+        progressive: score a window before it is trained on, where batches carry ``opening``.
+        score_rows: rows a forward pass takes when scoring.
+        log_every: write metrics every so many steps.
+        compile_net: run the net through torch.compile.
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        *,
+        schema: Schema,
+        optimizer: OptimizerFactory,
+        lr: float,
+        warmup_steps: int = 0,
+        progressive: bool = True,
+        score_rows: int = 8192,
+        log_every: int = 10,
+        compile_net: bool = False,
+    ) -> None:
+        super().__init__()
+        self.net = net
+        self.schema = schema
+        self.lr = lr
+        self._optimizer_factory = optimizer
+        self._warmup_steps = warmup_steps
+        self._progressive = progressive
+        self._score_rows = score_rows
+        self._log_every = log_every
+        self._forward = torch.compile(net, dynamic=True) if compile_net else net
+        self.loss = MultitaskLoss(schema)
+        self.train_auc = StreamingAUC(schema)
+        self.holdout_metrics = TaskMetrics(schema)
+        self.progressive_metrics = TaskMetrics(schema)
+        self.signals: StepSignals | None = None
+        self.holdout: dict[str, float] = {}
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Logits, shape [B, T]."""
+        return self._forward(batch)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """One forward pass; keeps what the divergence watch and the progress bar read."""
+        logits_BT = self(batch)
+        loss = self.loss(logits_BT, batch.labels_BT, batch.mask_BT)
+        with torch.no_grad():
+            logits_BT = logits_BT.detach()
+            self.train_auc.update(logits_BT, batch.labels_BT, batch.mask_BT)
+            self.signals = StepSignals(
+                losses_T=loss.task_T,
+                auc_T=self.train_auc.compute(),
+                spread_T=logits_BT.float().std(dim=0, correction=0)
+                if len(batch)
+                else logits_BT.new_zeros(logits_BT.shape[1]),
+                logits_finite=torch.isfinite(logits_BT).all(),
+                rows=len(batch),
+            )
+        return loss.total
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        """Scores a window on its first batch: before any of its rows is trained on."""
+        if not self._progressive or batch.opening is None:
+            return
+        self.score(batch.opening, self.progressive_metrics)
+        values = self.progressive_metrics.compute()
+        self.progressive_metrics.reset()
+        self.record({f"progressive/{name}": value for name, value in values.items()} | {"window": float(batch.window)})
+
+    def on_train_batch_end(self, outputs: object, batch: Batch, batch_idx: int) -> None:
+        """Writes the step's numbers, now and then: reading them waits for the device."""
+        if self.signals is None or self.global_step % self._log_every:
+            return
+        losses = self.signals.losses_T.tolist()
+        aucs = self.signals.auc_T.tolist()
+        values = {"train/loss": sum(w * x for w, x in zip(self._weights(), losses, strict=True))}
+        values["lr"] = self.optimizers().param_groups[0]["lr"]  # type: ignore[union-attr]
+        for task, loss, auc in zip(self.schema.tasks, losses, aucs, strict=True):
+            values[f"train/{task.name}/loss"] = loss
+            if task.type == "binary":
+                values[f"train/{task.name}/auc"] = auc
+        self.record(values)
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Adds a batch of the hold-out."""
+        self.holdout_metrics.update(self.net(batch), batch.labels_BT, batch.mask_BT)
+
+    def on_validation_epoch_end(self) -> None:
+        """Writes the hold-out's metrics at this step."""
+        self._end_holdout("val")
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        """Adds a batch of the hold-out."""
+        self.validation_step(batch, batch_idx)
+
+    def on_test_epoch_end(self) -> None:
+        """Writes the hold-out's metrics at the end of training."""
+        self._end_holdout("test")
+
+    def configure_optimizers(self) -> Mapping[str, object] | Optimizer:  # type: ignore[override]
+        """The optimizer over all parameters, and the warm-up where one was asked for."""
+        optimizer = self._optimizer_factory(self.net, lr=self.lr)
+        if not self._warmup_steps:
+            return optimizer
+        steps = self._warmup_steps
+        schedule = LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / steps))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    @torch.no_grad()
+    def score(self, rows: Batch, metrics: TaskMetrics) -> None:
+        """Adds the predictions for rows to metrics, without training on them."""
+        self.net.eval()
+        for part in _pieces(rows, self._score_rows):
+            part = part.to(self.device, non_blocking=True)
+            metrics.update(self.net(part), part.labels_BT, part.mask_BT)
+        self.net.train()
+
+    def record(self, values: Mapping[str, float]) -> None:
+        """Sends numbers to every tracker under the step they belong to."""
+        for logger in self.trainer.loggers:
+            logger.log_metrics(dict(values), step=self.global_step)
+
+    def _end_holdout(self, prefix: str) -> None:
+        values = self.holdout_metrics.compute()
+        self.holdout_metrics.reset()
+        self.holdout = {f"{prefix}/{name}": value for name, value in values.items()}
+        self.record(self.holdout)
+
+    def _weights(self) -> list[float]:
+        return [task.weight for task in self.schema.tasks]
+
+
+def _pieces(rows: Batch, size: int) -> Iterator[Batch]:
+    for start in range(0, len(rows), size):
+        yield rows.slice(start, min(start + size, len(rows)))

@@ -1,0 +1,120 @@
+"""The folder a run leaves behind, from which every number and picture can be made again."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from ranker.errors import UserError
+
+CONFIG, SUMMARY, EVENTS, METRICS, CHECKPOINTS = (
+    "config.yaml",
+    "summary.json",
+    "events.jsonl",
+    "metrics.csv",
+    "checkpoints",
+)
+RECORDED_PACKAGES = ("evenkeel", "torch", "pytorch-lightning", "hydra-core", "torchmetrics", "polars", "pyarrow")
+
+
+class RunFolder:
+    """Names and writes the files of one run.
+
+    ``config.yaml`` (resolved), ``metrics.csv``, ``events.jsonl``, ``summary.json`` and ``checkpoints/``. Files are
+    replaced whole, so that a run killed at any moment leaves none half written.
+
+    Args:
+        path: the folder; made if missing.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path).resolve()
+        self.path.mkdir(parents=True, exist_ok=True)
+
+    @classmethod
+    def existing(cls, path: str | Path) -> RunFolder:
+        """The folder of an earlier run.
+
+        Raises:
+            UserError: it holds no config.yaml.
+        """
+        if not (Path(path) / CONFIG).is_file():
+            raise UserError(f"resume: no {CONFIG} in {path}; give the folder of an earlier run, such as runs/NAME")
+        return cls(path)
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where checkpoints lie."""
+        return self.path / CHECKPOINTS
+
+    def newest_checkpoint(self) -> Path:
+        """The checkpoint of the latest step.
+
+        Raises:
+            UserError: there is none.
+        """
+        found = sorted(self.checkpoints.glob("*.ckpt"), key=lambda p: p.stat().st_mtime_ns)
+        if not found:
+            raise UserError(f"resume: no checkpoint in {self.checkpoints}; the run ended before its first one")
+        return found[-1]
+
+    def load_config(self) -> DictConfig:
+        """The resolved configuration of the run."""
+        config = OmegaConf.load(self.path / CONFIG)
+        assert isinstance(config, DictConfig)
+        return config
+
+    def save_config(self, cfg: DictConfig) -> None:
+        """Writes the configuration with every interpolation resolved."""
+        self._replace(CONFIG, OmegaConf.to_yaml(cfg, resolve=True))
+
+    def save_summary(self, summary: Mapping[str, Any]) -> None:
+        """Writes summary.json; a NaN becomes null, since JSON has none."""
+        self._replace(SUMMARY, json.dumps(_plain(summary), indent=2, allow_nan=False) + "\n")
+
+    def append_event(self, event: Mapping[str, Any]) -> None:
+        """Adds one line to events.jsonl."""
+        with (self.path / EVENTS).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(_plain(event), allow_nan=False) + "\n")
+
+    def keep_events_until(self, step: int) -> None:
+        """Drops events after a step, when a run goes on from it and will see them again."""
+        path = self.path / EVENTS
+        if path.is_file():
+            lines = path.read_text(encoding="utf-8").splitlines()
+            kept = [line for line in lines if json.loads(line).get("step", 0) <= step]
+            self._replace(EVENTS, "".join(line + "\n" for line in kept))
+
+    def _replace(self, name: str, text: str) -> None:
+        temporary = self.path / f".{name}.{os.getpid()}.tmp"
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(self.path / name)
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that decide a run's numbers."""
+    found = {"python": platform.python_version()}
+    for name in RECORDED_PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed as a package"
+    return found
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

@@ -1,0 +1,104 @@
+"""Experiment trackers. The only module that knows Weights & Biases."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from pytorch_lightning.loggers import TensorBoardLogger, WandbLogger
+from pytorch_lightning.loggers.logger import Logger
+from pytorch_lightning.utilities.rank_zero import rank_zero_only
+
+from ranker.errors import UserError, suggest
+from ranker.training.metrics_csv import MetricsCsv
+from ranker.training.run_folder import METRICS, RunFolder
+
+KINDS = ("wandb", "csv", "tensorboard", "none")
+
+
+def wandb_mode() -> str:
+    """``WANDB_MODE`` where set, else online for a user who is logged in and offline for everybody else."""
+    if mode := os.environ.get("WANDB_MODE"):
+        return mode
+    import wandb  # imported late: it costs a second, and most commands never track
+
+    try:
+        logged_in = bool(wandb.api.api_key)
+    except Exception:  # no netrc, an unreadable one, a malformed key: whatever it is, nobody is logged in
+        logged_in = False
+    return "online" if logged_in else "offline"
+
+
+def build(settings: Mapping[str, Any], folder: RunFolder, *, name: str, group: str, tags: list[str]) -> list[Logger]:
+    """The loggers of a run: metrics.csv, and the tracker that was asked for.
+
+    Args:
+        settings: the ``logger`` group: ``kind``, and for W&B ``project``, ``entity``, ``group``.
+        folder: where the files go.
+        name: the run's name in the tracker.
+        group: name shared by the runs that belong together, such as the seeds of one cell.
+        tags: words to filter by.
+
+    Raises:
+        UserError: the kind is unknown, or its package is not installed.
+    """
+    kind = settings["kind"]
+    if kind not in KINDS:
+        raise UserError(f"logger.kind '{kind}' is unknown; {suggest(kind, KINDS)}")
+    loggers: list[Logger] = [] if kind == "none" else [MetricsCsv(folder.path / METRICS)]
+    if kind == "wandb":
+        loggers.append(
+            WandbLogger(
+                name=name,
+                project=settings["project"],
+                entity=settings["entity"],
+                group=settings["group"] or group,
+                tags=tags,
+                save_dir=str(folder.path),
+                mode=wandb_mode(),
+            )
+        )
+    elif kind == "tensorboard":
+        try:
+            loggers.append(TensorBoardLogger(save_dir=str(folder.path), name="", version="tensorboard"))
+        except ModuleNotFoundError as error:
+            raise UserError("logger=tensorboard needs tensorboard: pip install 'evenkeel[report]'") from error
+    return loggers
+
+
+@contextmanager
+def finishing(loggers: list[Logger]) -> Iterator[None]:
+    """Ends the tracker's run with the job's own exit status, also when it crashes or shares its process.
+
+    Under multirun several jobs run in one process, and a run left open would swallow the next job's metrics; a
+    run finished with status 0 after an exception would be shown as a success.
+    """
+    try:
+        yield
+    except BaseException:
+        _finish(loggers, exit_code=1)
+        raise
+    _finish(loggers, exit_code=0)
+
+
+@rank_zero_only
+def _finish(loggers: list[Logger], *, exit_code: int) -> None:
+    for logger in loggers:
+        if isinstance(logger, WandbLogger):
+            import wandb
+
+            if wandb.run is not None:
+                wandb.finish(exit_code=exit_code, quiet=True)
+        else:
+            logger.finalize("success" if exit_code == 0 else "failed")
+
+
+@rank_zero_only
+def write_summary(loggers: list[Logger], summary: Mapping[str, Any]) -> None:
+    """Puts the end result where the tracker shows it: W&B's summary of the run."""
+    for logger in loggers:
+        if isinstance(logger, WandbLogger):
+            flat = {k: v for k, v in summary.items() if isinstance(v, (str, int, float, bool))}
+            logger.experiment.summary.update({**flat, **summary.get("metrics", {})})
