@@ -57,7 +57,7 @@ def checked_widths(name: str, widths: Sequence[int], *, allow_empty: bool = Fals
     Raises:
         UserError: no list of whole numbers of at least 1, or empty where it must not be.
     """
-    if isinstance(widths, (str, int)) or not all(isinstance(w, int) and w >= 1 for w in widths):
+    if isinstance(widths, (str, int)) or not all(type(w) is int and w >= 1 for w in widths):
         raise UserError(f"model: {name} must be a list of layer widths of at least 1, such as [512, 512], got {widths}")
     if not widths and not allow_empty:
         raise UserError(f"model: {name} is empty; give at least one layer width, such as [512]")
@@ -70,7 +70,7 @@ def checked_count(name: str, value: int, *, at_least: int) -> int:
     Raises:
         UserError: no whole number, or below ``at_least``.
     """
-    if isinstance(value, bool) or not isinstance(value, int) or value < at_least:
+    if type(value) is not int or value < at_least:
         raise UserError(f"model: {name} must be a whole number of at least {at_least}, got {value!r}")
     return value
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ranker.data.batch import Batch
 from ranker.data.schema import Schema
+from ranker.errors import UserError
 from ranker.models.base import Ranker
 from ranker.models.dcn import CrossNet
 from ranker.models.heads import Heads, head_key
@@ -52,6 +53,8 @@ class SharedBottom(Ranker):
         hidden = checked_widths("hidden", hidden)
         tower = checked_widths("tower", tower, allow_empty=True)
         checked_count("cross_layers", cross_layers, at_least=0)
+        if cross_rank is not None and not cross_layers:
+            raise UserError(f"model: cross_rank {cross_rank} has no cross layer to act on; give cross_layers too")
         super().__init__(schema, sparse_embeddings=sparse_embeddings)
         self.cross = None
         if cross_layers:
