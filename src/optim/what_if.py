@@ -1,0 +1,51 @@
+"""The sigma that other methods would have chosen on the same gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from optim import eager
+from optim.optimizer import SigmaOptimizer
+from optim.registry import get_info
+from optim.select import choose_sigma
+from optim.updates.adagrad import ARRANGEMENT
+
+Rules = Sequence[str] | Mapping[str, Mapping[str, Any]]
+
+
+@torch.no_grad()
+def what_if(optimizer: SigmaOptimizer, rules: Rules) -> dict[str, dict[str, float]]:
+    """Return the sigma each rule would choose now, by label and parameter name; changes nothing.
+
+    Call it after backward() and before step(): the accumulators are then those the step will use. The rule is applied
+    to the optimizer's own r, as in Figure 4 of the paper, whatever update the named method is registered with.
+
+    Args:
+        optimizer: Its gradients, state and learning rates are looked at.
+        rules: Names of methods, with their default hyperparameters; or label to hyperparameters, in which `method`
+            names the method where the label does not: `{"gc": {}, "agc_small": {"method": "agc", "clip_factor": 1e-3}}`.
+
+    Raises:
+        TypeError, ValueError: as `build_optimizer`, for an unknown rule or hyperparameter.
+    """
+    named = rules if isinstance(rules, Mapping) else {name: {} for name in rules}
+    works = optimizer.gather(keep_state=False)
+    report: dict[str, dict[str, float]] = {}
+    for label, given in named.items():
+        settings = dict(given)
+        method = get_info(settings.pop("method", label))
+        hypothetical = []
+        for work in works:
+            chosen = method.resolve({"lr": work.settings["lr"], **settings}, where=f"what_if[{label!r}]")
+            # The rule's hyperparameters, over those that r depends on.
+            own = {spec.name: chosen[spec.name] for spec in method.hyperparameters if spec.name not in ARRANGEMENT}
+            stand_in = replace(method, update=work.method.update, idle=None)
+            hypothetical.append(replace(work, method=stand_in, settings={**work.settings, **own}))
+        choose_sigma(hypothetical, eager.reduce)
+        sigmas = [1.0 if work.sigma is None else work.sigma.amin() for work in hypothetical]
+        report[label] = {work.name: float(sigma) for work, sigma in zip(works, sigmas, strict=True)}
+    return report

@@ -1,0 +1,138 @@
+"""What one step has to do: every parameter with a gradient, brought to one dense, local form.
+
+A sparse gradient is coalesced once and becomes the touched rows of its table; a DTensor becomes its local shard and
+the process groups over which a reduction must be combined. The rest of the package sees dense tensors only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from optim.distributed import ProcessGroups, local_gradient, local_tensor, shard_groups
+from optim.reductions import Settings
+from optim.registry import Method
+
+
+@dataclass(slots=True)
+class Work:
+    """One parameter in one step.
+
+    Attributes:
+        name: The parameter's name.
+        param: The parameter, as the user holds it.
+        method: How it is treated.
+        settings: Its parameter group.
+        weight: w: the parameter, its local shard, or a copy of its touched rows.
+        grad: g, as autograd left it; same shape as `weight`.
+        state: The update's state, in the same form as `weight`; counts are 0-d.
+        homes: Where touched rows go back to: (table, rows of it) pairs; empty for a dense gradient.
+        rows: Indices of the touched rows in `param`; None for a dense gradient.
+        groups: Process groups that hold the other shards of this tensor, with the dimension they split.
+        sigma: The factor the rule chose: None for 1, 0-d, or one a unit in a shape that broadcasts to `weight`.
+    """
+
+    name: str
+    param: Tensor
+    method: Method
+    settings: dict[str, Any]
+    weight: Tensor
+    grad: Tensor
+    state: dict[str, Tensor]
+    rows: Tensor | None
+    homes: list[tuple[Tensor, Tensor]]
+    groups: ProcessGroups
+    sigma: Tensor | None = None
+
+    @property
+    def unit_dims(self) -> tuple[int, ...] | None:
+        """The dimensions a reduction runs over when there is one sigma a row or unit; None for the whole tensor."""
+        by_row = self.rows is not None and self.settings["sparse_sigma"] == "row"
+        by_unit = self.settings.get("by") == "unit" and self.weight.ndim > 1
+        return tuple(range(1, self.weight.ndim)) if by_row or by_unit else None
+
+    @property
+    def clips_gradient(self) -> bool:
+        """Whether the update sees sigma * g in place of g: clipping as the word is commonly used."""
+        return self.settings.get("clip_accumulator", False) and not self.method.sees_update
+
+    def write_back(self) -> None:
+        """Put touched rows back into their table; dense tensors were written in place."""
+        for table, rows in self.homes:
+            assert self.rows is not None, "only a sparse gradient has rows to put back"
+            table.index_copy_(0, self.rows, rows)
+
+
+def make_work(name: str, param: Tensor, method: Method, settings: dict[str, Any], state: dict[str, Tensor]) -> Work:
+    """Bring one parameter with a gradient to its dense, local form.
+
+    Raises:
+        ValueError: a sparse gradient with coupled weight decay (which would touch every row) or sparse in more than
+            its first dimension.
+    """
+    assert param.grad is not None, "only parameters with a gradient have work"
+    grad = local_gradient(param)
+    groups = shard_groups(param)
+    weight = local_tensor(param)
+    tensors = {key: local_tensor(value) for key, value in state.items()}
+    rows, homes = None, []
+    if grad.is_sparse:
+        if settings["weight_decay"]:
+            raise ValueError(
+                f"{name}: weight_decay is not defined for sparse gradients; put the table in its own group"
+            )
+        grad = grad.coalesce()
+        if grad.sparse_dim() != 1:
+            raise ValueError(f"{name}: gradients must be sparse by rows, got {grad.sparse_dim()} sparse dimensions")
+        rows, grad = grad.indices()[0], grad.values()
+        tables = [weight, *(value for value in tensors.values() if value.ndim)]
+        homes = [(table, table.index_select(0, rows)) for table in tables]
+        copies = iter([copy for _, copy in homes])
+        weight = next(copies)
+        tensors = {key: next(copies) if value.ndim else value for key, value in tensors.items()}
+    return Work(name, param, method, settings, weight, grad, tensors, rows, homes, groups)
+
+
+@dataclass(slots=True)
+class Piece:
+    """Part of a Work, small enough to stay in cache: views of its tensors, flattened where there is more than one."""
+
+    weight: Tensor
+    grad: Tensor
+    state: dict[str, Tensor]
+
+    def effective(self, settings: Settings) -> tuple[Tensor, Tensor]:
+        """Return weight and gradient in the dtype of the computation, with sign and coupled decay applied."""
+        dtype = torch.promote_types(self.weight.dtype, torch.float32)
+        weight, grad = self.weight.to(dtype), self.grad.to(dtype)
+        if settings["maximize"]:
+            grad = -grad
+        if settings["weight_decay"] and not settings["decoupled_weight_decay"]:
+            grad = grad.add(weight, alpha=settings["weight_decay"])
+        return weight, grad
+
+
+CHUNK = 1 << 16
+"""Coordinates in a piece on the CPU: the handful of temporaries of a float32 piece fit a 2 MiB cache."""
+
+
+def pieces(work: Work) -> Iterator[Piece]:
+    """Cut a tensor into pieces; one piece where cutting does not pay or sigma needs whole rows."""
+    tensors = [work.weight, work.grad, *(value for value in work.state.values() if value.ndim)]
+    whole = (
+        work.weight.numel() <= CHUNK
+        or work.weight.device.type != "cpu"
+        or torch.compiler.is_compiling()
+        or work.unit_dims is not None
+        or not all(tensor.is_contiguous() for tensor in tensors)
+    )
+    if whole:
+        yield Piece(work.weight, work.grad, work.state)
+        return
+    elementwise = [key for key, value in work.state.items() if value.ndim]
+    for weight, grad, *state in zip(*(tensor.view(-1).split(CHUNK) for tensor in tensors), strict=True):
+        yield Piece(weight, grad, {**work.state, **dict(zip(elementwise, state, strict=True))})
