@@ -5,7 +5,6 @@
 This package needs torch and nothing else. Read README.md beside this file for how to choose.
 """
 
-from optim import methods as _methods  # registers them
 from optim.build import build_optimizer
 from optim.hyperparameters import Hyperparameter
 from optim.optimizer import SigmaOptimizer

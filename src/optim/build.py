@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+import optim.methods  # noqa: F401  (registers them)
 from optim.grouping import Params, embedding_parameters, parse_patterns, split
 from optim.hyperparameters import SHARED
 from optim.optimizer import SigmaOptimizer

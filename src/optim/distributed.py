@@ -44,6 +44,16 @@ def shard_groups(param: Tensor) -> ProcessGroups:
     )
 
 
+def shard_offsets(param: Tensor) -> tuple[Sequence[int], Sequence[int]] | None:
+    """Return the shape of the local shard and where it begins in the whole; None for an unsharded tensor."""
+    if not shard_groups(param):
+        return None
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    mesh, placements = param.device_mesh, param.placements  # type: ignore[attr-defined]
+    return compute_local_shape_and_global_offset(param.shape, mesh, placements)
+
+
 def combine_max(values: Tensor, groups: Sequence[dist.ProcessGroup]) -> Tensor:
     """Return the maximum over ranks of non-negative values; NaN on any rank gives NaN on all.
 

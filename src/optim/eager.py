@@ -27,12 +27,10 @@ def reduce(work: Work, reductions: Sequence[Reduction]) -> dict[str, Tensor]:
         at = coordinates(work, piece)
         for reduction in reductions:
             parts[reduction.name].append(_collapse(reduction, reduction.map(at, work.settings), dims))
-    return {
-        reduction.name: _join(reduction, parts[reduction.name])
-        if len(parts[reduction.name]) > 1
-        else parts[reduction.name][0]
-        for reduction in reductions
-    }
+    binding = work.method.binding
+    if binding is not None and binding in reductions and dims is None and len(parts[binding.name]) > 1:
+        work.peaks = torch.stack(parts[binding.name])
+    return {reduction.name: _join(reduction, parts[reduction.name]) for reduction in reductions}
 
 
 def _collapse(reduction: Reduction, values: Tensor, dims: tuple[int, ...] | None) -> Tensor:
@@ -46,6 +44,8 @@ def _collapse(reduction: Reduction, values: Tensor, dims: tuple[int, ...] | None
 
 
 def _join(reduction: Reduction, parts: list[Tensor]) -> Tensor:
+    if len(parts) == 1:
+        return parts[0]
     together = torch.stack(parts)
     return torch.linalg.vector_norm(together) if reduction.combine == "norm" else together.amax()
 
@@ -78,10 +78,11 @@ def _advance(work: Work, piece: Piece) -> tuple[Tensor, Mapping[str, Tensor]]:
     settings, sigma, update = work.settings, work.sigma, work.method.update
     lr: Any = settings["lr"]
     weight, grad = piece.effective(settings)
-    if sigma is not None and work.clips_gradient:
-        grad, sigma = grad * sigma, None
+    fed = grad * sigma if sigma is not None and settings.get("clip_accumulator", False) else grad
+    if work.clips_gradient:
+        grad, sigma = fed, None
     step = update.direction(grad, piece.state, settings).update
-    after = update.advance(grad, piece.state, settings, sigma)
+    after = update.advance(fed, piece.state, settings)
     if settings["decoupled_weight_decay"]:
         weight = weight * (1 - lr * settings["weight_decay"])
     return weight - step * (lr if sigma is None else lr * sigma), after

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, overload
 
@@ -11,11 +12,12 @@ from torch import Tensor
 from optim import eager, stats
 from optim.distributed import local_tensor
 from optim.hyperparameters import SHARED, check_names
-from optim.registry import Method, get_info
+from optim.registry import get_info
 from optim.select import all_finite, choose_sigma
 from optim.work import Work, make_work
 
 SKIPPED = "skipped_steps"
+WARNED = "warned_still"
 _SHARED = {spec.name: spec for spec in SHARED}
 _INTERNAL = {"params", "param_names", "method", "initial_lr", SKIPPED}
 
@@ -53,7 +55,7 @@ class SigmaOptimizer(torch.optim.Optimizer):
             name: spec.check(spec.default if given[name] is None else given[name], method)
             for name, spec in _SHARED.items()
         }
-        super().__init__(params, {"method": method, **defaults, **shared})
+        super().__init__(params, {"method": method, **defaults, **shared, WARNED: False})
 
     @property
     def collect_stats(self) -> bool:
@@ -124,9 +126,9 @@ class SigmaOptimizer(torch.optim.Optimizer):
         if not works:
             return loss
         ok = self._check_finite(works)
-        choose_sigma(works, eager.reduce)
+        choose_sigma(works, eager.reduce, also=stats.REDUCTIONS if self.collect_stats else ())
         if self.collect_stats:
-            stats.record(works, self.state, ok, eager.reduce)
+            stats.record(works, self.state, ok)
         for work in works:
             eager.apply(work, ok.get(work.weight.device))
         return loss
@@ -168,8 +170,25 @@ class SigmaOptimizer(torch.optim.Optimizer):
         return ok
 
     def clip_stats(self) -> dict[str, stats.ClipStats]:
-        """Return by parameter name what clipping did; empty where collect_stats is off. Reading waits for the device."""
-        return stats.read(self.param_groups, self.state) if self.collect_stats else {}
+        """Return by parameter name what clipping did; empty where collect_stats is off.
+
+        Reading waits for the device. See `ClipStats` for the fields.
+
+        Warns:
+            UserWarning: once, when a tensor is held still by weights of 0 and a tiny lambda_abs.
+        """
+        if not self.collect_stats:
+            return {}
+        report = stats.read(self.param_groups, self.state)
+        still = [name for name, row in report.items() if row["still"]]
+        if still and not self.defaults[WARNED]:
+            self.defaults[WARNED] = True
+            warnings.warn(
+                f"{', '.join(still)}: held still, because a weight of 0 may move by lambda_abs only; raise lambda_abs "
+                "(the paper uses 1e-2) or start from other weights",
+                stacklevel=2,
+            )
+        return report
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state_dict; torch casts state to the parameter's dtype, which would lose float32 state of bfloat16.

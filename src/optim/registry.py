@@ -16,11 +16,11 @@ from optim.updates import Update
 ENTRY_POINT_GROUP = "evenkeel.optim"
 """Installed packages register methods by an entry point of this group, named as the method, loaded at first use."""
 
-Sigma = Callable[[Mapping[str, Tensor], Any, Settings], Tensor]
-"""A rule: (reductions by name, lr, settings) -> sigma, elementwise over however many tensors it is given."""
+Sigma = Callable[[Mapping[str, Tensor], Settings], Tensor]
+"""A rule: (reductions by name, settings) -> sigma, elementwise over however many tensors or units it is given."""
 
 Terms = Callable[[Coordinates, Settings], Mapping[str, Tensor]]
-"""The terms a bound is the sum of, by name, for the coordinate that binds."""
+"""The terms that a bound is the sum of, by name."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,7 +106,7 @@ def register_rule(name: str, **fields: Any) -> Callable[[Sigma], Sigma]:
 
     Example:
         >>> @register_rule("half", summary="Half a step.", reference="none", update=ADAGRAD)
-        ... def half(reduced, lr, settings):
+        ... def half(reduced, settings):
         ...     return torch.full_like(reduced["grad_norm"], 0.5)
     """
 

@@ -22,33 +22,40 @@ def is_idle(work: Work) -> bool:
     return method.sigma is None or (method.idle is not None and method.idle(work.settings))
 
 
-def choose_sigma(works: Iterable[Work], reducer: Reducer) -> None:
-    """Set `sigma` of every work; None where the rule cannot give anything but 1."""
+def choose_sigma(works: Iterable[Work], reducer: Reducer, also: tuple[Reduction, ...] = ()) -> None:
+    """Set `sigma` of every work, None where the rule cannot give anything but 1; and `reduced`.
+
+    Args:
+        works: All works of a step, of any groups, devices and shardings.
+        reducer: Reduces the local part of one tensor.
+        also: Further reductions somebody wants to see, taken in the same pass over memory.
+    """
     batches: dict[object, list[Work]] = defaultdict(list)
     for number, work in enumerate(works):
         work.sigma = None
-        if not is_idle(work):
-            key = number if work.unit_dims is not None else None
-            batches[work.weight.device, work.groups, id(work.settings), key].append(work)
+        if also or not is_idle(work):
+            apart = number if work.unit_dims is not None else None
+            batches[work.weight.device, work.groups, id(work.settings), apart].append(work)
     for batch in batches.values():
-        _choose_batch(batch, reducer)
+        _choose_batch(batch, reducer, also)
 
 
-def _choose_batch(batch: list[Work], reducer: Reducer) -> None:
+def _choose_batch(batch: list[Work], reducer: Reducer, also: tuple[Reduction, ...]) -> None:
     """Choose for works of one parameter group, one device and one sharding; or for a single work by unit."""
     first = batch[0]
-    rule, settings = first.method.sigma, first.settings
-    assert rule is not None, "idle works were left out"
-    reduced = reduce_all(batch, first.method.reductions, reducer)
-    sigma = rule(reduced, settings["lr"], settings)
+    rule = None if is_idle(first) else first.method.sigma
+    needed = () if rule is None else first.method.reductions
+    reduced = _reduce_batch(batch, tuple(dict.fromkeys((*needed, *also))), reducer)
+    sigma = None if rule is None else rule(reduced, first.settings)
     if first.unit_dims is not None:
-        first.sigma = sigma
+        first.sigma, first.reduced = sigma, reduced
         return
-    for work, value in zip(batch, sigma.unbind(), strict=True):
-        work.sigma = value
+    for number, work in enumerate(batch):
+        work.sigma = None if sigma is None else sigma[number]
+        work.reduced = {name: values[number] for name, values in reduced.items()}
 
 
-def reduce_all(batch: list[Work], reductions: Sequence[Reduction], reducer: Reducer) -> dict[str, Tensor]:
+def _reduce_batch(batch: list[Work], reductions: Sequence[Reduction], reducer: Reducer) -> dict[str, Tensor]:
     """Reduce tensors to vectors [len(batch)], combined over shards; by unit, a single tensor to one number a unit."""
     local = [reducer(work, reductions) for work in batch]
     by_unit = batch[0].unit_dims is not None
@@ -80,7 +87,7 @@ def all_finite(works: Sequence[Work], checker: Callable[[Work], Tensor]) -> dict
         flags = torch.stack([checker(work) for work in batch]).all().logical_not().float()
         bad[batch[0].weight.device].append(combine_max(flags, [group for group, _ in batch[0].groups]))
     devices = list(bad)
-    flags = [torch.stack(parts).amax() for parts in bad.values()]
+    worst = [torch.stack(parts).amax() for parts in bad.values()]
     return {
-        device: torch.stack([flag.to(device, non_blocking=True) for flag in flags]).amax() == 0 for device in devices
+        device: torch.stack([flag.to(device, non_blocking=True) for flag in worst]).amax() == 0 for device in devices
     }

@@ -26,8 +26,8 @@ def what_if(optimizer: SigmaOptimizer, rules: Rules) -> dict[str, dict[str, floa
 
     Args:
         optimizer: Its gradients, state and learning rates are looked at.
-        rules: Names of methods, with their default hyperparameters; or label to hyperparameters, in which `method`
-            names the method where the label does not: `{"gc": {}, "agc_small": {"method": "agc", "clip_factor": 1e-3}}`.
+        rules: Names of methods, with their default hyperparameters; or label to hyperparameters, where `method` names
+            the method if the label does not: `{"gc": {}, "mild": {"method": "agc", "clip_factor": 1e-1}}`.
 
     Raises:
         TypeError, ValueError: as `build_optimizer`, for an unknown rule or hyperparameter.

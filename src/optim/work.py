@@ -7,7 +7,7 @@ the process groups over which a reduction must be combined. The rest of the pack
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -34,6 +34,8 @@ class Work:
         rows: Indices of the touched rows in `param`; None for a dense gradient.
         groups: Process groups that hold the other shards of this tensor, with the dimension they split.
         sigma: The factor the rule chose: None for 1, 0-d, or one a unit in a shape that broadcasts to `weight`.
+        peaks: The method's binding reduction piece by piece, where the tensor was cut; to find the coordinate again.
+        reduced: What the rule, and whoever asked for more, knows of the tensor; shaped as `sigma`.
     """
 
     name: str
@@ -47,6 +49,8 @@ class Work:
     homes: list[tuple[Tensor, Tensor]]
     groups: ProcessGroups
     sigma: Tensor | None = None
+    peaks: Tensor | None = None
+    reduced: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def unit_dims(self) -> tuple[int, ...] | None:

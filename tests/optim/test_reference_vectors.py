@@ -24,7 +24,10 @@ SETTINGS = [
 ]
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-6}
 
-pytestmark = pytest.mark.skipif(not FILE.exists(), reason=f"no reference vectors at {FILE}; set EVENKEEL_REFERENCE")
+pytestmark = [
+    pytest.mark.skipif(not FILE.exists(), reason=f"no reference vectors at {FILE}; set EVENKEEL_REFERENCE"),
+    pytest.mark.filterwarnings("ignore:.*held still"),  # the authors' lambda_abs of 1e-7 does that to weights of 0
+]
 
 
 @pytest.fixture(scope="module")
@@ -91,6 +94,6 @@ def test_sparse_steps_with_duplicates_equal_the_authors(
         )
         optimizer.step()
         (row,) = optimizer.clip_stats().values()
-        assert_close(torch.tensor(row["sigma"]), step["clipping_factor"], dtype)
+        assert_close(torch.tensor(row["sigma"], dtype=torch.float64), step["clipping_factor"], dtype)
         assert_close(table, step["param"], dtype)
         assert_close(optimizer.state[table]["sum"], step["accumulator"], dtype)

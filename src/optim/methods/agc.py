@@ -12,7 +12,6 @@ eq. 3. Deviation: the paper on ranking has no min_norm (set 0); then a tensor th
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 from torch import Tensor
 
@@ -47,7 +46,7 @@ from optim.updates import ADAGRAD
         CLIP_ACCUMULATOR,
     ),
 )
-def agc(reduced: Mapping[str, Tensor], lr: Any, settings: Settings) -> Tensor:
+def agc(reduced: Mapping[str, Tensor], settings: Settings) -> Tensor:
     """Return sigma; a gradient of 0 is not clipped, even where the bound is 0 too."""
     grad_norm = reduced["grad_norm"]
     limit = settings["clip_factor"] * reduced["weight_norm"].clamp(min=settings["min_norm"])

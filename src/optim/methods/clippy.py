@@ -15,7 +15,6 @@ Algorithm 1 (preset "paper"), and TensorFlow Recommenders' ClippyAdagrad (preset
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -58,9 +57,9 @@ def overshoot(at: Coordinates, settings: Settings) -> Tensor:
 OVERSHOOT = Reduction("overshoot", "max", overshoot)
 
 
-def clippy(reduced: Mapping[str, Tensor], lr: Any, settings: Settings) -> Tensor:
+def clippy(reduced: Mapping[str, Tensor], settings: Settings) -> Tensor:
     """Return sigma."""
-    return (reduced["overshoot"] * lr).clamp(min=1.0).reciprocal()
+    return (reduced["overshoot"] * settings["lr"]).clamp(min=1.0).reciprocal()
 
 
 def cannot_clip(settings: Settings) -> bool:

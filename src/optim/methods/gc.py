@@ -8,7 +8,6 @@ Source: Pascanu, Mikolov, Bengio, ICML 2013; a tensor at a time and on Adagrad's
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 from torch import Tensor
 
@@ -38,6 +37,6 @@ CLIP_ACCUMULATOR = Hyperparameter(
         CLIP_ACCUMULATOR,
     ),
 )
-def gc(reduced: Mapping[str, Tensor], lr: Any, settings: Settings) -> Tensor:
+def gc(reduced: Mapping[str, Tensor], settings: Settings) -> Tensor:
     """Return sigma; a gradient of 0 is not clipped."""
     return (settings["clip_norm"] / reduced["grad_norm"]).clamp(max=1.0)

@@ -12,7 +12,6 @@ Source: You et al., "Large Batch Optimization for Deep Learning: Training BERT i
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 from torch import Tensor
 
@@ -51,7 +50,7 @@ def trust_coefficient(default: float) -> Hyperparameter:
     reductions=(WEIGHT_NORM, UPDATE_NORM),
     hyperparameters=(trust_coefficient(1e-2),),
 )
-def lamb(reduced: Mapping[str, Tensor], lr: Any, settings: Settings) -> Tensor:
+def lamb(reduced: Mapping[str, Tensor], settings: Settings) -> Tensor:
     """Return sigma."""
     weight_norm, update_norm = reduced["weight_norm"], reduced["update_norm"]
     ratio = (weight_norm / update_norm).where((weight_norm != 0) & (update_norm != 0), 1.0)

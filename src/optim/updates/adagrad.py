@@ -35,7 +35,7 @@ class Adagrad:
     """G is kept in the parameter's dtype, and in float32 where that is narrower.
 
     Deviations on request: `accumulator="delayed"` divides by the root of G_{t-1}; `preset="tfrs"` puts epsilon inside
-    the root; `clip_accumulator` feeds (sigma * g)^2 to G.
+    the root.
     """
 
     name = "adagrad"
@@ -58,18 +58,11 @@ class Adagrad:
         if not reads_previous(settings):
             total = torch.addcmul(total, grad, grad)
         eps = settings["eps"]
-        if epsilon_inside(settings):
-            scale = (total + eps).rsqrt()
-        else:
-            scale = total.sqrt().add_(eps).reciprocal_()
+        scale = (total + eps).rsqrt() if epsilon_inside(settings) else total.sqrt().add_(eps).reciprocal_()
         return Direction(grad * scale, scale)
 
-    def advance(
-        self, grad: Tensor, state: Mapping[str, Tensor], settings: Settings, sigma: Tensor | None
-    ) -> dict[str, Tensor]:
+    def advance(self, grad: Tensor, state: Mapping[str, Tensor], _settings: Settings) -> dict[str, Tensor]:
         """Return G_t."""
-        if sigma is not None and settings.get("clip_accumulator", False):
-            grad = grad * sigma
         return {"sum": torch.addcmul(state["sum"], grad, grad)}
 
 

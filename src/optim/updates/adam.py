@@ -30,7 +30,7 @@ class Adam:
         Hyperparameter(name="eps", default=1e-8, low=0.0, unit="gradient", doc="Added to the root of v."),
     )
 
-    def init(self, weight: Tensor, settings: Settings) -> dict[str, Tensor]:
+    def init(self, weight: Tensor, _settings: Settings) -> dict[str, Tensor]:
         """Return zero moments and a step count of 0, on the device so that nothing waits for it."""
         dtype = torch.promote_types(weight.dtype, torch.float32)
         return {
@@ -42,7 +42,7 @@ class Adam:
     def direction(self, grad: Tensor, state: Mapping[str, Tensor], settings: Settings) -> Direction:
         """Return r_t."""
         beta1, beta2 = settings["betas"]
-        after = self.advance(grad, state, settings, None)
+        after = self.advance(grad, state, settings)
         # float64 because 1 - 0.999^t loses half its digits in float32 at t = 1.
         step = after["step"].double()
         correction1 = (1 - beta1**step).to(grad.dtype)
@@ -50,10 +50,8 @@ class Adam:
         root = (after["exp_avg_sq"] / correction2).sqrt_().add_(settings["eps"])
         return Direction(after["exp_avg"] / correction1 / root, None)
 
-    def advance(
-        self, grad: Tensor, state: Mapping[str, Tensor], settings: Settings, sigma: Tensor | None
-    ) -> dict[str, Tensor]:
-        """Return the moments and the count after this gradient; they always see the gradient unclipped."""
+    def advance(self, grad: Tensor, state: Mapping[str, Tensor], settings: Settings) -> dict[str, Tensor]:
+        """Return the moments and the count after this gradient."""
         beta1, beta2 = settings["betas"]
         return {
             "step": state["step"] + 1,

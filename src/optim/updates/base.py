@@ -27,22 +27,27 @@ class Update(Protocol):
     """A pure description of an update: no tensor it is given is ever written to.
 
     A step looks at the direction first (to choose sigma) and advances the state afterwards, or not at all when the
-    gradient is not finite; both functions therefore only compute.
+    gradient is not finite; all three functions therefore only compute.
     """
 
-    name: str
-    hyperparameters: tuple[Hyperparameter, ...]
+    @property
+    def name(self) -> str:
+        """What messages call it."""
+        ...
 
-    def init(self, weight: Tensor, settings: Settings) -> dict[str, Tensor]:
+    @property
+    def hyperparameters(self) -> tuple[Hyperparameter, ...]:
+        """Its own, beside the common ones."""
+        ...
+
+    def init(self, weight: Tensor, settings: Settings, /) -> dict[str, Tensor]:
         """Return the state of a fresh parameter: tensors shaped like it, and 0-d tensors for counts."""
         ...
 
-    def direction(self, grad: Tensor, state: Mapping[str, Tensor], settings: Settings) -> Direction:
+    def direction(self, grad: Tensor, state: Mapping[str, Tensor], settings: Settings, /) -> Direction:
         """Return the direction for this gradient and this state."""
         ...
 
-    def advance(
-        self, grad: Tensor, state: Mapping[str, Tensor], settings: Settings, sigma: Tensor | None
-    ) -> dict[str, Tensor]:
-        """Return the state after this gradient; `sigma` is the factor the step was scaled by (None: 1)."""
+    def advance(self, grad: Tensor, state: Mapping[str, Tensor], settings: Settings, /) -> dict[str, Tensor]:
+        """Return the state after this gradient."""
         ...

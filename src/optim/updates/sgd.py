@@ -17,17 +17,15 @@ class GradientDescent:
     name = "sgd"
     hyperparameters: tuple[Hyperparameter, ...] = ()
 
-    def init(self, weight: Tensor, settings: Settings) -> dict[str, Tensor]:
+    def init(self, _weight: Tensor, _settings: Settings) -> dict[str, Tensor]:
         """Return no state."""
         return {}
 
-    def direction(self, grad: Tensor, state: Mapping[str, Tensor], settings: Settings) -> Direction:
+    def direction(self, grad: Tensor, _state: Mapping[str, Tensor], _settings: Settings) -> Direction:
         """Return g_t."""
         return Direction(grad, None)
 
-    def advance(
-        self, grad: Tensor, state: Mapping[str, Tensor], settings: Settings, sigma: Tensor | None
-    ) -> dict[str, Tensor]:
+    def advance(self, _grad: Tensor, _state: Mapping[str, Tensor], _settings: Settings) -> dict[str, Tensor]:
         """Return no state."""
         return {}
 
