@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -58,6 +58,7 @@ class Batch:
         time_ms_B: int64 [B], Unix milliseconds, UTC.
         row_B: int64 [B], the schema's row_id, or the row's position in the log.
         window: number of the time window the rows were drawn from; -1 outside of training.
+        number: which batch of the training order this is, counted over all ranks and windows; -1 outside of training.
         opening: on the first batch of a window, the whole of this rank's share of it in time order, so that the
             window can be scored before any of it is trained on; None on every other batch.
     """
@@ -70,6 +71,7 @@ class Batch:
     time_ms_B: Tensor
     row_B: Tensor
     window: int = -1
+    number: int = -1
     opening: Batch | None = field(default=None, repr=False)
 
     def __len__(self) -> int:
@@ -77,14 +79,15 @@ class Batch:
 
     def take(self, index_B: Tensor) -> Batch:
         """The rows at the given positions, in that order (without ``opening``)."""
+        # index_select copies whole rows, where indexing goes value by value: three times faster on wide batches.
         return Batch(
-            dense_BF=self.dense_BF[index_B],
-            onehot_BC=self.onehot_BC[index_B],
+            dense_BF=self.dense_BF.index_select(0, index_B),
+            onehot_BC=self.onehot_BC.index_select(0, index_B),
             ragged={name: lists.take(index_B) for name, lists in self.ragged.items()},
-            labels_BT=self.labels_BT[index_B],
-            mask_BT=self.mask_BT[index_B],
-            time_ms_B=self.time_ms_B[index_B],
-            row_B=self.row_B[index_B],
+            labels_BT=self.labels_BT.index_select(0, index_B),
+            mask_BT=self.mask_BT.index_select(0, index_B),
+            time_ms_B=self.time_ms_B.index_select(0, index_B),
+            row_B=self.row_B.index_select(0, index_B),
             window=self.window,
         )
 
@@ -108,19 +111,22 @@ class Batch:
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Batch:
         """The same rows on another device (``opening`` stays where it is: it is moved in pieces when scored)."""
+        return self._each(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
-        def move(tensor: Tensor) -> Tensor:
-            return tensor.to(device, non_blocking=non_blocking)
+    def pin_memory(self) -> Batch:
+        """The same rows in memory that a GPU can fetch from while it computes (``opening`` stays where it is)."""
+        return self._each(Tensor.pin_memory)
 
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
         return replace(
             self,
-            dense_BF=move(self.dense_BF),
-            onehot_BC=move(self.onehot_BC),
-            ragged={name: lists.to(device, non_blocking=non_blocking) for name, lists in self.ragged.items()},
-            labels_BT=move(self.labels_BT),
-            mask_BT=move(self.mask_BT),
-            time_ms_B=move(self.time_ms_B),
-            row_B=move(self.row_B),
+            dense_BF=change(self.dense_BF),
+            onehot_BC=change(self.onehot_BC),
+            ragged={n: Ragged(change(lists.values), change(lists.offsets)) for n, lists in self.ragged.items()},
+            labels_BT=change(self.labels_BT),
+            mask_BT=change(self.mask_BT),
+            time_ms_B=change(self.time_ms_B),
+            row_B=change(self.row_B),
         )
 
     @staticmethod

@@ -286,16 +286,29 @@ class Schema:
         """Reads a schema file.
 
         Raises:
-            UserError: there is no such file, it is no YAML, or it does not describe a schema.
+            UserError: there is no such file, or it does not describe a schema.
         """
         path = Path(path)
         if not path.is_file():
             raise UserError(f"no schema at {path}: a data set needs a {SCHEMA_FILE} beside its Parquet files")
+        return cls.from_text(path.read_bytes(), source=str(path))
+
+    @classmethod
+    def from_text(cls, text: str | bytes, *, source: str = "schema") -> Schema:
+        """Builds a schema from what its file holds.
+
+        Args:
+            text: YAML.
+            source: what to call it in an error, usually the file's path.
+
+        Raises:
+            UserError: it is no YAML, or it does not describe a schema.
+        """
         try:
-            raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+            raw = yaml.safe_load(text)
         except yaml.YAMLError as error:
-            raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
-        return cls.from_dict(raw, source=str(path))
+            raise UserError(f"{source} is not YAML: {' '.join(str(error).split())}") from error
+        return cls.from_dict(raw, source=source)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, without the entries that hold their default."""

@@ -1,0 +1,147 @@
+"""Does a Parquet file fit the schema? Asked of the columns' types before anything is read, and of the times after."""
+
+from __future__ import annotations
+
+import datetime as dt
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from ranker.data.decode import is_string
+from ranker.data.faults import Place
+from ranker.data.schema import TIME_UNITS, CategoricalFeature, Schema
+from ranker.errors import UserError, suggest
+
+# Times outside of these years are taken for a wrong unit, if another unit would put them inside.
+_SANE_MS = tuple(int(dt.datetime(year, 1, 1, tzinfo=dt.UTC).timestamp() * 1000) for year in (1990, 2100))
+
+
+def check_columns(columns: pa.Schema, *, schema: Schema, file: str) -> None:
+    """Checks that a file holds every column of the schema, in a type that can be decoded.
+
+    Raises:
+        UserError: a column is missing or of the wrong type; the line names file and column, and what to do.
+    """
+    kinds = {field.name: field.type for field in columns}
+    for name in schema.columns():
+        if name not in kinds:
+            raise UserError(f"{file}: column '{name}' of schema '{schema.name}' is missing; {suggest(name, kinds)}")
+    time = kinds[schema.time_column]
+    if not (_is_number(time) or pa.types.is_timestamp(time)):
+        raise _wrong_type(file, schema.time_column, time, "a time is a number or a timestamp")
+    if schema.row_id and not pa.types.is_integer(kinds[schema.row_id]):
+        raise _wrong_type(file, schema.row_id, kinds[schema.row_id], "a row id is an integer")
+    for feature in schema.dense:
+        if not _is_number(kinds[feature.column]):
+            raise _wrong_type(
+                file, feature.column, kinds[feature.column], f"dense feature '{feature.name}' is a number"
+            )
+    for categorical in schema.categorical:
+        _check_categorical(kinds[categorical.column], categorical, schema.table_of(categorical), file)
+    for task in schema.tasks:
+        if not _is_number(kinds[task.column]):
+            raise _wrong_type(file, task.column, kinds[task.column], f"the label of task '{task.name}' is a number")
+        if task.mask and not (pa.types.is_boolean(kinds[task.mask]) or pa.types.is_integer(kinds[task.mask])):
+            raise _wrong_type(file, task.mask, kinds[task.mask], f"the mask of task '{task.name}' is a boolean")
+
+
+def check_same_types(columns: pa.Schema, first: pa.Schema, *, schema: Schema, file: str, first_file: str) -> None:
+    """Checks that a file's columns have the types they have in the log's first file.
+
+    Raises:
+        UserError: a column's type differs.
+    """
+    for name in schema.columns():
+        here, there = columns.field(name).type, first.field(name).type
+        if here != there:
+            raise UserError(
+                f"{file}: column '{name}' is {here}, but {there} in {first_file}; "
+                "write all files of a log with the same types"
+            )
+
+
+def check_time_unit(first_ms: int, *, schema: Schema, file: str) -> None:
+    """Refuses times that only make sense in another unit than the schema's.
+
+    Args:
+        first_ms: a time of the log, as milliseconds if the schema is right.
+        schema: names the time column and its unit.
+        file: where the time is from.
+
+    Raises:
+        UserError: the time lies outside of 1990 .. 2100, and another unit would put it inside.
+    """
+    low, high = _SANE_MS
+    if low <= first_ms < high:
+        return
+    raw = first_ms / TIME_UNITS[schema.time_unit]
+    for unit, factor in TIME_UNITS.items():
+        if low <= raw * factor < high:
+            raise UserError(
+                f"{file}: column '{schema.time_column}' ({raw:.0f}) is no time near today in '{schema.time_unit}', "
+                f"but is one in '{unit}'; set time_unit: {unit} in the schema"
+            )
+
+
+def check_sorted(time_ms_B: Tensor, *, schema: Schema, place: Place) -> None:
+    """Checks that the rows of a row group are in the order of time.
+
+    Raises:
+        UserError: a row is earlier than the one before it; the line names the first such row.
+    """
+    steps = torch.diff(time_ms_B)
+    if len(steps) and int(steps.min()) < 0:
+        row = int((steps < 0).to(torch.uint8).argmax()) + 1
+        raise place.error(
+            schema.time_column, f"row {row} is earlier than the row before it; sort the log by '{schema.time_column}'"
+        )
+
+
+def check_groups_in_order(
+    time_min_ms: npt.NDArray[np.int64], time_max_ms: npt.NDArray[np.int64], *, places: list[Place], schema: Schema
+) -> None:
+    """Checks that no row group begins before the one before it ends, over all files.
+
+    Raises:
+        UserError: one does.
+    """
+    early = np.flatnonzero(time_min_ms[1:] < time_max_ms[:-1])
+    if len(early):
+        here, before = places[early[0] + 1], places[early[0]]
+        raise here.error(
+            schema.time_column,
+            f"begins before row group {before.row_group} of {before.file} ends; sort the log by "
+            f"'{schema.time_column}' and name its files so that the order of names is the order of time",
+        )
+
+
+def _check_categorical(kind: pa.DataType, feature: CategoricalFeature, owner: CategoricalFeature, file: str) -> None:
+    lists = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+    if lists != (feature.kind != "one_hot"):
+        wanted = "one id" if feature.kind == "one_hot" else "a list of ids"
+        raise _wrong_type(file, feature.column, kind, f"{feature.kind} feature '{feature.name}' holds {wanted} a row")
+    item = kind.value_type if lists else kind
+    item = item.value_type if pa.types.is_dictionary(item) else item
+    strings = is_string(item)
+    if not (strings or pa.types.is_integer(item) or pa.types.is_boolean(item)):
+        raise _wrong_type(file, feature.column, kind, f"ids of '{feature.name}' are integers or strings")
+    if strings and owner.num_embeddings:
+        raise _wrong_type(
+            file,
+            feature.column,
+            kind,
+            f"strings of '{feature.name}' need hash_buckets or a vocabulary, not num_embeddings",
+        )
+    if owner.vocabulary and any(isinstance(word, str) != strings for word in owner.vocabulary):
+        raise _wrong_type(file, feature.column, kind, f"the vocabulary of '{owner.name}' holds another type")
+
+
+def _is_number(kind: pa.DataType) -> bool:
+    return pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind)
+
+
+def _wrong_type(file: str, column: str, kind: pa.DataType, wanted: str) -> UserError:
+    return UserError(f"{file}: column '{column}' is {kind}; {wanted}")

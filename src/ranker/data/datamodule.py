@@ -1,0 +1,178 @@
+"""A log as Lightning wants it: loaders for training, for evaluations on the way and for the one at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from functools import cached_property
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+
+from ranker.data.batch import Batch
+from ranker.data.eval_loader import EvalLoader
+from ranker.data.loader import WindowedLoader
+from ranker.data.log import Log
+from ranker.data.windows import WindowPlan, parse_window, plan_windows
+from ranker.errors import UserError
+
+
+class RankingDataModule(pl.LightningDataModule):
+    """Trains on a log's training rows through a moving window and evaluates on its hold-out.
+
+    The position in the training order is part of a checkpoint: a resumed run draws the batches that the interrupted
+    one had not trained on, bit by bit the same. Whoever trains says after each batch, before a checkpoint can be
+    written, that it was consumed: ``advance``.
+
+    Attributes:
+        log: the log; opened on first use where a factory was given.
+        position: number of the next batch to train on, counted over all ranks from the start of the run.
+        watch_training: wraps the training loader, for example to time it; nothing by default.
+    """
+
+    def __init__(
+        self,
+        log: Log | Callable[[], Log],
+        *,
+        batch_size: int,
+        eval_batch_size: int | None = None,
+        window: int | str = 16_384,
+        seed: int = 0,
+        num_workers: int = 1,
+        eval_max_rows: int | None = None,
+        progressive: bool = False,
+        pin_memory: bool | None = None,
+    ) -> None:
+        """Reads nothing yet.
+
+        Args:
+            log: the log, or what opens it.
+            batch_size: rows a step, over all ranks.
+            eval_batch_size: rows of an evaluation batch, over all ranks; None takes batch_size.
+            window: rows, or hours such as ``6h``, inside which batches are drawn at random.
+            seed: decides the order inside each window.
+            num_workers: threads that read ahead; 0 reads in line.
+            eval_max_rows: about how many rows of the hold-out the evaluations during training use; None for all.
+            progressive: give the first batch of a window the window itself, to be scored before it is trained on.
+            pin_memory: pin batches; None does where the trainer uses a GPU.
+
+        Raises:
+            UserError: a number is out of range, or the window is neither rows nor hours.
+        """
+        super().__init__()
+        sizes = {"batch_size": batch_size, "eval_batch_size": eval_batch_size, "eval_max_rows": eval_max_rows}
+        for name, value in sizes.items():
+            if value is not None and value < 1:
+                raise UserError(f"{name} must be at least 1, got {value}")
+        if num_workers < 0:
+            raise UserError(f"num_workers must be 0 or more, got {num_workers}")
+        parse_window(window)
+        self._log = log
+        self._batch_size, self._eval_batch_size = batch_size, eval_batch_size or batch_size
+        self._window, self._seed = window, seed
+        self._num_workers, self._eval_max_rows = num_workers, eval_max_rows
+        self._progressive = progressive
+        self._pin_memory = pin_memory
+        self._loader: WindowedLoader | None = None
+        self.position = 0
+        self.watch_training: Callable[[Iterable[Batch]], Iterable[Batch]] = lambda loader: loader
+
+    @cached_property
+    def log(self) -> Log:
+        """The log."""
+        return self._log if isinstance(self._log, Log) else self._log()
+
+    @cached_property
+    def plan(self) -> WindowPlan:
+        """The windows and batches of the whole run."""
+        return plan_windows(self.log, window=self._window, batch_size=self._batch_size)
+
+    @property
+    def num_batches(self) -> int:
+        """Steps of the whole run."""
+        return self.plan.num_batches
+
+    def advance(self, batch: Batch | None = None) -> None:
+        """Notes that a batch was consumed.
+
+        Args:
+            batch: the batch; None stands for the one at ``position``. After a ``skip`` it must be given, because
+                batches that the trainer had already fetched may still come first.
+        """
+        self.position = self.position + 1 if batch is None else batch.number + 1
+
+    def skip(self, batches: int) -> None:
+        """Leaves out the next batches, also of the loader in use; negative goes back and draws them again.
+
+        A trainer that fetches ahead may still hand out what it holds; ``Batch.number`` tells.
+
+        Raises:
+            UserError: it would lead to before the first batch.
+        """
+        if self.position + batches < 0:
+            raise UserError(f"cannot go back {-batches} batches from batch {self.position}")
+        self.position = min(self.position + batches, self.num_batches)
+        if self._loader is not None:
+            self._loader.seek(self.position)
+
+    def train_dataloader(self) -> Iterable[Batch]:
+        """What is left to train on: batches from ``position`` on."""
+        rank, world_size = self._place()
+        self._loader = WindowedLoader(
+            self.log,
+            plan=self.plan,
+            seed=self._seed,
+            rank=rank,
+            world_size=world_size,
+            start_batch=self.position,
+            num_workers=self._num_workers,
+            opening=self._progressive,
+            pin_memory=self._pinned(),
+        )
+        return self.watch_training(self._loader)
+
+    def val_dataloader(self) -> EvalLoader:
+        """Part of the hold-out, spread evenly over it, kept in memory."""
+        return self._eval_loader(max_rows=self._eval_max_rows, keep=self._eval_max_rows is not None)
+
+    def test_dataloader(self) -> EvalLoader:
+        """The whole hold-out."""
+        return self._eval_loader(max_rows=None, keep=False)
+
+    def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:  # noqa: ARG002
+        """Moves a batch, without waiting where its memory is pinned."""
+        return batch.to(device, non_blocking=True)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps."""
+        return {"position": self.position}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Goes on where a checkpoint was written."""
+        self.position = int(state_dict["position"])
+
+    def _eval_loader(self, *, max_rows: int | None, keep: bool) -> EvalLoader:
+        rank, world_size = self._place()
+        return EvalLoader(
+            self.log,
+            start=self.log.train_rows,
+            stop=self.log.num_rows,
+            batch_size=self._eval_batch_size,
+            max_rows=max_rows,
+            rank=rank,
+            world_size=world_size,
+            num_workers=self._num_workers,
+            keep=keep,
+            pin_memory=self._pinned(),
+        )
+
+    def _pinned(self) -> bool:
+        if self._pin_memory is not None or self.trainer is None:
+            return bool(self._pin_memory)
+        return self.trainer.strategy.root_device.type == "cuda"
+
+    def _place(self) -> tuple[int, int]:
+        """Rank and number of ranks; one alone where there is no trainer."""
+        if self.trainer is None:
+            return 0, 1
+        return self.trainer.global_rank, self.trainer.world_size

@@ -1,0 +1,271 @@
+"""From Arrow columns to a batch: whole columns at a time, ids in int64 from end to end.
+
+Each function takes one column of a row group and gives its values and the faults found in it. A faulty row gets a
+harmless value (0), so that what becomes of it can be settled later, in one place.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+
+from ranker.data.batch import Batch, Ragged
+from ranker.data.faults import Fault, Place
+from ranker.data.hashing import hash_bytes, splitmix64
+from ranker.data.schema import TIME_UNITS, CategoricalFeature, DenseFeature, Schema, Task, Transform
+
+Ints = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float32]
+Bools = npt.NDArray[np.bool_]
+
+
+def decode(table: pa.Table, *, schema: Schema, first_row: int, place: Place) -> tuple[Batch, list[Fault]]:
+    """Decodes the rows of one row group.
+
+    Args:
+        table: the columns that ``schema.columns()`` names, of the types that ``checks.check_columns`` lets through.
+        schema: what they mean.
+        first_row: position of the first row in the log; used as row id where the schema names none.
+        place: where the rows are from, for errors.
+
+    Returns:
+        The rows, and what is wrong with some of them.
+
+    Raises:
+        UserError: a null time, or an integer that does not fit int64.
+    """
+    columns = {name: _one_chunk(table[name]) for name in schema.columns()}
+    faults: list[Fault] = []
+    rows = table.num_rows
+    dense_BF = np.empty((rows, len(schema.dense)), dtype=np.float32)
+    for f, feature in enumerate(schema.dense):
+        dense_BF[:, f] = dense_values(columns[feature.column], feature, faults)
+    onehot_BC = np.empty((rows, len(schema.one_hot)), dtype=np.int64)
+    for c, categorical in enumerate(schema.one_hot):
+        owner = schema.table_of(categorical)
+        onehot_BC[:, c] = embedding_rows(columns[categorical.column], owner, categorical.column, faults, place)
+    ragged = {}
+    for categorical in schema.ragged:
+        owner = schema.table_of(categorical)
+        ragged[categorical.name] = ragged_rows(columns[categorical.column], categorical, owner, faults, place)
+    labels_BT = np.empty((rows, len(schema.tasks)), dtype=np.float32)
+    mask_BT = np.empty((rows, len(schema.tasks)), dtype=np.bool_)
+    for t, task in enumerate(schema.tasks):
+        mask = columns[task.mask] if task.mask else None
+        labels_BT[:, t], mask_BT[:, t] = label_values(columns[task.column], task, mask, faults)
+    batch = Batch(
+        dense_BF=torch.from_numpy(dense_BF),
+        onehot_BC=torch.from_numpy(onehot_BC),
+        ragged=ragged,
+        labels_BT=torch.from_numpy(labels_BT),
+        mask_BT=torch.from_numpy(mask_BT),
+        time_ms_B=torch.from_numpy(times_ms(columns[schema.time_column], schema, place)),
+        row_B=torch.from_numpy(_row_ids(columns, schema, first_row, rows, faults, place)),
+    )
+    return batch, faults
+
+
+def times_ms(column: pa.Array, schema: Schema, place: Place) -> Ints:
+    """Unix milliseconds, UTC, int64 [B], from a number in the schema's unit or from an Arrow timestamp.
+
+    Raises:
+        UserError: a time is null: such a row has no place in the order.
+    """
+    if column.null_count:
+        raise place.error(schema.time_column, f"{column.null_count} rows have no time; prepare the log without them")
+    if pa.types.is_timestamp(column.type):
+        return _to_ms(column.cast(pa.int64()).to_numpy(zero_copy_only=False), column.type.unit)
+    if pa.types.is_floating(column.type):
+        values = column.cast(pa.float64()).to_numpy(zero_copy_only=False)
+        return np.floor(values * TIME_UNITS[schema.time_unit]).astype(np.int64)
+    return _to_ms(_int64(column, schema.time_column, place), schema.time_unit)
+
+
+def dense_values(column: pa.Array, feature: DenseFeature, faults: list[Fault]) -> Floats:
+    """``transform(scale * x)``, float32 [B]; nulls read as ``fill_null``."""
+    missing = _nulls(column)
+    if missing is not None and feature.fill_null is None:
+        faults.append(_fault(feature.column, "null", f"give dense feature '{feature.name}' a fill_null", missing))
+    values = _floats(column, feature.fill_null or 0.0)
+    values = transformed(values, feature.transform, feature.scale)
+    finite = np.isfinite(values)
+    if not finite.all():
+        values = np.where(finite, values, np.float32(0.0))
+        faults.append(_fault(feature.column, "NaN or infinity", "clean the column (null where unknown)", ~finite))
+    return values
+
+
+def embedding_rows(column: pa.Array, owner: CategoricalFeature, name: str, faults: list[Fault], place: Place) -> Ints:
+    """Rows of the embedding table, int64 [B]: 0 for null and for what is not known.
+
+    Args:
+        column: integers, booleans or strings.
+        owner: the feature whose table and id mapping are used.
+        name: the Parquet column, for faults.
+        faults: faults found are added here.
+        place: where the rows are from, for errors.
+    """
+    if pa.types.is_dictionary(column.type) and not is_string(column.type.value_type):
+        column = column.dictionary_decode()
+    if is_string(column.type) or pa.types.is_dictionary(column.type):
+        encoded = column if pa.types.is_dictionary(column.type) else column.dictionary_encode()
+        distinct = embedding_rows_of_strings(encoded.dictionary, owner)
+        codes = encoded.indices.cast(pa.int64())
+        # Null strings point past the end of the dictionary, where row 0 is.
+        return np.append(distinct, 0)[codes.fill_null(len(distinct)).to_numpy(zero_copy_only=False)]
+    if owner.vocabulary:
+        known_ids = pa.array(owner.vocabulary, pa.int64())
+        found = pc.index_in(column.cast(pa.int64()), value_set=known_ids, skip_nulls=True)
+        return found.fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int64) + 1
+    ids = _int64(column, name, place, fill=0)
+    missing = _nulls(column)
+    if owner.hash_buckets:
+        rows = _bucket(splitmix64(ids), owner.hash_buckets)
+    else:
+        outside = _outside(ids, owner.num_embeddings)
+        rows = ids + 1
+        if outside is not None:
+            rows[outside] = 0
+            cure = (
+                f"ids of '{owner.name}' are 0 .. {owner.num_embeddings - 1}: raise num_embeddings or use hash_buckets"
+            )
+            for reason, wrong in (("id below 0", ids < 0), ("id out of range", ids >= owner.num_embeddings)):
+                if wrong.any():
+                    faults.append(_fault(name, f"{reason} ({ids[wrong][0]})", cure, wrong))
+    if missing is not None:
+        rows[missing] = 0
+    return rows
+
+
+def embedding_rows_of_strings(strings: pa.Array, owner: CategoricalFeature) -> Ints:
+    """Rows of the embedding table for distinct strings; null gives row 0."""
+    if owner.vocabulary:
+        found = pc.index_in(strings.cast(pa.large_string()), value_set=pa.array(owner.vocabulary, pa.large_string()))
+        return found.fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int64) + 1
+    flat = pa.concat_arrays([strings.cast(pa.large_string())])  # offsets from 0, whatever slice it came from
+    _, offsets, data = flat.buffers()
+    bounds = np.frombuffer(offsets, dtype=np.int64, count=len(flat) + 1, offset=8 * flat.offset)
+    rows = _bucket(hash_bytes(np.frombuffer(data or b"", dtype=np.uint8), bounds), owner.hash_buckets)
+    missing = _nulls(strings)
+    if missing is not None:
+        rows[missing] = 0
+    return rows
+
+
+def ragged_rows(
+    column: pa.Array, feature: CategoricalFeature, owner: CategoricalFeature, faults: list[Fault], place: Place
+) -> Ragged:
+    """Rows of the embedding table for a column of lists; a null list is an empty one, a null id is row 0."""
+    lengths = pc.list_value_length(column).fill_null(0).to_numpy(zero_copy_only=False).astype(np.int64)
+    found: list[Fault] = []
+    values = embedding_rows(column.flatten(), owner, feature.column, found, place)
+    offsets = np.zeros(len(lengths) + 1, dtype=np.int64)
+    np.cumsum(lengths, out=offsets[1:])
+    for fault in found:
+        rows = np.unique(np.searchsorted(offsets, fault.rows, side="right") - 1)
+        faults.append(Fault(column=fault.column, reason=fault.reason, cure=fault.cure, rows=rows))
+    if feature.max_length and lengths.max(initial=0) > feature.max_length:
+        kept = np.minimum(lengths, feature.max_length)
+        starts = offsets[1:] - kept
+        offsets = np.zeros_like(offsets)
+        np.cumsum(kept, out=offsets[1:])
+        values = values[np.arange(offsets[-1]) + np.repeat(starts - offsets[:-1], kept)]
+    return Ragged(torch.from_numpy(values), torch.from_numpy(offsets))
+
+
+def label_values(column: pa.Array, task: Task, mask: pa.Array | None, faults: list[Fault]) -> tuple[Floats, Bools]:
+    """Labels, float32 [B], 0 where not observed, and bool [B], true where observed."""
+    missing = _nulls(column)
+    observed = np.ones(len(column), dtype=np.bool_) if missing is None else ~missing
+    if mask is not None:
+        observed &= mask.cast(pa.bool_()).fill_null(False).to_numpy(zero_copy_only=False)
+    if task.at_least is not None:
+        above = pc.greater_equal(column, pa.scalar(task.at_least)).fill_null(False)
+        values = above.to_numpy(zero_copy_only=False).astype(np.float32)
+    else:
+        values = transformed(_floats(column, 0.0), task.transform, task.scale)
+    values = np.where(observed, values, np.float32(0.0))
+    finite = np.isfinite(values)
+    if not finite.all():
+        values = np.where(finite, values, np.float32(0.0))
+        faults.append(_fault(task.column, "label NaN or infinity", "make it null where it is unknown", ~finite))
+    if task.type == "binary":
+        wrong = (values != 0) & (values != 1)
+        if wrong.any():
+            cure = f"labels of binary task '{task.name}' are 0 or 1: give it at_least, or make it a regression"
+            faults.append(_fault(task.column, f"label neither 0 nor 1 ({values[wrong][0]:g})", cure, wrong))
+    return values, observed
+
+
+def transformed(values: Floats, transform: Transform, scale: float) -> Floats:
+    """``transform(scale * x)``; log1p keeps the sign, ``sign(x) * log(1 + |x|)``."""
+    if scale != 1.0:
+        values = values * np.float32(scale)
+    if transform == "log1p":
+        values = np.copysign(np.log1p(np.abs(values)), values)
+    return values
+
+
+def _row_ids(
+    columns: dict[str, pa.Array], schema: Schema, first_row: int, rows: int, faults: list[Fault], place: Place
+) -> Ints:
+    if not schema.row_id:
+        return np.arange(first_row, first_row + rows, dtype=np.int64)
+    column = columns[schema.row_id]
+    missing = _nulls(column)
+    if missing is not None:
+        faults.append(_fault(schema.row_id, "null", "give every row an id, or leave row_id out of the schema", missing))
+    return _int64(column, schema.row_id, place, fill=-1).copy()  # Arrow's memory is read-only
+
+
+def _fault(column: str, reason: str, cure: str, wrong: Bools) -> Fault:
+    return Fault(column=column, reason=reason, cure=cure, rows=np.flatnonzero(wrong))
+
+
+def _outside(ids: Ints, size: int) -> Bools | None:
+    """Which ids are not in 0 .. size-1; None where all are, which is what a look at the two extremes tells."""
+    if len(ids) == 0 or (ids.min() >= 0 and ids.max() < size):
+        return None
+    return (ids < 0) | (ids >= size)
+
+
+def _bucket(hashed: npt.NDArray[np.uint64], buckets: int) -> Ints:
+    return (hashed % np.uint64(buckets)).astype(np.int64) + 1
+
+
+def _nulls(column: pa.Array) -> Bools | None:
+    return column.is_null().to_numpy(zero_copy_only=False) if column.null_count else None
+
+
+def _floats(column: pa.Array, fill: float) -> Floats:
+    values: Any = column.cast(pa.float32(), safe=False)
+    return values.fill_null(pa.scalar(fill, pa.float32())).to_numpy(zero_copy_only=False)
+
+
+def _int64(column: pa.Array, name: str, place: Place, fill: int | None = None) -> Ints:
+    try:
+        values = column.cast(pa.int64())
+    except pa.ArrowInvalid as error:
+        raise place.error(name, "an integer does not fit int64; write the column as int64") from error
+    if fill is not None and values.null_count:
+        values = values.fill_null(fill)
+    return values.to_numpy(zero_copy_only=False)
+
+
+def _to_ms(values: Ints, unit: str) -> Ints:
+    factor = TIME_UNITS[unit]
+    return values * int(factor) if factor >= 1 else values // round(1 / factor)
+
+
+def is_string(kind: pa.DataType) -> bool:
+    """True for every way Arrow writes strings."""
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+
+
+def _one_chunk(column: pa.ChunkedArray) -> pa.Array:
+    return column.chunk(0) if column.num_chunks == 1 else pa.concat_arrays(column.chunks or [pa.array([], column.type)])

@@ -1,0 +1,123 @@
+"""Where a log lies: a local directory or ``file://``, ``s3://``, ``gs://``, ``hf://`` and what else fsspec knows."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+import pyarrow as pa
+from pyarrow import fs
+
+from ranker.errors import UserError
+
+T = TypeVar("T")
+
+_TRIES = 4
+_FIRST_PAUSE_S = 0.5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Root:
+    """A directory on some file system.
+
+    Attributes:
+        filesystem: Arrow's file system.
+        path: the directory's path on it.
+        url: how the user wrote it, for errors.
+    """
+
+    filesystem: fs.FileSystem
+    path: str
+    url: str
+
+    def join(self, name: str) -> str:
+        """Path of a file in the directory."""
+        return f"{self.path.rstrip('/')}/{name}"
+
+    def parquet_files(self) -> list[str]:
+        """Names of the Parquet files directly in the directory, sorted.
+
+        Raises:
+            UserError: there is no such directory, or it holds no Parquet file.
+        """
+        selector = fs.FileSelector(self.path, recursive=False, allow_not_found=True)
+        infos = self.retried(lambda: self.filesystem.get_file_info(selector), what=f"listing {self.url}")
+        names = sorted(info.base_name for info in infos if info.is_file and info.extension == "parquet")
+        names = [name for name in names if not name.startswith((".", "_"))]
+        if not names:
+            raise UserError(f"no Parquet files in {self.url}: give a directory with schema.yaml and *.parquet files")
+        return names
+
+    def read_bytes(self, name: str) -> bytes | None:
+        """A small file whole; None where there is none."""
+        path = self.join(name)
+
+        def read() -> bytes | None:
+            if not self.filesystem.get_file_info(path).is_file:
+                return None
+            with self.filesystem.open_input_stream(path) as stream:
+                return stream.read()
+
+        return self.retried(read, what=f"reading {self.url}/{name}")
+
+    def retried(self, action: Callable[[], T], *, what: str) -> T:
+        """Does something; where that fails on a remote file system, again after a pause; then says what failed.
+
+        Args:
+            action: what to do; an ``OSError`` other than a missing file or a refused permission is worth another try.
+            what: names it in the error.
+
+        Raises:
+            UserError: it failed every time.
+        """
+        tries = 1 if isinstance(self.filesystem, fs.LocalFileSystem) else _TRIES
+        for attempt in range(tries):
+            try:
+                return action()
+            except (FileNotFoundError, PermissionError, NotADirectoryError) as error:
+                raise UserError(f"{what} failed: {one_line(error)}") from error
+            except OSError as error:
+                if attempt == tries - 1:
+                    times = f" {tries} times, last with" if tries > 1 else ""
+                    raise UserError(f"{what} failed{times}: {one_line(error)}") from error
+                time.sleep(_FIRST_PAUSE_S * 2**attempt)
+        raise AssertionError("the loop returns or raises")
+
+
+def open_root(root: str) -> Root:
+    """Finds the file system of a path or URL.
+
+    Args:
+        root: a local path, or a URL. Arrow's own file systems come first (``file``, ``s3``, ``gs``, ``hdfs``), then
+            fsspec's (``hf``, ``abfs``, ``memory``, ...), if it is installed.
+
+    Raises:
+        UserError: no file system knows the URL.
+    """
+    root = str(root)
+    if "://" not in root:
+        return Root(filesystem=fs.LocalFileSystem(), path=root, url=root)
+    try:
+        filesystem, path = fs.FileSystem.from_uri(root)
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, ValueError):
+        filesystem, path = _from_fsspec(root)
+    return Root(filesystem=filesystem, path=path, url=root)
+
+
+def _from_fsspec(url: str) -> tuple[fs.FileSystem, str]:
+    try:
+        import fsspec  # type: ignore[import-untyped]
+    except ImportError as error:
+        raise UserError(f"{url}: Arrow does not know this kind of URL; pip install fsspec for more kinds") from error
+    try:
+        filesystem, path = fsspec.core.url_to_fs(url)
+    except (ValueError, ImportError) as error:
+        raise UserError(f"{url}: {one_line(error)}") from error
+    return fs.PyFileSystem(fs.FSSpecHandler(filesystem)), path
+
+
+def one_line(error: BaseException) -> str:
+    """What an error says, without line breaks."""
+    return " ".join(str(error).split()) or type(error).__name__

@@ -1,0 +1,185 @@
+"""The row groups of a directory of Parquet files, end to end: which one holds a row, which one holds a time."""
+
+from __future__ import annotations
+
+import datetime as dt
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from ranker.data.checks import check_columns, check_groups_in_order, check_same_types, check_time_unit
+from ranker.data.decode import times_ms
+from ranker.data.faults import Place
+from ranker.data.filesystem import Root, one_line
+from ranker.data.manifest import Manifest
+from ranker.data.schema import Schema
+from ranker.errors import UserError
+
+_READERS = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParquetIndex:
+    """All row groups with rows, in the order of time.
+
+    Attributes:
+        root: where the files lie.
+        schema: what they hold.
+        metadata: by file name, its footer.
+        places: file and number of each row group.
+        starts: int64 [G + 1], position of each row group's first row, and the number of all rows.
+        time_min_ms: int64 [G], time of each row group's first row.
+        time_max_ms: int64 [G], time of each row group's last row.
+    """
+
+    root: Root
+    schema: Schema
+    metadata: dict[str, pq.FileMetaData]
+    places: list[Place]
+    starts: npt.NDArray[np.int64]
+    time_min_ms: npt.NDArray[np.int64]
+    time_max_ms: npt.NDArray[np.int64]
+
+    @property
+    def rows(self) -> int:
+        """Rows of all files."""
+        return int(self.starts[-1])
+
+    def group_of_row(self, row: int) -> int:
+        """Number of the row group that holds a row."""
+        return int(np.searchsorted(self.starts, row, side="right")) - 1
+
+    def group_of_time(self, time_ms: int) -> int:
+        """Number of the first row group that ends at or after a time; the number of row groups where none does."""
+        return int(np.searchsorted(self.time_max_ms, time_ms, side="left"))
+
+    def read(self, group: int, columns: list[str]) -> pa.Table:
+        """Reads some columns of a row group.
+
+        Raises:
+            UserError: the file is broken, or cannot be read.
+        """
+        place = self.places[group]
+        return read_group(self.root, place, columns, self.metadata[place.file])
+
+
+def read_group(root: Root, place: Place, columns: list[str], metadata: pq.FileMetaData) -> pa.Table:
+    """Reads some columns of a row group, trying again where a remote file system fails.
+
+    Raises:
+        UserError: the file is broken, or cannot be read.
+    """
+
+    def read() -> pa.Table:
+        with root.filesystem.open_input_file(root.join(place.file)) as source:
+            file = pq.ParquetFile(source, metadata=metadata, pre_buffer=True)
+            return file.read_row_group(place.row_group, columns=columns, use_threads=False)
+
+    try:
+        return root.retried(read, what=f"{place.file}, row group {place.row_group}: reading")
+    except pa.ArrowInvalid as error:
+        raise UserError(
+            f"{place.file}, row group {place.row_group}: broken Parquet ({one_line(error)}); write the file again"
+        ) from error
+
+
+def build_index(root: Root, *, schema: Schema, manifest: Manifest | None) -> ParquetIndex:
+    """Reads the footers of all files, a few at a time, and checks them against the schema and the manifest.
+
+    Raises:
+        UserError: a file is broken, does not fit the schema, the other files or the manifest, or the files are not in
+            the order of time, or there is no row at all.
+    """
+    names = root.parquet_files()
+    with ThreadPoolExecutor(_READERS) as pool:
+        footers = dict(zip(names, pool.map(lambda name: _footer(root, name), names), strict=True))
+    _check_manifest(footers, manifest, root)
+    first = footers[names[0]].schema.to_arrow_schema()
+    places: list[Place] = []
+    sizes: list[int] = []
+    times: list[tuple[int, int]] = []
+    for name, footer in footers.items():
+        columns = footer.schema.to_arrow_schema()
+        check_columns(columns, schema=schema, file=name)
+        check_same_types(columns, first, schema=schema, file=name, first_file=names[0])
+        column = _leaf(footer, schema.time_column)
+        for group in range(footer.num_row_groups):
+            rows = footer.row_group(group).num_rows
+            if rows:
+                place = Place(file=name, row_group=group)
+                places.append(place)
+                sizes.append(rows)
+                times.append(_time_range(root, place, footer, column, columns, schema))
+    if not places:
+        raise UserError(f"{root.url}: {len(names)} Parquet files, and not a row in them; prepare the data again")
+    time_min_ms, time_max_ms = np.array(times, dtype=np.int64).T
+    check_time_unit(int(time_min_ms[0]), schema=schema, file=places[0].file)
+    check_groups_in_order(time_min_ms, time_max_ms, places=places, schema=schema)
+    return ParquetIndex(
+        root=root,
+        schema=schema,
+        metadata=footers,
+        places=places,
+        starts=np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(sizes)]),
+        time_min_ms=time_min_ms,
+        time_max_ms=time_max_ms,
+    )
+
+
+def _footer(root: Root, name: str) -> pq.FileMetaData:
+    def read() -> pq.FileMetaData:
+        with root.filesystem.open_input_file(root.join(name)) as source:
+            return pq.read_metadata(source)
+
+    try:
+        return root.retried(read, what=f"{root.url}: reading the footer of {name}")
+    except pa.ArrowInvalid as error:
+        raise UserError(
+            f"{root.join(name)} is no Parquet file, or a truncated one ({one_line(error)}); write it again"
+        ) from error
+
+
+def _check_manifest(footers: dict[str, pq.FileMetaData], manifest: Manifest | None, root: Root) -> None:
+    if manifest is None:
+        return
+    promised = {entry.path: entry.rows for entry in manifest.files}
+    for name, rows in promised.items():
+        if name not in footers:
+            raise UserError(f"{root.url}: {name} is in the manifest but not there; prepare the data again")
+        if footers[name].num_rows != rows:
+            raise UserError(
+                f"{root.join(name)} has {footers[name].num_rows} rows where the manifest says {rows}; prepare it again"
+            )
+    for name in footers:
+        if name not in promised:
+            raise UserError(f"{root.join(name)} is not in the manifest; move it away or prepare the data again")
+
+
+def _time_range(
+    root: Root, place: Place, footer: pq.FileMetaData, column: int, columns: pa.Schema, schema: Schema
+) -> tuple[int, int]:
+    """First and last time of a row group, Unix milliseconds: from its statistics, or from the column without them."""
+    statistics = footer.row_group(place.row_group).column(column).statistics
+    kind = columns.field(schema.time_column).type
+    if statistics is not None and statistics.has_min_max:
+        ends = [statistics.min, statistics.max]
+        if isinstance(ends[0], dt.datetime):
+            ends = [moment.replace(tzinfo=moment.tzinfo or dt.UTC) for moment in ends]
+            kind = pa.timestamp(kind.unit, tz="UTC")
+        values = pa.array(ends, kind)
+    else:
+        values = read_group(root, place, [schema.time_column], footer)[schema.time_column].combine_chunks()
+    if isinstance(values, pa.ChunkedArray):
+        values = pa.concat_arrays(values.chunks)
+    milliseconds = times_ms(values, schema, place)
+    return int(milliseconds.min()), int(milliseconds.max())
+
+
+def _leaf(footer: pq.FileMetaData, column: str) -> int:
+    """Number of a column among the leaves that a footer lists."""
+    names = [footer.schema.column(i).path for i in range(footer.num_columns)]
+    return names.index(column)

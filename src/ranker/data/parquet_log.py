@@ -1,0 +1,221 @@
+"""A log in a directory of Parquet files, read by row group: memory holds a few of those, never the log."""
+
+from __future__ import annotations
+
+import datetime as dt
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+from concurrent.futures import Future
+from typing import Any
+
+import numpy as np
+import torch
+
+from ranker.data.batch import Batch
+from ranker.data.checks import check_sorted
+from ranker.data.decode import decode, times_ms
+from ranker.data.faults import OnBadRows, bad_rows, check_policy, raise_first, silence
+from ranker.data.filesystem import open_root
+from ranker.data.manifest import MANIFEST_FILE, Manifest
+from ranker.data.parquet_index import ParquetIndex, build_index
+from ranker.data.schema import SCHEMA_FILE, Schema
+from ranker.errors import UserError
+
+_DAY_MS = 86_400_000
+_KEPT_GROUPS = 3
+
+
+class ParquetLog:
+    """Rows of a directory with a schema and Parquet files, in the order of file names, which is that of time.
+
+    Opening reads the footers alone. Reading decodes whole row groups and keeps the last few, so that windows smaller
+    than a row group do not decode it again and again. Safe to read from several threads.
+
+    Attributes:
+        schema: what the rows hold.
+        index: the row groups.
+        bad_rows: by file and row group, how many rows were dropped there so far.
+    """
+
+    def __init__(
+        self,
+        root: str,
+        *,
+        schema: Schema | None = None,
+        eval_days: int = 1,
+        days: Sequence[str | dt.date | None] | None = None,
+        on_bad_rows: str = "raise",
+    ) -> None:
+        """Opens a log.
+
+        Args:
+            root: a directory or URL; see ``filesystem.open_root``.
+            schema: what the columns mean; ``schema.yaml`` in the directory where it is left out.
+            eval_days: the last so many days (UTC) of the rows are held out.
+            days: first and last day (UTC, ``YYYY-MM-DD``) to use, both included; null for an open end.
+            on_bad_rows: ``raise`` refuses the log at the first row that cannot be used; ``drop`` lets such a row count
+                for nothing; ``quarantine`` drops it and writes it beside the data with the reason.
+
+        Raises:
+            UserError: the files do not fit the schema or each other, or there is nothing to train on or to hold out.
+        """
+        self._on_bad_rows: OnBadRows = check_policy(on_bad_rows)
+        self._root = open_root(root)
+        self.schema = schema if schema is not None else self._read_schema()
+        text = self._root.read_bytes(MANIFEST_FILE)
+        manifest = Manifest.from_json(text, where=f"{root}/{MANIFEST_FILE}") if text is not None else None
+        self.index: ParquetIndex = build_index(self._root, schema=self.schema, manifest=manifest)
+        self.bad_rows: dict[tuple[str, int], int] = {}
+        self._groups: OrderedDict[int, Future[Batch]] = OrderedDict()
+        self._times: OrderedDict[int, np.ndarray[Any, np.dtype[np.int64]]] = OrderedDict()
+        self._lock = threading.Lock()
+        self._first, self._stop = 0, self.index.rows
+        self._keep_days(days)
+        self._train_rows = self._hold_out(eval_days)
+
+    @property
+    def num_rows(self) -> int:
+        """All rows of the chosen days."""
+        return self._stop - self._first
+
+    @property
+    def train_rows(self) -> int:
+        """Rows before the hold-out."""
+        return self._train_rows
+
+    @property
+    def num_bad_rows(self) -> int:
+        """Rows dropped so far because they could not be used."""
+        return sum(self.bad_rows.values())
+
+    def read(self, start: int, stop: int) -> Batch:
+        """Rows start .. stop-1 in time order.
+
+        Raises:
+            UserError: a file is broken, or a row cannot be used and ``on_bad_rows`` is ``raise``.
+        """
+        assert 0 <= start < stop <= self.num_rows, f"rows {start} .. {stop} of {self.num_rows}"
+        low, high = start + self._first, stop + self._first
+        parts = []
+        for group in range(self.index.group_of_row(low), self.index.group_of_row(high - 1) + 1):
+            begin, end = int(self.index.starts[group]), int(self.index.starts[group + 1])
+            batch = self._group(group)
+            parts.append(batch.slice(max(low, begin) - begin, min(high, end) - begin))
+        return Batch.concat(parts) if len(parts) > 1 else parts[0]
+
+    def row_at_time(self, time_ms: int) -> int:
+        """Position of the first row at or after a time (Unix milliseconds); num_rows where there is none."""
+        group = self.index.group_of_time(time_ms)
+        if group == len(self.index.places):
+            return self.num_rows
+        row = int(self.index.starts[group])
+        if time_ms > self.index.time_min_ms[group]:
+            row += int(np.searchsorted(self._group_times(group), time_ms, side="left"))
+        return min(max(row - self._first, 0), self.num_rows)
+
+    def time_at_row(self, row: int) -> int:
+        """Time of the row at a position (Unix milliseconds)."""
+        assert 0 <= row < self.num_rows
+        group = self.index.group_of_row(row + self._first)
+        return int(self._group_times(group)[row + self._first - self.index.starts[group]])
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Everything but what is cached, for a process that is started afresh."""
+        return {**self.__dict__, "_groups": OrderedDict(), "_times": OrderedDict(), "_lock": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _lock=threading.Lock())
+
+    def _read_schema(self) -> Schema:
+        text = self._root.read_bytes(SCHEMA_FILE)
+        if text is None:
+            raise UserError(f"no {SCHEMA_FILE} in {self._root.url}: a data set needs one beside its Parquet files")
+        return Schema.from_text(text, source=f"{self._root.url}/{SCHEMA_FILE}")
+
+    def _keep_days(self, days: Sequence[str | dt.date | None] | None) -> None:
+        if days is None:
+            return
+        if isinstance(days, str) or len(days) != 2:
+            raise UserError(f"days must be [first, last], each YYYY-MM-DD or null, got {days!r}")
+        first, last = (_midnight_ms(day) if day is not None else None for day in days)
+        low = self.row_at_time(first) if first is not None else 0
+        high = self.row_at_time(last + _DAY_MS) if last is not None else self.index.rows
+        if low >= high:
+            there = f"{_day(int(self.index.time_min_ms[0]))} .. {_day(int(self.index.time_max_ms[-1]))}"
+            raise UserError(f"days {days[0]} .. {days[1]} hold no rows; the log covers {there}")
+        self._first, self._stop = low, high
+
+    def _hold_out(self, eval_days: int) -> int:
+        if eval_days < 1:
+            raise UserError(f"eval_days must be at least 1, got {eval_days}")
+        last_day = self.time_at_row(self.num_rows - 1) // _DAY_MS
+        rows = self.row_at_time((last_day - eval_days + 1) * _DAY_MS)
+        if rows == 0:
+            first, last = _day(self.time_at_row(0)), _day(last_day * _DAY_MS)
+            raise UserError(
+                f"{self._root.url}: days {first} .. {last} leave nothing to train on when the last {eval_days} "
+                "are held out; use more days or lower eval_days"
+            )
+        return rows
+
+    def _group_times(self, group: int) -> np.ndarray[Any, np.dtype[np.int64]]:
+        """Times of a row group's rows, int64, Unix milliseconds; the last few are kept."""
+        with self._lock:
+            if group in self._times:
+                self._times.move_to_end(group)
+                return self._times[group]
+        name, place = self.schema.time_column, self.index.places[group]
+        column = self.index.read(group, [name])[name]
+        times = np.concatenate([times_ms(chunk, self.schema, place) for chunk in column.chunks])
+        check_sorted(torch.from_numpy(times), schema=self.schema, place=place)
+        with self._lock:
+            self._times[group] = times
+            if len(self._times) > _KEPT_GROUPS:
+                self._times.popitem(last=False)
+        return times
+
+    def _group(self, group: int) -> Batch:
+        """A decoded row group; two threads that ask for the same one share the work."""
+        with self._lock:
+            future = self._groups.get(group)
+            mine = future is None
+            if future is None:
+                future = self._groups[group] = Future()
+                if len(self._groups) > _KEPT_GROUPS:
+                    self._groups.popitem(last=False)
+            self._groups.move_to_end(group)
+        if mine:
+            try:
+                future.set_result(self._decode(group))
+            except BaseException as error:
+                with self._lock:
+                    self._groups.pop(group, None)
+                future.set_exception(error)
+        return future.result()
+
+    def _decode(self, group: int) -> Batch:
+        place = self.index.places[group]
+        table = self.index.read(group, self.schema.columns())
+        first_row = int(self.index.starts[group]) - self._first
+        batch, faults = decode(table, schema=self.schema, first_row=first_row, place=place)
+        check_sorted(batch.time_ms_B, schema=self.schema, place=place)
+        if faults:
+            if self._on_bad_rows == "raise":
+                raise_first(faults, place)
+            bad = bad_rows(faults)
+            self.bad_rows[place.file, place.row_group] = len(bad)
+            batch = silence(batch, bad)
+        return batch
+
+
+def _midnight_ms(day: str | dt.date) -> int:
+    try:
+        date = day if isinstance(day, dt.date) else dt.date.fromisoformat(str(day))
+    except ValueError as error:
+        raise UserError(f"days: '{day}' is no day; write YYYY-MM-DD") from error
+    return (date - dt.date(1970, 1, 1)).days * _DAY_MS
+
+
+def _day(time_ms: int) -> str:
+    return (dt.date(1970, 1, 1) + dt.timedelta(milliseconds=time_ms)).isoformat()

@@ -1,0 +1,131 @@
+"""Where each batch of a sequential run comes from: a window moves over the log, batches are drawn at random inside it.
+
+Everything here is arithmetic on positions: the plan and a seed say which rows any batch holds, so that a run can go on
+from any batch, on any number of ranks, without looking at what lies before.
+
+Source: Tang et al., "Improving Training Stability for Multitask Ranking Models in Recommender Systems", KDD 2023,
+section 2 (sequential training).
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import numpy.typing as npt
+
+from ranker.data.log import Log
+from ranker.errors import UserError
+
+Positions = npt.NDArray[np.int64]
+
+_HOUR_MS = 3_600_000
+_SPAN = re.compile(r"(\d+(?:\.\d+)?)\s*h")
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class WindowPlan:
+    """The windows and the global batches of a run.
+
+    Window k covers rows ``starts[k] .. starts[k + 1] - 1`` and is cut into global batches of ``batch_size`` rows, of
+    which the last may be smaller. Global means: over all ranks.
+
+    Attributes:
+        starts: int64, shape [W + 1], increasing strictly.
+        batch_size: rows of a full global batch.
+    """
+
+    starts: Positions
+    batch_size: int
+
+    @cached_property
+    def _first_batch(self) -> Positions:
+        batches = -(-np.diff(self.starts) // self.batch_size)
+        return np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(batches)])
+
+    @property
+    def num_windows(self) -> int:
+        """Number of windows, none of them empty."""
+        return len(self.starts) - 1
+
+    @property
+    def num_batches(self) -> int:
+        """Number of global batches of all windows; every rank draws as many."""
+        return int(self._first_batch[-1])
+
+    def rows(self, window: int) -> tuple[int, int]:
+        """First row of a window and the one after its last."""
+        return int(self.starts[window]), int(self.starts[window + 1])
+
+    def locate(self, batch: int) -> tuple[int, int]:
+        """The window a batch is drawn from, and its number within that window."""
+        assert 0 <= batch < self.num_batches
+        window = int(np.searchsorted(self._first_batch, batch, side="right")) - 1
+        return window, batch - int(self._first_batch[window])
+
+    def batches(self, window: int) -> int:
+        """Number of global batches of a window."""
+        return int(self._first_batch[window + 1] - self._first_batch[window])
+
+
+def plan_windows(log: Log, *, window: int | str, batch_size: int) -> WindowPlan:
+    """Lays windows over the training rows of a log.
+
+    Args:
+        log: the log; only its training rows are covered.
+        window: a number of rows, rounded up to whole batches so that only the log's last batch is smaller; or hours of
+            the log, such as ``6h``, counted from midnight of 1970-01-01 UTC, each of which ends with what is left.
+        batch_size: rows of a global batch.
+
+    Raises:
+        UserError: a window or batch size that is not above 0, or a window that is no number of rows or hours.
+    """
+    if batch_size < 1:
+        raise UserError(f"batch_size must be at least 1, got {batch_size}")
+    size = parse_window(window)
+    rows = log.train_rows
+    if isinstance(size, int):
+        step = -(-size // batch_size) * batch_size
+        starts = np.arange(0, rows, step, dtype=np.int64)
+    elif rows == 0:
+        starts = np.zeros(0, dtype=np.int64)
+    else:
+        span = max(1, round(size * _HOUR_MS))
+        first, last = log.time_at_row(0) // span, log.time_at_row(rows - 1) // span
+        inner = [log.row_at_time(k * span) for k in range(first + 1, last + 1)]
+        # A span without rows gives the same position twice: no window for it.
+        starts = np.unique(np.array([0, *inner], dtype=np.int64))
+    return WindowPlan(starts=np.append(starts, np.int64(rows)), batch_size=batch_size)
+
+
+def parse_window(window: int | str) -> int | float:
+    """Rows as an int, hours as a float.
+
+    Raises:
+        UserError: it is neither.
+    """
+    if isinstance(window, str) and window.strip().isdigit():
+        window = int(window)
+    if isinstance(window, int) and not isinstance(window, bool) and window > 0:
+        return window
+    match = _SPAN.fullmatch(window.strip()) if isinstance(window, str) else None
+    if match is None or float(match[1]) <= 0:
+        raise UserError(f"window must be a number of rows, such as 65536, or of hours, such as 6h; got {window!r}")
+    return float(match[1])
+
+
+def permutation(*, seed: int, window: int, rows: int) -> Positions:
+    """A random order of a window's rows that depends on the seed, the window's number and its size alone.
+
+    The counter-based Philox generator is keyed with (seed, window), so no two windows share a stream; the legacy
+    ``RandomState`` is used because NumPy froze what it draws, where ``Generator`` may change between versions.
+    """
+    key = np.array([seed % 2**64, window], dtype=np.uint64)
+    return np.random.RandomState(np.random.Philox(key=key)).permutation(rows)
+
+
+def share(rows: int, *, rank: int, world_size: int) -> tuple[int, int]:
+    """A rank's contiguous part of rows 0 .. rows - 1; sizes differ by at most one, and may be 0."""
+    return rows * rank // world_size, rows * (rank + 1) // world_size
