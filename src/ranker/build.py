@@ -28,6 +28,7 @@ from ranker.training import trackers
 from ranker.training.divergence_watch import DivergenceWatch
 from ranker.training.metrics_csv import MetricsCsv
 from ranker.training.module import RankingModule
+from ranker.training.position import DataPosition
 from ranker.training.run_folder import RunFolder
 from ranker.training.throughput import Throughput
 
@@ -119,10 +120,10 @@ def build(cfg: DictConfig, folder: RunFolder, checkpoint: Path | None) -> Run:
         log_every=cfg.train.log_every,
         compile_net=cfg.train.compile,
     )
-    module.configure_optimizers()  # a wrong hyperparameter is said now, before processes start and data are read
+    _check_optimizer(module)
     throughput = Throughput()
     datamodule.watch_training = throughput.watch
-    callbacks: list[Callback] = [throughput]
+    callbacks: list[Callback] = [DataPosition(), throughput]
     for node in cfg.callbacks.values():
         callbacks.append(instantiate(node, _convert_="all"))
     watch = next((c for c in callbacks if isinstance(c, DivergenceWatch)), None)
@@ -226,6 +227,14 @@ def _check_devices(cfg: DictConfig) -> None:
         )
     if isinstance(asked, int) and asked < 1 and asked != -1:
         raise UserError(f"trainer.devices must be 1 or more (or -1 or auto for all), got {asked}")
+
+
+def _check_optimizer(module: RankingModule) -> None:
+    """A wrong hyperparameter is said now, before processes start and data are read."""
+    try:
+        module.configure_optimizers()
+    except (TypeError, ValueError) as error:  # what torch.optim and the optim package raise
+        raise UserError(f"optim: {error}") from error
 
 
 def _continue_files(loggers: list[Logger], folder: RunFolder, checkpoint: Path) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 import pytorch_lightning as pl
+import torch
 from pytorch_lightning.callbacks import Callback
 from rich.console import Console
 
@@ -65,6 +67,13 @@ class DivergenceWatch(Callback):
         """Judges what is still open when training ends."""
         assert isinstance(pl_module, RankingModule)
         self._look(trainer, pl_module)
+
+    def judge(self, trainer: pl.Trainer, module: RankingModule) -> None:
+        """Gives the verdict on a run that has ended, with the hold-out's AUCs at hand."""
+        assert self.detector is not None
+        aucs = [module.holdout.get(f"test/{task.name}/auc", math.nan) for task in module.schema.tasks]
+        for event in self.detector.finish(eval_auc_T=torch.tensor(aucs)):
+            self.report(trainer, module, event)
 
     def state_dict(self) -> dict[str, Any]:
         """The detector's state: baselines, open jumps, counts."""

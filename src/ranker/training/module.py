@@ -44,7 +44,7 @@ class RankingModule(pl.LightningModule):
     Args:
         net: maps a Batch to logits_BT; its embedding tables stand under ``embeddings``.
         schema: the tasks, in the order of the logits.
-        optimizer: called as ``optimizer(net, lr=lr)``.
+        optimizer: called as ``optimizer(model_or_params=net, lr=lr)``.
         lr: learning rate per step, multiplier included.
         warmup_steps: raise the learning rate linearly from lr / warmup_steps to lr over so many steps; 0 for none.
         progressive: score a window before it is trained on, where batches carry ``opening``.
@@ -112,7 +112,7 @@ class RankingModule(pl.LightningModule):
         self.score(batch.opening, self.progressive_metrics)
         values = self.progressive_metrics.compute()
         self.progressive_metrics.reset()
-        self.record({f"progressive/{name}": value for name, value in values.items()} | {"window": float(batch.window)})
+        self.record(_worth_a_column("progressive", values) | {"window": float(batch.window)})
 
     def on_train_batch_end(self, outputs: object, batch: Batch, batch_idx: int) -> None:
         """Writes the step's numbers, now and then: reading them waits for the device."""
@@ -146,7 +146,7 @@ class RankingModule(pl.LightningModule):
 
     def configure_optimizers(self) -> Mapping[str, object] | Optimizer:  # type: ignore[override]
         """The optimizer over all parameters, and the warm-up where one was asked for."""
-        optimizer = self._optimizer_factory(self.net, lr=self.lr)
+        optimizer = self._optimizer_factory(model_or_params=self.net, lr=self.lr)
         if not self._warmup_steps:
             return optimizer
         steps = self._warmup_steps
@@ -171,10 +171,15 @@ class RankingModule(pl.LightningModule):
         values = self.holdout_metrics.compute()
         self.holdout_metrics.reset()
         self.holdout = {f"{prefix}/{name}": value for name, value in values.items()}
-        self.record(self.holdout)
+        self.record(_worth_a_column(prefix, values))
 
     def _weights(self) -> list[float]:
         return [task.weight for task in self.schema.tasks]
+
+
+def _worth_a_column(prefix: str, values: Mapping[str, float]) -> dict[str, float]:
+    """Metrics over time, without the counts: those of the last evaluation stand in summary.json."""
+    return {f"{prefix}/{name}": v for name, v in values.items() if not name.endswith(("/observed", "/nonfinite"))}
 
 
 def _pieces(rows: Batch, size: int) -> Iterator[Batch]:

@@ -1,0 +1,89 @@
+"""Every option of every group composes and builds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.utils import instantiate
+
+from ranker import config
+from ranker.data.schema import Schema
+
+ROOT = Path(__file__).resolve().parents[2]
+GROUPS = ("model", "optim", "data", "scale", "trainer", "callbacks", "logger", "experiment", "hparams_search")
+OPTIONS = [(group, path.stem) for group in GROUPS for path in sorted((ROOT / "conf" / group).glob("*.yaml"))]
+
+SCHEMA = Schema.from_dict(
+    {
+        "name": "two tasks",
+        "time_column": "t",
+        "dense": [{"name": "x"}],
+        "categorical": [{"name": "user", "num_embeddings": 5, "embedding_dim": 4}],
+        "tasks": [{"name": "click"}, {"name": "watch", "type": "regression"}],
+    }
+)
+
+
+def composed(*overrides: str):
+    config.register()
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        return compose("config", overrides=list(overrides))
+
+
+@pytest.mark.parametrize(("group", "option"), OPTIONS, ids=["=".join(o) for o in OPTIONS])
+def test_every_option_composes_and_its_values_are_legal(group: str, option: str) -> None:
+    cfg = composed(f"{group}={option}")
+
+    config.check(cfg)
+    if group not in ("experiment", "hparams_search", "callbacks"):
+        assert cfg[group]
+
+
+@pytest.mark.parametrize("scale", ["laptop", "paper"])
+@pytest.mark.parametrize("model", [option for group, option in OPTIONS if group == "model"])
+def test_every_model_builds_at_every_scale(model: str, scale: str) -> None:
+    cfg = composed(f"model={model}", f"scale={scale}")
+
+    with torch.device("meta"):  # the paper's widths without their memory
+        net = instantiate(cfg.model.net, _convert_="all")(SCHEMA)
+
+    assert net.task_names == ["click", "watch"]
+
+
+@pytest.mark.parametrize("optim", [option for group, option in OPTIONS if group == "optim"])
+def test_every_optimizer_builds_over_a_model(optim: str) -> None:
+    cfg = composed(f"optim={optim}", "model=small")
+    net = instantiate(cfg.model.net, _convert_="all")(SCHEMA)
+
+    optimizer = instantiate(cfg.optim, _convert_="all")(model_or_params=net, lr=0.1)
+
+    assert cfg.optim.name == optim
+    covered = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    assert covered == {id(p) for p in net.parameters()}
+
+
+def test_every_trainer_and_callback_can_be_instantiated() -> None:
+    for option in ("auto", "cpu", "ddp"):
+        cfg = composed(f"trainer={option}", "trainer.accelerator=cpu", "trainer.devices=1")
+        instantiate(cfg.trainer, logger=False, enable_checkpointing=False, enable_progress_bar=False)
+    for node in composed().callbacks.values():
+        instantiate(node, _convert_="all")
+
+
+def test_the_learning_rate_of_every_data_set_is_given_for_every_scale() -> None:
+    for group, option in OPTIONS:
+        if group == "data":
+            assert set(composed(f"data={option}").data.base_lr) == {"laptop", "paper"}
+
+
+def test_scales_offer_the_same_widths_to_refer_to() -> None:
+    laptop, paper = (composed(f"scale={name}").scale for name in ("laptop", "paper"))
+
+    assert laptop.model.keys() == paper.model.keys()
+    for model in laptop.model:
+        assert laptop.model[model].keys() == paper.model[model].keys()

@@ -1,0 +1,58 @@
+"""A mistake ends in one line that says what is wrong and what to do, before anything is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+MISTAKES = [
+    (["model=larg"], "unknown model 'larg'", "'large'"),
+    (["optim=clipy"], "unknown optim 'clipy'", "'clippy'"),
+    (["data=kuairnd"], "unknown data 'kuairnd'", "'kuairand'"),
+    (["optim.lamda_rel=1"], "unknown option 'optim.lamda_rel'", "'lambda_rel'"),
+    (["lr_mul=2"], "unknown option 'lr_mul'", "'lr_mult'"),
+    (["lr_mult=abc"], "lr_mult", "abc"),
+    (["lr_mult=0"], "lr_mult must be a number above 0", "0"),
+    (["lr_mult=-1"], "lr_mult must be a number above 0", "-1"),
+    (["lr_mult=nan"], "lr_mult must be a number above 0", "nan"),
+    (["seed=-1"], "seed must be 0 or more", "-1"),
+    (["data=kuairand"], "data=kuairand needs data.source=DIR", ""),
+    (["data=kuairand", "data.source=/nowhere"], "/nowhere", ""),
+    (["data=parquet"], "data=parquet needs data.root=DIR", ""),
+    (["data=parquet", "data.root=/nowhere"], "/nowhere", ""),
+    (["data.tasks=[clik]"], "has no task 'clik'", "did you mean 'click'"),
+    (["data.drop_features=[usr]"], "has no feature 'usr'", ""),
+    (["optim.lambda_rel=-1"], "lambda_rel", "-1"),
+    (["trainer=gpu"], "no GPU is visible", "trainer=cpu"),
+    (["trainer.devices=2"], "trainer.accelerator=cpu", ""),
+    (["trainer.devices=0"], "trainer.devices must be 1 or more", "0"),
+    (["data.window=0"], "window", "0"),
+    (["data.window=6x"], "window", "6x"),
+    (["scale.batch_size=0"], "scale.batch_size must be 1 or more", ""),
+    (["logger.kind=wandbb"], "logger.kind 'wandbb' is unknown", "'wandb'"),
+    (["resume=/nowhere"], "no config.yaml in /nowhere", ""),
+    (["train.max_steps=0"], "train.max_steps must be", "0"),
+]
+
+
+@pytest.mark.parametrize(("overrides", "what", "hint"), MISTAKES, ids=[" ".join(m[0]) for m in MISTAKES])
+def test_a_mistake_is_said_in_one_line(
+    overrides: list[str],
+    what: str,
+    hint: str,
+    command_line: Callable[..., None],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        command_line("logger=csv", *overrides, f"hydra.run.dir={tmp_path}")
+
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert stop.value.code == 2
+    assert lines[0].startswith("error: ")
+    assert what in lines[0]
+    assert hint in lines[0]
+    assert lines[1:] == ["(HYDRA_FULL_ERROR=1 shows where)"]
+    assert not (tmp_path / "summary.json").exists()

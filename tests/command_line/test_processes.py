@@ -1,0 +1,107 @@
+"""What only whole processes show: kill -9 and resume, an interruption, two DDP processes."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from support import TINY, Finished, finished, train_process
+
+LONGER = ("data.log.train_rows=15360", "train.checkpoint_every=7", "train.eval_every=0")  # 60 steps of 256
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    newest = max((folder / "checkpoints").glob("*.ckpt"), key=lambda p: p.stat().st_mtime_ns)
+    return torch.load(newest, weights_only=True)["state_dict"]
+
+
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str], seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_a_run_killed_in_the_middle_of_a_window_ends_as_if_it_had_not_been(
+    train_tiny: Callable[..., Finished], tmp_path: Path
+) -> None:
+    whole = train_tiny(tmp_path / "whole", *LONGER, "train.checkpoint_every=60")
+    process = train_process(*TINY, *LONGER, f"hydra.run.dir={tmp_path / 'killed'}")
+    wait_for(lambda: bool(list((tmp_path / "killed" / "checkpoints").glob("*.ckpt"))), process)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert not (tmp_path / "killed" / "summary.json").exists()
+
+    train_tiny(tmp_path / "unused", f"resume={tmp_path / 'killed'}", "train.checkpoint_every=60")
+
+    resumed = finished(tmp_path / "killed")
+    assert resumed.summary["status"] == "completed"
+    assert resumed.summary["metrics"] == whole.summary["metrics"]
+    assert resumed.summary["examples"] == whole.summary["examples"]
+    expected, got = weights(whole.folder), weights(resumed.folder)
+    assert expected.keys() == got.keys()
+    assert all(torch.equal(expected[name], got[name]) for name in expected)
+
+
+def test_ctrl_c_leaves_a_checkpoint_and_a_summary(tmp_path: Path) -> None:
+    process = train_process(
+        *TINY, *LONGER, "train.checkpoint_every=0", "data.log.train_rows=2000000", f"hydra.run.dir={tmp_path}"
+    )
+    wait_for((tmp_path / "metrics.csv").exists, process)
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=60)
+
+    assert process.returncode == 1
+    assert finished(tmp_path).summary["status"] == "failed"
+    assert "interrupted" in finished(tmp_path).summary["reason"]
+    assert list((tmp_path / "checkpoints").glob("*.ckpt"))
+
+
+def test_two_ddp_processes_train_as_one_on_the_joined_batches(
+    train_tiny: Callable[..., Finished], tmp_path: Path
+) -> None:
+    one = train_tiny(tmp_path / "one", "train.max_steps=20", "optim=gc", "lr_mult=0.1")
+    process = train_process(
+        *TINY,
+        "train.max_steps=20",
+        "optim=gc",
+        "lr_mult=0.1",
+        "trainer=ddp",
+        "trainer.devices=2",
+        "trainer.accelerator=cpu",
+        f"hydra.run.dir={tmp_path / 'two'}",
+    )
+    _, errors = process.communicate(timeout=200)
+    assert process.returncode == 0, errors
+
+    two = finished(tmp_path / "two")
+    assert two.summary["world_size"] == 2
+    assert two.summary["examples"] == one.summary["examples"]
+    for name, value in one.summary["metrics"].items():
+        assert two.summary["metrics"][name] == pytest.approx(value, rel=1e-3), name
+
+
+@pytest.mark.slow
+def test_a_multirun_of_ddp_jobs_runs_each_job_once(tmp_path: Path) -> None:
+    process = train_process(
+        *TINY,
+        "-m",
+        "seed=0,1",
+        "train.max_steps=4",
+        "train.eval_every=0",
+        "trainer=ddp",
+        "trainer.devices=2",
+        "trainer.accelerator=cpu",
+        f"hydra.sweep.dir={tmp_path}",
+    )
+    _, errors = process.communicate(timeout=280)
+
+    assert process.returncode == 0, errors
+    assert [finished(p.parent).summary["world_size"] for p in sorted(tmp_path.glob("*/summary.json"))] == [2, 2]

@@ -1,0 +1,162 @@
+"""What a user gets from ``python train.py``, in process: the run folder, the verdicts, multirun."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from support import TINY, Finished, finished
+
+Train = Callable[..., Finished]
+
+
+@pytest.fixture(scope="module")
+def completed(train_tiny: Train, tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    return train_tiny(tmp_path_factory.mktemp("completed"), "optim=clippy", "train.checkpoint_every=8")
+
+
+def metrics(run: Finished) -> list[dict[str, str]]:
+    with (run.folder / "metrics.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_a_run_sums_itself_up(completed: Finished) -> None:
+    summary = completed.summary
+
+    assert summary["status"] == "completed"
+    assert (summary["model"], summary["optim"], summary["data"], summary["scale"]) == (
+        "small",
+        "clippy",
+        "synthetic",
+        "laptop",
+    )
+    assert summary["lr"] == summary["base_lr"] * summary["lr_mult"]
+    assert summary["steps"] == 24
+    assert summary["examples"] == 6144
+    assert summary["examples_per_second"] > 0
+    assert 0 <= summary["data_wait_fraction"] <= 1
+    assert set(summary["divergence"]) == {"micro", "full", "first_step"}
+    assert summary["parameters"]["embedding"] > summary["parameters"]["dense"] > 0
+    assert set(summary["versions"]) >= {"python", "torch", "pytorch-lightning"}
+
+
+def test_every_task_has_its_metrics_on_the_hold_out(completed: Finished) -> None:
+    found = completed.summary["metrics"]
+
+    tasks = {key.split("/")[1] for key in found}
+    assert len(tasks) == 6
+    assert 0.4 < found["test/click/auc"] < 1.0
+    assert sum(key.endswith("/rmse") for key in found) == 2
+
+
+def test_metrics_csv_follows_training_hold_out_and_progressive_validation(completed: Finished) -> None:
+    rows = metrics(completed)
+
+    assert [int(r["step"]) for r in rows if r["val/click/auc"]] == [8, 16, 24]
+    # Three windows of 2,048 rows, each scored before it is trained on: at 0, 8 and 16 steps of 256 rows.
+    assert [int(r["step"]) for r in rows if r["progressive/click/auc"]] == [0, 8, 16]
+    assert all(math.isfinite(float(r["train/loss"])) for r in rows if r["train/loss"])
+
+
+def test_a_checkpoint_loads_without_unpickling_code(completed: Finished) -> None:
+    newest = max((completed.folder / "checkpoints").glob("*.ckpt"), key=lambda p: p.stat().st_mtime_ns)
+
+    assert torch.load(newest, weights_only=True)["global_step"] == 24
+
+
+@pytest.mark.parametrize("model", ["small", "large", "large_dcn", "moe", "ple"])
+@pytest.mark.parametrize("optim", ["adagrad", "gc", "agc", "lamb", "clippy"])
+def test_every_model_trains_with_every_optimizer(train_tiny: Train, tmp_path: Path, model: str, optim: str) -> None:
+    run = train_tiny(
+        tmp_path, f"model={model}", f"optim={optim}", "train.max_steps=4", "train.eval_every=0", "lr_mult=0.05"
+    )
+
+    assert run.summary["status"] in ("completed", "diverged")
+    assert run.summary["steps"] == 4
+    assert math.isfinite(run.summary["metrics"]["test/click/logloss"])
+
+
+def test_a_lost_run_stops_early_says_why_and_is_no_failure(
+    train_tiny: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = train_tiny(
+        tmp_path,
+        "optim=adagrad",
+        "lr_mult=1000",
+        "data.log.train_rows=51200",
+        "scale.batch_size=128",
+        "train.eval_every=0",
+    )
+
+    assert run.summary["status"] == "diverged"
+    assert run.summary["divergence"]["full"] is True
+    assert run.summary["divergence"]["first_step"] < 100
+    assert run.summary["steps"] < 400
+    assert "step" in run.summary["reason"]
+    assert "diverged" in capsys.readouterr().out
+    events = [json.loads(line) for line in (run.folder / "events.jsonl").read_text().splitlines()]
+    assert events[-1]["kind"] == "full"
+
+
+def test_a_crash_is_written_down_as_failed(train_tiny: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from ranker.training.module import RankingModule
+
+    def broken(self: RankingModule, batch: object, batch_idx: int) -> None:
+        raise RuntimeError("the disk is gone")
+
+    monkeypatch.setattr(RankingModule, "training_step", broken)
+    with pytest.raises(RuntimeError, match="the disk is gone"):
+        train_tiny(tmp_path)
+
+    assert finished(tmp_path).summary["status"] == "failed"
+    assert "the disk is gone" in finished(tmp_path).summary["reason"]
+
+
+def test_the_same_seed_gives_the_same_numbers_and_another_seed_others(train_tiny: Train, tmp_path: Path) -> None:
+    def test_metrics(name: str, seed: int) -> dict[str, float]:
+        return train_tiny(tmp_path / name, f"seed={seed}", "train.max_steps=6", "train.eval_every=0").summary["metrics"]
+
+    first = test_metrics("a", 0)
+    assert test_metrics("b", 0) == first
+    assert test_metrics("c", 1) != first
+
+
+def test_chosen_tasks_and_features_are_the_only_ones_trained(train_tiny: Train, tmp_path: Path) -> None:
+    run = train_tiny(
+        tmp_path, "data.tasks=[click]", "data.drop_features=[user]", "train.max_steps=2", "train.eval_every=0"
+    )
+
+    assert {key.split("/")[1] for key in run.summary["metrics"]} == {"click"}
+
+
+def test_multirun_runs_every_combination_in_folders_of_their_own(
+    command_line: Callable[..., None], tmp_path: Path
+) -> None:
+    command_line(
+        *TINY,
+        "-m",
+        "optim=gc,clippy",
+        "seed=0,1",
+        "train.max_steps=2",
+        "train.eval_every=0",
+        f"hydra.sweep.dir={tmp_path}",
+    )
+
+    runs = sorted(path.parent.name for path in tmp_path.glob("*/summary.json"))
+    assert len(runs) == 4
+    assert runs[0].startswith("0_synthetic_small_gc_x1")
+
+
+def test_an_offline_wandb_run_is_finished_and_grouped(train_tiny: Train, tmp_path: Path) -> None:
+    import wandb
+
+    train_tiny(tmp_path, "logger=wandb", "train.max_steps=2", "train.eval_every=0")
+
+    assert wandb.run is None
+    assert list((tmp_path / "wandb").glob("offline-run-*/*.wandb"))

@@ -1,0 +1,56 @@
+"""Helpers that tests import by name: a tiny run's overrides, a run read back, train.py as a process."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# A stream and a model small enough for seconds; the window is smaller than the stream, so that it moves.
+TINY = (
+    "logger=csv",
+    "trainer=cpu",
+    "scale.batch_size=256",
+    "scale.eval_batch_size=2048",
+    "data.log.train_rows=6144",
+    "data.log.eval_rows=2048",
+    "data.log.rows_per_day=2048",
+    "data.log.num_users=500",
+    "data.log.num_items=200",
+    "data.window=2048",
+    "data.num_workers=1",
+    "train.eval_every=8",
+    "train.threads=1",
+    "scale.model.small.hidden=[16,16]",
+    "scale.model.large.hidden=[16,16,16,16]",
+    "scale.model.moe.expert_hidden=[8,8]",
+    "scale.model.ple.expert_hidden=[8,8]",
+)
+
+
+@dataclass(frozen=True)
+class Finished:
+    """What a run left: its folder and its summary."""
+
+    folder: Path
+    summary: dict[str, Any]
+
+
+def finished(folder: Path) -> Finished:
+    return Finished(folder, json.loads((folder / "summary.json").read_text()))
+
+
+def train_process(*overrides: str, **options: Any) -> subprocess.Popen[str]:
+    """Starts ``python train.py`` as a user would."""
+    environment = os.environ | {"WANDB_MODE": "offline", "OMP_NUM_THREADS": "1"}
+    environment.pop("HYDRA_FULL_ERROR", None)
+    command = [sys.executable, str(ROOT / "train.py"), *overrides]
+    return subprocess.Popen(
+        command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options
+    )
