@@ -56,7 +56,7 @@ class CrossNet(nn.Module):
     Raises:
         UserError: layers or rank below 1.
 
-    Source: Wang et al. (2021), DCN V2, the stacked structure; Tang et al. (2023), section 5 (Large+DCN).
+    Source: Wang et al. (2021), DCN V2, the stacked structure; Tang et al. (2023), Table 1 (Large+DCN).
     """
 
     def __init__(self, width: int, *, layers: int, rank: int | None = None, layer_norm: bool = True) -> None:

@@ -36,7 +36,7 @@ class MMoE(Ranker):
         UserError: a width, count or bound that makes no model.
 
     Source: Ma et al. (2018), Modeling Task Relationships in Multi-task Learning with Multi-gate
-        Mixture-of-Experts, equations 5 to 7.
+        Mixture-of-Experts.
     """
 
     def __init__(

@@ -38,7 +38,7 @@ class ExtractionLayer(nn.Module):
         layer_norm: as in ``MLP``.
         clip_activations: as in ``MLP``.
 
-    Source: Tang et al. (2020), Progressive Layered Extraction, equations 4 to 8.
+    Source: Tang et al. (2020), Progressive Layered Extraction.
     """
 
     def __init__(
@@ -103,7 +103,7 @@ class PLE(Ranker):
     Raises:
         UserError: a width, count or bound that makes no model.
 
-    Source: Tang et al. (2020), Progressive Layered Extraction (PLE), section 4.2.
+    Source: Tang et al. (2020), Progressive Layered Extraction (PLE).
     """
 
     def __init__(

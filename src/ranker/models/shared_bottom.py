@@ -34,7 +34,7 @@ class SharedBottom(Ranker):
     Raises:
         UserError: a width, count or bound that makes no model.
 
-    Source: Tang et al. (2023), section 5.1, Table 1.
+    Source: Tang et al. (2023), Table 1.
     """
 
     def __init__(

@@ -1,12 +1,10 @@
-"""Metrics by task: exact ones for evaluation, and a cheap running AUC for training."""
+"""Evaluation metrics by task, exact over ranks."""
 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchmetrics import Metric
@@ -14,7 +12,6 @@ from torchmetrics.functional.classification import binary_auroc
 from torchmetrics.utilities import dim_zero_cat
 
 from ranker.data.schema import Schema
-from ranker.errors import UserError
 
 NAN = math.nan
 
@@ -98,7 +95,8 @@ class TaskMetrics(nn.Module):
         notes: after ``compute``, by metric, why it is nan.
 
     Source: AUC by ``torchmetrics.functional.classification.binary_auroc``; normalised entropy by He et al. (2014),
-        equation 1; AUC and RMSE are the metrics of Tang et al. (2023), section 5.1.
+        Practical Lessons from Predicting Clicks on Ads at Facebook; AUC and RMSE are those of Tang et al. (2023),
+        Table 2.
     """
 
     def __init__(self, schema: Schema) -> None:
@@ -184,111 +182,3 @@ def _why_undefined(name: str, label: float, observed: float) -> str:
     if name == "calibration":
         return f"the mean of {observed:.0f} observed labels is 0"
     return "the sum of losses is not finite"
-
-
-class StreamingStats(NamedTuple):
-    """What ``StreamingAUC`` knows, by task.
-
-    Attributes:
-        auc_T: AUC over the recent past; nan for regressions and where one class is missing.
-        spread_T: standard deviation of the last batch's finite logits, over all its rows; nan without any.
-        nonfinite_T: logits of the last batch that are nan or infinite, observed or not.
-    """
-
-    auc_T: Tensor
-    spread_T: Tensor
-    nonfinite_T: Tensor
-
-
-class StreamingAUC(nn.Module):
-    """Training AUC of the recent past, cheap enough for every step: histograms of logits, old rows fading.
-
-        h_tcb <- decay * h_tcb + rows of task t, class c, bin b in this batch
-        auc_t = sum over b of h_t1b * (sum over b' < b of h_t0b' + h_t0b / 2) / (h_t1 * h_t0)
-
-    Bins are of equal width in the logit, from -range to range, the outermost open. Bins of equal width in the
-    probability would put a task of one positive in a thousand into its first bin or two.
-
-    Predictions that no longer depend on the input show as ``spread_T`` near 0 (rows of one batch share the weights,
-    so it is exactly 0 where the shared layers are dead). Logits that are not finite are counted and enter no histogram.
-
-    Nothing waits for the device until the caller reads a value. The cost is one pass over the batch and O(T * bins).
-    The histograms are buffers: they go with the module into a checkpoint.
-
-    Args:
-        schema: gives the tasks.
-        bins: number of bins.
-        logit_range: half the width that the bins cover.
-        decay: factor on the past a batch; 0.99 remembers about the last 100 batches.
-
-    Raises:
-        UserError: bins below 2, a range not above 0, or a decay outside of [0, 1].
-    """
-
-    histogram_TCK: Tensor
-    deviation_T: Tensor
-    finite_T: Tensor
-    nonfinite_T: Tensor
-    binary_T: Tensor
-
-    def __init__(self, schema: Schema, *, bins: int = 512, logit_range: float = 12.0, decay: float = 0.99) -> None:
-        super().__init__()
-        if bins < 2 or not logit_range > 0 or not 0 <= decay <= 1:
-            raise UserError(
-                f"streaming AUC: bins >= 2, logit_range > 0 and 0 <= decay <= 1 are needed, got "
-                f"{bins}, {logit_range}, {decay}"
-            )
-        self.bins, self.logit_range, self.decay = bins, logit_range, decay
-        tasks = len(schema.tasks)
-        self.register_buffer("histogram_TCK", torch.zeros(tasks, 2, bins))
-        for name in ("deviation_T", "finite_T", "nonfinite_T"):
-            self.register_buffer(name, torch.zeros(tasks))
-        self.register_buffer("binary_T", torch.tensor([t.type == "binary" for t in schema.tasks]), persistent=False)
-
-    @torch.no_grad()
-    def update(self, logits_BT: Tensor, labels_BT: Tensor, mask_BT: Tensor) -> None:
-        """Adds a batch."""
-        z, tasks = logits_BT.float(), logits_BT.shape[1]
-        finite = z.isfinite()
-        self.finite_T.copy_(finite.sum(0))
-        self.nonfinite_T.copy_((~finite).sum(0))
-        z = torch.where(finite, z, 0.0)
-        mean_T = z.sum(0) / self.finite_T.clamp(min=1)
-        self.deviation_T.copy_(torch.where(finite, z - mean_T, 0.0).square().sum(0))
-
-        step = 2 * self.logit_range / self.bins
-        bin_BT = (
-            ((z.clamp(-self.logit_range, self.logit_range) + self.logit_range) / step).long().clamp(max=self.bins - 1)
-        )
-        row_BT = 2 * torch.arange(tasks, device=z.device) + (labels_BT > 0.5).long()
-        counted = (mask_BT & finite & self.binary_T).float()
-        self.histogram_TCK.mul_(self.decay)
-        self.histogram_TCK.view(-1).index_add_(0, (row_BT * self.bins + bin_BT).view(-1), counted.view(-1))
-
-    @torch.no_grad()
-    def compute(self, *, all_ranks: bool = True) -> StreamingStats:
-        """AUC, spread and counts by task, on the device.
-
-        Args:
-            all_ranks: join the ranks where ``torch.distributed`` is initialised (one all-reduce, every rank must
-                call), so that all of them see, and decide, the same.
-        """
-        sums_T = torch.stack([self.deviation_T, self.finite_T, self.nonfinite_T])
-        flat = torch.cat([sums_T.view(-1), self.histogram_TCK.view(-1)])
-        if all_ranks and dist.is_available() and dist.is_initialized():
-            dist.all_reduce(flat)
-        deviation_T, finite_T, nonfinite_T = flat[: sums_T.numel()].view_as(sums_T)
-        negative_TK, positive_TK = flat[sums_T.numel() :].view_as(self.histogram_TCK).unbind(1)
-        below_TK = negative_TK.cumsum(1) - negative_TK / 2
-        pairs_T = positive_TK.sum(1) * negative_TK.sum(1)
-        # 0 / 0 is nan, which is what an AUC of one class or of a regression should be.
-        return StreamingStats(
-            auc_T=(positive_TK * below_TK).sum(1) / pairs_T,
-            spread_T=(deviation_T / finite_T).sqrt(),
-            nonfinite_T=nonfinite_T,
-        )
-
-    def reset(self) -> None:
-        """Forgets the past."""
-        for buffer in (self.histogram_TCK, self.deviation_T, self.finite_T, self.nonfinite_T):
-            buffer.zero_()
