@@ -1,0 +1,227 @@
+"""A generated log: endless, seeded, in time order, and hard to train on in the way a production log is.
+
+Users and items have latent factors; popularity follows Zipf's law; dense features are heavy-tailed; factors and task
+weights drift; new items arrive; now and then a feature's scale jumps. These are the causes the paper names (features
+whose distribution moves, many tasks on shared layers), made strong enough to show within a few hundred steps.
+Source: Tang et al., KDD 2023 (arXiv 2302.09178), sections 1 and 3; the generator itself is ours.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ranker.data.batch import Batch, Ragged
+from ranker.data.schema import CategoricalFeature, DenseFeature, Schema, Task
+from ranker.data.synthetic_world import (
+    AUTHOR_SHARE,
+    CATEGORIES,
+    HISTORY,
+    POSITIVE_RATES,
+    SEGMENTS,
+    SURFACES,
+    TAGS,
+    Block,
+    Difficulty,
+    World,
+)
+from ranker.errors import UserError
+
+BLOCK = 8_192  # rows generated together
+DAY_MS = 86_400_000
+START_MS = 1_767_225_600_000  # 2026-01-01 00:00 UTC
+
+
+def synthetic_schema(*, num_users: int, num_items: int, signals: int, embedding_dim: int) -> Schema:
+    """What the stream holds, before any selection of tasks or features.
+
+    Args:
+        num_users: users.
+        num_items: items alive at a time; ids share twice as many embedding rows, so that a new item takes over the row
+            of one that has long been gone.
+        signals: dense signals besides the named features; every other one is left raw, the rest pass through log1p.
+        embedding_dim: D of every categorical feature.
+    """
+    sizes = {
+        "author_id": num_items // AUTHOR_SHARE + 1,
+        "category": CATEGORIES,
+        "segment": SEGMENTS,
+        "surface": SURFACES,
+        "hour": 24,
+    }
+    categorical = [
+        CategoricalFeature(name="user_id", num_embeddings=num_users, embedding_dim=embedding_dim),
+        CategoricalFeature(name="item_id", hash_buckets=2 * num_items, embedding_dim=embedding_dim),
+        *(CategoricalFeature(name=n, num_embeddings=s, embedding_dim=embedding_dim) for n, s in sizes.items()),
+        CategoricalFeature(name="tags", kind="multi_hot", num_embeddings=TAGS, embedding_dim=embedding_dim),
+        CategoricalFeature(
+            name="history", kind="sequence", table="item_id", max_length=HISTORY, embedding_dim=embedding_dim
+        ),
+    ]
+    dense = [
+        DenseFeature(name="user_activity", transform="log1p"),
+        DenseFeature(name="user_tenure_days", scale=1e-3),
+        DenseFeature(name="item_age_days", transform="log1p"),
+        *(DenseFeature(name=f"signal_{f:02d}", transform="none" if f % 2 == 0 else "log1p") for f in range(signals)),
+    ]
+    tasks = [
+        *(Task(name=name) for name in POSITIVE_RATES),
+        Task(name="rating", type="regression", mask="rating_observed"),
+        Task(name="watch_time", type="regression", transform="log1p"),
+    ]
+    return Schema(
+        name="synthetic",
+        time_column="time_ms",
+        dense=tuple(dense),
+        categorical=tuple(categorical),
+        tasks=tuple(tasks),
+    )
+
+
+class SyntheticLog:
+    """A log whose rows are generated when they are read; satisfies :class:`ranker.data.log.Log`.
+
+    Row i is a function of the arguments and of i alone. The training days come first, each of rows_per_day rows
+    spread evenly; the hold-out is the whole of the day after the last of them.
+
+    Args:
+        seed: seed of the world and of every row.
+        num_users: users.
+        num_items: items alive at a time.
+        train_rows: rows to train on.
+        eval_rows: rows of the last day.
+        rows_per_day: rows of a training day; sets how fast things move from row to row.
+        signals: dense signals besides the named features.
+        embedding_dim: D of every categorical feature.
+        difficulty: the knobs of what makes it hard.
+        schema: a selection of tasks and features (``Schema.select``); None for all. The rows are the same.
+
+    Raises:
+        UserError: a number is out of range.
+    """
+
+    schema: Schema
+
+    def __init__(
+        self,
+        *,
+        seed: int = 0,
+        num_users: int = 20_000,
+        num_items: int = 10_000,
+        train_rows: int = 400_000,
+        eval_rows: int = 50_000,
+        rows_per_day: int = 50_000,
+        signals: int = 24,
+        embedding_dim: int = 8,
+        difficulty: Difficulty | None = None,
+        schema: Schema | None = None,
+    ) -> None:
+        least = {"seed": 0, "num_users": 1, "num_items": 20, "train_rows": 1, "eval_rows": 1, "rows_per_day": 1}
+        given = locals()
+        for name, minimum in least.items():
+            if given[name] < minimum:
+                raise UserError(f"synthetic log: {name} must be at least {minimum}, got {given[name]}")
+        self._train_rows, self._eval_rows, self._rows_per_day = train_rows, eval_rows, rows_per_day
+        self._eval_start_ms = START_MS + -(-train_rows // rows_per_day) * DAY_MS
+        self.schema = schema or synthetic_schema(
+            num_users=num_users, num_items=num_items, signals=signals, embedding_dim=embedding_dim
+        )
+        self._world = World(
+            seed=seed,
+            num_users=num_users,
+            num_items=num_items,
+            signals=signals,
+            difficulty=difficulty or Difficulty(),
+        )
+        # Reads seldom end where a block ends: the last one is kept, so that the next read finds its start made.
+        self._last: tuple[int, Schema, Batch] | None = None
+
+    @property
+    def train_rows(self) -> int:
+        """Rows to train on."""
+        return self._train_rows
+
+    @property
+    def num_rows(self) -> int:
+        """All rows."""
+        return self._train_rows + self._eval_rows
+
+    def time_at_row(self, row: int) -> int:
+        """Unix milliseconds of a row."""
+        return int(self._times(np.asarray([row], dtype=np.int64))[0])
+
+    def row_at_time(self, time_ms: int) -> int:
+        """Position of the first row at or after a time; num_rows where there is none."""
+        if time_ms > self.time_at_row(self._train_rows - 1):
+            position = -(-(time_ms - self._eval_start_ms) * self._eval_rows // DAY_MS)
+            return self._train_rows + min(max(position, 0), self._eval_rows)
+        return max(-(-(time_ms - START_MS) * self._rows_per_day // DAY_MS), 0)
+
+    def read(self, start: int, stop: int) -> Batch:
+        """Rows start .. stop-1 in time order.
+
+        Raises:
+            UserError: the range does not lie within the log.
+        """
+        if not 0 <= start < stop <= self.num_rows:
+            raise UserError(f"synthetic log: rows {start} to {stop} do not lie within 0 to {self.num_rows}")
+        parts = []
+        for number in range(start // BLOCK, (stop - 1) // BLOCK + 1):
+            first = number * BLOCK
+            part = self._block(number)
+            parts.append(part.slice(max(start - first, 0), min(stop - first, BLOCK)))
+        return Batch.concat(parts)
+
+    def _times(self, row_B: NDArray[np.int64]) -> NDArray[np.int64]:
+        train = START_MS + row_B * DAY_MS // self._rows_per_day
+        held_out = self._eval_start_ms + (row_B - self._train_rows) * DAY_MS // self._eval_rows
+        return np.where(row_B < self._train_rows, train, held_out)
+
+    def _block(self, number: int) -> Batch:
+        if self._last is None or self._last[0] != number or self._last[1] is not self.schema:
+            self._last = (number, self.schema, self._generate(number))
+        return self._last[2]
+
+    def _generate(self, number: int) -> Batch:
+        row_B = np.arange(number * BLOCK, (number + 1) * BLOCK, dtype=np.int64)
+        time_B = self._times(row_B)
+        block = self._world.block(number, (time_B - START_MS) / DAY_MS)
+        return _batch(self.schema, block, row_B=torch.from_numpy(row_B), time_B=torch.from_numpy(time_B))
+
+
+def _batch(schema: Schema, block: Block, *, row_B: Tensor, time_B: Tensor) -> Batch:
+    """Raw columns to what a model reads: transforms applied, ids turned into embedding rows."""
+    rows = len(row_B)
+    dense = [_transform(block.dense[f.column], f.scale, f.transform) for f in schema.dense]
+    onehot = [_embedding_rows(block.one_hot[f.column], schema.table_of(f)) for f in schema.one_hot]
+    ragged = {}
+    for feature in schema.ragged:
+        values, offsets = block.ragged[feature.column]
+        ragged[feature.name] = Ragged(_embedding_rows(values, schema.table_of(feature)), torch.from_numpy(offsets))
+    mask_BT = torch.ones(rows, len(schema.tasks), dtype=torch.bool)
+    labels_BT = torch.empty(rows, len(schema.tasks))
+    for t, task in enumerate(schema.tasks):
+        labels_BT[:, t] = _transform(block.labels[task.column], task.scale, task.transform)
+        if task.mask:
+            mask_BT[:, t] = torch.from_numpy(block.rating_observed)
+    return Batch(
+        dense_BF=torch.stack(dense, dim=1) if dense else torch.empty(rows, 0),
+        onehot_BC=torch.stack(onehot, dim=1) if onehot else torch.empty(rows, 0, dtype=torch.int64),
+        ragged=ragged,
+        labels_BT=labels_BT * mask_BT,
+        mask_BT=mask_BT,
+        time_ms_B=time_B,
+        row_B=row_B,
+    )
+
+
+def _transform(values: NDArray[np.float32], scale: float, transform: str) -> Tensor:
+    x = torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32)) * scale
+    return torch.sign(x) * torch.log1p(x.abs()) if transform == "log1p" else x
+
+
+def _embedding_rows(ids: NDArray[np.int64], table: CategoricalFeature) -> Tensor:
+    # Ids here grow one by one, so the remainder itself spreads them evenly over the buckets.
+    return torch.from_numpy(ids % table.hash_buckets if table.hash_buckets else ids) + 1
