@@ -82,7 +82,7 @@ def times_ms(column: pa.Array, schema: Schema, place: Place) -> Ints:
         return _to_ms(column.cast(pa.int64()).to_numpy(zero_copy_only=False), column.type.unit)
     if pa.types.is_floating(column.type):
         values = column.cast(pa.float64()).to_numpy(zero_copy_only=False)
-        return np.floor(values * TIME_UNITS[schema.time_unit]).astype(np.int64)
+        return np.rint(values * TIME_UNITS[schema.time_unit]).astype(np.int64)
     return _to_ms(_int64(column, schema.time_column, place), schema.time_unit)
 
 
