@@ -7,10 +7,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, TypeVar, cast
+from typing import Any, Literal
 
 import yaml
 
+from ranker.data.plain import build, one_of, without_defaults
 from ranker.errors import UserError, suggest
 
 Transform = Literal["none", "log1p"]
@@ -19,8 +20,6 @@ KINDS = ("one_hot", "multi_hot", "sequence")
 TASK_TYPES = ("binary", "regression")
 TIME_UNITS = {"s": 1000.0, "ms": 1.0, "us": 1e-3, "ns": 1e-6}
 SCHEMA_FILE = "schema.yaml"
-
-_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +42,7 @@ class DenseFeature:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "column", self.column or self.name)
-        _one_of(self.transform, TRANSFORMS, f"dense feature '{self.name}': transform")
+        one_of(self.transform, TRANSFORMS, f"dense feature '{self.name}': transform")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +78,7 @@ class CategoricalFeature:
         where = f"categorical feature '{self.name}'"
         object.__setattr__(self, "column", self.column or self.name)
         object.__setattr__(self, "vocabulary", tuple(self.vocabulary))
-        _one_of(self.kind, KINDS, f"{where}: kind")
+        one_of(self.kind, KINDS, f"{where}: kind")
         given = sum([self.num_embeddings > 0, self.hash_buckets > 0, bool(self.vocabulary), bool(self.table)])
         if given != 1:
             raise UserError(f"{where}: give exactly one of num_embeddings, hash_buckets, vocabulary, table")
@@ -120,8 +119,8 @@ class Task:
     def __post_init__(self) -> None:
         where = f"task '{self.name}'"
         object.__setattr__(self, "column", self.column or self.name)
-        _one_of(self.type, TASK_TYPES, f"{where}: type")
-        _one_of(self.transform, TRANSFORMS, f"{where}: transform")
+        one_of(self.type, TASK_TYPES, f"{where}: type")
+        one_of(self.transform, TRANSFORMS, f"{where}: transform")
         if self.type == "binary" and (self.transform != "none" or self.scale != 1.0):
             raise UserError(f"{where}: transform and scale are for regression; use at_least on a binary task")
         if self.type == "regression" and self.at_least is not None:
@@ -153,7 +152,7 @@ class Schema:
     row_id: str = ""
 
     def __post_init__(self) -> None:
-        _one_of(self.time_unit, tuple(TIME_UNITS), f"schema '{self.name}': time_unit")
+        one_of(self.time_unit, tuple(TIME_UNITS), f"schema '{self.name}': time_unit")
         for what, names in (
             ("feature", [f.name for f in self.dense] + [f.name for f in self.categorical]),
             ("task", [t.name for t in self.tasks]),
@@ -278,8 +277,8 @@ class Schema:
             entries = parts.get(key) or ()
             if not isinstance(entries, Sequence) or isinstance(entries, str):
                 raise UserError(f"{source}: '{key}' must be a list")
-            parts[key] = tuple(_build(kind, entry, f"{source}: {key}[{i}]") for i, entry in enumerate(entries))
-        return _build(cls, parts, source)
+            parts[key] = tuple(build(kind, entry, f"{source}: {key}[{i}]") for i, entry in enumerate(entries))
+        return build(cls, parts, source)
 
     @classmethod
     def from_yaml(cls, path: str | Path) -> Schema:
@@ -320,53 +319,10 @@ class Schema:
         if self.row_id:
             plain["row_id"] = self.row_id
         for key in ("dense", "categorical", "tasks"):
-            plain[key] = [_without_defaults(entry) for entry in getattr(self, key)]
+            plain[key] = [without_defaults(entry) for entry in getattr(self, key)]
         return plain
 
     def to_yaml(self, path: str | Path) -> None:
         """Writes the schema file."""
         text = yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True, width=120)
         Path(path).write_text(text, encoding="utf-8")
-
-
-def _one_of(value: object, options: Sequence[str], where: str) -> None:
-    if value not in options:
-        raise UserError(f"{where} '{value}' is unknown; {suggest(str(value), options)}")
-
-
-def _build(kind: type[_T], raw: object, where: str) -> _T:
-    """A dataclass from a mapping, with unknown, missing and wrongly typed keys named."""
-    if not isinstance(raw, Mapping):
-        raise UserError(f"{where}: expected a mapping, got {raw!r}")
-    fields = {f.name: f for f in dataclasses.fields(cast(Any, kind))}
-    for key in raw:
-        if key not in fields:
-            raise UserError(f"{where}: unknown key '{key}'; {suggest(str(key), fields)}")
-    for name, field in fields.items():
-        if name not in raw and field.default is dataclasses.MISSING:
-            raise UserError(f"{where}: '{name}' is missing")
-    clean = {key: _coerce(raw[key], str(fields[key].type), f"{where}: {key}") for key in raw}
-    return kind(**clean)
-
-
-def _coerce(value: Any, annotation: str, where: str) -> Any:
-    """Checks a YAML scalar against the annotation; a whole number is fine where a float is asked for."""
-    kinds: dict[str, tuple[type, ...]] = {
-        "str": (str,),
-        "int": (int,),
-        "float": (int, float),
-        "float | None": (int, float, type(None)),
-    }
-    expected = kinds.get(annotation)
-    if expected is not None and (not isinstance(value, expected) or isinstance(value, bool)):
-        raise UserError(f"{where} must be {annotation}, got {value!r}")
-    return float(value) if annotation.startswith("float") and value is not None else value
-
-
-def _without_defaults(entry: Any) -> dict[str, Any]:
-    plain = {}
-    for field in dataclasses.fields(entry):
-        value = getattr(entry, field.name)
-        if value != field.default and not (field.name == "column" and value == entry.name):
-            plain[field.name] = list(value) if isinstance(value, tuple) else value
-    return plain

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import pickle
 from concurrent.futures import ThreadPoolExecutor
 
@@ -135,8 +136,6 @@ def test_a_log_can_be_sent_to_another_process(write_log):
 
 
 def test_positions_are_row_ids_where_the_schema_names_none(write_log, log_schema):
-    import dataclasses
-
     schema = dataclasses.replace(log_schema, row_id="")
     log = ParquetLog(str(write_log(UNEVEN)), schema=schema, days=["2022-04-27", None])
     assert torch.equal(log.read(5, 60).row_B, torch.arange(5, 60))
