@@ -1,0 +1,63 @@
+"""What can be tuned in the detector, with units."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+from ranker.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class DetectorSettings:
+    """Settings of ``DivergenceDetector``.
+
+    A loss is high when it lies above its baseline by more than all three of ``jump_ratio``, ``jump_scales`` and
+    ``jump_floor`` ask for. Each guards against one kind of noise: drift of a quiet loss, heavy tails, and rare
+    positives (one more of them multiplies the loss of a task with a positive in a thousand rows).
+
+    Attributes:
+        window: steps, accepted losses that the baseline is the median of.
+        jump_ratio: a high loss is at least so many times the baseline.
+        jump_scales: and above it by so many robust standard deviations.
+        jump_floor: and above it by this share of the task's very first loss, that of the untrained model.
+        max_rise: steps in which the baseline may double at most; a loss that grows faster is no drift.
+        startup: steps at the start in which a jump that is over is no event: the first steps of Adagrad are wild.
+        settle: steps in a row below the threshold until a jump is over.
+        patience: steps that a jump may last; recovering takes a model 10 to 300.
+        lost_ratio: at the end of patience, a loss this many times its baseline, of most tasks, means a lost model.
+        lost_ratio_alone: the same for a single task.
+        nonfinite_patience: steps in a row with a loss or prediction that is not finite.
+        dead_spread: standard deviation of logits below which predictions do not depend on the input.
+        dead_patience: steps in a row with all tasks below it.
+        unborn_patience: the same for a model that never was above it (heads may start at zero, under warm-up).
+        auc_tolerance: an AUC within this distance of 0.5 says nothing; wider for rare tasks.
+        auc_patience: steps in a row with the AUC of every task that had learned back within the tolerance.
+        learn_patience: steps after which a run that ends without any task having learned is lost.
+    """
+
+    window: int = 128
+    jump_ratio: float = 1.5
+    jump_scales: float = 12.0
+    jump_floor: float = 0.1
+    max_rise: int = 500
+    startup: int = 50
+    settle: int = 10
+    patience: int = 400
+    lost_ratio: float = 3.0
+    lost_ratio_alone: float = 10.0
+    nonfinite_patience: int = 20
+    dead_spread: float = 1e-3
+    dead_patience: int = 50
+    unborn_patience: int = 300
+    auc_tolerance: float = 0.02
+    auc_patience: int = 200
+    learn_patience: int = 200
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
+                raise UserError(f"divergence detector: {field.name} must be a number above 0, got {value!r}")
+        for name, least in (("window", 16), ("jump_ratio", 1.0), ("lost_ratio", self.jump_ratio)):
+            if getattr(self, name) < least:
+                raise UserError(f"divergence detector: {name} must be at least {least:g}, got {getattr(self, name):g}")

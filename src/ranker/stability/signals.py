@@ -1,0 +1,133 @@
+"""What the detector is fed: signals joined over the ranks, a buffer that is read without waiting, dead ReLUs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+RELU_LIKE: tuple[type[nn.Module], ...] = (nn.ReLU, nn.ReLU6)
+
+
+def reduce_signals(
+    losses_T: Tensor, auc_T: Tensor | None = None, spread_T: Tensor | None = None, nonfinite: Tensor | None = None
+) -> dict[str, Tensor | None]:
+    """Joins one step's signals over the ranks, so that every rank comes to the same verdict at the same step.
+
+    Losses and AUCs become their mean over ranks, the spread the root of the mean variance, ``nonfinite`` true where
+    any rank's is. One all-reduce of 3 T + 1 numbers; nothing where ``torch.distributed`` is not initialised. Every rank
+    must call, with the same signals present.
+
+    Returns:
+        Arguments of ``DivergenceDetector.update``.
+    """
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return {"losses_T": losses_T, "auc_T": auc_T, "spread_T": spread_T, "nonfinite": nonfinite}
+    row = pack(losses_T, auc_T, spread_T.square() if spread_T is not None else None, nonfinite)
+    dist.all_reduce(row)
+    tasks, ranks = len(losses_T), dist.get_world_size()
+    mean = row / ranks
+    return {
+        "losses_T": mean[:tasks],
+        "auc_T": None if auc_T is None else mean[tasks : 2 * tasks],
+        "spread_T": None if spread_T is None else mean[2 * tasks : 3 * tasks].sqrt(),
+        "nonfinite": None if nonfinite is None else row[-1] > 0,
+    }
+
+
+def pack(losses_T: Tensor, auc_T: Tensor | None, spread_T: Tensor | None, nonfinite: Tensor | None) -> Tensor:
+    """One row of 3 T + 1 numbers, float32, on the device of the losses; nan for what is not known."""
+    losses_T = losses_T.detach().float()
+    unknown_T = losses_T.new_full(losses_T.shape, torch.nan)
+    flag = losses_T.new_zeros(1) if nonfinite is None else nonfinite.detach().to(losses_T).reshape(1)
+    return torch.cat(
+        [losses_T, *(unknown_T if x is None else x.detach().to(losses_T) for x in (auc_T, spread_T)), flag]
+    )
+
+
+class SignalBuffer:
+    """Rows on the device, read without waiting for it.
+
+    ``add`` keeps a reference to the row. ``take`` gathers the rows in one kernel. On CPU it returns them; on a GPU it
+    starts a copy to pinned memory and returns the rows whose copy the call before had started: by then it is long
+    done, so that the host waits for nothing. Which rows a call returns depends on the calls alone, never on timing, so
+    ranks that make the same calls see the same rows.
+    """
+
+    def __init__(self) -> None:
+        self._steps: list[int] = []
+        self._rows: list[Tensor] = []
+        self._flying: tuple[list[int], Tensor, torch.cuda.Event] | None = None
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def add(self, step: int, row: Tensor) -> None:
+        """Adds the row of a step."""
+        self._steps.append(step)
+        self._rows.append(row)
+
+    def take(self, *, wait: bool = False) -> list[tuple[int, list[float]]]:
+        """Rows with their steps, in order; ``wait`` for all of them."""
+        taken = self._land()
+        if self._rows:
+            steps, rows = self._steps, torch.stack(self._rows)
+            self._steps, self._rows = [], []
+            if rows.is_cuda:
+                host = torch.empty(rows.shape, dtype=rows.dtype, pin_memory=True)
+                host.copy_(rows, non_blocking=True)
+                done = torch.cuda.Event()
+                done.record()
+                self._flying = (steps, host, done)
+            else:
+                taken += zip(steps, rows.tolist(), strict=True)
+        return taken + self._land() if wait else taken
+
+    def _land(self) -> list[tuple[int, list[float]]]:
+        if self._flying is None:
+            return []
+        steps, host, done = self._flying
+        self._flying = None
+        done.synchronize()
+        return list(zip(steps, host.tolist(), strict=True))
+
+
+class DeadReluShare:
+    """Share of units behind a ReLU that are 0 for every row of a batch, by layer.
+
+    Measures only inside ``with share.measuring():``, by forward hooks that are removed again; a step that is not
+    measured costs nothing. One comparison and one reduction a layer, no waiting for the device.
+
+    Args:
+        net: the network; its ReLU-like modules are found by type.
+        types: module types that count.
+    """
+
+    def __init__(self, net: nn.Module, *, types: tuple[type[nn.Module], ...] = RELU_LIKE) -> None:
+        self._layers = [(name, module) for name, module in net.named_modules() if isinstance(module, types)]
+        self._shares: dict[str, Tensor] = {}
+
+    @contextmanager
+    def measuring(self) -> Iterator[None]:
+        """Looks at the forward passes inside."""
+        self._shares = {}
+        handles = [m.register_forward_hook(self._hook(name)) for name, m in self._layers]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def compute(self) -> dict[str, Tensor]:
+        """Scalars on the device by layer name, of the last forward pass measured."""
+        return dict(self._shares)
+
+    def _hook(self, name: str) -> Callable[[nn.Module, object, Tensor], None]:
+        def look(_module: nn.Module, _inputs: object, output: Tensor) -> None:
+            if output.shape[0]:
+                self._shares[name] = (output.detach().flatten(0, -2).amax(0) <= 0).float().mean()
+
+        return look
