@@ -52,7 +52,7 @@ class Difficulty:
     drift_days: float = 4.0
     tail: float = 1.0
     jump: float = 30.0
-    jump_share: float = 0.02
+    jump_share: float = 0.01
     arrivals: float = 0.02
 
     def __post_init__(self) -> None:
@@ -138,8 +138,9 @@ class World:
         self.weight_frequency_KT = self._frequencies(rng, *shape)
 
     def _draw_signals(self, rng: np.random.Generator) -> None:
-        mix = rng.standard_normal((3 * FACTORS, self.signals)) / np.sqrt(3 * FACTORS)
-        self.signal_KF = mix.astype(np.float32)
+        mix = rng.standard_normal((3 * FACTORS, self.signals))
+        # Unit columns: the tail is exponential in the spread, so one wide signal would rule a seed's world.
+        self.signal_KF = (mix / np.linalg.norm(mix, axis=0)).astype(np.float32)
         self.signal_phase_F = rng.random(self.signals, dtype=np.float32)
         self.signal_frequency_F = self._frequencies(rng, self.signals)
 
