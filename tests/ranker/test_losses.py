@@ -142,7 +142,7 @@ def joined_batch():
     draw = torch.Generator().manual_seed(1)
     x, labels = torch.randn(10, 4, generator=draw), torch.randint(0, 2, (10, 3), generator=draw).float()
     mask = torch.rand(10, 3, generator=draw) < 0.5
-    mask[7:, 0] = False  # the second rank observes no label of the first task
+    mask[7:] = torch.tensor([False, True, True])  # the second rank observes no label of the first task
     return x, labels, mask
 
 

@@ -19,7 +19,7 @@ NAN = math.nan
 class _State(Metric):
     """What the metrics need of all rows: sums a task, and every binary logit for an exact AUC.
 
-    One metric for all tasks, so that joining the ranks takes eight collectives however many tasks there are.
+    One metric for all tasks, so that joining the ranks takes as many collectives for ten tasks as for one.
     States are sums [T] in float64 and, by row, logits [N, binary tasks] in float32 and labels in int8 with -1 for not
     observed: 5 bytes a row and binary task.
     """

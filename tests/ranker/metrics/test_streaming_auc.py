@@ -83,10 +83,10 @@ def test_running_auc_of_one_class_is_nan():
 
 
 def test_logits_that_are_not_finite_are_counted_apart():
-    stats = streamed(*one_task([2.0, NAN, INF, -2.0], [1.0, 0.0, 0.0, 0.0]))
+    stats = streamed(*one_task([2.0, NAN, INF, 1.0], [1.0, 1.0, 0.0, 0.0]))
     assert stats.nonfinite_T.tolist() == [2.0, 0.0, 0.0]
     assert stats.auc_T[0].item() == 1.0
-    assert stats.spread_T[0].item() == pytest.approx(2.0)
+    assert stats.spread_T[0].item() == pytest.approx(0.5)
 
 
 def test_all_logits_lost_leaves_nan_and_no_crash():

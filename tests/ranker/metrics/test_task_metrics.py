@@ -1,13 +1,9 @@
 from __future__ import annotations
 
 import math
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from ranker.data.schema import DenseFeature, Schema, Task
 from ranker.metrics import TaskMetrics
@@ -165,39 +161,6 @@ def test_metrics_hold_nothing_for_the_checkpoint():
     assert metrics.state_dict() == {}
 
 
-CASES = {"uneven": 45, "one_rank_empty": 60}  # rows of rank 0 out of 60
-
-
-def test_two_ranks_give_what_one_process_gives_on_all_rows(tmp_path):
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    ranks = [
-        subprocess.Popen([sys.executable, __file__, str(rank), str(tmp_path)], env=environment) for rank in range(2)
-    ]
-    assert [process.wait(timeout=120) for process in ranks] == [0, 0]
-
-    rows = some_rows()
-    exact, _ = computed(*rows)
-    for case in CASES:
-        for rank in range(2):
-            result = torch.load(tmp_path / f"{case}_{rank}.pt", weights_only=True)
-            assert result == pytest.approx(exact)
-
-
 def test_updates_do_not_wait_for_the_device():
     # Tensors on the meta device hold no values: reading one raises.
     TaskMetrics(SCHEMA).to("meta").update(*(part.to("meta") for part in some_rows()))
-
-
-def run_rank(rank, folder):
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
-    for case, cut in CASES.items():
-        own = [part[:cut] if rank == 0 else part[cut:] for part in some_rows()]
-        metrics = TaskMetrics(SCHEMA)
-        if len(own[0]):  # a rank without rows never updates
-            metrics.update(*own)
-        torch.save(metrics.compute(), f"{folder}/{case}_{rank}.pt")
-    dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    run_rank(int(sys.argv[1]), sys.argv[2])
