@@ -24,10 +24,10 @@ class Place(NamedTuple):
     still: Tensor
 
 
-def locate(work: Work) -> Place:
+def locate(work: Work, peaks: Tensor | None) -> Place:
     """Find the coordinate with the largest value of the method's binding reduction, local part only.
 
-    When the reduction was taken in pieces, only the piece that holds the maximum is looked at again.
+    When the reduction was taken in pieces (`peaks`), only the piece with the maximum is looked at again.
     """
     binding, terms = work.method.binding, work.method.terms
     assert binding is not None, "only methods with a binding coordinate are asked"
@@ -35,7 +35,7 @@ def locate(work: Work) -> Place:
     if work.weight.numel() == 0:
         nothing = work.weight.new_full((), -1.0)
         return Place(nothing + 1, nothing.long(), nothing, nothing)
-    piece, start = _peak_piece(work)
+    piece, start = _peak_piece(work, peaks)
     at = coordinates(work, piece)
     value, index = binding.map(at, work.settings).flatten().max(dim=0)
     weight, grad, update = (torch.take(tensor, index) for tensor in at[:3])
@@ -45,11 +45,11 @@ def locate(work: Work) -> Place:
     return Place(value, start + index, term, there.weight == 0)
 
 
-def _peak_piece(work: Work) -> tuple[Piece, Tensor | int]:
+def _peak_piece(work: Work, peaks: Tensor | None) -> tuple[Piece, Tensor | int]:
     """Return the piece with the largest value, chosen on the device, and the flat index it starts at."""
-    if work.peaks is None:
+    if peaks is None:
         return Piece(work.weight, work.grad, work.state), 0
-    start = work.peaks.argmax() * CHUNK
+    start = peaks.argmax() * CHUNK
     window = (start + torch.arange(CHUNK, device=start.device)).clamp_(max=work.weight.numel() - 1)
 
     def cut(tensor: Tensor) -> Tensor:
@@ -58,9 +58,9 @@ def _peak_piece(work: Work) -> tuple[Piece, Tensor | int]:
     return Piece(cut(work.weight), cut(work.grad), {key: cut(value) for key, value in work.state.items()}), start
 
 
-def global_index(param: Tensor, rows: Tensor | None, index: Tensor) -> Tensor:
+def global_index(work: Work, index: Tensor) -> Tensor:
     """Return the flat index in the whole parameter of a flat index among its touched rows or in its local shard."""
-    shape = param.shape
+    param, rows, shape = work.param, work.rows, work.param.shape
     if rows is not None:
         width = max(1, shape[1:].numel())
         return (

@@ -1,4 +1,4 @@
-"""The step in plain torch: reduce, then apply. Every device and dtype; the other backends must agree with it."""
+"""The step in plain torch: every device, dtype and method. The other backend must agree with it."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from optim.batch import Batch
 from optim.reductions import Coordinates, Reduction
 from optim.work import Piece, Work, pieces
 
@@ -19,18 +20,45 @@ def coordinates(work: Work, piece: Piece) -> Coordinates:
     return Coordinates(weight, grad, update, scale)
 
 
-def reduce(work: Work, reductions: Sequence[Reduction]) -> dict[str, Tensor]:
-    """Reduce one tensor, local part only: 0-d numbers, or one a unit where the work has `unit_dims`."""
+class Eager:
+    """Tensor by tensor, on the CPU piece by piece, so that temporaries stay in cache."""
+
+    def takes(self, _work: Work) -> bool:
+        """Return True."""
+        return True
+
+    def reduce(self, batch: Batch, reductions: Sequence[Reduction]) -> dict[str, Tensor]:
+        """Reduce the local parts."""
+        parts = [_reduce(work, reductions) for work in batch.works]
+        binding = batch.method.binding
+        if binding is not None and binding in reductions and not batch.by_unit:
+            batch.peaks = [part[binding.name] if part[binding.name].ndim else None for part in parts]
+        if batch.by_unit:
+            return parts[0]
+        return {
+            reduction.name: _stack([_join(reduction, part[reduction.name]) for part in parts])
+            for reduction in reductions
+        }
+
+    def apply(self, batch: Batch, ok: Tensor | None) -> None:
+        """Take the step."""
+        for number, work in enumerate(batch.works):
+            sigma = batch.sigma
+            _apply(work, sigma if sigma is None or batch.by_unit else sigma[number], batch.clips_gradient, ok)
+
+
+EAGER = Eager()
+
+
+def _reduce(work: Work, reductions: Sequence[Reduction]) -> dict[str, Tensor]:
+    """Reduce one tensor: 0-d, [pieces] where it was cut, or one number a unit."""
     dims = work.unit_dims
     parts: dict[str, list[Tensor]] = {reduction.name: [] for reduction in reductions}
     for piece in pieces(work):
         at = coordinates(work, piece)
         for reduction in reductions:
             parts[reduction.name].append(_collapse(reduction, reduction.map(at, work.settings), dims))
-    binding = work.method.binding
-    if binding is not None and binding in reductions and dims is None and len(parts[binding.name]) > 1:
-        work.peaks = torch.stack(parts[binding.name])
-    return {reduction.name: _join(reduction, parts[reduction.name]) for reduction in reductions}
+    return {name: values[0] if len(values) == 1 else torch.stack(values) for name, values in parts.items()}
 
 
 def _collapse(reduction: Reduction, values: Tensor, dims: tuple[int, ...] | None) -> Tensor:
@@ -43,43 +71,46 @@ def _collapse(reduction: Reduction, values: Tensor, dims: tuple[int, ...] | None
     return values.amax() if dims is None else values.amax(dim=dims, keepdim=True)
 
 
-def _join(reduction: Reduction, parts: list[Tensor]) -> Tensor:
-    if len(parts) == 1:
-        return parts[0]
-    together = torch.stack(parts)
-    return torch.linalg.vector_norm(together) if reduction.combine == "norm" else together.amax()
+def _join(reduction: Reduction, parts: Tensor) -> Tensor:
+    if parts.ndim == 0:
+        return parts
+    return torch.linalg.vector_norm(parts) if reduction.combine == "norm" else parts.amax()
 
 
-def is_finite(work: Work) -> Tensor:
-    """Return whether all of the local gradient is finite, as a 0-d bool on its device."""
-    if work.grad.numel() == 0:
-        return torch.ones((), dtype=torch.bool, device=work.grad.device)
-    return torch.linalg.vector_norm(work.grad, ord=torch.inf).isfinite()
+def _stack(values: list[Tensor]) -> Tensor:
+    """Stack 0-d tensors, in the widest of their dtypes."""
+    dtype = values[0].dtype
+    for value in values[1:]:
+        dtype = torch.promote_types(dtype, value.dtype)
+    return torch.stack([value.to(dtype) for value in values])
 
 
-def apply(work: Work, ok: Tensor | None) -> None:
-    """Write w <- w - lr * sigma * r and the state; where `ok` is false on the device, change nothing by one bit."""
+def _apply(work: Work, sigma: Tensor | None, clips_gradient: bool, ok: Tensor | None) -> None:
+    """Write w <- w - lr * sigma * r and the state of one tensor."""
     after: Mapping[str, Tensor] = {}
     for piece in pieces(work):
-        weight, after = _advance(work, piece)
+        weight, after = _advance(work, piece, sigma, clips_gradient)
         _write(piece.weight, weight, ok)
         for key, value in after.items():
             if value.ndim or not work.weight.ndim:
                 _write(piece.state[key], value, ok)
     if work.weight.ndim:
         for key, value in after.items():
-            if not value.ndim:  # counts: every piece must see the old one
+            if not value.ndim:  # a count: every piece had to see the old one
                 _write(work.state[key], value, ok)
     work.write_back()
 
 
-def _advance(work: Work, piece: Piece) -> tuple[Tensor, Mapping[str, Tensor]]:
+def _advance(
+    work: Work, piece: Piece, sigma: Tensor | None, clips_gradient: bool
+) -> tuple[Tensor, Mapping[str, Tensor]]:
     """Return the new weight and the new state of a piece."""
-    settings, sigma, update = work.settings, work.sigma, work.method.update
+    settings, update = work.settings, work.method.update
     lr: Any = settings["lr"]
     weight, grad = piece.effective(settings)
+    sigma = None if sigma is None else sigma.to(weight.dtype)
     fed = grad * sigma if sigma is not None and settings.get("clip_accumulator", False) else grad
-    if work.clips_gradient:
+    if clips_gradient:
         grad, sigma = fed, None
     step = update.direction(grad, piece.state, settings).update
     after = update.advance(fed, piece.state, settings)

@@ -9,11 +9,12 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-from optim import eager, stats
+from optim import stats
+from optim.batch import Backend, all_finite, choose_sigma, make_batches
 from optim.distributed import local_tensor
+from optim.eager import EAGER
 from optim.hyperparameters import SHARED, check_names
 from optim.registry import get_info
-from optim.select import all_finite, choose_sigma
 from optim.work import Work, make_work
 
 SKIPPED = "skipped_steps"
@@ -65,6 +66,11 @@ class SigmaOptimizer(torch.optim.Optimizer):
     @collect_stats.setter
     def collect_stats(self, value: bool) -> None:
         self.defaults["collect_stats"] = _SHARED["collect_stats"].check(value, "optimizer")
+
+    @property
+    def backends(self) -> tuple[Backend, ...]:
+        """What steps the tensors, in order of preference."""
+        return (EAGER,)
 
     @property
     def skipped_steps(self) -> int:
@@ -126,11 +132,13 @@ class SigmaOptimizer(torch.optim.Optimizer):
         if not works:
             return loss
         ok = self._check_finite(works)
-        choose_sigma(works, eager.reduce, also=stats.REDUCTIONS if self.collect_stats else ())
+        batches = make_batches(works, self.backends)
+        for batch in batches:
+            choose_sigma(batch, also=stats.REDUCTIONS if self.collect_stats else ())
         if self.collect_stats:
-            stats.record(works, self.state, ok)
-        for work in works:
-            eager.apply(work, ok.get(work.weight.device))
+            stats.record(batches, self.state, ok)
+        for batch in batches:
+            batch.backend.apply(batch, ok.get(batch.device))
         return loss
 
     def gather(self, *, keep_state: bool = True) -> list[Work]:
@@ -158,10 +166,10 @@ class SigmaOptimizer(torch.optim.Optimizer):
         policy = self.defaults["on_nonfinite"]
         if policy == "propagate":
             return {}
-        ok = all_finite(works, eager.is_finite)
+        ok = all_finite(works)
         if policy == "raise":
             if not all(ok.values()):
-                names = [work.name for work in works if not eager.is_finite(work)]
+                names = [work.name for work in works if not work.is_finite()]
                 raise FloatingPointError(f"gradient of {', '.join(names) or 'another rank'} is not finite")
             return {}
         counter = self.param_groups[0]

@@ -10,10 +10,10 @@ from typing import Any, TypedDict
 import torch
 from torch import Tensor
 
+from optim.batch import Batch
 from optim.binding import TERMS, global_index, locate
 from optim.distributed import combine_max, combine_norm
 from optim.reductions import UPDATE_MAX, UPDATE_NORM
-from optim.select import is_idle
 from optim.work import Work
 
 STATE_KEY = "clip_stats"
@@ -72,28 +72,21 @@ class ClipStats(TypedDict):
     still: bool
 
 
-def record(
-    works: Sequence[Work],
-    state: Mapping[Tensor, dict[str, Any]],
-    ok: Mapping[torch.device, Tensor],
-) -> None:
+def record(batches: Sequence[Batch], state: Mapping[Tensor, dict[str, Any]], ok: Mapping[torch.device, Tensor]) -> None:
     """Update the rows from the step about to be taken; a skipped step leaves them alone.
 
     Args:
-        works: After `choose_sigma(..., also=REDUCTIONS)`.
+        batches: After `choose_sigma(batch, also=REDUCTIONS)`.
         state: The optimizer's state, in which the rows live.
         ok: By device, whether the step is taken; empty when it always is.
     """
-    batches: dict[object, list[Work]] = defaultdict(list)
-    for work in works:
-        batches[work.weight.device, work.groups, id(work.settings), work.unit_dims is None].append(work)
-    for batch in batches.values():
-        rows = [_row(work, state[work.param]) for work in batch]
-        before = torch.stack(rows).unbind(dim=1)
-        after = torch.stack(_advance(batch, dict(zip(FIELDS, before, strict=True))), dim=1)
-        go = ok.get(batch[0].weight.device)
+    for batch in batches:
+        rows = [_row(work, state[work.param]) for work in batch.works]
+        before = torch.stack(rows)
+        after = torch.stack(_advance(batch, dict(zip(FIELDS, before.unbind(dim=1), strict=True))), dim=1)
+        go = ok.get(batch.device)
         if go is not None:
-            after = torch.where(go, after, torch.stack(before, dim=1))
+            after = torch.where(go, after, before)
         torch._foreach_copy_(rows, list(after.unbind()))
 
 
@@ -107,9 +100,9 @@ def _row(work: Work, state: dict[str, Any]) -> Tensor:
     return state[STATE_KEY]
 
 
-def _advance(batch: list[Work], row: dict[str, Tensor]) -> list[Tensor]:
+def _advance(batch: Batch, row: dict[str, Tensor]) -> list[Tensor]:
     """Return the new columns, in the order of FIELDS."""
-    lr = batch[0].settings["lr"]
+    lr = batch.settings["lr"]
     sigma, update_max, update_norm = _sizes(batch)
     coordinate, term, still = _binding(batch, sigma)
     new = {
@@ -127,41 +120,40 @@ def _advance(batch: list[Work], row: dict[str, Tensor]) -> list[Tensor]:
     return [new[field] for field in FIELDS]
 
 
-def _sizes(batch: list[Work]) -> tuple[Tensor, Tensor, Tensor]:
-    """Return vectors [len(batch)]: the smallest sigma, the infinity norm and the 2-norm of sigma * r."""
-    worst, largest, norms = [], [], []
-    for work in batch:
-        peak, norm = work.reduced[UPDATE_MAX.name].double(), work.reduced[UPDATE_NORM.name].double()
-        sigma = torch.ones_like(peak) if work.sigma is None else work.sigma.double()
-        # The smallest as the inverse of a maximum: combinable over shards, and 0 where a shard has no unit.
-        worst.append(_peak(sigma.reciprocal()))
-        largest.append(_peak(sigma * peak))
-        norms.append(torch.linalg.vector_norm(sigma * norm))
-    split = batch[0].groups if batch[0].unit_dims is not None else ()
-    inverse = combine_max(torch.stack(worst), [group for group, _ in split])
-    update_max = combine_max(torch.stack(largest), [group for group, _ in split])
-    update_norm = combine_norm(torch.stack(norms), [group for group, dim in split if dim == 0])
-    return inverse.reciprocal(), update_max, update_norm
+def _sizes(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    """Return vectors [N]: the smallest sigma, the infinity norm and the 2-norm of sigma * r."""
+    peak, norm = batch.reduced[UPDATE_MAX.name].double(), batch.reduced[UPDATE_NORM.name].double()
+    sigma = torch.ones_like(peak) if batch.sigma is None else batch.sigma.double()
+    if not batch.by_unit:
+        return sigma, sigma * peak, sigma * norm
+    groups = [group for group, _ in batch.works[0].groups]
+    split = [group for group, dim in batch.works[0].groups if dim == 0]
+    # The smallest as the inverse of a maximum, which shards can combine and which is 0 where a shard has no unit.
+    slowest = combine_max(_peak(sigma.reciprocal()), groups).reciprocal()
+    return slowest, combine_max(_peak(sigma * peak), groups), combine_norm(_norm(sigma * norm), split)
 
 
 def _peak(values: Tensor) -> Tensor:
-    return values.amax() if values.numel() else values.new_zeros(())
+    return values.amax().view(1) if values.numel() else values.new_zeros(1)
 
 
-def _binding(batch: list[Work], sigma: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _norm(values: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(values).view(1)
+
+
+def _binding(batch: Batch, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return vectors: the flat index of the coordinate that decided sigma, the largest term there, and if w = 0 there.
 
     All are -1 where sigma is not below 1 or the method looks at no single coordinate.
     """
-    if batch[0].method.binding is None or is_idle(batch[0]):
+    if batch.method.binding is None or batch.idle:
         nothing = torch.full_like(sigma, -1)
         return nothing, nothing, nothing
-    found = [locate(work) for work in batch]
-    groups = [group for group, _ in batch[0].groups]
+    peaks = batch.peaks or [None] * len(batch.works)
+    found = [locate(work, peak) for work, peak in zip(batch.works, peaks, strict=True)]
+    groups = [group for group, _ in batch.works[0].groups]
     value = torch.stack([place.value for place in found]).double()
-    index = torch.stack(
-        [global_index(work.param, work.rows, place.at) for work, place in zip(batch, found, strict=True)]
-    )
+    index = torch.stack([global_index(work, place.at) for work, place in zip(batch.works, found, strict=True)])
     term = torch.stack([place.term for place in found]).double()
     still = torch.stack([place.still for place in found]).double()
     mine = (value == combine_max(value, groups)) & (sigma < 1)

@@ -8,10 +8,9 @@ from typing import Any
 
 import torch
 
-from optim import eager
+from optim.batch import Batch, choose_sigma, make_batches
 from optim.optimizer import SigmaOptimizer
 from optim.registry import get_info
-from optim.select import choose_sigma
 from optim.updates.adagrad import ARRANGEMENT
 
 Rules = Sequence[str] | Mapping[str, Mapping[str, Any]]
@@ -45,7 +44,18 @@ def what_if(optimizer: SigmaOptimizer, rules: Rules) -> dict[str, dict[str, floa
             own = {spec.name: chosen[spec.name] for spec in method.hyperparameters if spec.name not in ARRANGEMENT}
             stand_in = replace(method, update=work.method.update, idle=None)
             hypothetical.append(replace(work, method=stand_in, settings={**work.settings, **own}))
-        choose_sigma(hypothetical, eager.reduce)
-        sigmas = [1.0 if work.sigma is None else work.sigma.amin() for work in hypothetical]
-        report[label] = {work.name: float(sigma) for work, sigma in zip(works, sigmas, strict=True)}
+        sigmas = []
+        for batch in make_batches(hypothetical, optimizer.backends):
+            choose_sigma(batch)
+            sigmas.append(_by_name(batch))
+        report[label] = {name: value for part in sigmas for name, value in part.items()}
     return report
+
+
+def _by_name(batch: Batch) -> dict[str, float]:
+    names = [work.name for work in batch.works]
+    if batch.sigma is None:
+        return dict.fromkeys(names, 1.0)
+    if batch.by_unit:
+        return {names[0]: float(batch.sigma.amin()) if batch.sigma.numel() else 1.0}
+    return dict(zip(names, batch.sigma.tolist(), strict=True))

@@ -7,7 +7,7 @@ the process groups over which a reduction must be combined. The rest of the pack
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -33,9 +33,6 @@ class Work:
         homes: Where touched rows go back to: (table, rows of it) pairs; empty for a dense gradient.
         rows: Indices of the touched rows in `param`; None for a dense gradient.
         groups: Process groups that hold the other shards of this tensor, with the dimension they split.
-        sigma: The factor the rule chose: None for 1, 0-d, or one a unit in a shape that broadcasts to `weight`.
-        peaks: The method's binding reduction piece by piece, where the tensor was cut; to find the coordinate again.
-        reduced: What the rule, and whoever asked for more, knows of the tensor; shaped as `sigma`.
     """
 
     name: str
@@ -48,9 +45,6 @@ class Work:
     rows: Tensor | None
     homes: list[tuple[Tensor, Tensor]]
     groups: ProcessGroups
-    sigma: Tensor | None = None
-    peaks: Tensor | None = None
-    reduced: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def unit_dims(self) -> tuple[int, ...] | None:
@@ -59,10 +53,11 @@ class Work:
         by_unit = self.settings.get("by") == "unit" and self.weight.ndim > 1
         return tuple(range(1, self.weight.ndim)) if by_row or by_unit else None
 
-    @property
-    def clips_gradient(self) -> bool:
-        """Whether the update sees sigma * g in place of g: clipping as the word is commonly used."""
-        return self.settings.get("clip_accumulator", False) and not self.method.sees_update
+    def is_finite(self) -> Tensor:
+        """Return whether all of the local gradient is finite, as a 0-d bool on its device."""
+        if self.grad.numel() == 0:
+            return torch.ones((), dtype=torch.bool, device=self.grad.device)
+        return torch.linalg.vector_norm(self.grad, ord=torch.inf).isfinite()
 
     def write_back(self) -> None:
         """Put touched rows back into their table; dense tensors were written in place."""

@@ -1,0 +1,129 @@
+"""Choosing sigma: reduce every tensor, combine over shards, and ask the rule once for many tensors together."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from optim.distributed import combine_max, combine_norm
+from optim.reductions import Reduction
+from optim.registry import Method
+from optim.work import Work
+
+
+class Backend(Protocol):
+    """How tensors are reduced and stepped."""
+
+    def takes(self, work: Work) -> bool:
+        """Whether this backend can step this tensor at all."""
+        ...
+
+    def reduce(self, batch: Batch, reductions: Sequence[Reduction]) -> dict[str, Tensor]:
+        """Reduce the local parts: to vectors [N], or for a batch by unit to one number a unit."""
+        ...
+
+    def apply(self, batch: Batch, ok: Tensor | None) -> None:
+        """Take the step with the batch's sigma; where `ok` is false on the device, change nothing by one bit."""
+        ...
+
+
+@dataclass(slots=True)
+class Batch:
+    """Works of one parameter group, device, sharding and backend: the rule sees them as one vector of N tensors.
+
+    A tensor with one sigma a unit or row is a batch of its own.
+
+    Attributes:
+        works: The N works.
+        backend: What steps them.
+        sigma: [N], or shaped to broadcast over the single tensor by unit; None where it is 1 for sure.
+        reduced: What the rule, and whoever asked for more, knows; shaped as sigma.
+        peaks: By work, the binding reduction piece by piece, so that the coordinate can be found again; None where
+            the tensor was not cut.
+    """
+
+    works: list[Work]
+    backend: Backend
+    sigma: Tensor | None = None
+    reduced: dict[str, Tensor] = field(default_factory=dict)
+    peaks: list[Tensor | None] = field(default_factory=list)
+
+    @property
+    def method(self) -> Method:
+        """The method of all works."""
+        return self.works[0].method
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The parameter group of all works."""
+        return self.works[0].settings
+
+    @property
+    def device(self) -> torch.device:
+        """The device of all works."""
+        return self.works[0].weight.device
+
+    @property
+    def by_unit(self) -> bool:
+        """Whether this is a single tensor with one sigma a unit or row."""
+        return self.works[0].unit_dims is not None
+
+    @property
+    def idle(self) -> bool:
+        """Whether sigma is 1 whatever the tensors hold."""
+        return self.method.sigma is None or (self.method.idle is not None and self.method.idle(self.settings))
+
+    @property
+    def clips_gradient(self) -> bool:
+        """Whether the update sees sigma * g in place of g: clipping as the word is commonly used."""
+        return self.settings.get("clip_accumulator", False) and not self.method.sees_update
+
+
+def make_batches(works: Iterable[Work], backends: Sequence[Backend]) -> list[Batch]:
+    """Sort works into batches; the first backend that takes a work has it."""
+    batches: dict[object, list[Work]] = defaultdict(list)
+    for number, work in enumerate(works):
+        chosen = next(index for index, backend in enumerate(backends) if backend.takes(work))
+        apart = None if work.unit_dims is None else number
+        batches[id(work.settings), work.method.name, work.weight.device, work.groups, chosen, apart].append(work)
+    return [Batch(together, backends[key[4]]) for key, together in batches.items()]  # type: ignore[index]
+
+
+def choose_sigma(batch: Batch, also: Sequence[Reduction] = ()) -> None:
+    """Set `sigma` and `reduced` of a batch.
+
+    Args:
+        batch: Its tensors are looked at, not changed.
+        also: Further reductions somebody wants to see, taken in the same pass over memory.
+    """
+    rule = None if batch.idle else batch.method.sigma
+    needed = () if rule is None else batch.method.reductions
+    reductions = tuple(dict.fromkeys((*needed, *also)))
+    if not reductions:
+        return
+    # Units are rows: a split of dimension 0 leaves each whole on one rank.
+    groups = [group for group, dim in batch.works[0].groups if not (batch.by_unit and dim == 0)]
+    local = batch.backend.reduce(batch, reductions)
+    for reduction in reductions:
+        combine = combine_norm if reduction.combine == "norm" else combine_max
+        batch.reduced[reduction.name] = combine(local[reduction.name], groups)
+    if rule is not None:
+        batch.sigma = rule(batch.reduced, batch.settings)
+
+
+def all_finite(works: Sequence[Work]) -> dict[torch.device, Tensor]:
+    """Return, on every device in use, whether every gradient of the whole step is finite; on every rank alike."""
+    sharded: dict[object, list[Work]] = defaultdict(list)
+    for work in works:
+        sharded[work.weight.device, work.groups].append(work)
+    bad: dict[torch.device, list[Tensor]] = defaultdict(list)
+    for together in sharded.values():
+        flag = torch.stack([work.is_finite() for work in together]).all().logical_not().float()
+        bad[flag.device].append(combine_max(flag, [group for group, _ in together[0].groups]))
+    worst = [torch.stack(flags).amax() for flags in bad.values()]
+    return {device: torch.stack([flag.to(device, non_blocking=True) for flag in worst]).amax() == 0 for device in bad}
