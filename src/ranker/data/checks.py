@@ -7,8 +7,6 @@ import datetime as dt
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import torch
-from torch import Tensor
 
 from ranker.data.decode import is_string
 from ranker.data.faults import Place
@@ -86,15 +84,15 @@ def check_time_unit(first_ms: int, *, schema: Schema, file: str) -> None:
             )
 
 
-def check_sorted(time_ms_B: Tensor, *, schema: Schema, place: Place) -> None:
+def check_sorted(time_ms_B: npt.NDArray[np.int64], *, schema: Schema, place: Place) -> None:
     """Checks that the rows of a row group are in the order of time.
 
     Raises:
         UserError: a row is earlier than the one before it; the line names the first such row.
     """
-    steps = torch.diff(time_ms_B)
-    if len(steps) and int(steps.min()) < 0:
-        row = int((steps < 0).to(torch.uint8).argmax()) + 1
+    earlier = np.flatnonzero(time_ms_B[1:] < time_ms_B[:-1])
+    if len(earlier):
+        row = int(earlier[0]) + 1
         raise place.error(
             schema.time_column, f"row {row} is earlier than the row before it; sort the log by '{schema.time_column}'"
         )

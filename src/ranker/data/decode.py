@@ -235,7 +235,10 @@ def _outside(ids: Ints, size: int) -> Bools | None:
 
 
 def _bucket(hashed: npt.NDArray[np.uint64], buckets: int) -> Ints:
-    return (hashed % np.uint64(buckets)).astype(np.int64) + 1
+    hashed %= np.uint64(buckets)
+    rows = hashed.view(np.int64)
+    rows += 1
+    return rows
 
 
 def _nulls(column: pa.Array) -> Bools | None:

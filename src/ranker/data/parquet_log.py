@@ -10,7 +10,6 @@ from concurrent.futures import Future
 from typing import Any
 
 import numpy as np
-import torch
 
 from ranker.data.batch import Batch
 from ranker.data.checks import check_sorted
@@ -168,7 +167,7 @@ class ParquetLog:
         name, place = self.schema.time_column, self.index.places[group]
         column = self.index.read(group, [name])[name]
         times = np.concatenate([times_ms(chunk, self.schema, place) for chunk in column.chunks])
-        check_sorted(torch.from_numpy(times), schema=self.schema, place=place)
+        check_sorted(times, schema=self.schema, place=place)
         with self._lock:
             self._times[group] = times
             if len(self._times) > _KEPT_GROUPS:
@@ -199,7 +198,7 @@ class ParquetLog:
         table = self.index.read(group, self.schema.columns())
         first_row = int(self.index.starts[group]) - self._first
         batch, faults = decode(table, schema=self.schema, first_row=first_row, place=place)
-        check_sorted(batch.time_ms_B, schema=self.schema, place=place)
+        check_sorted(batch.time_ms_B.numpy(), schema=self.schema, place=place)
         if faults:
             if self._on_bad_rows == "raise":
                 raise_first(faults, place)
