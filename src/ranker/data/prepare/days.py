@@ -6,6 +6,7 @@ days; each bucket is freed of duplicates, sorted, finished and written. Nothing 
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -82,6 +83,9 @@ def _stage(recipe: Recipe, staging: Path, step: Step) -> list[Path]:
             try:
                 frame.sink_parquet(path, compression="lz4")
             except pl.exceptions.PolarsError as error:
+                if "os error 28" in str(error):
+                    # Polars wraps the system's error in its own; the caller looks for the system's.
+                    raise OSError(errno.ENOSPC, "no space left", str(staging)) from error
                 raise UserError(f"{file} cannot be read: {str(error).splitlines()[0]}; fetch it again") from error
         staged.append(path)
     return staged
