@@ -142,4 +142,4 @@ def _is_number(kind: pa.DataType) -> bool:
 
 
 def _wrong_type(file: str, column: str, kind: pa.DataType, wanted: str) -> UserError:
-    return UserError(f"{file}: column '{column}' is {kind}; {wanted}")
+    return UserError(f"{file}: column '{column}' is {kind}; {wanted}: correct the schema or the file")

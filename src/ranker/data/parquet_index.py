@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import datetime as dt
+import logging
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +22,7 @@ from ranker.data.schema import Schema
 from ranker.errors import UserError
 
 _READERS = 8
+_LOGGER = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,11 +83,12 @@ def read_group(root: Root, place: Place, columns: list[str], metadata: pq.FileMe
             return file.read_row_group(place.row_group, columns=columns, use_threads=False)
 
     try:
-        return root.retried(read, what=f"{place.file}, row group {place.row_group}: reading")
-    except pa.ArrowInvalid as error:
-        raise UserError(
-            f"{place.file}, row group {place.row_group}: broken Parquet ({one_line(error)}); write the file again"
-        ) from error
+        return root.retried(read, what="reading")
+    except (pa.ArrowException, UserError) as error:
+        if len(columns) > 1:  # find out which column it is
+            for column in columns:
+                read_group(root, place, [column], metadata)
+        raise place.error(columns[0], f"{one_line(error)}; if it is broken, write it again") from error
 
 
 def build_index(root: Root, *, schema: Schema, manifest: Manifest | None) -> ParquetIndex:
@@ -117,6 +121,7 @@ def build_index(root: Root, *, schema: Schema, manifest: Manifest | None) -> Par
     if not places:
         raise UserError(f"{root.url}: {len(names)} Parquet files, and not a row in them; prepare the data again")
     time_min_ms, time_max_ms = np.array(times, dtype=np.int64).T
+    _warn_of_constants(footers, schema)
     check_time_unit(int(time_min_ms[0]), schema=schema, file=places[0].file)
     check_groups_in_order(time_min_ms, time_max_ms, places=places, schema=schema)
     return ParquetIndex(
@@ -136,11 +141,37 @@ def _footer(root: Root, name: str) -> pq.FileMetaData:
             return pq.read_metadata(source)
 
     try:
-        return root.retried(read, what=f"{root.url}: reading the footer of {name}")
+        return root.retried(read, what=f"{root.join(name)}: reading the footer")
     except pa.ArrowInvalid as error:
         raise UserError(
             f"{root.join(name)} is no Parquet file, or a truncated one ({one_line(error)}); write it again"
         ) from error
+
+
+def _warn_of_constants(footers: dict[str, pq.FileMetaData], schema: Schema) -> None:
+    """Warns of a feature or label that has one value in all files, as far as the footers say."""
+    lists = {feature.column for feature in schema.ragged}
+    for name in schema.columns():
+        if name not in lists and (values := _extremes(footers, name)) is not None and values[0] == values[1]:
+            _LOGGER.warning(
+                "column '%s' of schema '%s' holds %s in every row; nothing can be learned from it",
+                name,
+                schema.name,
+                values[0],
+            )
+
+
+def _extremes(footers: dict[str, pq.FileMetaData], name: str) -> tuple[Any, Any] | None:
+    """Smallest and largest value of a column; None where there are nulls, or footers that do not say."""
+    ends: list[Any] = []
+    for footer in footers.values():
+        column = _leaf(footer, name)
+        for group in range(footer.num_row_groups):
+            statistics = footer.row_group(group).column(column).statistics
+            if statistics is None or not statistics.has_min_max or statistics.null_count:
+                return None
+            ends += [statistics.min, statistics.max]
+    return (min(ends), max(ends)) if ends else None
 
 
 def _check_manifest(footers: dict[str, pq.FileMetaData], manifest: Manifest | None, root: Root) -> None:

@@ -18,6 +18,7 @@ from ranker.data.faults import OnBadRows, bad_rows, check_policy, raise_first, s
 from ranker.data.filesystem import open_root
 from ranker.data.manifest import MANIFEST_FILE, Manifest
 from ranker.data.parquet_index import ParquetIndex, build_index
+from ranker.data.quarantine import write_quarantine
 from ranker.data.schema import SCHEMA_FILE, Schema
 from ranker.errors import UserError
 
@@ -53,8 +54,8 @@ class ParquetLog:
             schema: what the columns mean; ``schema.yaml`` in the directory where it is left out.
             eval_days: the last so many days (UTC) of the rows are held out.
             days: first and last day (UTC, ``YYYY-MM-DD``) to use, both included; null for an open end.
-            on_bad_rows: ``raise`` refuses the log at the first row that cannot be used; ``drop`` lets such a row count
-                for nothing; ``quarantine`` drops it and writes it beside the data with the reason.
+            on_bad_rows: ``raise`` refuses the log at the first row that cannot be used; ``drop`` lets such a row keep
+                its place but count for nothing; ``quarantine`` drops it and writes it to a directory of that name.
 
         Raises:
             UserError: the files do not fit the schema or each other, or there is nothing to train on or to hold out.
@@ -202,6 +203,8 @@ class ParquetLog:
         if faults:
             if self._on_bad_rows == "raise":
                 raise_first(faults, place)
+            if self._on_bad_rows == "quarantine":
+                write_quarantine(self._root, place, table, faults)
             bad = bad_rows(faults)
             self.bad_rows[place.file, place.row_group] = len(bad)
             batch = silence(batch, bad)

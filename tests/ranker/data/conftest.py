@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import datetime as dt
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -121,8 +122,9 @@ def write_log(tmp_path: Path) -> WriteLog:
         schema: Schema = LOG_SCHEMA,
         change: Callable[[int, dict[str, Any]], Any] = lambda day, columns: None,
         manifest: bool = False,
+        name: str = "log",
     ) -> Path:
-        root = tmp_path / "log"
+        root = tmp_path / name
         root.mkdir()
         schema.to_yaml(root / "schema.yaml")
         first = 0
@@ -131,9 +133,10 @@ def write_log(tmp_path: Path) -> WriteLog:
             times = START_MS + day * DAY_MS + np.arange(rows) * (DAY_MS // max(rows, 1))
             columns = log_columns(first, times)
             change(day, columns)
-            name = f"day=2022-{'04' if day < 6 else '05'}-{25 + day if day < 6 else day - 5:02d}.parquet"
-            pq.write_table(pa.table(columns), root / name, row_group_size=row_group_size)
-            entries.append({"path": name, "rows": rows})
+            date = dt.date(2022, 4, 25) + dt.timedelta(days=day)
+            file = f"day={date}.parquet"
+            pq.write_table(pa.table(columns), root / file, row_group_size=row_group_size)
+            entries.append({"path": file, "rows": rows})
             first += rows
         if manifest:
             (root / "manifest.json").write_text(json.dumps({"format": 1, "files": entries}))
