@@ -13,10 +13,11 @@ config.register()
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
 def main(cfg: DictConfig) -> float:
     """Builds, trains and evaluates one run; returns the metric a sweep maximises."""
-    config.check(cfg)
-    from ranker.run import run  # imported late: Lightning costs seconds that --help and --cfg need not wait for
+    with config.one_line_errors():
+        config.check(cfg)
+        from ranker.run import run  # imported late: Lightning costs seconds that --help and --cfg need not wait for
 
-    return run(cfg)
+        return run(cfg)
 
 
 if __name__ == "__main__":

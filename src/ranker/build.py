@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -161,8 +163,6 @@ def own_process_environment(folder: RunFolder) -> Iterator[None]:
     a distributed job leaves behind would make the next one wait for processes that are gone.
     """
     environment = dict(os.environ)
-    import sys
-
     arguments = list(sys.argv)
     os.environ[RUN_DIR_VARIABLE] = str(folder.path)
     sys.argv = [arguments[0], *HydraConfig.get().overrides.task]
@@ -177,8 +177,7 @@ def own_process_environment(folder: RunFolder) -> Iterator[None]:
 
 
 def _trainer(cfg: DictConfig, folder: RunFolder, callbacks: list[Callback], loggers: list[Logger]) -> pl.Trainer:
-    for name in ("pytorch_lightning", "lightning.pytorch", "lightning_fabric"):
-        logging.getLogger(name).setLevel(logging.WARNING)
+    _quiet_lightning()
     settings: dict[str, Any] = {
         "max_epochs": 1,
         "max_steps": cfg.train.max_steps,
@@ -199,6 +198,18 @@ def _trainer(cfg: DictConfig, folder: RunFolder, callbacks: list[Callback], logg
     except Exception as error:
         cause = error.__cause__ or error
         raise UserError(f"trainer: {' '.join(str(cause).split())}") from error
+
+
+def _quiet_lightning() -> None:
+    """Leaves out what Lightning says of itself and a user of this project can do nothing about."""
+    for name in ("pytorch_lightning", "lightning.pytorch", "lightning_fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    for message in (
+        ".*isinstance\\(treespec, LeafSpec\\).*",  # Lightning 2.6 with torch 2.13
+        ".*does not have many workers.*",  # our loaders read ahead in threads
+        ".*Checkpoint directory .* exists and is not empty.*",  # as it should be when a run goes on
+    ):
+        warnings.filterwarnings("ignore", message=message)
 
 
 def _checkpoints(cfg: DictConfig, folder: RunFolder) -> ModelCheckpoint:

@@ -5,16 +5,25 @@ from __future__ import annotations
 import math
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, MissingConfigException
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ranker.errors import UserError, suggest
+
+FULL_ERROR = "HYDRA_FULL_ERROR"
+_STACK_WANTED: ContextVar[bool] = ContextVar(
+    "stack wanted by the user", default=False
+)  # the process sets it for itself
 
 
 @dataclass
@@ -155,13 +164,33 @@ def cli(main: Callable[[], None]) -> None:
 
     The stack is shown with HYDRA_FULL_ERROR=1, as Hydra's own users expect.
     """
-    wants_stack = os.environ.get("HYDRA_FULL_ERROR") == "1"
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # else Hydra prints and exits before the error reaches us
-    try:
+    wanted = os.environ.get(FULL_ERROR)
+    os.environ[FULL_ERROR] = "1"  # else Hydra prints and exits before the error reaches us
+    with _asked_for_stack(wanted == "1"), one_line_errors():
         main()
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Ends the process with one line where what is inside raises a mistake of the user's.
+
+    Also used inside a job, since Hydra announces an error that leaves a job with lines of its own. A job of a
+    multirun lets the error pass, so that the launcher sees which job failed.
+    """
+    try:
+        yield
     except (UserError, HydraException, OmegaConfBaseException) as error:
-        if wants_stack:
+        if _STACK_WANTED.get() or (HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN):
             raise
         print(f"error: {one_line(error)}", file=sys.stderr)
-        print("(HYDRA_FULL_ERROR=1 shows where)", file=sys.stderr)
+        print(f"({FULL_ERROR}=1 shows where)", file=sys.stderr)
         sys.exit(2)
+
+
+@contextmanager
+def _asked_for_stack(wanted: bool) -> Iterator[None]:
+    token = _STACK_WANTED.set(wanted)
+    try:
+        yield
+    finally:
+        _STACK_WANTED.reset(token)

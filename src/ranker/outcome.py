@@ -56,20 +56,23 @@ def summarise(run: Run, *, status: str, reason: str, seconds: float) -> dict[str
 def show(summary: dict[str, Any], console: Console | None = None) -> None:
     """Prints the hold-out's metrics by task, and how the run ended."""
     console = console or Console()
-    names = list(dict.fromkeys(key.split("/")[2] for key in summary["metrics"]))
+    metrics = summary["metrics"]
+    names = list(dict.fromkeys(key.split("/")[2] for key in metrics))
+    if not any(value for key, value in metrics.items() if key.endswith("/nonfinite")):
+        names = [name for name in names if name != "nonfinite"]
     table = Table(title="hold-out, at the end of training", title_justify="left")
-    table.add_column("task")
+    table.add_column("task", no_wrap=True)
     for name in names:
-        table.add_column(name, justify="right")
-    for task in dict.fromkeys(key.split("/")[1] for key in summary["metrics"]):
-        cells = (summary["metrics"].get(f"test/{task}/{name}") for name in names)
-        table.add_row(task, *("" if c is None else "undefined" if math.isnan(c) else f"{c:.4f}" for c in cells))
+        table.add_column(name, justify="right", no_wrap=True)
+    for task in dict.fromkeys(key.split("/")[1] for key in metrics):
+        table.add_row(task, *(_cell(name, metrics.get(f"test/{task}/{name}")) for name in names))
     if names:
         console.print(table)
     verdict = f"{summary['status']}: {summary['reason']}" if summary["reason"] else summary["status"]
     console.print(verdict, soft_wrap=True, style="yellow" if summary["reason"] else "green", highlight=False)
     console.print(
-        f"{summary['steps']:,} steps, {summary['examples']:,} examples, {summary['examples_per_second']:,.0f} examples/s, "
+        f"{summary['steps']:,} steps, {summary['examples']:,} examples, "
+        f"{summary['examples_per_second']:,.0f} examples/s, "
         f"{100 * summary['data_wait_fraction']:.1f} % waiting for data",
         soft_wrap=True,
         highlight=False,
@@ -82,3 +85,11 @@ def objective(summary: dict[str, Any], name: str | None) -> float:
     chosen = name or next((key for key in metrics if key.endswith("/auc")), None)
     value = metrics.get(chosen, math.nan) if chosen else math.nan
     return value if math.isfinite(value) else 0.0
+
+
+def _cell(name: str, value: float | None) -> str:
+    if value is None:
+        return ""
+    if math.isnan(value):
+        return "undefined"
+    return f"{value:,.0f}" if name in ("observed", "nonfinite") else f"{value:.4f}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from hydra.utils import instantiate
 
 from ranker import config
 from ranker.data.schema import Schema
+from ranker.stability import DetectorSettings
 
 ROOT = Path(__file__).resolve().parents[2]
 GROUPS = ("model", "optim", "data", "scale", "trainer", "callbacks", "logger", "experiment", "hparams_search")
@@ -87,3 +89,7 @@ def test_scales_offer_the_same_widths_to_refer_to() -> None:
     assert laptop.model.keys() == paper.model.keys()
     for model in laptop.model:
         assert laptop.model[model].keys() == paper.model[model].keys()
+
+
+def test_the_detector_settings_on_file_are_those_of_the_class() -> None:
+    assert dict(composed().callbacks.divergence.settings) == dataclasses.asdict(DetectorSettings())

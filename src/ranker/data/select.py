@@ -18,7 +18,7 @@ class Selected:
     def __init__(self, log: Log, schema: Schema) -> None:
         self.schema = schema
         self._log = log
-        names = {f.name for f in (*schema.dense, *schema.categorical)}
+        names = set(schema.feature_names)
         self._dense = [i for i, f in enumerate(log.schema.dense) if f.name in names]
         self._one_hot = [i for i, f in enumerate(log.schema.one_hot) if f.name in names]
         self._ragged = [f.name for f in schema.ragged]

@@ -36,4 +36,4 @@ def prepared_from(*, kind: str, source: str | None, cache_dir: str, eval_days: i
     """
     if source is None:
         raise UserError(f"data={kind} needs data.source=DIR, the folder with the published files")
-    return ParquetLog(prepare_cached(kind, source, cache_dir), eval_days=eval_days)
+    return ParquetLog(str(prepare_cached(kind, source, cache_dir)), eval_days=eval_days)

@@ -90,7 +90,7 @@ def _finish(loggers: list[Logger], *, exit_code: int) -> None:
             import wandb
 
             if wandb.run is not None:
-                wandb.finish(exit_code=exit_code, quiet=True)
+                wandb.finish(exit_code=exit_code)
         else:
             logger.finalize("success" if exit_code == 0 else "failed")
 
