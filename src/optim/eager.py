@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from optim.batch import Batch
+from optim.fused import step_fused
 from optim.reductions import Coordinates, Reduction
 from optim.work import Piece, Work, pieces
 
@@ -42,6 +43,8 @@ class Eager:
 
     def apply(self, batch: Batch, ok: Tensor | None) -> None:
         """Take the step."""
+        if step_fused(batch, ok):
+            return
         for number, work in enumerate(batch.works):
             sigma = batch.sigma
             _apply(work, sigma if sigma is None or batch.by_unit else sigma[number], batch.clips_gradient, ok)

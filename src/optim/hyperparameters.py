@@ -135,7 +135,7 @@ SHARED: tuple[Hyperparameter, ...] = (
     Hyperparameter(
         name="backend",
         default="auto",
-        choices=("auto", "native", "eager", "compile"),
-        doc="How dense tensors are stepped: C kernels (CPU), plain torch, or torch.compile; auto picks by device.",
+        choices=("auto", "native", "eager"),
+        doc="How tensors are stepped: by C kernels on the CPU, or by plain torch; auto: C where a compiler is found.",
     ),
 )

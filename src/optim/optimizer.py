@@ -14,6 +14,7 @@ from optim.batch import Backend, all_finite, choose_sigma, make_batches
 from optim.distributed import local_tensor
 from optim.eager import EAGER
 from optim.hyperparameters import SHARED, check_names
+from optim.native import NATIVE, is_available
 from optim.registry import get_info
 from optim.work import Work, make_work
 
@@ -35,7 +36,7 @@ class SigmaOptimizer(torch.optim.Optimizer):
         defaults: Its hyperparameters, complete.
         on_nonfinite: "propagate", "skip" or "raise".
         collect_stats: Whether `clip_stats()` has anything to report.
-        backend: "auto", "native", "eager" or "compile".
+        backend: "auto", "native" or "eager".
 
     Raises:
         ValueError, TypeError: as `build_optimizer`.
@@ -56,6 +57,8 @@ class SigmaOptimizer(torch.optim.Optimizer):
             name: spec.check(spec.default if given[name] is None else given[name], method)
             for name, spec in _SHARED.items()
         }
+        if shared["backend"] == "native" and not is_available():
+            raise ValueError(f"{method}: backend 'native' needs a C compiler and found none; use 'auto' or 'eager'")
         super().__init__(params, {"method": method, **defaults, **shared, WARNED: False})
 
     @property
@@ -70,7 +73,7 @@ class SigmaOptimizer(torch.optim.Optimizer):
     @property
     def backends(self) -> tuple[Backend, ...]:
         """What steps the tensors, in order of preference."""
-        return (EAGER,)
+        return {"auto": (NATIVE, EAGER), "native": (NATIVE, EAGER), "eager": (EAGER,)}[self.defaults["backend"]]
 
     @property
     def skipped_steps(self) -> int:

@@ -37,18 +37,21 @@ def what_if(optimizer: SigmaOptimizer, rules: Rules) -> dict[str, dict[str, floa
     for label, given in named.items():
         settings = dict(given)
         method = get_info(settings.pop("method", label))
-        hypothetical = []
-        for work in works:
-            chosen = method.resolve({"lr": work.settings["lr"], **settings}, where=f"what_if[{label!r}]")
-            # The rule's hyperparameters, over those that r depends on.
-            own = {spec.name: chosen[spec.name] for spec in method.hyperparameters if spec.name not in ARRANGEMENT}
-            stand_in = replace(method, update=work.method.update, idle=None)
-            hypothetical.append(replace(work, method=stand_in, settings={**work.settings, **own}))
-        sigmas = []
+        own = method.resolve({"lr": 0.0, **settings}, where=f"what_if[{label!r}]")
+        # The rule's hyperparameters, over those that r depends on.
+        own = {spec.name: own[spec.name] for spec in method.hyperparameters if spec.name not in ARRANGEMENT}
+        groups = {id(work.settings): {**work.settings, **own} for work in works}
+        hypothetical = [
+            replace(
+                work, method=replace(method, update=work.method.update, idle=None), settings=groups[id(work.settings)]
+            )
+            for work in works
+        ]
+        sigmas: dict[str, float] = {}
         for batch in make_batches(hypothetical, optimizer.backends):
             choose_sigma(batch)
-            sigmas.append(_by_name(batch))
-        report[label] = {name: value for part in sigmas for name, value in part.items()}
+            sigmas |= _by_name(batch)
+        report[label] = {work.name: sigmas[work.name] for work in works}
     return report
 
 

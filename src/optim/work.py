@@ -30,6 +30,7 @@ class Work:
         weight: w: the parameter, its local shard, or a copy of its touched rows.
         grad: g, as autograd left it; same shape as `weight`.
         state: The update's state, in the same form as `weight`; counts are 0-d.
+        kept: The update's state as the optimizer keeps it.
         homes: Where touched rows go back to: (table, rows of it) pairs; empty for a dense gradient.
         rows: Indices of the touched rows in `param`; None for a dense gradient.
         groups: Process groups that hold the other shards of this tensor, with the dimension they split.
@@ -42,6 +43,7 @@ class Work:
     weight: Tensor
     grad: Tensor
     state: dict[str, Tensor]
+    kept: dict[str, Tensor]
     rows: Tensor | None
     homes: list[tuple[Tensor, Tensor]]
     groups: ProcessGroups
@@ -93,7 +95,7 @@ def make_work(name: str, param: Tensor, method: Method, settings: dict[str, Any]
         copies = iter([copy for _, copy in homes])
         weight = next(copies)
         tensors = {key: next(copies) if value.ndim else value for key, value in tensors.items()}
-    return Work(name, param, method, settings, weight, grad, tensors, rows, homes, groups)
+    return Work(name, param, method, settings, weight, grad, tensors, state, rows, homes, groups)
 
 
 @dataclass(slots=True)

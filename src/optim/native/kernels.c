@@ -1,0 +1,106 @@
+/* Adagrad's family on the CPU: reduce a list of tensors, then step them. Called from kernels.py through ctypes. */
+
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+#define INLINE static inline __attribute__((always_inline))
+
+typedef struct {
+    void *weight;
+    const void *grad;
+    void *total;   /* the accumulator G */
+    int64_t size;  /* coordinates */
+    int64_t wide;  /* double, not float */
+    double floor;  /* no coordinate of G is below */
+} Tensor;
+
+typedef struct {
+    double sign, decay, eps, lambda_rel, lambda_abs, lambda_acc;
+    int64_t delayed, inside;
+    int64_t grads, weights, updates, overshoot; /* which reductions are wanted */
+} Settings;
+
+/* w <- keep * w - rate * r of (seen * g'), G <- G + (fed * g')^2 */
+typedef struct {
+    double keep, rate, seen, fed;
+} Factors;
+
+enum { GRAD_SQ, WEIGHT_SQ, UPDATE_SQ, UPDATE_MAX, OVERSHOOT, COLUMNS };
+enum { CHUNK = 1 << 16, BLOCK = 512, LANES = 32 }; /* a float chunk of w, g and G fits a 1 MiB cache */
+
+#define REAL float
+#define NAME(x) x##_float
+#define SQRT sqrtf
+#define FABS fabsf
+#include "kernels.h"
+#undef REAL
+#undef NAME
+#undef SQRT
+#undef FABS
+
+#define REAL double
+#define NAME(x) x##_double
+#define SQRT sqrt
+#define FABS fabs
+#include "kernels.h"
+
+static int64_t chunks(const Tensor *t) { return (t->size + CHUNK - 1) / CHUNK; }
+
+static int64_t width(const Tensor *t, int64_t chunk) {
+    const int64_t left = t->size - chunk * CHUNK;
+    return left < CHUNK ? left : CHUNK;
+}
+
+static double larger(double a, double b) { return a != a || a > b ? a : b; } /* NaN wins from either side */
+
+/* parts: [chunks of all tensors, COLUMNS], the reductions of every chunk; out: [count, COLUMNS], of every tensor.
+ * The sums run over chunks in order, whatever the number of threads. */
+void optim_reduce(const Tensor *tensors, int64_t count, const Settings *s, double *parts, double *out, int64_t threads) {
+    memset(out, 0, count * COLUMNS * sizeof(double));
+    for (int64_t t = 0; t < count; t++) {
+        const Tensor *tensor = &tensors[t];
+        const int64_t n = chunks(tensor);
+        memset(parts, 0, n * COLUMNS * sizeof(double));
+#pragma omp parallel num_threads(threads) if (n > 1)
+        {
+            double worst = 0; /* a thread's own: what it may skip depends on what it has seen */
+#pragma omp for schedule(static)
+            for (int64_t c = 0; c < n; c++) {
+                double *part = parts + c * COLUMNS;
+                if (tensor->wide)
+                    reduce_chunk_double(tensor, c * CHUNK, width(tensor, c), s, &worst, part);
+                else
+                    reduce_chunk_float(tensor, c * CHUNK, width(tensor, c), s, &worst, part);
+            }
+        }
+        double *sum = out + t * COLUMNS;
+        for (int64_t c = 0; c < n; c++, parts += COLUMNS) {
+            for (int k = GRAD_SQ; k <= UPDATE_SQ; k++) sum[k] += parts[k];
+            for (int k = UPDATE_MAX; k <= OVERSHOOT; k++) sum[k] = larger(parts[k], larger(sum[k], parts[k]));
+        }
+    }
+}
+
+/* Last tensor and chunk first: what the reduction read last may still be in cache. ok: null, or where to read whether
+ * to step at all. */
+void optim_step(const Tensor *tensors, int64_t count, const Settings *s, const Factors *factors, const uint8_t *ok,
+                int64_t threads) {
+    if (ok && !*ok) return;
+    for (int64_t t = count - 1; t >= 0; t--) {
+        const Tensor *tensor = &tensors[t];
+        const int64_t n = chunks(tensor);
+#pragma omp parallel for num_threads(threads) schedule(static) if (n > 1)
+        for (int64_t b = 0; b < n; b++) {
+            const int64_t c = n - 1 - b;
+            if (tensor->wide)
+                step_chunk_double(tensor, c * CHUNK, width(tensor, c), s, &factors[t]);
+            else
+                step_chunk_float(tensor, c * CHUNK, width(tensor, c), s, &factors[t]);
+        }
+    }
+}
+
+double optim_minimum(const void *values, int64_t n, int64_t wide) {
+    return wide ? minimum_double(values, n) : minimum_float(values, n);
+}

@@ -1,0 +1,178 @@
+/* The two passes over one chunk of a tensor, for one floating-point type: included with REAL float and with double.
+ *
+ * A coordinate's direction, as in updates/adagrad.py:
+ *     g' = sign * g + decay * w
+ *     G' = G + g'^2                   (delayed: G)
+ *     r  = g' / (sqrt(G') + eps)      (inside: g' / sqrt(G' + eps))
+ *
+ * `delayed`, `inside` and the like are constants where these functions are inlined. Loops over LANES write to separate
+ * accumulators, so that the compiler may use vectors without reordering a sum.
+ */
+
+INLINE REAL NAME(root)(REAL total, REAL grad, REAL eps, int delayed, int inside) {
+    const REAL base = delayed ? total : total + grad * grad;
+    return inside ? SQRT(base + eps) : SQRT(base) + eps;
+}
+
+INLINE void NAME(norms)(const REAL *restrict w, const REAL *restrict g, const REAL *restrict total, int64_t n,
+                        const Settings *s, double *out, int delayed, int inside, int weights, int updates) {
+    const REAL sign = s->sign, decay = s->decay, eps = s->eps;
+    REAL grad_sq[LANES] = {0}, weight_sq[LANES] = {0}, update_sq[LANES] = {0}, largest[LANES] = {0};
+#define AT(k)                                                                                \
+    {                                                                                        \
+        const REAL wi = weights ? w[i + k] : (REAL)0, gi = sign * g[i + k] + decay * wi;     \
+        grad_sq[k] += gi * gi;                                                               \
+        if (weights) weight_sq[k] += wi * wi;                                                \
+        if (updates) {                                                                       \
+            const REAL size = FABS(gi / NAME(root)(total[i + k], gi, eps, delayed, inside)); \
+            update_sq[k] += size * size;                                                     \
+            largest[k] = size > largest[k] ? size : largest[k];                              \
+        }                                                                                    \
+    }
+    int64_t i = 0;
+    for (; i + LANES <= n; i += LANES)
+        for (int k = 0; k < LANES; k++) AT(k)
+    for (int k = 0; i + k < n; k++) AT(k)
+#undef AT
+    for (int k = 0; k < LANES; k++) {
+        out[GRAD_SQ] += grad_sq[k];
+        out[WEIGHT_SQ] += weight_sq[k];
+        out[UPDATE_SQ] += update_sq[k];
+        if (largest[k] > out[UPDATE_MAX]) out[UPDATE_MAX] = largest[k];
+    }
+    if (out[UPDATE_SQ] != out[UPDATE_SQ]) out[UPDATE_MAX] = NAN;
+}
+
+/* max |g'| of a block; NaN becomes infinity, which no limit lets through. */
+INLINE REAL NAME(largest_gradient)(const REAL *restrict g, int n) {
+    REAL largest[LANES] = {0};
+    int strange = 0, i = 0;
+    for (; i + LANES <= n; i += LANES)
+        for (int k = 0; k < LANES; k++) {
+            const REAL size = FABS(g[i + k]);
+            largest[k] = size > largest[k] ? size : largest[k];
+            strange |= size != size;
+        }
+    for (; i < n; i++) {
+        const REAL size = FABS(g[i]);
+        largest[0] = size > largest[0] ? size : largest[0];
+        strange |= size != size;
+    }
+    REAL result = strange ? (REAL)INFINITY : 0;
+    for (int k = 0; k < LANES; k++) result = largest[k] > result ? largest[k] : result;
+    return result;
+}
+
+/* Whether any coordinate of a block may overshoot by `worst` or more: the comparison of squares, without root or
+ * division, which runs as fast as memory delivers. 0.999 keeps rounding on the safe side. */
+INLINE int NAME(may_exceed)(const REAL *restrict w, const REAL *restrict g, const REAL *restrict total, int n,
+                            const Settings *s, REAL worst, int delayed) {
+    const REAL sign = s->sign, decay = s->decay, relative = s->lambda_rel, absolute = s->lambda_abs;
+    const REAL limit = worst * worst * (REAL)0.999;
+    int hit = 0;
+    for (int i = 0; i < n; i++) {
+        const REAL wi = w[i], gi = sign * g[i] + decay * wi, bound = relative * FABS(wi) + absolute;
+        const REAL square = gi * gi, base = delayed ? total[i] : total[i] + square;
+        hit |= !(square < limit * (bound * bound * base));
+    }
+    return hit;
+}
+
+/* max |r| / bound of a block, exactly; NaN where a gradient is not finite. */
+INLINE REAL NAME(block_overshoot)(const REAL *restrict w, const REAL *restrict g, const REAL *restrict total, int n,
+                                  const Settings *s, int delayed, int inside) {
+    const REAL sign = s->sign, decay = s->decay, eps = s->eps;
+    const REAL relative = s->lambda_rel, absolute = s->lambda_abs, accumulator = s->lambda_acc;
+    REAL largest[LANES] = {0}, poison[LANES] = {0};
+#define AT(k)                                                                                            \
+    {                                                                                                    \
+        const REAL wi = w[i + k], gi = sign * g[i + k] + decay * wi;                                     \
+        const REAL bound = relative * FABS(wi) + absolute;                                               \
+        /* |r| / (bound + accumulator / root) with one division; 0 / 0 fails every comparison. */        \
+        const REAL over = FABS(gi) / (bound * NAME(root)(total[i + k], gi, eps, delayed, inside) + accumulator); \
+        largest[k] = over > largest[k] ? over : largest[k];                                              \
+        poison[k] += gi - gi;                                                                            \
+    }
+    int i = 0;
+    for (; i + LANES <= n; i += LANES)
+        for (int k = 0; k < LANES; k++) AT(k)
+    for (int k = 0; i + k < n; k++) AT(k)
+#undef AT
+    REAL result = 0, nan = 0;
+    for (int k = 0; k < LANES; k++) {
+        result = largest[k] > result ? largest[k] : result;
+        nan += poison[k];
+    }
+    return result + nan;
+}
+
+/* The chunk's maximum overshoot where it raises `worst`, else 0. Most blocks are settled by their gradients alone:
+ * G >= floor and bound >= lambda_abs limit what the largest of them could do. */
+INLINE REAL NAME(overshoot)(const REAL *restrict w, const REAL *restrict g, const REAL *restrict total, int64_t n,
+                            const Settings *s, double floor, REAL *worst, int delayed, int inside) {
+    REAL raised = 0;
+    for (int64_t i = 0; i < n; i += BLOCK) {
+        const int width = n - i < BLOCK ? (int)(n - i) : BLOCK;
+        if (s->decay == 0) {
+            const double top = NAME(largest_gradient)(g + i, width);
+            const double root = sqrt(delayed ? floor : floor + top * top);
+            if (top * 1.0001 < *worst * s->lambda_abs * root) continue;
+        }
+        if (!NAME(may_exceed)(w + i, g + i, total + i, width, s, *worst, delayed)) continue;
+        const REAL over = NAME(block_overshoot)(w + i, g + i, total + i, width, s, delayed, inside);
+        if (over != over) return over;
+        if (over > *worst) raised = *worst = over;
+    }
+    return raised;
+}
+
+INLINE void NAME(step)(REAL *restrict w, const REAL *restrict g, REAL *restrict total, int64_t n, const Settings *s,
+                       const Factors *f, int delayed, int inside) {
+    const REAL sign = s->sign, decay = s->decay, eps = s->eps;
+    const REAL keep = f->keep, rate = f->rate, fed = f->fed, seen = f->seen;
+    for (int64_t i = 0; i < n; i++) {
+        const REAL gi = sign * g[i] + decay * w[i], used = seen * gi, feed = fed * gi, before = total[i];
+        w[i] = keep * w[i] - rate * (used / NAME(root)(before, used, eps, delayed, inside));
+        total[i] = before + feed * feed;
+    }
+}
+
+#define DISPATCH(CALL)                                         \
+    if (s->delayed) {                                          \
+        if (s->inside) CALL(1, 1) else CALL(1, 0)              \
+    } else {                                                   \
+        if (s->inside) CALL(0, 1) else CALL(0, 0)              \
+    }
+
+static void NAME(reduce_chunk)(const Tensor *t, int64_t begin, int64_t n, const Settings *s, double *worst, double *out) {
+    const REAL *w = (const REAL *)t->weight + begin, *g = (const REAL *)t->grad + begin;
+    const REAL *total = (const REAL *)t->total + begin;
+    REAL so_far = *worst;
+#define CALL(d, i)                                                                               \
+    {                                                                                            \
+        if (s->updates) NAME(norms)(w, g, total, n, s, out, d, i, 1, 1);                         \
+        else if (s->weights) NAME(norms)(w, g, total, n, s, out, d, i, 1, 0);                    \
+        else if (s->grads) NAME(norms)(w, g, total, n, s, out, d, i, 0, 0);                      \
+        if (s->overshoot) out[OVERSHOOT] = NAME(overshoot)(w, g, total, n, s, t->floor, &so_far, d, i); \
+    }
+    DISPATCH(CALL)
+#undef CALL
+    *worst = so_far;
+}
+
+static void NAME(step_chunk)(const Tensor *t, int64_t begin, int64_t n, const Settings *s, const Factors *f) {
+    REAL *w = (REAL *)t->weight + begin, *total = (REAL *)t->total + begin;
+    const REAL *g = (const REAL *)t->grad + begin;
+#define CALL(d, i) NAME(step)(w, g, total, n, s, f, d, i);
+    DISPATCH(CALL)
+#undef CALL
+}
+
+static double NAME(minimum)(const void *values, int64_t n) {
+    const REAL *v = values;
+    REAL least = INFINITY;
+    for (int64_t i = 0; i < n; i++) least = v[i] < least ? v[i] : least;
+    return least;
+}
+
+#undef DISPATCH

@@ -1,0 +1,158 @@
+"""The backend that calls the C kernels."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from optim.batch import Batch
+from optim.fused import step_fused
+from optim.methods.clippy import OVERSHOOT
+from optim.native.library import load
+from optim.reductions import GRAD_NORM, UPDATE_MAX, UPDATE_NORM, WEIGHT_NORM, Reduction
+from optim.updates import ADAGRAD
+from optim.updates.adagrad import epsilon_inside, reads_previous
+from optim.work import CHUNK, Work
+
+_COLUMNS = (GRAD_NORM, WEIGHT_NORM, UPDATE_NORM, UPDATE_MAX, OVERSHOOT)
+"""In the order of the C code's columns, which hold the squares of norms."""
+
+
+class _Tensor(ctypes.Structure):
+    _fields_ = (
+        ("weight", ctypes.c_void_p),
+        ("grad", ctypes.c_void_p),
+        ("total", ctypes.c_void_p),
+        ("size", ctypes.c_int64),
+        ("wide", ctypes.c_int64),
+        ("floor", ctypes.c_double),
+    )
+
+
+class _Settings(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_double) for name in ("sign", "decay", "eps", "lambda_rel", "lambda_abs", "lambda_acc")),
+        *((name, ctypes.c_int64) for name in ("delayed", "inside", "grads", "weights", "updates", "overshoot")),
+    )
+
+
+def is_available() -> bool:
+    """Whether the kernels are there; compiles them at the first call."""
+    return load() is not None
+
+
+class Native:
+    """Dense, contiguous float32 and float64 tensors on the CPU, stepped by Adagrad under the rules of this package."""
+
+    def __init__(self) -> None:
+        # By accumulator: its version when last looked at, and a value that none of its coordinates is below. G only
+        # grows, so that a step of ours (which does not count as a version) keeps the value true.
+        self._floors = WeakTensorKeyDictionary()
+
+    def takes(self, work: Work) -> bool:
+        """Whether the kernels can step this tensor."""
+        tensors = (work.weight, work.grad, work.state.get("sum", work.weight))
+        return (
+            work.method.update is ADAGRAD
+            and all(reduction in _COLUMNS for reduction in work.method.reductions)
+            and work.unit_dims is None
+            and work.weight.dtype in (torch.float32, torch.float64)
+            and all(
+                tensor.device.type == "cpu" and tensor.dtype == work.weight.dtype and tensor.is_contiguous()
+                for tensor in tensors
+            )
+            and not torch.compiler.is_compiling()
+            and is_available()
+        )
+
+    def reduce(self, batch: Batch, reductions: Sequence[Reduction]) -> dict[str, Tensor]:
+        """Reduce the local parts, in float64."""
+        works = batch.works
+        counts = [-(-work.weight.numel() // CHUNK) for work in works]
+        parts = torch.empty(max(1, sum(counts)), len(_COLUMNS), dtype=torch.float64)
+        out = torch.empty(len(works), len(_COLUMNS), dtype=torch.float64)
+        self._call("optim_reduce", batch, _settings(batch, reductions), parts, out)
+        if OVERSHOOT in reductions:
+            batch.peaks = list(parts[: sum(counts), _COLUMNS.index(OVERSHOOT)].split(counts))
+        columns = dict(zip(_COLUMNS, out.unbind(dim=1), strict=True))
+        return {
+            reduction.name: columns[reduction].sqrt() if reduction.combine == "norm" else columns[reduction]
+            for reduction in reductions
+        }
+
+    def apply(self, batch: Batch, ok: Tensor | None) -> None:
+        """Take the step."""
+        if step_fused(batch, ok):
+            return
+        flag = None if ok is None else ctypes.c_void_p(ok.data_ptr())
+        self._call("optim_step", batch, _settings(batch, ()), _factors(batch), flag)
+        # Autograd must know that these were written to, as after any in-place operation.
+        torch.autograd.graph.increment_version([work.weight for work in batch.works])
+        for work in batch.works:
+            work.write_back()
+
+    def _call(self, name: str, batch: Batch, settings: _Settings, *arguments: Tensor | ctypes.c_void_p | None) -> None:
+        library = load()
+        assert library is not None, "takes() said that the kernels are there"
+        tensors = (_Tensor * len(batch.works))(*(self._tensor(work) for work in batch.works))
+        pointers = [ctypes.c_void_p(given.data_ptr()) if isinstance(given, Tensor) else given for given in arguments]
+        count, threads = ctypes.c_int64(len(batch.works)), ctypes.c_int64(torch.get_num_threads())
+        getattr(library, name)(tensors, count, ctypes.byref(settings), *pointers, threads)
+
+    def _tensor(self, work: Work) -> _Tensor:
+        total, wide = work.state["sum"], work.weight.dtype == torch.float64
+        return _Tensor(
+            work.weight.data_ptr(), work.grad.data_ptr(), total.data_ptr(), work.weight.numel(), wide, self._floor(work)
+        )
+
+    def _floor(self, work: Work) -> float:
+        """Return a value that no coordinate of G is below; 0 where keeping one is not worth it."""
+        kept, total = work.kept["sum"], work.state["sum"]
+        if work.rows is not None or work.groups or total.numel() < CHUNK:
+            return 0.0
+        version, floor = self._floors.get(kept, (-1, 0.0))
+        if version != kept._version:
+            library = load()
+            assert library is not None, "takes() said that the kernels are there"
+            library.optim_minimum.restype = ctypes.c_double
+            wide = ctypes.c_int64(total.dtype == torch.float64)
+            floor = library.optim_minimum(ctypes.c_void_p(total.data_ptr()), ctypes.c_int64(total.numel()), wide)
+            self._floors[kept] = (kept._version, floor)
+        return floor
+
+
+NATIVE = Native()
+
+
+def _settings(batch: Batch, reductions: Sequence[Reduction]) -> _Settings:
+    given = batch.settings
+    return _Settings(
+        sign=-1.0 if given["maximize"] else 1.0,
+        decay=0.0 if given["decoupled_weight_decay"] else given["weight_decay"],
+        eps=given["eps"],
+        lambda_rel=given.get("lambda_rel", 0.0),
+        lambda_abs=given.get("lambda_abs", 0.0),
+        lambda_acc=given.get("lambda_acc", 0.0),
+        delayed=reads_previous(given),
+        inside=epsilon_inside(given),
+        grads=GRAD_NORM in reductions,
+        weights=WEIGHT_NORM in reductions,
+        updates=UPDATE_NORM in reductions or UPDATE_MAX in reductions,
+        overshoot=OVERSHOOT in reductions,
+    )
+
+
+def _factors(batch: Batch) -> Tensor:
+    """Return [N, 4]: keep, rate, seen and fed of every tensor, from which the kernel steps; see kernels.c."""
+    given, count = batch.settings, len(batch.works)
+    one = torch.ones(count, dtype=torch.float64)
+    lr = one * given["lr"]
+    keep = one - lr * given["weight_decay"] if given["decoupled_weight_decay"] else one
+    sigma = one if batch.sigma is None else batch.sigma
+    fed = sigma if given.get("clip_accumulator", False) else one
+    rate, seen = (lr, sigma) if batch.clips_gradient else (lr * sigma, one)
+    return torch.stack([keep, rate, seen, fed], dim=1).contiguous()
