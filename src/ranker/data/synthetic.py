@@ -180,9 +180,11 @@ class SyntheticLog:
         return np.where(row_B < self._train_rows, train, held_out)
 
     def _block(self, number: int) -> Batch:
-        if self._last is None or self._last[0] != number or self._last[1] is not self.schema:
-            self._last = (number, self.schema, self._generate(number))
-        return self._last[2]
+        # Readers may be threads: each works with the tuple it found, whatever the others put in its place.
+        last = self._last
+        if last is None or last[0] != number or last[1] is not self.schema:
+            last = self._last = (number, self.schema, self._generate(number))
+        return last[2]
 
     def _generate(self, number: int) -> Batch:
         row_B = np.arange(number * BLOCK, (number + 1) * BLOCK, dtype=np.int64)

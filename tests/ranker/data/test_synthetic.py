@@ -9,7 +9,7 @@ import torch
 from ranker.data.batch import Batch
 from ranker.data.log import Log
 from ranker.data.synthetic import BLOCK, DAY_MS, START_MS, SyntheticLog
-from ranker.data.synthetic_world import Difficulty, zipf_rank
+from ranker.data.synthetic_world import Difficulty, World, zipf_rank
 from ranker.errors import UserError
 
 
@@ -162,24 +162,36 @@ def test_the_scale_of_a_signal_jumps_only_where_it_is_told_to() -> None:
     assert 0.03 < far.float().mean() < 0.2
 
 
-def test_tastes_drift_so_that_yesterdays_weights_age() -> None:
-    """A linear fit on the first day predicts the first day better than a later one, and not without drift."""
+def test_what_a_match_is_worth_drifts_and_stands_still_without_drift() -> None:
+    def agreement(drift: float) -> float:
+        """Correlation of the click score of the same users and items, now and six days later."""
+        knobs = Difficulty(drift=drift)
+        world = World(seed=0, num_users=2_000, num_items=2_000, signals=4, difficulty=knobs)
+        pairs = np.arange(2_000)
+        days = [np.full(2_000, day) for day in (0.0, 6.0)]
+        scores = [world._scores(*world._latents(pairs, pairs, day), day)[:, 0] for day in days]
+        return float(np.corrcoef(*scores)[0, 1])
 
-    def gap(drift: float) -> float:
-        log = small(
-            num_users=2_000,
-            difficulty=Difficulty(tail=0, jump=0, arrivals=0, drift=drift),
-            train_rows=80_000,
-            signals=24,
-        )
-        early, late = log.read(0, 20_000), log.read(40_000, 60_000)
-        x = [np.concatenate([b.dense_BF.numpy()[:, 3:], np.ones((20_000, 1))], 1) for b in (early, late)]
-        y = [b.labels_BT[:, 0].numpy() for b in (early, late)]
-        weights = np.linalg.lstsq(x[0], y[0], rcond=None)[0]
-        return auc(x[0] @ weights, y[0]) - auc(x[1] @ weights, y[1])
+    assert agreement(0.0) == pytest.approx(1.0, abs=1e-5)
+    assert agreement(1.0) < 0.8
 
-    assert abs(gap(0.0)) < 0.02
-    assert gap(3.0) > 0.05
+
+def test_the_signals_shift_with_time() -> None:
+    def spread(drift: float) -> float:
+        """How far the mean of a signal moves over eight days, the largest over signals."""
+        log = small(difficulty=Difficulty(tail=0, jump=0, drift=drift), train_rows=80_000)
+        raw = [i for i, f in enumerate(log.schema.dense) if f.name.startswith("signal") and f.transform == "none"]
+        means = log.read(0, 80_000).dense_BF[:, raw].view(8, 10_000, -1).mean(1)
+        return float((means.max(0).values - means.min(0).values).max())
+
+    assert spread(0.0) < 0.3
+    assert spread(1.0) > 1.0
+
+
+def test_blocks_are_different_draws() -> None:
+    batch = small().read(0, 2 * BLOCK)
+    assert not torch.equal(batch.labels_BT[:BLOCK], batch.labels_BT[BLOCK:])
+    assert not torch.equal(batch.onehot_BC[:BLOCK, 0], batch.onehot_BC[BLOCK:, 0])
 
 
 def test_the_common_task_can_be_learned_from_the_features() -> None:
