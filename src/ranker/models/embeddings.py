@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ranker.data.batch import Batch
 from ranker.data.schema import CategoricalFeature, Schema
 from ranker.errors import UserError
+from ranker.models.lookup import by_bag, by_gather
 
 INIT_RANGE = 0.05
 
@@ -86,12 +86,12 @@ class EmbeddingTables(nn.Module):
 
     def pieces(self, batch: Batch) -> list[Tensor]:
         """The output in as few pieces as its order allows, for a caller that joins more beside them in one copy."""
-        one_hot = {run.dim: self._lookup(batch, run.dim) for run in self._runs if run.one_hot}
-        bags = {run.dim: self._pool(batch, run.dim) for run in self._runs if not run.one_hot}
-        return [
-            one_hot[run.dim][:, run.first * run.dim : run.last * run.dim] if run.one_hot else bags[run.dim][run.first]
-            for run in self._runs
-        ]
+        found = {dim: self._look_up(batch, dim) for dim in self._ragged_names}
+        pieces = []
+        for run in self._runs:
+            one_hot, bags = found[run.dim]
+            pieces.append(one_hot[:, run.first * run.dim : run.last * run.dim] if run.one_hot else bags[run.first])
+        return pieces
 
     def check(self, batch: Batch) -> None:
         """Looks for ids outside of a feature's own table. They would silently read another feature's rows.
@@ -115,30 +115,34 @@ class EmbeddingTables(nn.Module):
                 f"its table has rows 0 to {rows - 1}; raise its num_embeddings or prepare the data with this schema"
             )
 
-    def _lookup(self, batch: Batch, dim: int) -> Tensor:
-        """One-hot features of one width, [B, C_D * D]."""
-        columns = self.get_buffer(f"columns_{dim}") if self._buffers[f"columns_{dim}"] is not None else None
-        ids_BC = batch.onehot_BC if columns is None else batch.onehot_BC.index_select(1, columns)
-        rows_BC = ids_BC + self.get_buffer(f"starts_{dim}")
-        return F.embedding(rows_BC, self.weights[f"dim_{dim}"], sparse=self.sparse).flatten(1)
+    def _look_up(self, batch: Batch, dim: int) -> tuple[Tensor, Tensor]:
+        """Features of one width: one-hot ones [B, C_D * D], ragged ones [R_D, B, D]."""
+        weight = self.weights[f"dim_{dim}"]
+        rows_BC = self._one_hot_rows(batch, dim)
+        values_N, offsets = self._ragged_rows(batch, dim)
+        look_up = by_gather if weight.device.type == "cpu" else by_bag
+        one_hot, bags = look_up(weight, rows_BC, values_N, offsets, sparse=self.sparse)
+        return one_hot.view(len(batch), rows_BC.shape[1] * dim), bags.view(
+            len(self._ragged_names[dim]), len(batch), dim
+        )
 
-    def _pool(self, batch: Batch, dim: int) -> Tensor:
-        """Ragged features of one width, [R_D, B, D]: the lists of all features in a row make one bag call."""
+    def _one_hot_rows(self, batch: Batch, dim: int) -> Tensor:
+        """Rows within the weight, [B, C_D]."""
+        columns = self._buffers[f"columns_{dim}"]
+        ids_BC = batch.onehot_BC if columns is None else batch.onehot_BC.index_select(1, columns)
+        return ids_BC + self.get_buffer(f"starts_{dim}")
+
+    def _ragged_rows(self, batch: Batch, dim: int) -> tuple[Tensor, Tensor]:
+        """Rows within the weight, [N], and where each list starts, [R_D * B + 1]: all features' lists in one row."""
         lists = [batch.ragged[name] for name in self._ragged_names[dim]]
-        values = [part.values + start for part, start in zip(lists, self._ragged_starts[dim], strict=True)]
+        if not lists:
+            return batch.onehot_BC.new_empty(0), batch.onehot_BC.new_zeros(1)
         offsets, end = [lists[0].offsets[:1]], 0
         for part in lists:
             offsets.append(part.offsets[1:] + end)
             end += len(part.values)
-        pooled = F.embedding_bag(
-            torch.cat(values),
-            self.weights[f"dim_{dim}"],
-            torch.cat(offsets),
-            mode="mean",
-            sparse=self.sparse,
-            include_last_offset=True,
-        )
-        return pooled.view(len(lists), len(batch), dim)
+        values = [part.values + start for part, start in zip(lists, self._ragged_starts[dim], strict=True)]
+        return torch.cat(values), torch.cat(offsets)
 
     def extra_repr(self) -> str:
         """Shows the layout when the module is printed."""

@@ -41,6 +41,8 @@ class ExtractionLayer(nn.Module):
     Source: Tang et al. (2020), Progressive Layered Extraction.
     """
 
+    seen_by_task: Tensor
+
     def __init__(
         self,
         in_features: int,
@@ -65,23 +67,36 @@ class ExtractionLayer(nn.Module):
         seen = shared_experts + task_experts
         self.gates = nn.ModuleList(dense_layer(in_features, seen, bias=False) for _ in range(tasks))
         everything = shared_experts + tasks * task_experts
+        own_at = shared_experts + torch.arange(tasks * task_experts).view(tasks, task_experts)
+        seen_by_task = torch.cat([torch.arange(shared_experts).expand(tasks, -1), own_at], dim=1)
+        self.register_buffer("seen_by_task", seen_by_task, persistent=False)
         self.shared_gate = None if last else dense_layer(in_features, everything, bias=False)
 
-    def forward(self, streams: Sequence[Tensor]) -> list[Tensor]:
-        """Maps the T task streams and the shared one, each [B, D], to streams [B, H]; the last level gives T alone."""
+    def forward(self, streams: Sequence[Tensor]) -> Tensor:
+        """Mixes the level's experts, all in one product.
+
+        Args:
+            streams: T task streams, then the shared one, each [B, D].
+
+        Returns:
+            The next streams, [B, T + 1, H]; [B, T, H] from the last level.
+        """
         *tasks, shared = streams
-        shared_out = self.shared(shared)
-        own_out = [group(x) for x, group in zip(tasks, self.own, strict=True)]
-        mixed = [_mix(gate(x), [*shared_out, *own]) for x, gate, own in zip(tasks, self.gates, own_out, strict=True)]
+        outputs = self.shared(shared)
+        for x, group in zip(tasks, self.own, strict=True):
+            outputs += group(x)
+        weights_BTE = self._task_weights(tasks, len(outputs))
         if self.shared_gate is not None:
-            mixed.append(_mix(self.shared_gate(shared), [*shared_out, *(out for own in own_out for out in own)]))
-        return mixed
+            shared_weights_BE = self.shared_gate(shared).softmax(-1)
+            weights_BTE = torch.cat([weights_BTE, shared_weights_BE.unsqueeze(1)], dim=1)
+        return weights_BTE @ torch.stack(outputs, dim=1)
 
-
-def _mix(gate_BE: Tensor, outputs: Sequence[Tensor]) -> Tensor:
-    """Mean of the E outputs [B, H], weighted by the softmax of the gate's logits."""
-    weights_BE = gate_BE.softmax(-1)
-    return (weights_BE.unsqueeze(1) @ torch.stack(list(outputs), dim=1)).squeeze(1)
+    def _task_weights(self, tasks: Sequence[Tensor], experts: int) -> Tensor:
+        """What each task takes from each expert, [B, T, E]; 0 from those of other tasks."""
+        logits = [gate(x) for x, gate in zip(tasks, self.gates, strict=True)]
+        seen = torch.stack(logits, dim=1).softmax(-1)
+        weights_BTE = seen.new_zeros(len(seen), len(tasks), experts)
+        return weights_BTE.scatter(2, self.seen_by_task.expand(len(seen), -1, -1), seen)
 
 
 class PLE(Ranker):
@@ -146,10 +161,11 @@ class PLE(Ranker):
     def forward(self, batch: Batch) -> Tensor:
         """Logits_BT."""
         x_BD = self.features(batch)
-        streams = [x_BD] * (len(self.task_names) + 1)
+        streams: Sequence[Tensor] = [x_BD] * (len(self.task_names) + 1)
         for level in self.levels:
-            streams = level(streams)
-        return self.heads(torch.stack(streams, dim=1))
+            mixed = level(streams)
+            streams = mixed.unbind(1)
+        return self.heads(mixed)
 
     def layer_names(self) -> dict[str, str]:
         """As in ``Ranker``."""
