@@ -151,7 +151,7 @@ static void NAME(reduce_chunk)(const Tensor *t, int64_t begin, int64_t n, const 
 #define CALL(d, i)                                                                               \
     {                                                                                            \
         if (s->updates) NAME(norms)(w, g, total, n, s, out, d, i, 1, 1);                         \
-        else if (s->weights) NAME(norms)(w, g, total, n, s, out, d, i, 1, 0);                    \
+        else if (s->weights || s->decay != 0) NAME(norms)(w, g, total, n, s, out, d, i, 1, 0);                    \
         else if (s->grads) NAME(norms)(w, g, total, n, s, out, d, i, 0, 0);                      \
         if (s->overshoot) out[OVERSHOOT] = NAME(overshoot)(w, g, total, n, s, t->floor, &so_far, d, i); \
     }

@@ -1,0 +1,109 @@
+"""Infinite and NaN gradients: propagate, skip, raise."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import optim
+
+NAMES = ["adagrad", "gc", "agc", "lamb", "clippy", "clippy_adam", "clippy_sgd"]
+BAD = [float("nan"), float("inf"), float("-inf")]
+
+
+def make(name: str, policy: str, backend: str = "auto") -> tuple[list[torch.nn.Parameter], optim.SigmaOptimizer]:
+    params = [torch.nn.Parameter(torch.randn(5, 4)), torch.nn.Parameter(torch.randn(3))]
+    return params, optim.build_optimizer(name, params, lr=0.1, on_nonfinite=policy, collect_stats=True, backend=backend)
+
+
+def fill(params: list[torch.nn.Parameter], bad: float | None = None) -> None:
+    for param in params:
+        param.grad = torch.randn_like(param)
+    if bad is not None:
+        params[0].grad[2, 1] = bad  # type: ignore[index]
+
+
+def bits(params: list[torch.nn.Parameter], optimizer: optim.SigmaOptimizer) -> list[torch.Tensor]:
+    states = [value for param in params for value in optimizer.state[param].values()]
+    return [tensor.detach().clone() for tensor in (*params, *states)]
+
+
+@pytest.mark.parametrize("backend", ["auto", "eager"])
+@pytest.mark.parametrize("bad", BAD)
+@pytest.mark.parametrize("name", NAMES)
+def test_skip_leaves_parameters_and_state_untouched_by_one_bit_and_counts(name: str, bad: float, backend: str) -> None:
+    params, optimizer = make(name, "skip", backend)
+    fill(params)
+    optimizer.step()
+    before = bits(params, optimizer)
+    fill(params, bad)
+    optimizer.step()
+    assert all(now.equal(then) for now, then in zip(bits(params, optimizer), before, strict=True))
+    assert optimizer.skipped_steps == 1
+    fill(params)
+    optimizer.step()
+    assert optimizer.skipped_steps == 1
+    assert not params[1].equal(before[1])
+
+
+def test_skip_in_the_very_first_step_leaves_a_fresh_state() -> None:
+    params, optimizer = make("clippy", "skip")
+    before = [param.detach().clone() for param in params]
+    fill(params, torch.nan)
+    optimizer.step()
+    assert all(now.equal(then) for now, then in zip(params, before, strict=True))
+    assert optimizer.state[params[0]]["sum"].equal(torch.full((5, 4), 0.1))
+
+
+@pytest.mark.parametrize("bad", BAD)
+def test_skip_sees_a_bad_value_in_a_sparse_gradient(bad: float) -> None:
+    table, bias = torch.nn.Parameter(torch.randn(9, 2)), torch.nn.Parameter(torch.randn(3))
+    optimizer = optim.build_optimizer("clippy", [table, bias], lr=0.1, on_nonfinite="skip")
+    before = [table.detach().clone(), bias.detach().clone()]
+    values = torch.tensor([[1.0, bad], [1.0, 1.0]])
+    table.grad = torch.sparse_coo_tensor(torch.tensor([[2, 5]]), values, (9, 2), check_invariants=True)
+    bias.grad = torch.ones(3)
+    optimizer.step()
+    assert table.equal(before[0])
+    assert bias.equal(before[1])
+    assert optimizer.skipped_steps == 1
+
+
+def test_the_count_of_skipped_steps_is_in_the_state_dict() -> None:
+    params, optimizer = make("gc", "skip")
+    fill(params, torch.inf)
+    optimizer.step()
+    _, other = make("gc", "skip")
+    other.load_state_dict(optimizer.state_dict())
+    assert other.skipped_steps == 1
+
+
+@pytest.mark.parametrize("bad", BAD)
+def test_raise_names_the_parameter_and_changes_nothing(bad: float) -> None:
+    params, optimizer = make("clippy", "raise")
+    before = [param.detach().clone() for param in params]
+    fill(params, bad)
+    with pytest.raises(FloatingPointError, match=r"gradient of parameter_0 is not finite"):
+        optimizer.step()
+    assert all(now.equal(then) for now, then in zip(params, before, strict=True))
+    fill(params)
+    optimizer.step()
+
+
+@pytest.mark.parametrize("backend", ["auto", "eager"])
+@pytest.mark.parametrize("name", NAMES)
+def test_propagate_shows_in_the_parameter_and_only_there(name: str, backend: str) -> None:
+    params, optimizer = make(name, "propagate", backend)
+    fill(params, torch.nan)
+    optimizer.step()
+    assert params[0].isnan().any()
+    assert params[1].isfinite().all()
+
+
+@pytest.mark.parametrize("backend", ["auto", "eager"])
+def test_a_nan_poisons_clippys_whole_tensor_as_in_the_authors_code(backend: str) -> None:
+    params, optimizer = make("clippy", "propagate", backend)
+    optimizer.param_groups[0]["lr"] = 10.0
+    fill(params, torch.nan)
+    optimizer.step()
+    assert params[0].isnan().all()
