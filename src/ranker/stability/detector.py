@@ -57,13 +57,13 @@ class DivergenceDetector:
         patience: int = DetectorSettings.patience,
         lost_ratio: float = DetectorSettings.lost_ratio,
         lost_ratio_alone: float = DetectorSettings.lost_ratio_alone,
+        blowup_ratio: float = DetectorSettings.blowup_ratio,
         nonfinite_patience: int = DetectorSettings.nonfinite_patience,
         dead_spread: float = DetectorSettings.dead_spread,
         dead_patience: int = DetectorSettings.dead_patience,
         unborn_patience: int = DetectorSettings.unborn_patience,
         auc_tolerance: float = DetectorSettings.auc_tolerance,
         auc_patience: int = DetectorSettings.auc_patience,
-        learn_patience: int = DetectorSettings.learn_patience,
     ) -> None:
         if not task_names:
             raise UserError("divergence detector: at least one task is needed")
@@ -78,13 +78,13 @@ class DivergenceDetector:
             patience=patience,
             lost_ratio=lost_ratio,
             lost_ratio_alone=lost_ratio_alone,
+            blowup_ratio=blowup_ratio,
             nonfinite_patience=nonfinite_patience,
             dead_spread=dead_spread,
             dead_patience=dead_patience,
             unborn_patience=unborn_patience,
             auc_tolerance=auc_tolerance,
             auc_patience=auc_patience,
-            learn_patience=learn_patience,
         )
         self.task_names = tuple(task_names)
         self.events: list[Event] = []

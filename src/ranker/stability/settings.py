@@ -26,13 +26,14 @@ class DetectorSettings:
         patience: steps that a jump may last; recovering takes a model 10 to 300.
         lost_ratio: at the end of patience, a loss this many times its baseline, of most tasks, means a lost model.
         lost_ratio_alone: the same for a single task.
+        blowup_ratio: a jump to this many times a task's very first loss is a blow-up: a model that has learned nothing
+            after one is lost, without one it may be slow.
         nonfinite_patience: steps in a row with a loss or prediction that is not finite.
         dead_spread: standard deviation of logits below which predictions do not depend on the input.
         dead_patience: steps in a row with all tasks below it.
         unborn_patience: the same for a model that never was above it (heads may start at zero, under warm-up).
-        auc_tolerance: an AUC within this distance of 0.5 says nothing; wider for rare tasks.
-        auc_patience: steps in a row with the AUC of every task that had learned back within the tolerance.
-        learn_patience: steps after which a run that ends without any task having learned is lost.
+        auc_tolerance: a mean AUC less than this above 0.5 is none (see ``skill``).
+        auc_patience: steps in a row at which the AUC is back at 0.5, or has stayed there after a blow-up.
     """
 
     window: int = 128
@@ -45,13 +46,13 @@ class DetectorSettings:
     patience: int = 400
     lost_ratio: float = 3.0
     lost_ratio_alone: float = 10.0
+    blowup_ratio: float = 30.0
     nonfinite_patience: int = 20
     dead_spread: float = 1e-3
     dead_patience: int = 50
     unborn_patience: int = 300
     auc_tolerance: float = 0.02
     auc_patience: int = 200
-    learn_patience: int = 200
 
     def __post_init__(self) -> None:
         for field in fields(self):
