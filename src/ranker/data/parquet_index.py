@@ -151,14 +151,11 @@ def _footer(root: Root, name: str) -> pq.FileMetaData:
 def _warn_of_constants(footers: dict[str, pq.FileMetaData], schema: Schema) -> None:
     """Warns of a feature or label that has one value in all files, as far as the footers say."""
     lists = {feature.column for feature in schema.ragged}
-    for name in schema.columns():
-        if name not in lists and (values := _extremes(footers, name)) is not None and values[0] == values[1]:
-            _LOGGER.warning(
-                "column '%s' of schema '%s' holds %s in every row; nothing can be learned from it",
-                name,
-                schema.name,
-                values[0],
-            )
+    ends = {name: _extremes(footers, name) for name in schema.columns() if name not in lists}
+    constant = [f"'{name}' (always {found[0]})" for name, found in ends.items() if found and found[0] == found[1]]
+    if constant:
+        columns = ", ".join(constant)
+        _LOGGER.warning("schema '%s' names columns from which nothing can be learned: %s", schema.name, columns)
 
 
 def _extremes(footers: dict[str, pq.FileMetaData], name: str) -> tuple[Any, Any] | None:
