@@ -17,7 +17,7 @@ import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf, open_dict
-from pytorch_lightning.callbacks import Callback, ModelCheckpoint
+from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.loggers.logger import Logger
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
@@ -27,7 +27,9 @@ from ranker.data.log import Log
 from ranker.data.select import Selected
 from ranker.errors import UserError
 from ranker.training import trackers
+from ranker.training.checkpoints import NewestCheckpoint
 from ranker.training.divergence_watch import DivergenceWatch
+from ranker.training.interruption import Interruption
 from ranker.training.metrics_csv import MetricsCsv
 from ranker.training.module import RankingModule
 from ranker.training.position import DataPosition
@@ -49,6 +51,7 @@ class Run:
         trainer: the Lightning trainer.
         throughput: the callback that measures speed.
         watch: the callback that watches for divergence; None where it is switched off.
+        interruption: the callback that ends training when the process is asked to stop.
         loggers: metrics.csv and the tracker.
         checkpoint: the checkpoint to go on from; None for a new run.
     """
@@ -60,6 +63,7 @@ class Run:
     trainer: pl.Trainer
     throughput: Throughput
     watch: DivergenceWatch | None
+    interruption: Interruption
     loggers: list[Logger]
     checkpoint: Path | None
 
@@ -131,7 +135,8 @@ def build(cfg: DictConfig, folder: RunFolder, checkpoint: Path | None) -> Run:
     watch = next((c for c in callbacks if isinstance(c, DivergenceWatch)), None)
     if watch is not None:
         watch.folder = folder
-    callbacks.append(_checkpoints(cfg, folder))
+    interruption = Interruption(folder)
+    callbacks += [interruption, NewestCheckpoint(folder.checkpoints, every=cfg.train.checkpoint_every)]
     loggers = trackers.build(
         OmegaConf.to_container(cfg.logger, resolve=True),  # type: ignore[arg-type]
         folder,
@@ -149,6 +154,7 @@ def build(cfg: DictConfig, folder: RunFolder, checkpoint: Path | None) -> Run:
         trainer=_trainer(cfg, folder, callbacks, loggers),
         throughput=throughput,
         watch=watch,
+        interruption=interruption,
         loggers=loggers,
         checkpoint=checkpoint,
     )
@@ -210,19 +216,6 @@ def _quiet_lightning() -> None:
         ".*Checkpoint directory .* exists and is not empty.*",  # as it should be when a run goes on
     ):
         warnings.filterwarnings("ignore", message=message)
-
-
-def _checkpoints(cfg: DictConfig, folder: RunFolder) -> ModelCheckpoint:
-    return ModelCheckpoint(
-        dirpath=folder.checkpoints,
-        filename="{step}",
-        every_n_train_steps=cfg.train.checkpoint_every or None,
-        every_n_epochs=None,
-        save_top_k=1,
-        save_last=False,
-        save_on_exception=True,
-        enable_version_counter=False,
-    )
 
 
 def _check_devices(cfg: DictConfig) -> None:

@@ -56,6 +56,8 @@ def summarise(run: Run, *, status: str, reason: str, seconds: float) -> dict[str
 def show(summary: dict[str, Any], console: Console | None = None) -> None:
     """Prints the hold-out's metrics by task, and how the run ended."""
     console = console or Console()
+    if not console.is_terminal:
+        console.width = max(console.width, 110)  # a log file has no edge that the table must not cross
     metrics = summary["metrics"]
     names = list(dict.fromkeys(key.split("/")[2] for key in metrics))
     if not any(value for key, value in metrics.items() if key.endswith("/nonfinite")):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 
 from omegaconf import DictConfig
@@ -35,9 +36,13 @@ def _train(run: Run) -> float:
     try:
         checkpoint = str(run.checkpoint) if run.checkpoint else None
         run.trainer.fit(run.module, datamodule=run.datamodule, ckpt_path=checkpoint, weights_only=True)
+        if run.interruption.stopped:
+            raise KeyboardInterrupt
         run.trainer.test(run.module, datamodule=run.datamodule, verbose=False)
     except BaseException as error:
-        _finish(run, "failed", _why(error), time.monotonic() - start)
+        _finish(run, "failed", _why(error, run), time.monotonic() - start)
+        if isinstance(error, KeyboardInterrupt):
+            sys.exit(f"interrupted at step {run.trainer.global_step}; go on with: {_resume_command(run)}")
         raise
     status, reason = "completed", ""
     if run.watch is not None and run.watch.detector is not None:
@@ -58,7 +63,11 @@ def _finish(run: Run, status: str, reason: str, seconds: float) -> dict[str, obj
     return summary
 
 
-def _why(error: BaseException) -> str:
+def _why(error: BaseException, run: Run) -> str:
     if isinstance(error, (KeyboardInterrupt, SystemExit)):
-        return "interrupted; go on with: python train.py resume=RUN_DIR"
+        return f"interrupted at step {run.trainer.global_step}; go on with: {_resume_command(run)}"
     return f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+
+def _resume_command(run: Run) -> str:
+    return f"python train.py resume={run.folder.path}"

@@ -30,7 +30,7 @@ def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str], seco
 
 
 def test_a_run_killed_in_the_middle_of_a_window_ends_as_if_it_had_not_been(
-    train_tiny: Callable[..., Finished], tmp_path: Path
+    train_tiny: Callable[..., Finished], command_line: Callable[..., None], tmp_path: Path
 ) -> None:
     whole = train_tiny(tmp_path / "whole", *LONGER, "train.checkpoint_every=60")
     process = train_process(*TINY, *LONGER, f"hydra.run.dir={tmp_path / 'killed'}")
@@ -39,7 +39,7 @@ def test_a_run_killed_in_the_middle_of_a_window_ends_as_if_it_had_not_been(
     process.communicate()
     assert not (tmp_path / "killed" / "summary.json").exists()
 
-    train_tiny(tmp_path / "unused", f"resume={tmp_path / 'killed'}", "train.checkpoint_every=60")
+    command_line(f"resume={tmp_path / 'killed'}", "train.checkpoint_every=60", f"hydra.run.dir={tmp_path / 'unused'}")
 
     resumed = finished(tmp_path / "killed")
     assert resumed.summary["status"] == "completed"
@@ -91,8 +91,8 @@ def test_two_ddp_processes_train_as_one_on_the_joined_batches(
 @pytest.mark.slow
 def test_a_multirun_of_ddp_jobs_runs_each_job_once(tmp_path: Path) -> None:
     process = train_process(
-        *TINY,
         "-m",
+        *TINY,
         "seed=0,1",
         "train.max_steps=4",
         "train.eval_every=0",

@@ -129,7 +129,7 @@ def test_the_same_seed_gives_the_same_numbers_and_another_seed_others(train_tiny
 
 def test_chosen_tasks_and_features_are_the_only_ones_trained(train_tiny: Train, tmp_path: Path) -> None:
     run = train_tiny(
-        tmp_path, "data.tasks=[click]", "data.drop_features=[user]", "train.max_steps=2", "train.eval_every=0"
+        tmp_path, "data.tasks=[click]", "data.drop_features=[user_id]", "train.max_steps=2", "train.eval_every=0"
     )
 
     assert {key.split("/")[1] for key in run.summary["metrics"]} == {"click"}
@@ -139,8 +139,8 @@ def test_multirun_runs_every_combination_in_folders_of_their_own(
     command_line: Callable[..., None], tmp_path: Path
 ) -> None:
     command_line(
-        *TINY,
         "-m",
+        *TINY,
         "optim=gc,clippy",
         "seed=0,1",
         "train.max_steps=2",
