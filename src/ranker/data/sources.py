@@ -2,27 +2,41 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from ranker.data.parquet_log import ParquetLog
 from ranker.data.prepare import prepare_cached
 from ranker.errors import UserError
 
 
-def prepared(*, root: str | None, eval_days: int = 1) -> ParquetLog:
+def prepared(
+    *, root: str | None, eval_days: int = 1, days: Sequence[str] | None = None, on_bad_rows: str = "raise"
+) -> ParquetLog:
     """A folder of Parquet files with a schema.yaml.
 
     Args:
         root: the folder.
         eval_days: the last days, which are evaluated and not trained on.
+        days: first and last day to use, both included; None for all.
+        on_bad_rows: ``raise``, ``drop`` or ``quarantine``; see ParquetLog.
 
     Raises:
         UserError: no folder was named, or it does not hold a log.
     """
     if root is None:
         raise UserError("data=parquet needs data.root=DIR, a folder of Parquet files with a schema.yaml")
-    return ParquetLog(root, eval_days=eval_days)
+    return ParquetLog(root, eval_days=eval_days, days=days, on_bad_rows=on_bad_rows)
 
 
-def prepared_from(*, kind: str, source: str | None, cache_dir: str, eval_days: int = 1) -> ParquetLog:
+def prepared_from(
+    *,
+    kind: str,
+    source: str | None,
+    cache_dir: str,
+    eval_days: int = 1,
+    days: Sequence[str] | None = None,
+    on_bad_rows: str = "raise",
+) -> ParquetLog:
     """A public data set in its published files, prepared into a cache on first use.
 
     Args:
@@ -30,10 +44,13 @@ def prepared_from(*, kind: str, source: str | None, cache_dir: str, eval_days: i
         source: the folder with the published files.
         cache_dir: where prepared data are kept.
         eval_days: the last days, which are evaluated and not trained on.
+        days: first and last day to use, both included; None for all.
+        on_bad_rows: ``raise``, ``drop`` or ``quarantine``; see ParquetLog.
 
     Raises:
         UserError: no folder was named, or files are missing in it.
     """
     if source is None:
         raise UserError(f"data={kind} needs data.source=DIR, the folder with the published files")
-    return ParquetLog(str(prepare_cached(kind, source, cache_dir)), eval_days=eval_days)
+    root = str(prepare_cached(kind, source, cache_dir))
+    return ParquetLog(root, eval_days=eval_days, days=days, on_bad_rows=on_bad_rows)
