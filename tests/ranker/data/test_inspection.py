@@ -1,0 +1,128 @@
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+
+from ranker.data.inspection import broken_checksums, inspect_log, leak_suspects
+from ranker.data.manifest import FileEntry, Manifest
+from ranker.data.parquet_log import ParquetLog
+from ranker.data.schema import CategoricalFeature, DenseFeature
+
+DAYS = {0: 40, 1: 40, 2: 40}
+
+
+def found(root, **options):
+    return inspect_log(ParquetLog(str(root), on_bad_rows="drop", **options))
+
+
+def test_a_clean_log_gives_its_files_and_no_warning(write_log):
+    findings = found(write_log(DAYS))
+    assert findings.warnings == ()
+    assert [(entry.path[4:14], entry.rows) for entry in findings.files] == [
+        ("2022-04-25", 40),
+        ("2022-04-26", 40),
+        ("2022-04-27", 40),
+    ]
+    assert findings.files[0].label_rates["click"] == 0.5
+    assert findings.files[0].time_min_ms == 1_650_844_800_000
+
+
+def test_labels_that_vanish_are_named_with_their_day(write_log):
+    def change(day, columns):
+        click = np.arange(40) % 2
+        columns["click"] = pa.array([[1] * 40, [0] * 40, click, [0] * 39 + [1], click, click][day], pa.int8())
+        if day == 4:
+            columns["click"] = pa.array([None] * 40, pa.int8())
+
+    warnings = found(write_log(dict.fromkeys(range(6), 40), change=change)).warnings
+    assert warnings == (
+        "day=2022-04-29.parquet: task 'click' has no observed label",
+        "day=2022-04-25.parquet: task 'click' has no negative label, so its AUC is undefined there",
+        "day=2022-04-26.parquet: task 'click' has no positive label, so its AUC is undefined there",
+        "day=2022-04-28.parquet: task 'click' has 2.50% positives where 50.00% is usual",
+    )
+
+
+def test_a_day_without_rows_is_named(write_log):
+    assert found(write_log({0: 40, 1: 40, 3: 0, 4: 40})).warnings == ("no rows on 2022-04-27", "no rows on 2022-04-28")
+
+
+def test_duplicate_and_bad_rows_are_counted(write_log):
+    def change(day, columns):
+        if day == 1:
+            for name, column in columns.items():
+                columns[name] = column.take(pa.array([0, 1, 1, *range(3, 40)]))
+            columns["slot"] = pa.array([99, *columns["slot"].to_pylist()[1:]], pa.int16())
+
+    findings = found(write_log(DAYS, change=change))
+    assert (findings.duplicates, findings.bad) == (1, 1)
+    assert len(findings.warnings) == 2
+
+
+def test_a_feature_that_knows_the_label_is_suspected(array_log):
+    log = array_log(4000)
+    batch = log.read(0, 4000)
+    label = batch.labels_BT[:, 0]
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.rand(4000, generator=generator)
+    random_ids = torch.randint(0, 50, (4000,), generator=generator)
+    batch = dataclasses.replace(
+        batch,
+        dense_BF=torch.stack([noise, -label + 0.1 * noise], 1),
+        onehot_BC=torch.stack([random_ids, random_ids * 2 + label.long()], 1),
+    )
+    schema = dataclasses.replace(
+        log.schema,
+        dense=(DenseFeature(name="noise"), DenseFeature(name="late")),
+        categorical=(
+            CategoricalFeature(name="random", num_embeddings=100),
+            CategoricalFeature(name="telling", num_embeddings=100),
+        ),
+    )
+    suspects = list(leak_suspects([batch], schema))
+    assert [suspect.split("'")[1] for suspect in suspects] == ["late", "telling"]
+
+
+def test_a_file_that_changed_after_the_manifest_is_named(write_log):
+    root = write_log(DAYS)
+    names = sorted(path.name for path in root.glob("*.parquet"))
+    manifest = Manifest(files=tuple(FileEntry(path=name, rows=40, sha256="0" * 64) for name in names[:1]))
+    assert list(broken_checksums(root, manifest)) == [
+        "day=2022-04-25.parquet: the file changed after the manifest was written; prepare the data again"
+    ]
+
+
+@pytest.fixture
+def inspect_data():
+    path = Path(__file__).parents[3] / "scripts" / "inspect_data.py"
+    spec = importlib.util.spec_from_file_location("inspect_data", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.main
+
+
+def test_the_script_prints_files_and_warnings(write_log, inspect_data, capsys):
+    root = write_log(DAYS, manifest=True)
+    assert inspect_data([str(root)]) == 0
+    shown = capsys.readouterr().out
+    assert "120 rows, of which 0 cannot be used" in shown
+    assert "day=2022-04-26.parquet" in shown
+    assert "click 0.5" in shown
+    assert shown.endswith("nothing looks wrong\n")
+    assert inspect_data([str(root), "--quick"]) == 0
+    assert "manifest.json: 120 rows" in capsys.readouterr().out
+
+
+def test_the_script_refuses_a_broken_log_with_one_line(write_log, inspect_data, capsys):
+    root = write_log(DAYS)
+    (root / "day=2022-04-26.parquet").write_bytes(b"")
+    assert inspect_data([str(root)]) == 1
+    message = capsys.readouterr().err
+    assert message.startswith("error: ")
+    assert message.count("\n") == 1
