@@ -128,7 +128,7 @@ class Judge:
         """Opens a jump or follows the open one; without any, the losses enter their baselines."""
         if self.jump is None:
             startup = self.steps <= self._settings.startup
-            self.jump = open_jump(step, self.tasks, broken=broken, startup=startup)
+            self.jump = open_jump(step, self.tasks, self._settings, broken=broken, startup=startup)
         if self.jump is not None:
             if self._blowup is None and self.jump.over_first >= self._settings.blowup_ratio:
                 self._blowup = self.jump

@@ -65,15 +65,22 @@ class Jump:
         return f"{who} {how} at step {self.step}{first}"
 
 
-def open_jump(step: int, tasks: Sequence[TaskTrack], *, broken: bool, startup: bool) -> Jump | None:
+def open_jump(
+    step: int, tasks: Sequence[TaskTrack], settings: DetectorSettings, *, broken: bool, startup: bool
+) -> Jump | None:
     """A jump, if this step opens one: a loss above its threshold, or anything not finite.
 
-    It began where the first of the tasks left its baseline without coming back since.
+    A single loss in a single step opens none unless it stands out far: heavy tails make such steps in healthy runs. It
+    takes a second task half way to its threshold, or a second step. The jump begins where the first of the tasks
+    left its baseline without coming back since, so it loses no step by waiting.
     """
-    if not broken and all(t.excess <= 1.0 for t in tasks):
+    highest = max(t.excess for t in tasks)
+    if not broken and highest <= 1.0:
         return None
     moved = [(t.moved_since, -t.excess, t.name) for t in tasks if t.moved_since is not None]
     since, _, name = min(moved, default=(step, 0.0, ""))
+    if not broken and len(moved) == 1 and since == step and highest < settings.lone_factor:
+        return None
     return Jump(step=since, task=name, depth=1.0, startup=startup)
 
 

@@ -20,6 +20,8 @@ class DetectorSettings:
         jump_ratio: a high loss is at least so many times the baseline.
         jump_scales: and above it by so many robust standard deviations.
         jump_floor: and above it by this share of the task's very first loss, that of the untrained model.
+        lone_factor: one loss alone, for one step, must lie so many times further above: noise of tasks is independent,
+            a divergence of shared layers is not.
         max_rise: steps in which the baseline may double at most; a loss that grows faster is no drift.
         startup: steps at the start in which a jump that is over is no event: the first steps of Adagrad are wild.
         settle: steps in a row below the threshold until a jump is over.
@@ -40,6 +42,7 @@ class DetectorSettings:
     jump_ratio: float = 1.5
     jump_scales: float = 12.0
     jump_floor: float = 0.1
+    lone_factor: float = 5.0
     max_rise: int = 500
     startup: int = 50
     settle: int = 10
