@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +12,7 @@ from torchmetrics import Metric
 from torchmetrics.functional.classification import binary_auroc
 from torchmetrics.utilities import dim_zero_cat
 
-from ranker.data.schema import Schema
+from ranker.data.schema import Schema, Task
 
 NAN = math.nan
 
@@ -34,10 +35,13 @@ class _State(Metric):
     logits: list[Tensor]
     labels: list[Tensor]
 
-    def __init__(self, is_binary: list[bool]) -> None:
+    def __init__(self, tasks: Sequence[Task]) -> None:
         super().__init__()
+        self.tasks = tuple(tasks)
+        is_binary = [task.type == "binary" for task in tasks]
         self.register_buffer("binary_T", torch.tensor(is_binary), persistent=False)
-        self.register_buffer("binary_at", torch.tensor([i for i, b in enumerate(is_binary) if b]), persistent=False)
+        binary_at = [i for i, b in enumerate(is_binary) if b]
+        self.register_buffer("binary_at", torch.tensor(binary_at, dtype=torch.int64), persistent=False)
         for name in self.SUMS:
             self.add_state(name, torch.zeros(len(is_binary), dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("logits", [], dist_reduce_fx="cat")
@@ -50,18 +54,48 @@ class _State(Metric):
         z_used, y_used = torch.where(usable, z, 0.0).double(), torch.where(usable, y, 0.0).double()
         binary_T: Tensor = self.get_buffer("binary_T")
         log_loss = F.softplus(z_used) - y_used * z_used
-        self.observed += mask_BT.sum(0)
-        self.nonfinite += (mask_BT & ~usable).sum(0)
-        self.label += y_used.sum(0)
-        self.prediction += (torch.where(binary_T, z_used.sigmoid(), z_used) * usable).sum(0)
-        self.loss += (torch.where(binary_T, log_loss, (z_used - y_used).square()) * usable).sum(0)
+        # New tensors, not in place: states made under inference mode may meet rows from outside of it.
+        self.observed = self.observed + mask_BT.sum(0)
+        self.nonfinite = self.nonfinite + (mask_BT & ~usable).sum(0)
+        self.label = self.label + y_used.sum(0)
+        self.prediction = self.prediction + (torch.where(binary_T, z_used.sigmoid(), z_used) * usable).sum(0)
+        self.loss = self.loss + (torch.where(binary_T, log_loss, (z_used - y_used).square()) * usable).sum(0)
         at: Tensor = self.get_buffer("binary_at")
         self.logits.append(z.index_select(1, at))
         self.labels.append(torch.where(mask_BT, y, -1.0).index_select(1, at).to(torch.int8))
 
-    def compute(self) -> dict[str, Tensor]:
-        state = {name: getattr(self, name) for name in self.SUMS}
-        return state | {"logits": dim_zero_cat(self.logits), "labels": dim_zero_cat(self.labels)}
+    def compute(self) -> tuple[dict[str, float], dict[str, str]]:
+        """Values and notes, as in ``TaskMetrics``. Plain numbers: torchmetrics would squeeze tensors of one task."""
+        sums = torch.stack([getattr(self, name) for name in self.SUMS]).tolist()
+        logits, labels = dim_zero_cat(self.logits), dim_zero_cat(self.labels)
+        values: dict[str, float] = {}
+        notes: dict[str, str] = {}
+        column = 0
+        for index, task in enumerate(self.tasks):
+            observed, nonfinite, label, prediction, loss = (row[index] for row in sums)
+            values |= {f"{task.name}/observed": observed, f"{task.name}/nonfinite": nonfinite}
+            trouble = ""
+            if not observed:
+                trouble = "no row has an observed label"
+            elif nonfinite:
+                trouble = f"{nonfinite:.0f} of {observed:.0f} predictions are not finite"
+            n = NAN if trouble else observed
+            calibration = prediction / label if label and not trouble else NAN
+            if task.type == "binary":
+                own = {
+                    "auc": _auc(logits[:, column], labels[:, column], label, n),
+                    "logloss": loss / n,
+                    "ne": _normalised_entropy(loss, label, n),
+                    "calibration": calibration,
+                }
+                column += 1
+            else:
+                own = {"rmse": math.sqrt(loss / n) if n == n else NAN, "calibration": calibration}
+            for name, value in own.items():
+                values[f"{task.name}/{name}"] = value
+                if math.isnan(value):
+                    notes[f"{task.name}/{name}"] = trouble or _why_undefined(name, label, observed)
+        return values, notes
 
 
 class TaskMetrics(nn.Module):
@@ -101,9 +135,8 @@ class TaskMetrics(nn.Module):
 
     def __init__(self, schema: Schema) -> None:
         super().__init__()
-        self.tasks = schema.tasks
         self.notes: dict[str, str] = {}
-        self.state = _State([task.type == "binary" for task in schema.tasks])
+        self.state = _State(schema.tasks)
 
     def update(self, logits_BT: Tensor, labels_BT: Tensor, mask_BT: Tensor) -> None:
         """Adds rows. Nothing waits for the device.
@@ -120,52 +153,24 @@ class TaskMetrics(nn.Module):
         if not self.state.update_called:
             # A rank without rows still takes part in joining the ranks, with nothing to add.
             device = self.state.observed.device
-            nothing = torch.zeros(0, len(self.tasks), device=device)
+            nothing = torch.zeros(0, len(self.state.observed), device=device)
             self.state.update(nothing, nothing, nothing.bool())
-        state = self.state.compute()
-        sums = torch.stack([state[name] for name in _State.SUMS]).tolist()
-        self.notes = {}
-        metrics: dict[str, float] = {}
-        column = 0
-        for index, task in enumerate(self.tasks):
-            observed, nonfinite, label, prediction, loss = (row[index] for row in sums)
-            metrics |= {f"{task.name}/observed": observed, f"{task.name}/nonfinite": nonfinite}
-            trouble = ""
-            if not observed:
-                trouble = "no row has an observed label"
-            elif nonfinite:
-                trouble = f"{nonfinite:.0f} of {observed:.0f} predictions are not finite"
-            n = NAN if trouble else observed
-            calibration = prediction / label if label and not trouble else NAN
-            if task.type == "binary":
-                values = {
-                    "auc": self._auc(state["logits"][:, column], state["labels"][:, column], label, n),
-                    "logloss": loss / n,
-                    "ne": _normalised_entropy(loss, label, n),
-                    "calibration": calibration,
-                }
-                column += 1
-            else:
-                values = {"rmse": math.sqrt(loss / n) if n == n else NAN, "calibration": calibration}
-            for name, value in values.items():
-                metrics[f"{task.name}/{name}"] = value
-                if math.isnan(value):
-                    self.notes[f"{task.name}/{name}"] = trouble or _why_undefined(name, label, observed)
-        return metrics
+        values, self.notes = self.state.compute()
+        return values
 
     def reset(self) -> None:
         """Forgets all rows."""
         self.state.reset()
         self.notes = {}
 
-    @staticmethod
-    def _auc(logits_N: Tensor, labels_N: Tensor, positives: float, n: float) -> float:
-        if math.isnan(n) or positives in (0, n):
-            return NAN
-        seen = labels_N >= 0
-        # Double precision keeps apart scores up to a logit of 36; in single precision all above 17 would be ties.
-        scores = logits_N[seen].double().sigmoid()
-        return float(binary_auroc(scores, labels_N[seen].long(), validate_args=False))
+
+def _auc(logits_N: Tensor, labels_N: Tensor, positives: float, n: float) -> float:
+    if math.isnan(n) or positives in (0, n):
+        return NAN
+    seen = labels_N >= 0
+    # Double precision keeps apart scores up to a logit of 36; in single precision all above 17 would be ties.
+    scores = logits_N[seen].double().sigmoid()
+    return float(binary_auroc(scores, labels_N[seen].long(), validate_args=False))
 
 
 def _normalised_entropy(loss: float, label: float, n: float) -> float:

@@ -24,8 +24,8 @@ def by_gather(
 ) -> tuple[Tensor, Tensor]:
     """The same as ``by_bag`` by one gather, for the CPU.
 
-    There the backward passes of the embedding kernels take four to ten times as long as that of ``index_select``, and
-    two of them would each fill a gradient as large as the table.
+    There the backward passes of the embedding kernels take several times as long as that of ``index_select``, and two
+    of them would each fill a gradient as large as the table.
     """
     every = torch.cat([rows_BC.view(-1), values_N])
     found = F.embedding(every, weight, sparse=True) if sparse else weight.index_select(0, every)

@@ -138,3 +138,9 @@ def test_updates_do_not_wait_for_the_device():
 def test_options_that_make_no_histogram_are_refused(options):
     with pytest.raises(UserError, match="streaming AUC"):
         StreamingAUC(SCHEMA, **options)
+
+
+def test_a_schema_of_one_task_gives_one_number():
+    stream = StreamingAUC(SCHEMA.select(tasks=["click"]))
+    stream.update(torch.tensor([[1.0], [0.0]]), torch.tensor([[1.0], [0.0]]), torch.ones(2, 1, dtype=torch.bool))
+    assert stream.compute().tolist() == [1.0]

@@ -147,10 +147,31 @@ def test_a_prediction_beyond_float_range_leaves_the_other_tasks_alone():
     assert values["click/auc"] == computed(*some_rows())[0]["click/auc"]
 
 
+@pytest.mark.parametrize("name", ["click", "watch"])
+@pytest.mark.parametrize("rows", [1, 60])
+def test_a_schema_of_one_task_gives_the_same_numbers(name, rows):
+    at = SCHEMA.task_names.index(name)
+    inputs = [part[:rows] for part in some_rows()]
+    one = TaskMetrics(SCHEMA.select(tasks=[name]))
+    one.update(*(part[:, [at]] for part in inputs))
+    every, _ = computed(*inputs)
+    expected = {key: value for key, value in every.items() if key.startswith(name)}
+    assert one.compute() == pytest.approx(expected, nan_ok=True)
+
+
 def test_reset_forgets():
     metrics = TaskMetrics(SCHEMA)
     metrics.update(*some_rows(seed=1))
     metrics.reset()
+    metrics.update(*some_rows())
+    assert metrics.compute() == computed(*some_rows())[0]
+
+
+def test_rows_scored_with_and_without_inference_mode_can_follow_each_other():
+    metrics = TaskMetrics(SCHEMA)
+    with torch.inference_mode():
+        metrics.update(*some_rows(seed=1))
+        metrics.reset()
     metrics.update(*some_rows())
     assert metrics.compute() == computed(*some_rows())[0]
 
