@@ -1,7 +1,7 @@
-"""From raw logs to one sorted Parquet file a UTC day, in memory bounded by a day or a million rows.
+"""From raw logs to one sorted Parquet file a UTC day, in memory bounded by BUCKET_ROWS (or a minute, if it has more).
 
 Three steps, each streamed: the sources become Parquet as they are; their rows are dealt out to buckets of whole
-days; each bucket is freed of duplicates, sorted, finished and written. Nothing is ever sorted as a whole.
+minutes; each bucket is freed of duplicates, sorted, finished and written. Nothing is ever sorted as a whole.
 """
 
 from __future__ import annotations
@@ -10,23 +10,21 @@ import errno
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 
 import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ranker.data.manifest import FileEntry, day_file, sha256_of
+from ranker.data.manifest import FileEntry
+from ranker.data.prepare.day_files import DayFiles
 from ranker.data.prepare.recipe import TIME, Recipe
 from ranker.data.prepare.show import Step
-from ranker.data.schema import Schema, Task
 from ranker.errors import UserError
 
-DAY_MS = 86_400_000
-BUCKET_ROWS = 1_000_000
-DEALT_ROWS = 131_072  # rows dealt out at a time
-ROW_GROUP = 65_536
+SLOT_MS = 60_000  # exact duplicates have the same time, so any cut by time keeps them together
+BUCKET_ROWS = 262_144
+DEALT_ROWS = 262_144  # rows dealt out at a time
 FIRST_TIME_MS = 100_000_000_000  # 1973; a log that starts earlier counts in seconds
 
 
@@ -56,11 +54,10 @@ def write_days(recipe: Recipe, root: Path, *, staging: Path, step: Step) -> Writ
         UserError: a source file cannot be parsed, there are no rows, or their times make no sense.
     """
     raw = _stage(recipe, staging, step)
-    counts = _rows_by_day(raw)
-    starts = _bucket_starts(counts)
-    buckets = [raw] if len(starts) == 1 else _deal(raw, starts, staging, total=sum(counts.values()), step=step)
-    entries: list[FileEntry] = []
-    with step("sorting and writing", sum(counts.values())) as advance:
+    counts = _rows_by_slot(raw)
+    starts, total = _bucket_starts(counts), sum(counts.values())
+    buckets = [raw] if len(starts) == 1 else _deal(raw, starts, staging, total=total, step=step)
+    with step("sorting and writing", total) as advance, DayFiles(root, recipe.schema) as files:
         for bucket in buckets:
             frame = pl.read_parquet(bucket)
             rows = len(frame)
@@ -68,10 +65,9 @@ def write_days(recipe: Recipe, root: Path, *, staging: Path, step: Step) -> Writ
                 path.unlink()
             # Sorting by every column makes the order of rows of the same time a property of the data.
             frame = frame.unique(maintain_order=False).sort([TIME, *sorted(c for c in frame.columns if c != TIME)])
-            for _, day in frame.group_by(pl.col(TIME).floordiv(DAY_MS), maintain_order=True):
-                entries.append(_write(recipe.finish(day), recipe.schema, root))
+            files.add(recipe.finish(frame))
             advance(rows)
-    return Written(entries=tuple(entries), rows_read=sum(counts.values()))
+    return Written(entries=tuple(files.entries), rows_read=total)
 
 
 def _stage(recipe: Recipe, staging: Path, step: Step) -> list[Path]:
@@ -91,31 +87,31 @@ def _stage(recipe: Recipe, staging: Path, step: Step) -> list[Path]:
     return staged
 
 
-def _rows_by_day(raw: Sequence[Path]) -> dict[int, int]:
-    """Rows of each UTC day, ascending; days are counted from 1970-01-01."""
+def _rows_by_slot(raw: Sequence[Path]) -> dict[int, int]:
+    """Rows of each slot of SLOT_MS that has any, ascending; slots are counted from 1970-01-01."""
     table = (
         pl.scan_parquet(list(raw))
-        .group_by(pl.col(TIME).floordiv(DAY_MS).alias("day"))
+        .group_by(pl.col(TIME).floordiv(SLOT_MS).alias("slot"))
         .agg(pl.len(), pl.col(TIME).min())
         .collect(engine="streaming")
-        .sort("day", nulls_last=False)
+        .sort("slot", nulls_last=False)
     )
     if len(table) == 0:
         raise UserError("the log has no rows, so there is nothing to prepare; look at the source files")
-    if table["day"][0] is None:
+    if table["slot"][0] is None:
         raise UserError(f"{table['len'][0]} rows of the log have no time; drop them from the source files")
     if table[TIME][0] < FIRST_TIME_MS:
         raise UserError(f"a row's time is {table[TIME][0]} ms after 1970, too early to be real; is it in seconds?")
-    return dict(zip(table["day"].to_list(), table["len"].to_list(), strict=True))
+    return dict(zip(table["slot"].to_list(), table["len"].to_list(), strict=True))
 
 
 def _bucket_starts(counts: Mapping[int, int]) -> list[int]:
-    """First days of buckets of whole days with at most BUCKET_ROWS rows each, where a single day is not more."""
+    """First slots of buckets with at most BUCKET_ROWS rows each, where a single slot is not more."""
     starts: list[int] = []
     held = 0
-    for day, rows in counts.items():
+    for slot, rows in counts.items():
         if not starts or held + rows > BUCKET_ROWS:
-            starts.append(day)
+            starts.append(slot)
             held = 0
         held += rows
     return starts
@@ -124,12 +120,12 @@ def _bucket_starts(counts: Mapping[int, int]) -> list[int]:
 def _deal(raw: Sequence[Path], starts: Sequence[int], staging: Path, *, total: int, step: Step) -> list[list[Path]]:
     """Each row into the file of its bucket, a piece of the sources at a time."""
     paths = [staging / f"bucket-{i}.parquet" for i in range(len(starts))]
-    with ExitStack() as stack, step("dealing out to days", total) as advance:
+    with ExitStack() as stack, step("dealing out by time", total) as advance:
         writers: dict[int, pq.ParquetWriter] = {}
         for source in raw:
             for piece in pq.ParquetFile(source).iter_batches(batch_size=DEALT_ROWS):
                 frame = pl.DataFrame(pl.from_arrow(piece))
-                cuts = pl.Series([start * DAY_MS for start in starts])
+                cuts = pl.Series([start * SLOT_MS for start in starts])
                 number = cuts.search_sorted(frame[TIME], side="right") - 1
                 for (bucket,), part in frame.group_by(number.alias("bucket")):
                     table = pa.table(part.to_arrow())
@@ -140,38 +136,3 @@ def _deal(raw: Sequence[Path], starts: Sequence[int], staging: Path, *, total: i
                 advance(len(frame))
             source.unlink()
     return [[path] for path in paths]
-
-
-def _write(frame: pl.DataFrame, schema: Schema, root: Path) -> FileEntry:
-    """One day's file, with plain Arrow types so that any reader of Parquet knows them."""
-    table = frame.select(schema.columns()).to_arrow()
-    fields = [pa.field(f.name, _plain(f.type)) for f in table.schema]
-    first, last = frame[TIME][0], frame[TIME][-1]
-    path = root / day_file(datetime.fromtimestamp(first / 1000, tz=UTC).strftime("%Y-%m-%d"))
-    pq.write_table(table.cast(pa.schema(fields)), path, compression="zstd", row_group_size=ROW_GROUP)
-    return FileEntry(
-        path=path.name,
-        rows=len(frame),
-        time_min_ms=first,
-        time_max_ms=last,
-        sha256=sha256_of(path),
-        label_rates={task.name: frame.select(_label(task).mean()).item() for task in schema.tasks},
-    )
-
-
-def _plain(kind: pa.DataType) -> pa.DataType:
-    if pa.types.is_large_list(kind) or pa.types.is_list(kind):
-        return pa.list_(_plain(kind.value_type))
-    is_text = pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
-    return pa.string() if is_text else kind
-
-
-def _label(task: Task) -> pl.Expr:
-    """The label as it is trained on: ``transform(scale * y)``, or y >= at_least."""
-    y = pl.col(task.column)
-    if task.mask:
-        y = pl.when(pl.col(task.mask)).then(y)
-    if task.type == "binary":
-        return (y >= (1 if task.at_least is None else task.at_least)).cast(pl.Float64)
-    y = y.cast(pl.Float64) * task.scale
-    return y.sign() * y.abs().log1p() if task.transform == "log1p" else y
