@@ -81,7 +81,7 @@ class EmbeddingTables(nn.Module):
         """Embeddings of all features side by side, x_BD with D the sum of the embedding widths."""
         pieces = self.pieces(batch)
         if not pieces:
-            return batch.dense_BF.new_zeros(len(batch), 0)
+            return batch.dense_BF.new_zeros(batch.dense_BF.shape[0], 0)
         return torch.cat(pieces, dim=1)
 
     def pieces(self, batch: Batch) -> list[Tensor]:
@@ -122,9 +122,9 @@ class EmbeddingTables(nn.Module):
         values_N, offsets = self._ragged_rows(batch, dim)
         look_up = by_gather if weight.device.type == "cpu" else by_bag
         one_hot, bags = look_up(weight, rows_BC, values_N, offsets, sparse=self.sparse)
-        return one_hot.view(len(batch), rows_BC.shape[1] * dim), bags.view(
-            len(self._ragged_names[dim]), len(batch), dim
-        )
+        # Sizes are read from shapes: len() of a tensor would fix them in an exported program.
+        rows = rows_BC.shape[0]
+        return one_hot.view(rows, rows_BC.shape[1] * dim), bags.view(len(self._ragged_names[dim]), rows, dim)
 
     def _one_hot_rows(self, batch: Batch, dim: int) -> Tensor:
         """Rows within the weight, [B, C_D]."""
@@ -140,7 +140,7 @@ class EmbeddingTables(nn.Module):
         offsets, end = [lists[0].offsets[:1]], 0
         for part in lists:
             offsets.append(part.offsets[1:] + end)
-            end += len(part.values)
+            end += part.values.shape[0]
         values = [part.values + start for part, start in zip(lists, self._ragged_starts[dim], strict=True)]
         return torch.cat(values), torch.cat(offsets)
 

@@ -29,10 +29,10 @@ def by_gather(
     """
     every = torch.cat([rows_BC.view(-1), values_N])
     found = F.embedding(every, weight, sparse=True) if sparse else weight.index_select(0, every)
-    one_hot, items_ND = found.split([rows_BC.numel(), len(values_N)])
+    one_hot, items_ND = found.split([rows_BC.numel(), values_N.shape[0]])
 
     lengths = offsets.diff()
-    lists = torch.arange(len(lengths), device=offsets.device)
-    owner_N = torch.repeat_interleave(lists, lengths, output_size=len(items_ND))
-    sums = items_ND.new_zeros(len(lengths), items_ND.shape[1]).index_add(0, owner_N, items_ND)
+    lists = torch.arange(lengths.shape[0], device=offsets.device)
+    owner_N = torch.repeat_interleave(lists, lengths, output_size=items_ND.shape[0])
+    sums = items_ND.new_zeros(lengths.shape[0], items_ND.shape[1]).index_add(0, owner_N, items_ND)
     return one_hot.view(*rows_BC.shape, weight.shape[1]), sums / lengths.clamp(min=1).unsqueeze(1)

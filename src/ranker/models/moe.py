@@ -73,7 +73,7 @@ class MMoE(Ranker):
     def gate(self, x_BD: Tensor) -> Tensor:
         """What each task takes from each expert, [B, T, E], adding up to 1 over the experts."""
         logits = fused_linear(self.gates, x_BD)
-        return logits.view(len(x_BD), len(self.task_names), len(self.experts)).softmax(-1)
+        return logits.view(x_BD.shape[0], len(self.task_names), len(self.experts)).softmax(-1)
 
     def layer_names(self) -> dict[str, str]:
         """As in ``Ranker``."""

@@ -95,8 +95,8 @@ class ExtractionLayer(nn.Module):
         """What each task takes from each expert, [B, T, E]; 0 from those of other tasks."""
         logits = [gate(x) for x, gate in zip(tasks, self.gates, strict=True)]
         seen = torch.stack(logits, dim=1).softmax(-1)
-        weights_BTE = seen.new_zeros(len(seen), len(tasks), experts)
-        return weights_BTE.scatter(2, self.seen_by_task.expand(len(seen), -1, -1), seen)
+        weights_BTE = seen.new_zeros(seen.shape[0], len(tasks), experts)
+        return weights_BTE.scatter(2, self.seen_by_task.expand(seen.shape[0], -1, -1), seen)
 
 
 class PLE(Ranker):

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 
+from ranker.data.batch import Batch, Ragged
 from ranker.errors import UserError
 from ranker.models import PLE, MMoE, SharedBottom
 
@@ -78,6 +80,33 @@ def test_nothing_waits_for_the_device(build, schema, make_batch):
     # Tensors on the meta device hold no values: reading one raises.
     net = build(schema).to("meta")
     assert net(make_batch(schema, 4).to("meta")).shape == (4, 3)
+
+
+class Served(nn.Module):
+    """A model behind plain tensors, as an exported program takes them."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, dense, one_hot, tags, tags_at, seen, seen_at):
+        none = dense.new_zeros(dense.shape[0], 0)
+        ragged = {"tags": Ragged(tags, tags_at), "seen": Ragged(seen, seen_at)}
+        return self.net(Batch(dense, one_hot, ragged, none, none.bool(), none.long(), none.long()))
+
+
+def as_served(batch):
+    tags, seen = batch.ragged["tags"], batch.ragged["seen"]
+    return batch.dense_BF, batch.onehot_BC, tags.values, tags.offsets, seen.values, seen.offsets
+
+
+@every_model
+def test_an_exported_model_takes_batches_of_any_size(build, schema, make_batch):
+    net = Served(build(schema)).eval()
+    any_size = tuple({0: torch.export.Dim.AUTO} for _ in range(6))
+    program = torch.export.export(net, as_served(make_batch(schema, 8)), dynamic_shapes=any_size).module()
+    other = as_served(make_batch(schema, 21, seed=1))
+    torch.testing.assert_close(program(*other), net(*other))
 
 
 def test_dense_parameters_of_a_shared_bottom_by_hand(schema):
