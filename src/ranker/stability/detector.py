@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -161,7 +162,7 @@ class DivergenceDetector:
     def state_dict(self) -> dict[str, Any]:
         """Plain numbers, strings, lists and dicts, which load with ``weights_only=True``. Waits for the device."""
         self._unreported += self._read(wait=True)
-        return {"judge": self._judge.state()}
+        return {"judge": self._judge.state(), "unreported": [asdict(event) for event in self._unreported]}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on from ``state_dict``.
@@ -173,6 +174,7 @@ class DivergenceDetector:
         if there != list(self.task_names):
             raise UserError(f"divergence detector: the checkpoint is of tasks {there}, this run has {self.task_names}")
         self._judge.load(state["judge"])
+        self._unreported = [Event(**event) for event in state["unreported"]]
 
     def _read(self, *, wait: bool) -> list[Event]:
         tasks = len(self.task_names)

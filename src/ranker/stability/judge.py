@@ -238,6 +238,8 @@ class Judge:
         for task in self.tasks:
             task.load(state["tasks"][task.name])
         self.jump, self._blowup, self._last = (Jump(**j) if j else None for j in state["jumps"])
+        if self.jump is not None and self._blowup is not None and self.jump.step == self._blowup.step:
+            self._blowup = self.jump  # one and the same while it is open
         self.lost = Event(**state["lost"]) if state["lost"] else None
         self.micro, self.first_step = state["micro"], state["first_step"]
         (self.steps, self._step), self._alive = state["steps"], state["alive"]

@@ -1,15 +1,10 @@
-"""What the detector is fed: signals joined over the ranks, a buffer that is read without waiting, dead ReLUs."""
+"""What the detector is fed: signals joined over the ranks, and a buffer that is read without waiting."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-
-RELU_LIKE: tuple[type[nn.Module], ...] = (nn.ReLU, nn.ReLU6)
+from torch import Tensor
 
 
 def reduce_signals(
@@ -93,41 +88,3 @@ class SignalBuffer:
         self._flying = None
         done.synchronize()
         return list(zip(steps, host.tolist(), strict=True))
-
-
-class DeadReluShare:
-    """Share of units behind a ReLU that are 0 for every row of a batch, by layer.
-
-    Measures only inside ``with share.measuring():``, by forward hooks that are removed again; a step that is not
-    measured costs nothing. One comparison and one reduction a layer, no waiting for the device.
-
-    Args:
-        net: the network; its ReLU-like modules are found by type.
-        types: module types that count.
-    """
-
-    def __init__(self, net: nn.Module, *, types: tuple[type[nn.Module], ...] = RELU_LIKE) -> None:
-        self._layers = [(name, module) for name, module in net.named_modules() if isinstance(module, types)]
-        self._shares: dict[str, Tensor] = {}
-
-    @contextmanager
-    def measuring(self) -> Iterator[None]:
-        """Looks at the forward passes inside."""
-        self._shares = {}
-        handles = [m.register_forward_hook(self._hook(name)) for name, m in self._layers]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    def compute(self) -> dict[str, Tensor]:
-        """Scalars on the device by layer name, of the last forward pass measured."""
-        return dict(self._shares)
-
-    def _hook(self, name: str) -> Callable[[nn.Module, object, Tensor], None]:
-        def look(_module: nn.Module, _inputs: object, output: Tensor) -> None:
-            if output.shape[0]:
-                self._shares[name] = (output.detach().flatten(0, -2).amax(0) <= 0).float().mean()
-
-        return look
