@@ -56,8 +56,12 @@ class EmbeddingTables(nn.Module):
 
         start, rows = _place(schema)
         self._limits = {f.name: schema.table_of(f).rows for f in schema.categorical}
-        self.weights = nn.ParameterDict(
-            {f"dim_{dim}": nn.Parameter(torch.empty(n, dim)) for dim, n in sorted(rows.items())}
+        # Modules rather than bare parameters: DDP asks an nn.Embedding whether its gradient is sparse.
+        self.tables = nn.ModuleDict(
+            {
+                f"dim_{dim}": nn.Embedding.from_pretrained(torch.empty(n, dim), freeze=False, sparse=sparse)
+                for dim, n in sorted(rows.items())
+            }
         )
         for dim in rows:
             columns = [c for c, f in enumerate(schema.one_hot) if f.embedding_dim == dim]
@@ -74,7 +78,7 @@ class EmbeddingTables(nn.Module):
 
     def reset_parameters(self) -> None:
         """Draws every row anew."""
-        for weight in self.weights.values():
+        for weight in self.tables.parameters():
             nn.init.uniform_(weight, -INIT_RANGE, INIT_RANGE)
 
     def forward(self, batch: Batch) -> Tensor:
@@ -117,7 +121,7 @@ class EmbeddingTables(nn.Module):
 
     def _look_up(self, batch: Batch, dim: int) -> tuple[Tensor, Tensor]:
         """Features of one width: one-hot ones [B, C_D * D], ragged ones [R_D, B, D]."""
-        weight = self.weights[f"dim_{dim}"]
+        weight = self.tables.get_parameter(f"dim_{dim}.weight")
         rows_BC = self._one_hot_rows(batch, dim)
         values_N, offsets = self._ragged_rows(batch, dim)
         look_up = by_gather if weight.device.type == "cpu" else by_bag

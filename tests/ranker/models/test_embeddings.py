@@ -15,7 +15,7 @@ def numbered(schema, **options):
     """Tables whose entries are 100 * width + row + column / 10, so that a value tells where it came from."""
     tables = EmbeddingTables(schema, **options)
     with torch.no_grad():
-        for weight in tables.weights.values():
+        for weight in tables.parameters():
             rows, dim = weight.shape
             weight.copy_(100 * dim + torch.arange(rows)[:, None] + torch.arange(dim) / 10)
     return tables
@@ -30,7 +30,7 @@ def by_hand(tables, schema, batch):
             filled[feature.embedding_dim] = start[feature.name] + feature.rows
     columns, position = [], 0
     for feature in schema.categorical:
-        weight = tables.weights[f"dim_{feature.embedding_dim}"]
+        weight = tables.tables[f"dim_{feature.embedding_dim}"].weight
         table = weight[start[schema.table_of(feature).name] :]
         if feature.kind == "one_hot":
             columns.append(table[batch.onehot_BC[:, position]])
@@ -144,3 +144,10 @@ def test_an_id_outside_of_its_own_table_is_named(schema, make_batch, where, bad)
 def test_weights_start_within_a_keras_embeddings_range(schema):
     for weight in EmbeddingTables(schema).parameters():
         assert 0 < weight.abs().max() <= 0.05
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+def test_a_module_tells_ddp_which_gradients_are_sparse(schema, sparse):
+    # DDP reads nn.Embedding.sparse before any gradient exists; a sparse one it does not expect ends the run.
+    modules = [m for m in EmbeddingTables(schema, sparse=sparse).modules() if isinstance(m, torch.nn.Embedding)]
+    assert [m.sparse for m in modules] == [sparse] * 2
