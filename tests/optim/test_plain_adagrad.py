@@ -29,15 +29,14 @@ def theirs(params: Any, **given: Any) -> torch.optim.Optimizer:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("options", [{}, {"weight_decay": 0.1}, {"maximize": True}], ids=str)
-@pytest.mark.parametrize("backend", ["auto", "eager"])
-def test_adagrad_is_torchs_fused_adagrad_to_the_bit(options: Any, dtype: torch.dtype, backend: str) -> None:
-    ours = run(lambda p: optim.build_optimizer("adagrad", p, lr=0.05, backend=backend, **options), dtype=dtype)
+def test_adagrad_in_plain_torch_is_torchs_fused_adagrad_to_the_bit(options: Any, dtype: torch.dtype) -> None:
+    ours = run(lambda p: optim.build_optimizer("adagrad", p, lr=0.05, backend="eager", **options), dtype=dtype)
     for mine, other in zip(ours, run(lambda p: theirs(p, fused=True, **options), dtype=dtype), strict=True):
         assert mine.equal(other)
 
 
 def test_clippy_that_cannot_clip_is_torchs_fused_adagrad_to_the_bit() -> None:
-    ours = run(lambda p: optim.build_optimizer("clippy", p, lr=0.05, lambda_abs=0.05))
+    ours = run(lambda p: optim.build_optimizer("clippy", p, lr=0.05, lambda_abs=0.05, backend="eager"))
     for mine, other in zip(ours, run(lambda p: theirs(p, fused=True)), strict=True):
         assert mine.equal(other)
 

@@ -132,7 +132,8 @@ INLINE void NAME(step)(REAL *restrict w, const REAL *restrict g, REAL *restrict 
     const REAL keep = f->keep, rate = f->rate, fed = f->fed, seen = f->seen;
     for (int64_t i = 0; i < n; i++) {
         const REAL gi = sign * g[i] + decay * w[i], used = seen * gi, feed = fed * gi, before = total[i];
-        w[i] = keep * w[i] - rate * (used / NAME(root)(before, used, eps, delayed, inside));
+        /* rate * used first: the order of torch's fused Adagrad, with which this then agrees to the bit. */
+        w[i] = keep * w[i] - rate * used / NAME(root)(before, used, eps, delayed, inside);
         total[i] = before + feed * feed;
     }
 }

@@ -10,7 +10,6 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from optim.batch import Batch
-from optim.fused import step_fused
 from optim.methods.clippy import OVERSHOOT
 from optim.native.library import load
 from optim.reductions import GRAD_NORM, UPDATE_MAX, UPDATE_NORM, WEIGHT_NORM, Reduction
@@ -77,7 +76,8 @@ class Native:
         out = torch.empty(len(works), len(_COLUMNS), dtype=torch.float64)
         self._call("optim_reduce", batch, _settings(batch, reductions), parts, out)
         if OVERSHOOT in reductions:
-            batch.peaks = list(parts[: sum(counts), _COLUMNS.index(OVERSHOOT)].split(counts))
+            chunks = parts[: sum(counts), _COLUMNS.index(OVERSHOOT)].split(counts)
+            batch.peaks = [peaks if len(peaks) > 1 else None for peaks in chunks]
         columns = dict(zip(_COLUMNS, out.unbind(dim=1), strict=True))
         return {
             reduction.name: columns[reduction].sqrt() if reduction.combine == "norm" else columns[reduction]
@@ -86,8 +86,6 @@ class Native:
 
     def apply(self, batch: Batch, ok: Tensor | None) -> None:
         """Take the step."""
-        if step_fused(batch, ok):
-            return
         flag = None if ok is None else ctypes.c_void_p(ok.data_ptr())
         self._call("optim_step", batch, _settings(batch, ()), _factors(batch), flag)
         # Autograd must know that these were written to, as after any in-place operation.
