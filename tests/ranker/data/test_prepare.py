@@ -176,6 +176,13 @@ def test_the_cache_is_made_once_and_found_again(tmp_path: Path, monkeypatch: pyt
     assert prepare_cached("movielens", source, tmp_path / "cache", progress=False) not in (first, second)
 
 
+def test_a_cache_that_holds_the_data_need_not_be_writable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = ratings(tmp_path / "src")
+    made = prepare_cached("movielens", source, tmp_path / "cache", progress=False)
+    monkeypatch.setattr(package, "locked", lambda _: pytest.fail("asked for the lock"))
+    assert prepare_cached("movielens", source, tmp_path / "cache", progress=False) == made
+
+
 def test_two_at_once_make_the_cache_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source, made, write_days = ratings(tmp_path / "src"), [], package.write_days
     together = threading.Barrier(2)

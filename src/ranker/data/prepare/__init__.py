@@ -80,11 +80,15 @@ def _files(kind: str, source: str | Path) -> list[Path]:
 
 
 def _prepare(kind: str, files: Sequence[Path], key: str, root: Path, *, progress: bool) -> Manifest:
+    there = _already(root, key)
+    if there is not None:
+        return there
     with locked(root):
-        refuse_foreign(root)
-        there = Manifest.read(root)
-        if there is not None and there.source.get("fingerprint") == key:
+        # Another process may have made it while this one waited for the lock.
+        there = _already(root, key)
+        if there is not None:
             return there
+        refuse_foreign(root)
         recipe = RECIPES[kind][1](files)
         with made_whole(root) as draft, steps(visible=progress) as step:
             with tempfile.TemporaryDirectory(dir=draft, prefix="staging-") as staging:
@@ -104,3 +108,9 @@ def _prepare(kind: str, files: Sequence[Path], key: str, root: Path, *, progress
             )
             manifest.write(draft)
     return manifest
+
+
+def _already(root: Path, key: str) -> Manifest | None:
+    """The manifest of what was made from the same files; it needs no lock (nor a folder that can be written)."""
+    there = Manifest.read(root)
+    return there if there is not None and there.source.get("fingerprint") == key else None
