@@ -1,0 +1,202 @@
+"""A look over a prepared log before anyone trains on it: what each file holds, and what seems wrong."""
+
+from __future__ import annotations
+
+import datetime as dt
+import statistics
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ranker.data.batch import Batch
+from ranker.data.hashing import splitmix64
+from ranker.data.manifest import FileEntry, Manifest, sha256_of
+from ranker.data.parquet_log import ParquetLog
+from ranker.data.schema import Schema
+
+_SAMPLE_GROUPS = 8
+_SUSPECT = 0.95  # a single feature that ranks a label this well has most likely seen it
+_VANISHED = 0.1  # share of the usual rate below which a label counts as vanished
+
+
+@dataclass(frozen=True, kw_only=True)
+class Findings:
+    """What was found in a log.
+
+    Attributes:
+        files: one entry a file with rows, with label rates as they are in the rows.
+        duplicates: rows that equal another of their row group in all columns but the row id and the lists.
+        bad: rows that cannot be used.
+        warnings: one line each.
+    """
+
+    files: tuple[FileEntry, ...]
+    duplicates: int
+    bad: int
+    warnings: tuple[str, ...]
+
+
+def inspect_log(log: ParquetLog) -> Findings:
+    """Reads a log once, row group by row group, and says what looks wrong.
+
+    Args:
+        log: the log, opened with ``on_bad_rows="drop"`` so that bad rows are counted and not fatal.
+
+    Raises:
+        UserError: a file cannot be read.
+    """
+    sample: list[Batch] = []
+    groups: dict[str, list[Batch]] = {}
+    entries: list[FileEntry] = []
+    duplicates = 0
+    every = max(1, len(log.index.places) // _SAMPLE_GROUPS)
+    for number, (file, batch) in enumerate(_groups(log)):
+        if file not in groups and groups:
+            entries.append(_entry(*groups.popitem(), log.schema))
+        groups.setdefault(file, []).append(_labels_alone(batch))
+        duplicates += _duplicates(batch)
+        if number % every == 0:
+            sample.append(batch)
+    entries.append(_entry(*groups.popitem(), log.schema))
+    warnings = [*vanished_labels(entries, log.schema), *leak_suspects(sample, log.schema), *missing_days(entries)]
+    if duplicates:
+        warnings.append(f"{duplicates:,} rows equal another in time, ids, numbers and labels: are they duplicates?")
+    if log.num_bad_rows:
+        warnings.append(
+            f"{log.num_bad_rows:,} rows cannot be used; on_bad_rows=quarantine writes them out with reasons"
+        )
+    return Findings(files=tuple(entries), duplicates=duplicates, bad=log.num_bad_rows, warnings=tuple(warnings))
+
+
+def vanished_labels(entries: Sequence[FileEntry], schema: Schema) -> Iterator[str]:
+    """Files in which a binary label is far rarer than usual; without positives an AUC is undefined."""
+    for task in schema.tasks:
+        if task.type != "binary":
+            continue
+        rates = {e.path: rate for e in entries if (rate := e.label_rates.get(task.name)) is not None}
+        for entry in entries:
+            if entry.label_rates.get(task.name) is None and entry.rows:
+                yield f"{entry.path}: task '{task.name}' has no observed label"
+        usual = statistics.median(rates.values()) if rates else 0.0
+        for path, rate in rates.items():
+            if rate in (0.0, 1.0):
+                what = "positive" if rate == 0.0 else "negative"
+                yield f"{path}: task '{task.name}' has no {what} label, so its AUC is undefined there"
+            elif rate < _VANISHED * usual:
+                yield f"{path}: task '{task.name}' has {rate:.2%} positives where {usual:.2%} is usual"
+
+
+def missing_days(entries: Sequence[FileEntry]) -> Iterator[str]:
+    """Days (UTC) between the first and the last on which no row begins or ends a file."""
+    seen: set[int] = set()
+    for entry in entries:
+        assert entry.time_min_ms is not None
+        assert entry.time_max_ms is not None
+        seen |= set(range(entry.time_min_ms // 86_400_000, entry.time_max_ms // 86_400_000 + 1))
+    for day in range(min(seen), max(seen)):
+        if day not in seen:
+            yield f"no rows on {dt.date(1970, 1, 1) + dt.timedelta(days=day)}"
+
+
+def leak_suspects(sample: Sequence[Batch], schema: Schema) -> Iterator[str]:
+    """Features that alone rank a label almost perfectly: they were most likely written after it.
+
+    Dense features are ranked by their value; ids by the mean label they have in one half of the sample, scored on the
+    other half.
+    """
+    rows = Batch.concat(sample)
+    half = splitmix64(np.arange(len(rows))) % np.uint64(2) == 0  # mixed: labels may alternate from row to row
+    for t, task in enumerate(schema.tasks):
+        observed = rows.mask_BT[:, t].numpy()
+        labels = rows.labels_BT[:, t].numpy()
+        if task.type == "regression":
+            labels = labels > np.median(labels[observed]) if observed.any() else labels > 0
+        positive = labels > 0
+        for f, dense in enumerate(schema.dense):
+            auc = _auc(rows.dense_BF[observed, f].numpy(), positive[observed])
+            if max(auc, 1 - auc) >= _SUSPECT:
+                yield _leak(dense.name, task.name, max(auc, 1 - auc))
+        for c, feature in enumerate(schema.one_hot):
+            ids = rows.onehot_BC[:, c].numpy()
+            known, other = observed & half, observed & ~half
+            means = _mean_by_id(ids[known], positive[known])
+            auc = _auc(means(ids[other]), positive[other])
+            if auc >= _SUSPECT:
+                yield _leak(feature.name, task.name, auc)
+
+
+def broken_checksums(root: Path, manifest: Manifest) -> Iterator[str]:
+    """Local files whose bytes are not those that the manifest was written for."""
+    for entry in manifest.files:
+        if entry.sha256 and (root / entry.path).is_file() and sha256_of(root / entry.path) != entry.sha256:
+            yield f"{entry.path}: the file changed after the manifest was written; prepare the data again"
+
+
+def _leak(feature: str, task: str, auc: float) -> str:
+    return f"feature '{feature}' alone tells task '{task}' (AUC {auc:.3f}): is it known before the label?"
+
+
+def _groups(log: ParquetLog) -> Iterator[tuple[str, Batch]]:
+    for group, place in enumerate(log.index.places):
+        low, high = (int(log.index.starts[g]) for g in (group, group + 1))
+        yield place.file, log.read(low, high)
+
+
+def _labels_alone(batch: Batch) -> Batch:
+    """Labels, masks and times, so that the features of a long file need not be kept."""
+    return Batch(
+        dense_BF=batch.dense_BF[:, :0],
+        onehot_BC=batch.onehot_BC[:, :0],
+        ragged={},
+        labels_BT=batch.labels_BT,
+        mask_BT=batch.mask_BT,
+        time_ms_B=batch.time_ms_B,
+        row_B=batch.row_B,
+    )
+
+
+def _entry(file: str, parts: list[Batch], schema: Schema) -> FileEntry:
+    rows = Batch.concat(parts)
+    rates: dict[str, float | None] = {}
+    for t, task in enumerate(schema.tasks):
+        observed = rows.labels_BT[:, t].numpy()[rows.mask_BT[:, t].numpy()]
+        rates[task.name] = float(observed.mean(dtype=np.float64)) if len(observed) else None
+    return FileEntry(
+        path=file,
+        rows=len(rows),
+        time_min_ms=int(rows.time_ms_B[0]),
+        time_max_ms=int(rows.time_ms_B[-1]),
+        label_rates=rates,
+    )
+
+
+def _duplicates(batch: Batch) -> int:
+    """Rows that equal another of the batch, by a 64-bit hash of their columns."""
+    columns: list[npt.NDArray[Any]] = [batch.time_ms_B.numpy(), *batch.onehot_BC.numpy().T]
+    columns += [column.view(np.int32) for column in np.ascontiguousarray(batch.dense_BF.numpy().T)]
+    columns += [column.view(np.int32) for column in np.ascontiguousarray(batch.labels_BT.numpy().T)]
+    hashed = np.zeros(len(batch), dtype=np.uint64)
+    for column in columns:
+        hashed = splitmix64(hashed ^ column.astype(np.int64).view(np.uint64))
+    return len(batch) - len(np.unique(hashed))
+
+
+def _mean_by_id(ids: npt.NDArray[np.int64], positive: npt.NDArray[np.bool_]) -> Any:
+    size = int(ids.max(initial=0)) + 1
+    counts = np.bincount(ids, minlength=size)
+    means = (np.bincount(ids, weights=positive, minlength=size) + positive.mean()) / (counts + 1)
+    return lambda others: np.where(others < size, means[np.minimum(others, size - 1)], positive.mean())
+
+
+def _auc(scores: npt.NDArray[Any], positive: npt.NDArray[np.bool_]) -> float:
+    """Chance that a positive has a higher score than a negative, ties counting half; 0.5 where one kind is missing."""
+    count = int(positive.sum())
+    if count in (0, len(positive)):
+        return 0.5
+    _, rank, sizes = np.unique(scores, return_inverse=True, return_counts=True)
+    mid = np.cumsum(sizes) - (sizes - 1) / 2
+    return float((mid[rank][positive].sum() - count * (count + 1) / 2) / (count * (len(positive) - count)))
