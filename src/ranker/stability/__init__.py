@@ -2,8 +2,27 @@
 
 from ranker.stability.dead_relus import DeadReluShare
 from ranker.stability.detector import DivergenceDetector
+from ranker.stability.early_signs import LayerSigns, TaskGradients, layer_signs, task_gradients
 from ranker.stability.events import Event
+from ranker.stability.lanczos import Ritz, largest_eigenvalue
 from ranker.stability.settings import DetectorSettings
+from ranker.stability.sharpness import Sharpness, adagrad_preconditioner, hessian_product, measure_sharpness
 from ranker.stability.signals import reduce_signals
 
-__all__ = ["DeadReluShare", "DetectorSettings", "DivergenceDetector", "Event", "reduce_signals"]
+__all__ = [
+    "DeadReluShare",
+    "DetectorSettings",
+    "DivergenceDetector",
+    "Event",
+    "LayerSigns",
+    "Ritz",
+    "Sharpness",
+    "TaskGradients",
+    "adagrad_preconditioner",
+    "hessian_product",
+    "largest_eigenvalue",
+    "layer_signs",
+    "measure_sharpness",
+    "reduce_signals",
+    "task_gradients",
+]
