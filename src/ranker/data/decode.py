@@ -6,8 +6,6 @@ harmless value (0), so that what becomes of it can be settled later, in one plac
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
@@ -246,18 +244,22 @@ def _nulls(column: pa.Array) -> Bools | None:
 
 
 def _floats(column: pa.Array, fill: float) -> Floats:
-    values: Any = column.cast(pa.float32(), safe=False)
-    return values.fill_null(pa.scalar(fill, pa.float32())).to_numpy(zero_copy_only=False)
+    if column.type != pa.float32():
+        column = column.cast(pa.float32(), safe=False)
+    if column.null_count:
+        column = column.fill_null(pa.scalar(fill, pa.float32()))
+    return column.to_numpy(zero_copy_only=False)
 
 
 def _int64(column: pa.Array, name: str, place: Place, fill: int | None = None) -> Ints:
-    try:
-        values = column.cast(pa.int64())
-    except pa.ArrowInvalid as error:
-        raise place.error(name, "an integer does not fit int64; write the column as int64") from error
-    if fill is not None and values.null_count:
-        values = values.fill_null(fill)
-    return values.to_numpy(zero_copy_only=False)
+    if column.type != pa.int64():
+        try:
+            column = column.cast(pa.int64())
+        except pa.ArrowInvalid as error:
+            raise place.error(name, "an integer does not fit int64; write the column as int64") from error
+    if fill is not None and column.null_count:
+        column = column.fill_null(fill)
+    return column.to_numpy(zero_copy_only=False)
 
 
 def _to_ms(values: Ints, unit: str) -> Ints:

@@ -73,13 +73,17 @@ class ParquetIndex:
 def read_group(root: Root, place: Place, columns: list[str], metadata: pq.FileMetaData) -> pa.Table:
     """Reads some columns of a row group, trying again where a remote file system fails.
 
+    Strings come as the dictionaries that Parquet keeps them in, so that each distinct one is looked at once.
+
     Raises:
         UserError: the file is broken, or cannot be read.
     """
+    leaves = (metadata.schema.column(i) for i in range(metadata.num_columns))
+    strings = [leaf.path for leaf in leaves if leaf.logical_type.type == "STRING" and leaf.path in columns]
 
     def read() -> pa.Table:
         with root.filesystem.open_input_file(root.join(place.file)) as source:
-            file = pq.ParquetFile(source, metadata=metadata, pre_buffer=True)
+            file = pq.ParquetFile(source, metadata=metadata, pre_buffer=True, read_dictionary=strings)
             return file.read_row_group(place.row_group, columns=columns, use_threads=False)
 
     try:
@@ -151,24 +155,25 @@ def _footer(root: Root, name: str) -> pq.FileMetaData:
 def _warn_of_constants(footers: dict[str, pq.FileMetaData], schema: Schema) -> None:
     """Warns of a feature or label that has one value in all files, as far as the footers say."""
     lists = {feature.column for feature in schema.ragged}
-    ends = {name: _extremes(footers, name) for name in schema.columns() if name not in lists}
-    constant = [f"'{name}' (always {found[0]})" for name, found in ends.items() if found and found[0] == found[1]]
-    if constant:
-        columns = ", ".join(constant)
+    found = {name: _constant(footers, name) for name in schema.columns() if name not in lists}
+    columns = ", ".join(f"'{name}' (always {value})" for name, value in found.items() if value is not None)
+    if columns:
         _LOGGER.warning("schema '%s' names columns from which nothing can be learned: %s", schema.name, columns)
 
 
-def _extremes(footers: dict[str, pq.FileMetaData], name: str) -> tuple[Any, Any] | None:
-    """Smallest and largest value of a column; None where there are nulls, or footers that do not say."""
-    ends: list[Any] = []
+def _constant(footers: dict[str, pq.FileMetaData], name: str) -> Any:
+    """The one value that a column has in all files; None where it has more, or nulls, or footers that do not say."""
+    seen: Any = None
     for footer in footers.values():
         column = _leaf(footer, name)
         for group in range(footer.num_row_groups):
             statistics = footer.row_group(group).column(column).statistics
             if statistics is None or not statistics.has_min_max or statistics.null_count:
                 return None
-            ends += [statistics.min, statistics.max]
-    return (min(ends), max(ends)) if ends else None
+            seen = statistics.min if seen is None else seen
+            if not statistics.min == statistics.max == seen:
+                return None
+    return seen
 
 
 def _check_manifest(footers: dict[str, pq.FileMetaData], manifest: Manifest | None, root: Root) -> None:
@@ -208,6 +213,5 @@ def _time_range(
 
 
 def _leaf(footer: pq.FileMetaData, column: str) -> int:
-    """Number of a column among the leaves that a footer lists."""
-    names = [footer.schema.column(i).path for i in range(footer.num_columns)]
-    return names.index(column)
+    """Number of a flat column among the leaves that a footer lists."""
+    return next(i for i in range(footer.num_columns) if footer.schema.column(i).path == column)

@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -60,6 +61,27 @@ def test_equal_times_across_row_groups_and_files_are_found_at_their_first_row(wr
 @pytest.mark.parametrize("manifest", [False, True])
 def test_a_manifest_changes_nothing(write_log, manifest):
     assert ParquetLog(str(write_log(UNEVEN, manifest=manifest))).num_rows == ROWS
+
+
+@pytest.mark.parametrize("unit", ["s", "ms", "us", "ns"])
+@pytest.mark.parametrize("zone", [None, "UTC", "Asia/Shanghai"])
+def test_times_may_be_timestamps_of_any_unit(write_log, unit, zone):
+    def change(day, columns):
+        columns["t"] = columns["t"].cast(pa.timestamp("ms", tz=zone)).cast(pa.timestamp(unit, tz=zone), safe=False)
+
+    log = ParquetLog(str(write_log(UNEVEN, change=change)))
+    assert (log.num_rows, log.train_rows) == (ROWS, ROWS - 9)
+    assert log.time_at_row(13) == START_MS + 2 * DAY_MS
+    assert log.row_at_time(START_MS + 2 * DAY_MS) == 13
+
+
+def test_times_are_found_in_files_without_statistics(write_log):
+    root = write_log(UNEVEN)
+    for path in root.glob("*.parquet"):
+        pq.write_table(pq.read_table(path), path, row_group_size=10, write_statistics=False)
+    log = ParquetLog(str(root))
+    assert (log.num_rows, log.train_rows) == (ROWS, ROWS - 9)
+    assert log.row_at_time(START_MS + 2 * DAY_MS) == 13
 
 
 def test_the_last_days_are_held_out(write_log):
