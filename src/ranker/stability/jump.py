@@ -70,16 +70,20 @@ def open_jump(
 ) -> Jump | None:
     """A jump, if this step opens one: a loss above its threshold, or anything not finite.
 
-    A single loss in a single step opens none unless it stands out far: heavy tails make such steps in healthy runs. It
-    takes a second task half way to its threshold, or a second step. The jump begins where the first of the tasks
-    left its baseline without coming back since, so it loses no step by waiting.
+    Half of the tasks at least must have moved (two, where there are two), or the jump must last. A few rows far out in
+    heavy-tailed data lift the loss of a regression or two for one step, more than many a divergence does; shared
+    layers that move take most tasks with them. The jump begins where the first of the tasks left its baseline without
+    coming back since, so its first step is not lost by waiting. At the start, where a jump alone is no event, any will
+    do: what matters is whether the model learns after it.
     """
     highest = max(t.excess for t in tasks)
     if not broken and highest <= 1.0:
         return None
     moved = [(t.moved_since, -t.excess, t.name) for t in tasks if t.moved_since is not None]
     since, _, name = min(moved, default=(step, 0.0, ""))
-    if not broken and len(moved) == 1 and since == step and highest < settings.lone_factor:
+    lasts = step - since + 1 >= settings.outlier_steps
+    broad = highest >= settings.lone_factor if len(tasks) == 1 else 2 * len(moved) >= max(len(tasks), 4)
+    if not (broken or startup or lasts or broad):
         return None
     return Jump(step=since, task=name, depth=1.0, startup=startup)
 

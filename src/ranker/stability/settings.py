@@ -20,8 +20,9 @@ class DetectorSettings:
         jump_ratio: a high loss is at least so many times the baseline.
         jump_scales: and above it by so many robust standard deviations.
         jump_floor: and above it by this share of the task's very first loss, that of the untrained model.
-        lone_factor: one loss alone, for one step, must lie so many times further above: noise of tasks is independent,
-            a divergence of shared layers is not.
+        outlier_steps: steps that a jump of less than half of the tasks must last: one row far out lifts a squared error
+            30 times for one step, and the model is none the worse.
+        lone_factor: where there is one task only, a shorter jump must lie so many times further above.
         max_rise: steps in which the baseline may double at most; a loss that grows faster is no drift.
         startup: steps at the start in which a jump that is over is no event: the first steps of Adagrad are wild.
         settle: steps in a row below the threshold until a jump is over.
@@ -42,6 +43,7 @@ class DetectorSettings:
     jump_ratio: float = 1.5
     jump_scales: float = 12.0
     jump_floor: float = 0.1
+    outlier_steps: int = 3
     lone_factor: float = 5.0
     max_rise: int = 500
     startup: int = 50

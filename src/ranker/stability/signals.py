@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+from typing import TypedDict
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 
+class Signals(TypedDict):
+    """One step's signals, by the names that ``DivergenceDetector.update`` gives them."""
+
+    losses_T: Tensor
+    auc_T: Tensor | None
+    spread_T: Tensor | None
+    nonfinite: Tensor | None
+
+
 def reduce_signals(
     losses_T: Tensor, auc_T: Tensor | None = None, spread_T: Tensor | None = None, nonfinite: Tensor | None = None
-) -> dict[str, Tensor | None]:
+) -> Signals:
     """Joins one step's signals over the ranks, so that every rank comes to the same verdict at the same step.
 
     Losses and AUCs become their mean over ranks, the spread the root of the mean variance, ``nonfinite`` true where
@@ -17,7 +28,7 @@ def reduce_signals(
     must call, with the same signals present.
 
     Returns:
-        Arguments of ``DivergenceDetector.update``.
+        Arguments of ``DivergenceDetector.update``, as keywords.
     """
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return {"losses_T": losses_T, "auc_T": auc_T, "spread_T": spread_T, "nonfinite": nonfinite}

@@ -45,6 +45,23 @@ def test_a_spike_while_recovering_is_never_stopped(judged: Judged) -> None:
     assert detector.status != "diverged"
 
 
+def test_one_row_far_out_in_one_task_is_no_event_until_it_lasts(judged: Judged) -> None:
+    trace = healthy(steps=600, seed=1)
+    for length, number in ((1, 0), (2, 0), (3, 1), (10, 1)):
+        far_out = traces.spike(trace, at=300, length=length, factor=70.0, tasks=slice(3, 4))
+        far_out.losses_NT[299 : 299 + length, 3] = 140.0
+        _, events = judged(far_out)
+        assert [e.step for e in events] == [300] * number
+
+
+def test_one_task_that_blows_up_in_one_early_step_is_remembered_where_nothing_is_learned(judged: Judged) -> None:
+    lost, sound = (healthy(steps=205, seed=1, skill=skill) for skill in (0.0, 1.0))
+    for trace in (lost, sound):
+        trace.losses_NT[1, 3] = 1e4
+    assert judged(lost)[0].summary() == {"micro": 0, "full": True, "first_step": 2}
+    assert judged(sound)[0].status == "healthy"
+
+
 def test_spikes_far_apart_are_two_and_close_together_are_one(judged: Judged) -> None:
     for gap, number in ((100, 2), (4, 1)):
         trace = traces.spike(healthy(steps=600, seed=2), at=300, length=2, factor=10.0)

@@ -1,0 +1,297 @@
+"""How good and how cheap divergence detection is: python scripts/bench_stability.py [--json FILE] [--seeds N].
+
+Three sources of runs with known events: generated traces, events put into the recorded signals of real healthy runs,
+and real runs to which something is done (features scaled, learning rate raised, nan fed). Then healthy runs for false
+alarms, and the cost of a step's detection beside a training step of Large at laptop scale.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from optim import build_optimizer
+from ranker.data.batch import Batch
+from ranker.data.loader import WindowedLoader
+from ranker.data.synthetic import SyntheticLog
+from ranker.data.synthetic_world import Difficulty
+from ranker.data.windows import plan_windows
+from ranker.losses import MultitaskLoss
+from ranker.metrics import StreamingAUC, TaskMetrics
+from ranker.models import SharedBottom
+from ranker.stability import DivergenceDetector, Event, measure_sharpness, reduce_signals, traces
+from ranker.stability.traces import Trace
+
+BATCH = 1024
+LR = 0.2
+SMALL, LARGE = [64, 64], [512] * 4
+Disturb = Callable[[int, Batch, torch.optim.Optimizer], Batch]
+Inject = Callable[[Trace, int], Trace]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A run with one known event: its kind, its first step, and by how many steps the detector's may be off."""
+
+    trace: Trace
+    at: int
+    kind: str
+    within: int
+
+
+@dataclass(frozen=True)
+class Line:
+    """A row of the table. Latencies in steps: until suspected, and until the verdict; median and largest."""
+
+    source: str
+    event: str
+    runs: int
+    found: int
+    right_kind: int
+    false_alarms: int
+    suspected: tuple[float, float]
+    judged: tuple[float, float]
+
+
+def judge(trace: Trace) -> tuple[list[Event], int | None, DivergenceDetector]:
+    """Events, the first step at which the detector was not content, and the detector."""
+    detector = DivergenceDetector([str(t) for t in range(trace.losses_NT.shape[1])])
+    events: list[Event] = []
+    suspected: int | None = None
+    for i in range(len(trace)):
+        detector.update(i + 1, trace.losses_NT[i], trace.auc_NT[i], trace.spread_NT[i], trace.nonfinite_N[i])
+        events += detector.poll()
+        if detector.status == "healthy":
+            suspected = suspected if events else None
+        elif suspected is None:
+            suspected = i + 1
+        if detector.status == "diverged":
+            break
+    return events + detector.finish(trace.eval_auc_T), suspected, detector
+
+
+def score(source: str, name: str, cases: Sequence[Case]) -> Line:
+    """Recall, kinds, false alarms and latency over cases of one sort."""
+    found = right = alarms = 0
+    suspected, judged = [], []
+    for case in cases:
+        events, first, _ = judge(case.trace)
+        events = [e for e in events if e.kind != "shift"]
+        hits = [e for e in events if case.at - 3 <= e.step <= case.at + case.within]
+        alarms += sum(e.step < case.at - 3 for e in events)
+        found += bool(hits)
+        right += any(e.kind == case.kind for e in hits)
+        judged += [max(e.judged_at - case.at, 0) for e in hits[-1:]]
+        if hits and first is not None:
+            suspected.append(max(first - case.at, 0))
+    return Line(source, name, len(cases), found, right, alarms, _spread(suspected), _spread(judged))
+
+
+def injections() -> Iterator[tuple[str, str, int, Inject]]:
+    """Name, kind, tolerance in steps and injection of every event that can be put into a trace."""
+    for length in (1, 10, 100):
+        for factor in (3.0, 30.0):
+
+            def spike(trace: Trace, at: int, length: int = length, factor: float = factor) -> Trace:
+                return traces.spike(trace, at=at, length=length, factor=factor)
+
+            yield f"spike {factor:g}x, {length} steps", "micro", 3, spike
+    yield "nan, 1 step", "micro", 1, lambda t, at: traces.not_a_number(t, at=at, length=1)
+    yield "nan for good", "full", 1, lambda t, at: traces.not_a_number(t, at=at, length=len(t))
+    for rate in (0.01, 0.05):
+
+        def blow_up(trace: Trace, at: int, rate: float = rate) -> Trace:
+            return traces.blow_up(trace, at=at, rate=rate)
+
+        yield f"blow-up, {rate:.0%} a step", "full", round(2 / rate), blow_up
+    yield "5x for good", "full", 3, lambda t, at: traces.step_up(t, at=at, factor=5.0)
+    yield "constant predictions", "full", 3, lambda t, at: traces.die(t, at=at)
+    yield "AUC to 0.5, loss as before", "full", 200, lambda t, at: traces.forget(t, at=at)
+
+
+def record(
+    *,
+    steps: int,
+    seed: int,
+    method: str = "clippy",
+    lr: float = LR,
+    jump: float = 0.0,
+    disturb: Disturb | None = None,
+    **options: Any,
+) -> Trace:
+    """Trains Small on the stream and keeps the signals of every step."""
+    torch.manual_seed(seed)
+    log = SyntheticLog(seed=seed, train_rows=steps * BATCH, eval_rows=16 * BATCH, difficulty=Difficulty(jump=jump))
+    net = SharedBottom(log.schema, hidden=SMALL)
+    optimizer = build_optimizer(method, net, lr=lr, **options)
+    criterion, auc, held_out = MultitaskLoss(log.schema), StreamingAUC(log.schema), TaskMetrics(log.schema)
+    rows = []
+    plan = plan_windows(log, window=16 * BATCH, batch_size=BATCH)
+    for step, batch in enumerate(WindowedLoader(log, plan=plan, seed=seed, num_workers=0), start=1):
+        batch = disturb(step, batch, optimizer) if disturb else batch
+        logits_BT = net(batch)
+        loss = criterion(logits_BT, batch.labels_BT, batch.mask_BT)
+        auc.update(logits_BT.detach(), batch.labels_BT, batch.mask_BT)
+        stats = auc.stats()
+        rows.append((loss.task_T, stats.auc_T, stats.spread_T, stats.nonfinite_T.sum() > 0))
+        optimizer.zero_grad()
+        loss.total.backward()
+        optimizer.step()
+    net.eval()
+    rest = log.read(log.train_rows, log.num_rows)
+    with torch.no_grad():
+        held_out.update(net(rest), rest.labels_BT, rest.mask_BT)
+    values = held_out.compute()
+    losses, aucs, spreads, nonfinite = (torch.stack(column) for column in zip(*rows, strict=True))
+    return Trace(
+        losses_NT=losses,
+        auc_NT=aucs,
+        spread_NT=spreads,
+        nonfinite_N=nonfinite,
+        eval_auc_T=torch.tensor([values.get(f"{name}/auc", math.nan) for name in log.schema.task_names]),
+    )
+
+
+def scaled_features(at: int, length: int) -> Disturb:
+    """All dense features 30 times as large for some steps."""
+
+    def disturb(step: int, batch: Batch, _optimizer: torch.optim.Optimizer) -> Batch:
+        return replace(batch, dense_BF=batch.dense_BF * 30.0) if at <= step < at + length else batch
+
+    return disturb
+
+
+def nan_features(at: int) -> Disturb:
+    """One feature of one row is nan in one step."""
+
+    def disturb(step: int, batch: Batch, _optimizer: torch.optim.Optimizer) -> Batch:
+        if step != at:
+            return batch
+        dense_BF = batch.dense_BF.clone()
+        dense_BF[0, 0] = math.nan
+        return replace(batch, dense_BF=dense_BF)
+
+    return disturb
+
+
+def raised_lr(at: int, length: int, factor: float) -> Disturb:
+    """The learning rate ``factor`` times as high for some steps; the first loss that shows it is a step later."""
+
+    def disturb(step: int, batch: Batch, optimizer: torch.optim.Optimizer) -> Batch:
+        for group in optimizer.param_groups:
+            group.setdefault("usual_lr", group["lr"])
+            group["lr"] = group["usual_lr"] * (factor if at - 1 <= step < at - 1 + length else 1.0)
+        return batch
+
+    return disturb
+
+
+def real_cases(seeds: Sequence[int]) -> Iterator[tuple[str, list[Case]]]:
+    """Runs to which something is really done at step 300, or whose learning rate is too high from the start."""
+    for length in (1, 10, 100):
+        made = [record(steps=550, seed=s, disturb=scaled_features(300, length)) for s in seeds]
+        yield f"features 30x, {length} steps", [Case(t, 300, "micro", 2) for t in made]
+    made = [record(steps=350, seed=s, disturb=nan_features(300)) for s in seeds]
+    yield "nan in a feature", [Case(t, 300, "full", 1) for t in made]
+    made = [record(steps=400, seed=s, disturb=nan_features(300), on_nonfinite="skip") for s in seeds]
+    yield "nan in a feature, step skipped", [Case(t, 300, "micro", 1) for t in made]
+    made = [record(steps=450, seed=s, method="adagrad", lr=0.05, disturb=raised_lr(300, 1, 100.0)) for s in seeds]
+    kinds = ["micro" if t.eval_auc_T[0] > 0.55 else "full" for t in made]  # it may be lost for good, or not
+    yield "learning rate 100x, 1 step (naive)", [Case(t, 300, k, 3) for t, k in zip(made, kinds, strict=True)]
+    made = [record(steps=400, seed=s, method="adagrad", lr=3.2) for s in seeds]
+    yield "learning rate 16x from the start (naive)", [Case(t, 2, "full", 3) for t in made]
+
+
+def costs() -> dict[str, float]:
+    """Microseconds a step for the detector, milliseconds for a step of Large, and what sharpness costs in gradients."""
+    torch.manual_seed(0)
+    log = SyntheticLog(train_rows=64 * BATCH, eval_rows=BATCH)
+    net = SharedBottom(log.schema, hidden=LARGE)
+    optimizer = build_optimizer("clippy", net, lr=LR)
+    criterion, auc = MultitaskLoss(log.schema), StreamingAUC(log.schema)
+    detector = DivergenceDetector(log.schema.task_names)
+    batch = log.read(0, BATCH)
+    step_s, detect_s = [], []
+    for step in range(1, 41):
+        start = time.perf_counter()
+        logits_BT = net(batch)
+        loss = criterion(logits_BT, batch.labels_BT, batch.mask_BT)
+        optimizer.zero_grad()
+        loss.total.backward()
+        optimizer.step()
+        step_s.append(time.perf_counter() - start)
+        auc.update(logits_BT.detach(), batch.labels_BT, batch.mask_BT)
+        stats = auc.stats()
+        start = time.perf_counter()
+        signals = reduce_signals(loss.task_T, stats.auc_T, stats.spread_T, stats.nonfinite_T.sum() > 0)
+        detector.update(step, **signals)
+        detector.poll()
+        detect_s.append(time.perf_counter() - start)
+    dense = [p for name, p in net.named_parameters() if not name.startswith("embeddings.")]
+    start = time.perf_counter()
+    criterion(net(batch), batch.labels_BT, batch.mask_BT).total.backward()
+    gradient_s = time.perf_counter() - start
+    start = time.perf_counter()
+    measure_sharpness(criterion(net(batch), batch.labels_BT, batch.mask_BT).total, dense, lr=LR, tolerance=1e-2)
+    sharpness_s = time.perf_counter() - start
+    return {
+        "detector_us": 1e6 * statistics.median(detect_s[5:]),
+        "large_step_ms": 1e3 * statistics.median(step_s[5:]),
+        "detector_share_of_step": statistics.median(detect_s[5:]) / statistics.median(step_s[5:]),
+        "sharpness_in_gradients": sharpness_s / gradient_s,
+    }
+
+
+def main() -> None:
+    """Measures and prints; ``--json`` also writes the numbers."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--json", type=Path, help="write the numbers to this file")
+    parser.add_argument("--seeds", type=int, default=20, help="generated runs of each kind (real ones: a fifth)")
+    parser.add_argument("--healthy-steps", type=int, default=300_000, help="generated healthy steps")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    console, lines = Console(width=140), []
+    real_seeds = range(max(2, args.seeds // 5))
+    base = [record(steps=1500, seed=s, method=m) for s in real_seeds for m in ("clippy", "gc")]
+    for name, kind, within, inject in injections():
+        places = [600 + 13 * s for s in range(args.seeds)]
+        made = [traces.healthy(steps=1500, seed=s) for s in range(args.seeds)]
+        generated = [Case(inject(t, at), at, kind, within) for t, at in zip(made, places, strict=True)]
+        recorded = [Case(inject(t, 600 + 13 * i), 600 + 13 * i, kind, within) for i, t in enumerate(base)]
+        lines += [score("generated", name, generated), score("recorded, event put in", name, recorded)]
+    lines += [score("real", name, cases) for name, cases in real_cases(real_seeds)]
+    healthy = [*base, *(traces.healthy(steps=50_000, seed=1000 + s) for s in range(args.healthy_steps // 50_000))]
+    alarms = sum(len([e for e in judge(t)[0] if e.kind != "shift"]) for t in healthy)
+    total = {
+        "recall": sum(x.found for x in lines) / sum(x.runs for x in lines),
+        "right_kind": sum(x.right_kind for x in lines) / sum(x.runs for x in lines),
+        "healthy_steps": sum(len(t) for t in healthy),
+        "false_alarms": alarms + sum(x.false_alarms for x in lines),
+    } | costs()
+    table = Table("runs", "event", "found", "right kind", "false alarms", "suspected after", "judged after")
+    for x in lines:
+        after = (f"{a:g} (at most {b:g})" for a, b in (x.suspected, x.judged))
+        table.add_row(x.source, x.event, f"{x.found}/{x.runs}", f"{x.right_kind}/{x.runs}", str(x.false_alarms), *after)
+    console.print(table)
+    console.print(total)
+    if args.json:
+        args.json.write_text(json.dumps({"lines": [asdict(x) for x in lines], "total": total}, indent=2))
+
+
+def _spread(values: Sequence[float]) -> tuple[float, float]:
+    return (statistics.median(values), max(values)) if values else (math.nan, math.nan)
+
+
+if __name__ == "__main__":
+    main()
