@@ -160,3 +160,12 @@ def test_an_offline_wandb_run_is_finished_and_grouped(train_tiny: Train, tmp_pat
 
     assert wandb.run is None
     assert list((tmp_path / "wandb").glob("offline-run-*/*.wandb"))
+
+
+def test_a_checkpoint_holds_every_weight_once(completed: Finished) -> None:
+    newest = max((completed.folder / "checkpoints").glob("*.ckpt"), key=lambda p: p.stat().st_mtime_ns)
+
+    names = torch.load(newest, weights_only=True)["state_dict"]
+
+    weights = [name for name in names if name.endswith("bottom.layers.0.weight")]
+    assert len(weights) == 1, list(names)

@@ -57,8 +57,8 @@ class DivergenceWatch(Callback):
         assert pl_module.signals is not None
         signals = pl_module.signals
         step = trainer.global_step
-        shared = reduce_signals(signals.losses_T, signals.auc_T, signals.spread_T, ~signals.logits_finite)
-        self.detector.update(step, **shared)  # type: ignore[arg-type]
+        shared = reduce_signals(signals.losses_T, signals.auc_T, signals.spread_T, signals.nonfinite)
+        self.detector.update(step, **shared)
         if step % self._poll_every == 0:
             self._look(trainer, pl_module)
 

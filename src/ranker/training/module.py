@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
@@ -16,6 +17,8 @@ from ranker.data.schema import Schema
 from ranker.losses import MultitaskLoss
 from ranker.metrics import StreamingAUC, TaskMetrics
 
+log = logging.getLogger(__name__)
+
 OptimizerFactory = Callable[..., Optimizer]
 
 
@@ -27,15 +30,13 @@ class StepSignals:
         losses_T: loss of each task, before weights.
         auc_T: streaming training AUC of each task; NaN for regressions.
         spread_T: standard deviation of each task's logits over the batch; 0 means the input no longer matters.
-        logits_finite: bool scalar.
-        rows: rows in this rank's part of the batch.
+        nonfinite: bool scalar, whether any logit is nan or infinite.
     """
 
     losses_T: Tensor
     auc_T: Tensor
     spread_T: Tensor
-    logits_finite: Tensor
-    rows: int
+    nonfinite: Tensor
 
 
 class RankingModule(pl.LightningModule):
@@ -75,33 +76,32 @@ class RankingModule(pl.LightningModule):
         self._progressive = progressive
         self._score_rows = score_rows
         self._log_every = log_every
-        self._forward = torch.compile(net, dynamic=True) if compile_net else net
+        if compile_net:
+            net.compile(dynamic=True)  # in place: a wrapper would put every weight into the checkpoint twice
         self.loss = MultitaskLoss(schema)
         self.train_auc = StreamingAUC(schema)
         self.holdout_metrics = TaskMetrics(schema)
         self.progressive_metrics = TaskMetrics(schema)
         self.signals: StepSignals | None = None
         self.holdout: dict[str, float] = {}
+        self.holdout_notes: dict[str, str] = {}
 
     def forward(self, batch: Batch) -> Tensor:
         """Logits, shape [B, T]."""
-        return self._forward(batch)
+        return self.net(batch)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """One forward pass; keeps what the divergence watch and the progress bar read."""
         logits_BT = self(batch)
         loss = self.loss(logits_BT, batch.labels_BT, batch.mask_BT)
         with torch.no_grad():
-            logits_BT = logits_BT.detach()
-            self.train_auc.update(logits_BT, batch.labels_BT, batch.mask_BT)
+            self.train_auc.update(logits_BT.detach(), batch.labels_BT, batch.mask_BT)
+            stats = self.train_auc.stats()
             self.signals = StepSignals(
-                losses_T=loss.task_T,
-                auc_T=self.train_auc.compute(),
-                spread_T=logits_BT.float().std(dim=0, correction=0)
-                if len(batch)
-                else logits_BT.new_zeros(logits_BT.shape[1]),
-                logits_finite=torch.isfinite(logits_BT).all(),
-                rows=len(batch),
+                losses_T=self.trainer.strategy.reduce(loss.task_T, reduce_op="mean"),  # each rank has its share
+                auc_T=stats.auc_T,
+                spread_T=stats.spread_T,
+                nonfinite=stats.nonfinite_T.sum() > 0,
             )
         return loss.total
 
@@ -143,6 +143,9 @@ class RankingModule(pl.LightningModule):
     def on_test_epoch_end(self) -> None:
         """Writes the hold-out's metrics at the end of training."""
         self._end_holdout("test")
+        if self.trainer.is_global_zero:
+            for name, why in self.holdout_notes.items():
+                log.warning("test/%s is undefined: %s", name, why)
 
     def configure_optimizers(self) -> Mapping[str, object] | Optimizer:  # type: ignore[override]
         """The optimizer over all parameters, and the warm-up where one was asked for."""
@@ -169,6 +172,7 @@ class RankingModule(pl.LightningModule):
 
     def _end_holdout(self, prefix: str) -> None:
         values = self.holdout_metrics.compute()
+        self.holdout_notes = self.holdout_metrics.notes
         self.holdout_metrics.reset()
         self.holdout = {f"{prefix}/{name}": value for name, value in values.items()}
         self.record(_worth_a_column(prefix, values))
