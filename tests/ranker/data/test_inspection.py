@@ -1,8 +1,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -99,12 +97,8 @@ def test_a_file_that_changed_after_the_manifest_is_named(write_log):
 
 
 @pytest.fixture
-def inspect_data():
-    path = Path(__file__).parents[3] / "scripts" / "inspect_data.py"
-    spec = importlib.util.spec_from_file_location("inspect_data", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.main
+def inspect_data(load_script):
+    return load_script("inspect_data").main
 
 
 def test_the_script_prints_files_and_warnings(write_log, inspect_data, capsys):

@@ -59,6 +59,12 @@ def test_the_order_depends_on_the_seed(array_log):
     assert rows_of(loader(log, seed=1)) != rows_of(loader(log, seed=2))
 
 
+def test_each_window_has_an_order_of_its_own(array_log):
+    batches = rows_of(loader(array_log(96), window=24))
+    orders = {tuple(row % 24 for batch in batches[k : k + 3] for row in batch) for k in range(0, 12, 3)}
+    assert len(orders) == 4
+
+
 def test_a_window_of_one_batch_is_strict_order_between_batches(array_log):
     batches = rows_of(loader(array_log(ROWS), window=BATCH))
     assert [sorted(batch) for batch in batches] == [list(range(i, min(i + BATCH, ROWS))) for i in range(0, ROWS, BATCH)]
