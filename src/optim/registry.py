@@ -55,7 +55,7 @@ class Method:
     binding: Reduction | None = None
     terms: Terms | None = None
     idle: Callable[[Settings], bool] | None = None
-    supports: tuple[str, ...] = ("dense", "sparse", "foreach", "dtensor", "closure", "capturable")
+    supports: tuple[str, ...] = ("dense", "sparse", "dtensor", "closure", "tensor_lr")
 
     @property
     def all_hyperparameters(self) -> dict[str, Hyperparameter]:
