@@ -7,126 +7,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import yaml
 
+from ranker.data.columns import CategoricalFeature, DenseFeature, Task, Transform
 from ranker.data.plain import build, one_of, without_defaults
 from ranker.errors import UserError, suggest
 
-Transform = Literal["none", "log1p"]
-TRANSFORMS: tuple[Transform, ...] = ("none", "log1p")
-KINDS = ("one_hot", "multi_hot", "sequence")
-TASK_TYPES = ("binary", "regression")
+__all__ = ["SCHEMA_FILE", "TIME_UNITS", "CategoricalFeature", "DenseFeature", "Schema", "Task", "Transform"]
+
 TIME_UNITS = {"s": 1000.0, "ms": 1.0, "us": 1e-3, "ns": 1e-6}
 SCHEMA_FILE = "schema.yaml"
-
-
-@dataclass(frozen=True, kw_only=True)
-class DenseFeature:
-    """A number a row. Value used: ``transform(scale * x)``; log1p is signed, ``sign(x) * log(1 + |x|)``.
-
-    Attributes:
-        name: the feature's name.
-        column: the Parquet column; the name where it is left out.
-        transform: ``none`` or ``log1p``. Both look at the value alone, so neither sees the future.
-        scale: factor applied first, for example 1e-3 to turn milliseconds into seconds.
-        fill_null: the raw value that stands for null; without one, a null is an error.
-    """
-
-    name: str
-    column: str = ""
-    transform: Transform = "none"
-    scale: float = 1.0
-    fill_null: float | None = None
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "column", self.column or self.name)
-        one_of(self.transform, TRANSFORMS, f"dense feature '{self.name}': transform")
-
-
-@dataclass(frozen=True, kw_only=True)
-class CategoricalFeature:
-    """An id (``one_hot``) or a list of ids (``multi_hot``, ``sequence``) a row, embedded and mean-pooled.
-
-    Exactly one of three says how an id finds its row in the embedding table. Row 0 always stands for null
-    and for what is not known, so a table has one row more than the number given here.
-
-    Attributes:
-        name: the feature's name.
-        column: the Parquet column; the name where it is left out.
-        kind: ``one_hot`` (integer or string column), ``multi_hot`` or ``sequence`` (list columns).
-        num_embeddings: ids are 0 .. n-1 and use row id + 1.
-        hash_buckets: ids are any int64 (or string) and use row 1 + hash(id) mod n.
-        vocabulary: the known strings or integers, in order; the i-th uses row i + 1, others row 0.
-        embedding_dim: D, width of the embedding.
-        max_length: a sequence keeps its last (most recent) max_length ids; 0 keeps all.
-        table: name of another categorical feature whose table (and id mapping) this one shares.
-    """
-
-    name: str
-    column: str = ""
-    kind: Literal["one_hot", "multi_hot", "sequence"] = "one_hot"
-    num_embeddings: int = 0
-    hash_buckets: int = 0
-    vocabulary: tuple[str | int, ...] = ()
-    embedding_dim: int = 8
-    max_length: int = 0
-    table: str = ""
-
-    def __post_init__(self) -> None:
-        where = f"categorical feature '{self.name}'"
-        object.__setattr__(self, "column", self.column or self.name)
-        object.__setattr__(self, "vocabulary", tuple(self.vocabulary))
-        one_of(self.kind, KINDS, f"{where}: kind")
-        given = sum([self.num_embeddings > 0, self.hash_buckets > 0, bool(self.vocabulary), bool(self.table)])
-        if given != 1:
-            raise UserError(f"{where}: give exactly one of num_embeddings, hash_buckets, vocabulary, table")
-        if self.embedding_dim < 1:
-            raise UserError(f"{where}: embedding_dim must be at least 1, got {self.embedding_dim}")
-
-    @property
-    def rows(self) -> int:
-        """Rows of its own embedding table, the one for unknown ids included; 0 where it shares one."""
-        size = self.num_embeddings or self.hash_buckets or len(self.vocabulary)
-        return size + 1 if size else 0
-
-
-@dataclass(frozen=True, kw_only=True)
-class Task:
-    """One thing to predict. Label used: ``transform(scale * y)``.
-
-    Attributes:
-        name: the task's name.
-        type: ``binary`` (label 0 or 1, log loss, AUC) or ``regression`` (squared loss, RMSE).
-        column: the Parquet column; the name where it is left out.
-        transform: ``none`` or ``log1p`` of the scaled label (regression only).
-        scale: factor applied to the label before the transform (regression only).
-        mask: an optional boolean column; a row counts for this task where it is true. A null label never counts.
-        weight: weight of this task's loss in the sum.
-        at_least: turns a number into a binary label, 1 where the column is at least this (binary only).
-    """
-
-    name: str
-    type: Literal["binary", "regression"] = "binary"
-    column: str = ""
-    transform: Transform = "none"
-    scale: float = 1.0
-    mask: str = ""
-    weight: float = 1.0
-    at_least: float | None = None
-
-    def __post_init__(self) -> None:
-        where = f"task '{self.name}'"
-        object.__setattr__(self, "column", self.column or self.name)
-        one_of(self.type, TASK_TYPES, f"{where}: type")
-        one_of(self.transform, TRANSFORMS, f"{where}: transform")
-        if self.type == "binary" and (self.transform != "none" or self.scale != 1.0):
-            raise UserError(f"{where}: transform and scale are for regression; use at_least on a binary task")
-        if self.type == "regression" and self.at_least is not None:
-            raise UserError(f"{where}: at_least is for binary tasks")
-        if not self.weight > 0:
-            raise UserError(f"{where}: weight must be above 0, got {self.weight}; leave the task out instead")
 
 
 @dataclass(frozen=True, kw_only=True)
