@@ -229,6 +229,18 @@ def prepared(source: str | None) -> Iterator[Path | None]:
             yield Path(folder) / "kuairand"
 
 
+@contextmanager
+def without_warnings() -> Iterator[None]:
+    """Keeps a log that is opened again and again from warning of its constant columns each time."""
+    logger = logging.getLogger("ranker.data")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
+
+
 def print_lines(lines: Sequence[Line]) -> None:
     """Shows the table."""
     table = Table("what", "value", "unit", "target", "ok")
@@ -248,10 +260,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=5, help="how often everything is measured")
     parser.add_argument("--json", type=Path, help="also write the lines to this file")
     given = parser.parse_args(arguments)
-    logging.getLogger("ranker.data").setLevel(logging.ERROR)  # constant columns were warned about when preparing
     lines: list[Line] = []
     try:
-        with prepared(given.source) as root:
+        with without_warnings(), prepared(given.source) as root:
             if root is not None:
                 lines += compare_loaders(root, rounds=given.rounds)
         if given.sizes:
