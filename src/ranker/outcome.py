@@ -44,6 +44,7 @@ def summarise(run: Run, *, status: str, reason: str, seconds: float) -> dict[str
         "divergence": lost,
         "steps": run.trainer.global_step,
         "examples": run.throughput.examples,
+        "bad_rows": getattr(run.datamodule.log, "num_bad_rows", 0),  # only logs from files can hold any
         "examples_per_second": round(run.throughput.examples_per_second, 1),
         "data_wait_fraction": round(run.throughput.data_wait_fraction, 4),
         "seconds": round(seconds, 1),
@@ -72,6 +73,8 @@ def show(summary: dict[str, Any], console: Console | None = None) -> None:
         console.print(table)
     verdict = f"{summary['status']}: {summary['reason']}" if summary["reason"] else summary["status"]
     console.print(verdict, soft_wrap=True, style="yellow" if summary["reason"] else "green", highlight=False)
+    if summary["bad_rows"]:
+        console.print(f"{summary['bad_rows']:,} rows could not be used and were left out", style="yellow")
     console.print(
         f"{summary['steps']:,} steps, {summary['examples']:,} examples, "
         f"{summary['examples_per_second']:,.0f} examples/s, "

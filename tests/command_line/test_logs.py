@@ -78,6 +78,28 @@ def test_a_log_of_ones_own_needs_a_schema_and_no_code(
     assert run.summary["metrics"]["test/click/auc"] > 0.6  # its price tells
 
 
+def test_rows_that_cannot_be_used_are_refused_or_left_out_and_counted(
+    command_line: Callable[..., None], own_log: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = tmp_path / "log"
+    copy.mkdir()
+    for path in own_log.iterdir():
+        (copy / path.name).write_bytes(path.read_bytes())
+    first = copy / "day=2023-11-14.parquet"
+    rows = pl.read_parquet(first).with_columns(
+        price=pl.when(pl.int_range(pl.len()) < 7).then(float("inf")).otherwise("price")
+    )
+    rows.write_parquet(first)
+    train = (*SMALL, "data=parquet", f"data.root={copy}", "scale.batch_size=50", "train.eval_every=0")
+
+    with pytest.raises(SystemExit):
+        command_line(*train, f"hydra.run.dir={tmp_path / 'refused'}")
+    assert "'price'" in capsys.readouterr().err
+    command_line(*train, "data.on_bad_rows=drop", "data.tasks=[click]", f"hydra.run.dir={tmp_path / 'dropped'}")
+
+    assert finished(tmp_path / "dropped").summary["bad_rows"] == 7
+
+
 def test_a_schema_that_does_not_fit_the_files_is_refused(
     command_line: Callable[..., None], own_log: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -34,6 +34,11 @@ class Selected:
         """All rows."""
         return self._log.num_rows
 
+    @property
+    def num_bad_rows(self) -> int:
+        """Rows the source left out because they could not be used; only files can hold such."""
+        return getattr(self._log, "num_bad_rows", 0)
+
     def read(self, start: int, stop: int) -> Batch:
         """Rows start .. stop-1, in the chosen columns."""
         rows = self._log.read(start, stop)
