@@ -41,17 +41,23 @@ class Baseline:
         self._below = 0
         self._out = 0
 
-    @property
-    def threshold(self) -> float:
-        """How far above the level a loss is high; nan before the first loss."""
-        s = self._settings
-        return max((s.jump_ratio - 1.0) * self.level, s.jump_scales * self.scale, s.jump_floor * self.first)
-
     def excess(self, loss: float) -> float:
         """Distance of a loss above the level in thresholds: above 1 it is high, above 0.5 it is kept out."""
+        return self._over(loss, self._settings.jump_scales)
+
+    def lasting_excess(self, median: float) -> float:
+        """The same of the median of the last ``settle`` losses, a third as noisy.
+
+        It sees the slowest blow-ups: growing losses that fill the ring look like noise there, but do not come back.
+        """
+        return self._over(median, self._settings.jump_scales / 3.0)
+
+    def _over(self, loss: float, scales: float) -> float:
         if math.isnan(self.level):
             return 0.0
-        return (loss - self.level) / max(self.threshold, 1e-12)
+        s = self._settings
+        threshold = max((s.jump_ratio - 1.0) * self.level, scales * self.scale, s.jump_floor * self.first)
+        return (loss - self.level) / max(threshold, 1e-12)
 
     def accept(self, loss: float) -> None:
         """Takes a finite loss of a step at which no jump is open."""

@@ -154,14 +154,14 @@ class Judge:
         jump, s = self.jump, self._settings
         if jump is None:
             return []
-        if jump.calm >= s.settle:
+        if jump.over(self.tasks, s):
             return self._end_of_jump()
         if self._step - jump.step < s.patience:
             return []
         if far_above(self.tasks, s):
             return [self._lose(self._still(jump), jump.step)]
         for task in self.tasks:
-            if task.excess > 0.5:
+            if max(task.excess, task.lasting) > 0.5:
                 task.baseline.restart(list(task.recent))
         self.jump = None
         text = f"{jump} and has stayed for {self._step - jump.step} steps; taken for a new level of the data"

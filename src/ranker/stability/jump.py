@@ -57,6 +57,10 @@ class Jump:
         self.calm_since = self.calm_since if self.calm else step
         self.calm += 1
 
+    def over(self, tasks: Sequence[TaskTrack], settings: DetectorSettings) -> bool:
+        """Whether it has ended: calm for ``settle`` steps, and no loss on a slow way up."""
+        return self.calm >= settings.settle and all(t.lasting <= _CALM for t in tasks)
+
     def __str__(self) -> str:
         worst = self.worst or self.task
         who = f"the loss of {worst}" if worst else "a prediction"
@@ -76,21 +80,21 @@ def open_jump(
     coming back since, so its first step is not lost by waiting. At the start, where a jump alone is no event, any will
     do: what matters is whether the model learns after it.
     """
-    highest = max(t.excess for t in tasks)
-    if not broken and highest <= 1.0:
+    high, slow = [t for t in tasks if t.excess > 1.0], [t for t in tasks if t.lasting > 1.0]
+    if not (broken or high or slow):
         return None
     moved = [(t.moved_since, -t.excess, t.name) for t in tasks if t.moved_since is not None]
-    since, _, name = min(moved, default=(step, 0.0, ""))
-    lasts = step - since + 1 >= settings.outlier_steps
-    broad = highest >= settings.lone_factor if len(tasks) == 1 else 2 * len(moved) >= max(len(tasks), 4)
-    if not (broken or startup or lasts or broad):
+    first, _, name = min(moved + [(step, -t.lasting, t.name) for t in slow], default=(step, 0.0, ""))
+    lasts = slow or any(t.moved_since is not None and step - t.moved_since + 1 >= settings.outlier_steps for t in high)
+    broad = tasks[0].excess >= settings.lone_factor if len(tasks) == 1 else 2 * len(moved) >= max(len(tasks), 4)
+    if not (broken or startup or lasts or (high and broad)):
         return None
-    return Jump(step=since, task=name, depth=1.0, startup=startup)
+    return Jump(step=first, task=name, depth=1.0, startup=startup)
 
 
 def far_above(tasks: Sequence[TaskTrack], settings: DetectorSettings) -> bool:
     """Whether losses that stay high are those of a lost model: most of them, or one of them by far."""
-    ratios = [t.ratio for t in tasks if t.excess > _CALM]
+    ratios = [t.ratio for t in tasks if max(t.excess, t.lasting) > _CALM]
     if any(r >= settings.lost_ratio_alone for r in ratios):
         return True
     return 2 * sum(r >= settings.lost_ratio for r in ratios) > len(tasks)

@@ -19,6 +19,7 @@ class TaskTrack:
         name: name of the task.
         baseline: level and noise of its loss.
         excess: of the last loss, in thresholds; infinite where it was not finite.
+        lasting: the same of the median of the last losses (``Baseline.lasting_excess``).
         moved_since: step since which the loss has been kept out of the baseline without a break; None if it is not.
         auc: last training AUC; nan for a regression.
         recent: last finite losses, newest last.
@@ -30,7 +31,7 @@ class TaskTrack:
         self.name = name
         self.baseline = Baseline(settings)
         self._settings = settings
-        self.excess = 0.0
+        self.excess = self.lasting = 0.0
         self.moved_since: int | None = None
         self.auc = math.nan
         self.recent: deque[float] = deque(maxlen=settings.settle)
@@ -45,6 +46,8 @@ class TaskTrack:
         if math.isfinite(loss):
             self.recent.append(loss)
             self.excess = self.baseline.excess(loss)
+            full = len(self.recent) == self.recent.maxlen
+            self.lasting = self.baseline.lasting_excess(self._median()) if full else 0.0
             self.now = loss / self.baseline.level if self.baseline.level > 0 else 1.0
             self.over_first = loss / self.baseline.first if self.baseline.first > 0 else 1.0
         else:
@@ -64,18 +67,21 @@ class TaskTrack:
         """Median of the last losses over the baseline; 1 where nothing is known."""
         if not self.recent or not self.baseline.level > 0:
             return 1.0
-        return sorted(self.recent)[len(self.recent) // 2] / self.baseline.level
+        return self._median() / self.baseline.level
 
     @property
     def entropy(self) -> float:
         """Of the labels of a binary task, in nats: the level of its loss, which a sound model stays close to."""
         return min(self.baseline.level, _LN2) if self.baseline.level > 0 else _LN2
 
+    def _median(self) -> float:
+        return sorted(self.recent)[len(self.recent) // 2]
+
     def state(self) -> dict[str, Any]:
         """Plain numbers."""
         return {
             "baseline": self.baseline.state(),
-            "excess": self.excess,
+            "excess": [self.excess, self.lasting],
             "moved_since": self.moved_since,
             "auc": self.auc,
             "recent": list(self.recent),
@@ -85,6 +91,6 @@ class TaskTrack:
     def load(self, state: dict[str, Any]) -> None:
         """Goes on from ``state()``."""
         self.baseline.load(state["baseline"])
-        self.excess, self.moved_since = state["excess"], state["moved_since"]
+        (self.excess, self.lasting), self.moved_since = state["excess"], state["moved_since"]
         self.auc, (self.now, self.over_first) = state["auc"], state["now"]
         self.recent = deque(state["recent"], maxlen=self._settings.settle)

@@ -47,10 +47,12 @@ def test_a_level_that_rises_a_little_for_good_is_followed_slowly() -> None:
     assert after.level == pytest.approx(1.4, rel=0.05)
 
 
-def test_a_loss_that_grows_faster_than_max_rise_gets_away_from_its_baseline() -> None:
-    growing = [1.01**k for k in range(200)]
+@pytest.mark.parametrize(("rate", "steps"), [(0.01, 200), (0.003, 900)])
+def test_a_loss_that_grows_faster_than_max_rise_gets_away_from_its_baseline(rate: float, steps: int) -> None:
+    growing = [(1 + rate) ** k for k in range(steps)]
     baseline = fed(noisy(1.0, 300), growing)
-    assert baseline.excess(growing[-1]) > 1
+    assert baseline.level < 1.01 * 2 ** (steps / SETTINGS.max_rise)
+    assert baseline.lasting_excess(growing[-6]) > 1
 
 
 def test_the_first_loss_sets_the_floor_for_rare_tasks() -> None:

@@ -106,7 +106,7 @@ def test_nan_from_the_start_is_full(judged: Judged, at: int) -> None:
     assert event.step == at
 
 
-@pytest.mark.parametrize("rate", [0.005, 0.01, 0.03, 0.1, 1.0])
+@pytest.mark.parametrize("rate", [0.003, 0.005, 0.01, 0.03, 0.1, 1.0])
 def test_a_slow_blow_up_is_full(judged: Judged, rate: float) -> None:
     detector, events = judged(traces.blow_up(healthy(steps=3000, seed=1), at=500, rate=rate))
     assert detector.status == "diverged"
@@ -180,6 +180,13 @@ def test_a_blow_up_with_varying_predictions_that_learns_nothing_is_full(judged: 
 def test_the_same_in_a_run_of_200_steps_is_told_at_the_end(judged: Judged) -> None:
     _, (event,) = judged(healthy(steps=205, seed=1, wild=30, skill=0.0))
     assert (event.kind, event.step, event.judged_at) == ("full", 2, 205)
+
+
+def test_the_first_step_is_that_of_the_earliest_divergence_in_whatever_order_they_are_settled(judged: Judged) -> None:
+    trace = traces.spike(healthy(steps=450, seed=1, wild=30, skill=0.0), at=120, length=10, factor=20.0)
+    detector, events = judged(trace)
+    assert [(e.kind, e.step) for e in events] == [("micro", 120), ("full", 2)]
+    assert detector.summary() == {"micro": 1, "full": True, "first_step": 2}
 
 
 def test_tasks_that_cannot_be_learned_are_no_alarm_while_predictions_vary(judged: Judged) -> None:
