@@ -32,6 +32,7 @@ def _train(run: Run) -> float:
     start = time.monotonic()
     if run.trainer.is_global_zero:
         run.folder.save_config(run.cfg)
+        trackers.write_config(run.loggers, run.cfg)
         print(f"run folder: {run.folder.path}", flush=True)
     try:
         checkpoint = str(run.checkpoint) if run.checkpoint else None

@@ -5,8 +5,11 @@ from __future__ import annotations
 import csv
 import json
 import math
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +22,10 @@ Train = Callable[..., Finished]
 @pytest.fixture(scope="module")
 def completed(train_tiny: Train, tmp_path_factory: pytest.TempPathFactory) -> Finished:
     return train_tiny(tmp_path_factory.mktemp("completed"), "optim=clippy", "train.checkpoint_every=8")
+
+
+def broken_step(self: object, batch: object, batch_idx: int) -> None:
+    raise RuntimeError("the disk is gone")
 
 
 def metrics(run: Finished) -> list[dict[str, str]]:
@@ -105,12 +112,7 @@ def test_a_lost_run_stops_early_says_why_and_is_no_failure(
 
 
 def test_a_crash_is_written_down_as_failed(train_tiny: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from ranker.training.module import RankingModule
-
-    def broken(self: RankingModule, batch: object, batch_idx: int) -> None:
-        raise RuntimeError("the disk is gone")
-
-    monkeypatch.setattr(RankingModule, "training_step", broken)
+    monkeypatch.setattr("ranker.training.module.RankingModule.training_step", broken_step)
     with pytest.raises(RuntimeError, match="the disk is gone"):
         train_tiny(tmp_path)
 
@@ -153,13 +155,34 @@ def test_multirun_runs_every_combination_in_folders_of_their_own(
     assert runs[0].startswith("0_synthetic_small_gc_x1")
 
 
-def test_an_offline_wandb_run_is_finished_and_grouped(train_tiny: Train, tmp_path: Path) -> None:
-    import wandb
+def tracked(folder: Path) -> dict[str, Any]:
+    """What the tracker recorded, read back by its own program."""
+    (run,) = (folder / "wandb").glob("offline-run-*")
+    command = [str(Path(sys.executable).with_name("wandb")), "leet", "inspect", "--summary", "--json", str(run)]
+    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
-    train_tiny(tmp_path, "logger=wandb", "train.max_steps=2", "train.eval_every=0")
 
-    assert wandb.run is None
-    assert list((tmp_path / "wandb").glob("offline-run-*/*.wandb"))
+def test_an_offline_wandb_run_is_finished_and_comparable(train_tiny: Train, tmp_path: Path) -> None:
+    train_tiny(tmp_path, "logger=wandb", "train.max_steps=2", "train.eval_every=0", "tags=[mine]")
+
+    run = tracked(tmp_path)
+    assert (run["state"], run["exit_code"]) == ("finished", 0)
+    assert set(run["tags"]) == {"synthetic", "laptop", "small", "clippy", "mine"}
+    assert run["config"]["optim"]["name"] == "clippy"
+    assert run["config"]["model"]["net"]["hidden"] == [16, 16]  # resolved, not ${...}
+    assert "test/click/auc" in run["summary"]
+
+
+def test_a_crashed_wandb_run_is_not_shown_as_finished(
+    train_tiny: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ranker.training.module.RankingModule.training_step", broken_step)
+    with pytest.raises(RuntimeError, match="the disk is gone"):
+        train_tiny(tmp_path, "logger=wandb")
+
+    run = tracked(tmp_path)
+    assert run["exit_code"] == 1
+    assert run["state"] != "finished"
 
 
 def test_a_checkpoint_holds_every_weight_once(completed: Finished) -> None:

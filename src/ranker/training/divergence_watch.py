@@ -98,5 +98,6 @@ class DivergenceWatch(Callback):
         module.record({f"divergence/{event.kind}": float(event.step)})
         bar = next((c for c in trainer.callbacks if isinstance(c, TrainingProgress)), None)  # type: ignore[attr-defined]
         if bar is not None:
-            bar.note = f"{event.kind} divergence at step {event.step}"
+            what = "a loss moved to a new level" if event.kind == "shift" else f"{event.kind} divergence"
+            bar.note = f"{what} at step {event.step}"
         Console(stderr=True).print(f"[yellow]{event}[/yellow]", soft_wrap=True)

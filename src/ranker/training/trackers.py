@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
+from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.loggers import TensorBoardLogger, WandbLogger
 from pytorch_lightning.loggers.logger import Logger
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
@@ -49,6 +51,8 @@ def build(settings: Mapping[str, Any], folder: RunFolder, *, name: str, group: s
         raise UserError(f"logger.kind '{kind}' is unknown; {suggest(kind, KINDS)}")
     loggers: list[Logger] = [] if kind == "none" else [MetricsCsv(folder.path / METRICS)]
     if kind == "wandb":
+        import wandb
+
         loggers.append(
             WandbLogger(
                 name=name,
@@ -58,6 +62,7 @@ def build(settings: Mapping[str, Any], folder: RunFolder, *, name: str, group: s
                 tags=tags,
                 save_dir=str(folder.path),
                 mode=wandb_mode(),
+                settings=wandb.Settings(quiet=True),  # the run prints its own summary, in its own words
             )
         )
     elif kind == "tensorboard":
@@ -90,9 +95,25 @@ def _finish(loggers: list[Logger], *, exit_code: int) -> None:
             import wandb
 
             if wandb.run is not None:
+                offline, folder = wandb.run.offline, Path(wandb.run.dir).parent
                 wandb.finish(exit_code=exit_code)
+                if offline:
+                    print(f"tracked offline; upload with: wandb sync {folder}", flush=True)
         else:
             logger.finalize("success" if exit_code == 0 else "failed")
+
+
+@rank_zero_only
+def write_config(loggers: list[Logger], cfg: DictConfig) -> None:
+    """Gives the tracker the resolved configuration, so that runs can be filtered and grouped by any of its values."""
+    for logger in loggers:
+        if not isinstance(logger, MetricsCsv):
+            logger.log_hyperparams(
+                {
+                    str(name): OmegaConf.to_object(value) if OmegaConf.is_config(value) else value
+                    for name, value in cfg.items()
+                }
+            )
 
 
 @rank_zero_only
