@@ -44,7 +44,15 @@ def plot_training(runs: Sequence[tuple[str, str, Path]], task: str, destination:
     upper.set_title(title, loc="left")
     lower.axhline(0.5, color="grey", linewidth=0.8, linestyle=":")
     lower.annotate(
-        "no better than chance", (0.0, 0.5), xytext=(2, 3), textcoords="offset points", color="grey", fontsize=8
+        "no better than chance",
+        (1.0, 0.5),
+        xycoords=("axes fraction", "data"),
+        xytext=(0, -4),
+        textcoords="offset points",
+        ha="right",
+        va="top",
+        color="grey",
+        fontsize=8,
     )
     lower.set_ylabel(f"{task} AUC on the hold-out")
     lower.set_xlabel("step")
