@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -14,6 +14,13 @@ from optim.distributed import combine_max, combine_norm
 from optim.reductions import Reduction
 from optim.registry import Method
 from optim.work import Work
+
+
+class Moved(NamedTuple):
+    """How far a step moved N tensors: vectors [N] of norms of lr * sigma * r, of the local parts."""
+
+    largest: Tensor
+    norm: Tensor
 
 
 class Backend(Protocol):
@@ -27,8 +34,12 @@ class Backend(Protocol):
         """Reduce the local parts: to vectors [N], or for a batch by unit to one number a unit."""
         ...
 
-    def apply(self, batch: Batch, ok: Tensor | None) -> None:
-        """Take the step with the batch's sigma; where `ok` is false on the device, change nothing by one bit."""
+    def apply(self, batch: Batch, ok: Tensor | None, *, measure: bool) -> Moved | None:
+        """Take the step with the batch's sigma; where `ok` is false on the device, change nothing by one bit.
+
+        Return how far it went if asked to measure: in the pass that writes, the size of a step costs no memory traffic.
+        What is returned where `ok` is false means nothing.
+        """
         ...
 
 
@@ -42,7 +53,6 @@ class Batch:
         works: The N works.
         backend: What steps them.
         sigma: [N], or shaped to broadcast over the single tensor by unit; None where it is 1 for sure.
-        reduced: What the rule, and whoever asked for more, knows; shaped as sigma.
         peaks: By work, the binding reduction piece by piece, so that the coordinate can be found again; None where
             the tensor was not cut.
     """
@@ -50,7 +60,6 @@ class Batch:
     works: list[Work]
     backend: Backend
     sigma: Tensor | None = None
-    reduced: dict[str, Tensor] = field(default_factory=dict)
     peaks: list[Tensor | None] = field(default_factory=list)
 
     @property
@@ -94,26 +103,20 @@ def make_batches(works: Iterable[Work], backends: Sequence[Backend]) -> list[Bat
     return [Batch(together, backends[key[4]]) for key, together in batches.items()]  # type: ignore[index]
 
 
-def choose_sigma(batch: Batch, also: Sequence[Reduction] = ()) -> None:
-    """Set `sigma` and `reduced` of a batch.
-
-    Args:
-        batch: Its tensors are looked at, not changed.
-        also: Further reductions somebody wants to see, taken in the same pass over memory.
-    """
+def choose_sigma(batch: Batch) -> None:
+    """Set `sigma` of a batch, whose tensors are looked at, not changed."""
     rule = None if batch.idle else batch.method.sigma
-    needed = () if rule is None else batch.method.reductions
-    reductions = tuple(dict.fromkeys((*needed, *also)))
-    if not reductions:
+    if rule is None:
         return
+    reductions = batch.method.reductions
     # Units are rows: a split of dimension 0 leaves each whole on one rank.
     groups = [group for group, dim in batch.works[0].groups if not (batch.by_unit and dim == 0)]
     local = batch.backend.reduce(batch, reductions)
-    for reduction in reductions:
-        combine = combine_norm if reduction.combine == "norm" else combine_max
-        batch.reduced[reduction.name] = combine(local[reduction.name], groups)
-    if rule is not None:
-        batch.sigma = rule(batch.reduced, batch.settings)
+    reduced = {
+        reduction.name: (combine_norm if reduction.combine == "norm" else combine_max)(local[reduction.name], groups)
+        for reduction in reductions
+    }
+    batch.sigma = rule(reduced, batch.settings)
 
 
 def all_finite(works: Sequence[Work]) -> dict[torch.device, Tensor]:

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from optim.batch import Batch
-from optim.fused import step_fused
-from optim.reductions import Coordinates, Reduction
+from optim.batch import Batch, Moved
+from optim.fused import step_fused, takes_fused
+from optim.reductions import UPDATE_MAX, UPDATE_NORM, Coordinates, Reduction
 from optim.work import Piece, Work, pieces
 
 
@@ -41,13 +41,23 @@ class Eager:
             for reduction in reductions
         }
 
-    def apply(self, batch: Batch, ok: Tensor | None) -> None:
+    def apply(self, batch: Batch, ok: Tensor | None, *, measure: bool) -> Moved | None:
         """Take the step."""
-        if step_fused(batch, ok):
-            return
-        for number, work in enumerate(batch.works):
-            sigma = batch.sigma
-            _apply(work, sigma if sigma is None or batch.by_unit else sigma[number], batch.clips_gradient, ok)
+        if takes_fused(batch):
+            moved = self._look_ahead(batch) if measure else None
+            step_fused(batch, ok)
+            return moved
+        sigmas = [None] * len(batch.works) if batch.sigma is None else [batch.sigma] if batch.by_unit else batch.sigma
+        sizes = [
+            _apply(work, sigma, batch.clips_gradient, ok, measure)
+            for work, sigma in zip(batch.works, sigmas, strict=True)
+        ]
+        return Moved(*(_stack(list(values)) for values in zip(*sizes, strict=True))) if measure else None
+
+    def _look_ahead(self, batch: Batch) -> Moved:
+        """Return how far the step will go where the kernel that takes it cannot tell; sigma is 1 there."""
+        sizes, lr = self.reduce(batch, (UPDATE_MAX, UPDATE_NORM)), batch.settings["lr"]
+        return Moved(sizes[UPDATE_MAX.name] * lr, sizes[UPDATE_NORM.name] * lr)
 
 
 EAGER = Eager()
@@ -88,12 +98,17 @@ def _stack(values: list[Tensor]) -> Tensor:
     return torch.stack([value.to(dtype) for value in values])
 
 
-def _apply(work: Work, sigma: Tensor | None, clips_gradient: bool, ok: Tensor | None) -> None:
-    """Write w <- w - lr * sigma * r and the state of one tensor."""
+def _apply(
+    work: Work, sigma: Tensor | None, clips_gradient: bool, ok: Tensor | None, measure: bool
+) -> tuple[Tensor, Tensor] | None:
+    """Write w <- w - lr * sigma * r and the state of one tensor; return the infinity norm and the 2-norm if asked."""
     after: Mapping[str, Tensor] = {}
+    sizes = []
     for piece in pieces(work):
-        weight, after = _advance(work, piece, sigma, clips_gradient)
-        _write(piece.weight, weight, ok)
+        weight, step, after = _advance(work, piece, sigma, clips_gradient)
+        _write(piece.weight, weight - step, ok)
+        if measure:
+            sizes.append((_collapse(UPDATE_MAX, step.abs(), None), _collapse(UPDATE_NORM, step, None)))
         for key, value in after.items():
             if value.ndim or not work.weight.ndim:
                 _write(piece.state[key], value, ok)
@@ -102,12 +117,16 @@ def _apply(work: Work, sigma: Tensor | None, clips_gradient: bool, ok: Tensor | 
             if not value.ndim:  # a count: every piece had to see the old one
                 _write(work.state[key], value, ok)
     work.write_back()
+    if not measure:
+        return None
+    largest, norms = (torch.stack(values) for values in zip(*sizes, strict=True))
+    return _join(UPDATE_MAX, largest), _join(UPDATE_NORM, norms)
 
 
 def _advance(
     work: Work, piece: Piece, sigma: Tensor | None, clips_gradient: bool
-) -> tuple[Tensor, Mapping[str, Tensor]]:
-    """Return the new weight and the new state of a piece."""
+) -> tuple[Tensor, Tensor, Mapping[str, Tensor]]:
+    """Return the weight, decoupled decay applied, the step to subtract from it, and the new state of a piece."""
     settings, update = work.settings, work.method.update
     lr: Any = settings["lr"]
     weight, grad = piece.effective(settings)
@@ -119,7 +138,7 @@ def _advance(
     after = update.advance(fed, piece.state, settings)
     if settings["decoupled_weight_decay"]:
         weight = weight * (1 - lr * settings["weight_decay"])
-    return weight - step * (lr if sigma is None else lr * sigma), after
+    return weight, step * (lr if sigma is None else lr * sigma), after
 
 
 def _write(target: Tensor, value: Tensor, ok: Tensor | None) -> None:

@@ -26,13 +26,16 @@ def is_plain(work: Work) -> bool:
     )
 
 
-def step_fused(batch: Batch, ok: Tensor | None) -> bool:
-    """Take the step of a batch by torch's kernel; return False, having done nothing, where it does not apply."""
+def takes_fused(batch: Batch) -> bool:
+    """Whether torch's kernel can take the step of a batch."""
     if not batch.idle or torch.compiler.is_compiling() or not all(is_plain(work) for work in batch.works):
         return False
     # The kernel walks memory: rows of a tensor and of its gradient must lie alike.
-    if not all(work.weight.is_contiguous() and work.grad.is_contiguous() for work in batch.works):
-        return False
+    return all(work.weight.is_contiguous() and work.grad.is_contiguous() for work in batch.works)
+
+
+def step_fused(batch: Batch, ok: Tensor | None) -> None:
+    """Take the step of a batch by torch's kernel."""
     settings = batch.settings
     torch._fused_adagrad_(
         [work.weight for work in batch.works],
@@ -48,4 +51,3 @@ def step_fused(batch: Batch, ok: Tensor | None) -> bool:
     )
     for work in batch.works:
         work.write_back()
-    return True

@@ -137,11 +137,14 @@ class SigmaOptimizer(torch.optim.Optimizer):
         ok = self._check_finite(works)
         batches = make_batches(works, self.backends)
         for batch in batches:
-            choose_sigma(batch, also=stats.REDUCTIONS if self.collect_stats else ())
-        if self.collect_stats:
-            stats.record(batches, self.state, ok)
-        for batch in batches:
-            batch.backend.apply(batch, ok.get(batch.device))
+            choose_sigma(batch)
+            go = ok.get(batch.device)
+            if self.collect_stats:
+                reasons = stats.explain(batch)  # while the weights are still those that sigma was chosen for
+                moved = batch.backend.apply(batch, go, measure=True)
+                stats.record(batch, reasons, moved, self.state, go)
+            else:
+                batch.backend.apply(batch, go, measure=False)
         return loss
 
     def gather(self, *, keep_state: bool = True) -> list[Work]:

@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from typing import Any, TypedDict
+from collections.abc import Mapping
+from typing import Any, NamedTuple, TypedDict
 
 import torch
 from torch import Tensor
 
-from optim.batch import Batch
+from optim.batch import Batch, Moved
 from optim.binding import TERMS, global_index, locate
 from optim.distributed import combine_max, combine_norm
-from optim.reductions import UPDATE_MAX, UPDATE_NORM
 from optim.work import Work
 
 STATE_KEY = "clip_stats"
-REDUCTIONS = (UPDATE_MAX, UPDATE_NORM)
-"""What a report needs besides what the rule asks for."""
 
 STILL = 1e-3
 """A tensor whose sigma is below this hardly moves."""
@@ -72,22 +69,50 @@ class ClipStats(TypedDict):
     still: bool
 
 
-def record(batches: Sequence[Batch], state: Mapping[Tensor, dict[str, Any]], ok: Mapping[torch.device, Tensor]) -> None:
-    """Update the rows from the step about to be taken; a skipped step leaves them alone.
+class Reasons(NamedTuple):
+    """Why each of N tensors got its sigma: vectors [N].
+
+    Attributes:
+        sigma: By unit or row, the smallest.
+        coordinate: Flat index of the coordinate that decided it.
+        term: The largest term of the bound there, a number into TERMS.
+        still: Whether the weight there is 0.
+    """
+
+    sigma: Tensor
+    coordinate: Tensor
+    term: Tensor
+    still: Tensor
+
+
+def explain(batch: Batch) -> Reasons:
+    """Look at what decided sigma, before the step changes the weights."""
+    sigma = _smallest_sigma(batch)
+    return Reasons(sigma, *_binding(batch, sigma))
+
+
+def record(
+    batch: Batch,
+    reasons: Reasons,
+    moved: Moved | None,
+    state: Mapping[Tensor, dict[str, Any]],
+    ok: Tensor | None,
+) -> None:
+    """Update the rows of a batch; a skipped step leaves them alone.
 
     Args:
-        batches: After `choose_sigma(batch, also=REDUCTIONS)`.
+        batch: The step it has just taken.
+        reasons: What `explain` said before it.
+        moved: What the backend measured.
         state: The optimizer's state, in which the rows live.
-        ok: By device, whether the step is taken; empty when it always is.
+        ok: Whether the step was taken; None when it always is.
     """
-    for batch in batches:
-        rows = [_row(work, state[work.param]) for work in batch.works]
-        before = torch.stack(rows)
-        after = torch.stack(_advance(batch, dict(zip(FIELDS, before.unbind(dim=1), strict=True))), dim=1)
-        go = ok.get(batch.device)
-        if go is not None:
-            after = torch.where(go, after, before)
-        torch._foreach_copy_(rows, list(after.unbind()))
+    assert moved is not None, "the backend was asked to measure"
+    rows = [_row(work, state[work.param]) for work in batch.works]
+    before = torch.stack(rows)
+    new = _advance(batch, reasons, moved, dict(zip(FIELDS, before.unbind(dim=1), strict=True)))
+    after = torch.stack(new, dim=1)
+    torch._foreach_copy_(rows, list((after if ok is None else torch.where(ok, after, before)).unbind()))
 
 
 def _row(work: Work, state: dict[str, Any]) -> Tensor:
@@ -100,45 +125,34 @@ def _row(work: Work, state: dict[str, Any]) -> Tensor:
     return state[STATE_KEY]
 
 
-def _advance(batch: Batch, row: dict[str, Tensor]) -> list[Tensor]:
+def _advance(batch: Batch, reasons: Reasons, moved: Moved, row: dict[str, Tensor]) -> list[Tensor]:
     """Return the new columns, in the order of FIELDS."""
-    lr = batch.settings["lr"]
-    sigma, update_max, update_norm = _sizes(batch)
-    coordinate, term, still = _binding(batch, sigma)
+    sigma, groups = reasons.sigma, [group for group, _ in batch.works[0].groups]
     new = {
         "sigma": sigma,
         "sigma_min": torch.minimum(row["sigma_min"], sigma),
         "sigma_mean": row["sigma_mean"] * DECAY + sigma * (1 - DECAY),
         "steps": row["steps"] + 1,
         "clipped_steps": row["clipped_steps"] + (sigma < 1),
-        "update_max": update_max * lr,
-        "update_norm": update_norm * lr,
-        "coordinate": coordinate,
-        "term": term,
-        "still": still,
+        "update_max": combine_max(moved.largest.double(), groups),
+        "update_norm": combine_norm(moved.norm.double(), groups),
+        "coordinate": reasons.coordinate,
+        "term": reasons.term,
+        "still": reasons.still,
     }
     return [new[field] for field in FIELDS]
 
 
-def _sizes(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-    """Return vectors [N]: the smallest sigma, the infinity norm and the 2-norm of sigma * r."""
-    peak, norm = batch.reduced[UPDATE_MAX.name].double(), batch.reduced[UPDATE_NORM.name].double()
-    sigma = torch.ones_like(peak) if batch.sigma is None else batch.sigma.double()
+def _smallest_sigma(batch: Batch) -> Tensor:
+    """Return the vector [N] of sigma; by unit or row, the smallest of the whole tensor."""
+    if batch.sigma is None:
+        return torch.ones(len(batch.works), dtype=torch.float64, device=batch.device)
+    sigma = batch.sigma.double()
     if not batch.by_unit:
-        return sigma, sigma * peak, sigma * norm
-    groups = [group for group, _ in batch.works[0].groups]
-    split = [group for group, dim in batch.works[0].groups if dim == 0]
+        return sigma
     # The smallest as the inverse of a maximum, which shards can combine and which is 0 where a shard has no unit.
-    slowest = combine_max(_peak(sigma.reciprocal()), groups).reciprocal()
-    return slowest, combine_max(_peak(sigma * peak), groups), combine_norm(_norm(sigma * norm), split)
-
-
-def _peak(values: Tensor) -> Tensor:
-    return values.amax().view(1) if values.numel() else values.new_zeros(1)
-
-
-def _norm(values: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(values).view(1)
+    largest = sigma.reciprocal().amax().view(1) if sigma.numel() else sigma.new_zeros(1)
+    return combine_max(largest, [group for group, _ in batch.works[0].groups]).reciprocal()
 
 
 def _binding(batch: Batch, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -38,6 +38,35 @@ def test_the_report_is_of_the_step_that_was_taken(backend: str) -> None:
     assert (row["steps"], row["clipped_steps"], row["clipped_fraction"]) == (1, 1, 1.0)
 
 
+@pytest.mark.parametrize("backend", ["auto", "eager"])
+@pytest.mark.parametrize("name", ["adagrad", "gc", "agc", "lamb", "clippy"])
+@pytest.mark.parametrize("more", [{}, {"clip_accumulator": True}, {"lr": 1e-3}, {"by": "unit"}], ids=str)
+def test_the_norms_are_those_of_the_change_however_it_was_made(backend: str, name: str, more: dict[str, Any]) -> None:
+    if not set(more) <= set(optim.get_info(name).all_hyperparameters):
+        pytest.skip(f"{name} has no such hyperparameter")
+    weight, grad = torch.randn(3, 50_000), torch.randn(3, 50_000)
+    param = parameter(weight.clone(), grad)
+    given = {"lr": 0.5, "collect_stats": True, "backend": backend} | more
+    optimizer = optim.build_optimizer(name, [("w", param)], **given)
+    optimizer.step()
+    row, change = optimizer.clip_stats()["w"], weight - param.detach()
+    # What the weights' rounding leaves of a change: 1e-7 of weights of about 1.
+    assert row["update_max"] == pytest.approx(float(change.abs().max()), rel=1e-3, abs=1e-6)
+    assert row["update_norm"] == pytest.approx(float(change.norm()), rel=1e-3, abs=1e-4)
+
+
+def test_the_norms_of_a_step_that_is_not_finite_are_not_either() -> None:
+    for backend in ("auto", "eager"):
+        param = parameter(torch.randn(80_000), torch.randn(80_000))
+        assert param.grad is not None
+        param.grad[70_000] = torch.nan
+        optimizer = optim.build_optimizer("adagrad", [("w", param)], lr=0.5, collect_stats=True, backend=backend)
+        optimizer.step()
+        row = optimizer.clip_stats()["w"]
+        assert row["update_max"] != row["update_max"]
+        assert row["update_norm"] != row["update_norm"]
+
+
 def test_the_term_that_bound_is_the_largest_at_the_coordinate() -> None:
     given = {"lr": 1.0, "collect_stats": True, "lambda_rel": 0.5, "lambda_abs": 1e-2}
     for weight, more, term in (

@@ -27,6 +27,7 @@ typedef struct {
 } Factors;
 
 enum { GRAD_SQ, WEIGHT_SQ, UPDATE_SQ, UPDATE_MAX, OVERSHOOT, COLUMNS };
+enum { MOVED_SQ, MOVED_MAX, SIZES }; /* of the step taken, lr and sigma included */
 enum { CHUNK = 1 << 16, BLOCK = 512, LANES = 32 }; /* a float chunk of w, g and G fits a 1 MiB cache */
 
 #define REAL float
@@ -77,26 +78,35 @@ void optim_reduce(const Tensor *tensors, int64_t count, const Settings *s, doubl
         double *sum = out + t * COLUMNS;
         for (int64_t c = 0; c < n; c++, parts += COLUMNS) {
             for (int k = GRAD_SQ; k <= UPDATE_SQ; k++) sum[k] += parts[k];
-            for (int k = UPDATE_MAX; k <= OVERSHOOT; k++) sum[k] = larger(parts[k], larger(sum[k], parts[k]));
+            for (int k = UPDATE_MAX; k <= OVERSHOOT; k++) sum[k] = larger(sum[k], parts[k]);
         }
     }
 }
 
 /* Last tensor and chunk first: what the reduction read last may still be in cache. ok: null, or where to read whether
- * to step at all. */
+ * to step at all. parts: null, or room for [chunks of the largest tensor, SIZES]; out is then [count, SIZES], how far
+ * every tensor moved. */
 void optim_step(const Tensor *tensors, int64_t count, const Settings *s, const Factors *factors, const uint8_t *ok,
-                int64_t threads) {
+                double *parts, double *out, int64_t threads) {
+    if (parts) memset(out, 0, count * SIZES * sizeof(double));
     if (ok && !*ok) return;
     for (int64_t t = count - 1; t >= 0; t--) {
         const Tensor *tensor = &tensors[t];
         const int64_t n = chunks(tensor);
+        if (parts) memset(parts, 0, n * SIZES * sizeof(double));
 #pragma omp parallel for num_threads(threads) schedule(static) if (n > 1)
         for (int64_t b = 0; b < n; b++) {
             const int64_t c = n - 1 - b;
+            double *part = parts ? parts + c * SIZES : 0;
             if (tensor->wide)
-                step_chunk_double(tensor, c * CHUNK, width(tensor, c), s, &factors[t]);
+                step_chunk_double(tensor, c * CHUNK, width(tensor, c), s, &factors[t], part);
             else
-                step_chunk_float(tensor, c * CHUNK, width(tensor, c), s, &factors[t]);
+                step_chunk_float(tensor, c * CHUNK, width(tensor, c), s, &factors[t], part);
+        }
+        for (int64_t c = 0; parts && c < n; c++) {
+            double *size = out + t * SIZES;
+            size[MOVED_SQ] += parts[c * SIZES + MOVED_SQ];
+            size[MOVED_MAX] = larger(size[MOVED_MAX], parts[c * SIZES + MOVED_MAX]);
         }
     }
 }

@@ -126,16 +126,36 @@ INLINE REAL NAME(overshoot)(const REAL *restrict w, const REAL *restrict g, cons
     return raised;
 }
 
+/* size: null, or [MOVED_SQ, MOVED_MAX] of the step taken: the memory is read anyway, so measuring here is free. */
 INLINE void NAME(step)(REAL *restrict w, const REAL *restrict g, REAL *restrict total, int64_t n, const Settings *s,
-                       const Factors *f, int delayed, int inside) {
+                       const Factors *f, double *size, int delayed, int inside, int measure) {
     const REAL sign = s->sign, decay = s->decay, eps = s->eps;
     const REAL keep = f->keep, rate = f->rate, fed = f->fed, seen = f->seen;
-    for (int64_t i = 0; i < n; i++) {
-        const REAL gi = sign * g[i] + decay * w[i], used = seen * gi, feed = fed * gi, before = total[i];
-        /* rate * used first: the order of torch's fused Adagrad, with which this then agrees to the bit. */
-        w[i] = keep * w[i] - rate * used / NAME(root)(before, used, eps, delayed, inside);
-        total[i] = before + feed * feed;
+    REAL square[LANES] = {0}, largest[LANES] = {0};
+#define AT(k)                                                                                                   \
+    {                                                                                                           \
+        const REAL wi = w[i + k], gi = sign * g[i + k] + decay * wi, used = seen * gi, feed = fed * gi;         \
+        const REAL before = total[i + k];                                                                       \
+        /* rate * used first: the order of torch's fused Adagrad, with which this then agrees to the bit. */    \
+        const REAL move = rate * used / NAME(root)(before, used, eps, delayed, inside);                         \
+        w[i + k] = keep * wi - move;                                                                            \
+        total[i + k] = before + feed * feed;                                                                    \
+        if (measure) {                                                                                          \
+            square[k] += move * move;                                                                           \
+            largest[k] = FABS(move) > largest[k] ? FABS(move) : largest[k];                                     \
+        }                                                                                                       \
     }
+    int64_t i = 0;
+    for (; i + LANES <= n; i += LANES)
+        for (int k = 0; k < LANES; k++) AT(k)
+    for (int k = 0; i + k < n; k++) AT(k)
+#undef AT
+    if (!measure) return;
+    for (int k = 0; k < LANES; k++) {
+        size[MOVED_SQ] += square[k];
+        if (largest[k] > size[MOVED_MAX]) size[MOVED_MAX] = largest[k];
+    }
+    if (size[MOVED_SQ] != size[MOVED_SQ]) size[MOVED_MAX] = NAN;
 }
 
 #define DISPATCH(CALL)                                         \
@@ -161,10 +181,15 @@ static void NAME(reduce_chunk)(const Tensor *t, int64_t begin, int64_t n, const 
     *worst = so_far;
 }
 
-static void NAME(step_chunk)(const Tensor *t, int64_t begin, int64_t n, const Settings *s, const Factors *f) {
+static void NAME(step_chunk)(const Tensor *t, int64_t begin, int64_t n, const Settings *s, const Factors *f,
+                             double *size) {
     REAL *w = (REAL *)t->weight + begin, *total = (REAL *)t->total + begin;
     const REAL *g = (const REAL *)t->grad + begin;
-#define CALL(d, i) NAME(step)(w, g, total, n, s, f, d, i);
+#define CALL(d, i)                                               \
+    {                                                            \
+        if (size) NAME(step)(w, g, total, n, s, f, size, d, i, 1); \
+        else NAME(step)(w, g, total, n, s, f, size, d, i, 0);    \
+    }
     DISPATCH(CALL)
 #undef CALL
 }

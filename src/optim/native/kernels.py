@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from optim.batch import Batch
+from optim.batch import Batch, Moved
 from optim.methods.clippy import OVERSHOOT
 from optim.native.library import load
 from optim.reductions import GRAD_NORM, UPDATE_MAX, UPDATE_NORM, WEIGHT_NORM, Reduction
@@ -84,20 +84,24 @@ class Native:
             for reduction in reductions
         }
 
-    def apply(self, batch: Batch, ok: Tensor | None) -> None:
+    def apply(self, batch: Batch, ok: Tensor | None, *, measure: bool) -> Moved | None:
         """Take the step."""
-        flag = None if ok is None else ctypes.c_void_p(ok.data_ptr())
-        self._call("optim_step", batch, _settings(batch, ()), _factors(batch), flag)
+        parts, out = None, None
+        if measure:
+            chunks = max(-(-work.weight.numel() // CHUNK) for work in batch.works)
+            parts, out = (torch.empty(max(1, rows), 2, dtype=torch.float64) for rows in (chunks, len(batch.works)))
+        self._call("optim_step", batch, _settings(batch, ()), _factors(batch), ok, parts, out)
         # Autograd must know that these were written to, as after any in-place operation.
         torch.autograd.graph.increment_version([work.weight for work in batch.works])
         for work in batch.works:
             work.write_back()
+        return None if out is None else Moved(largest=out[:, 1], norm=out[:, 0].sqrt())
 
-    def _call(self, name: str, batch: Batch, settings: _Settings, *arguments: Tensor | ctypes.c_void_p | None) -> None:
+    def _call(self, name: str, batch: Batch, settings: _Settings, *arguments: Tensor | None) -> None:
         library = load()
         assert library is not None, "takes() said that the kernels are there"
         tensors = (_Tensor * len(batch.works))(*(self._tensor(work) for work in batch.works))
-        pointers = [ctypes.c_void_p(given.data_ptr()) if isinstance(given, Tensor) else given for given in arguments]
+        pointers = [None if given is None else ctypes.c_void_p(given.data_ptr()) for given in arguments]
         count, threads = ctypes.c_int64(len(batch.works)), ctypes.c_int64(torch.get_num_threads())
         getattr(library, name)(tensors, count, ctypes.byref(settings), *pointers, threads)
 
