@@ -98,6 +98,8 @@ class DivergenceWatch(Callback):
         module.record({f"divergence/{event.kind}": float(event.step)})
         bar = next((c for c in trainer.callbacks if isinstance(c, TrainingProgress)), None)  # type: ignore[attr-defined]
         if bar is not None:
-            what = "a loss moved to a new level" if event.kind == "shift" else f"{event.kind} divergence"
-            bar.note = f"{what} at step {event.step}"
-        Console(stderr=True).print(f"[yellow]{event}[/yellow]", soft_wrap=True)
+            bar.note = f"{_TITLES[event.kind]} at step {event.step}"
+        Console(stderr=True).print(f"{_TITLES[event.kind]}: {event}", style="yellow", highlight=False, soft_wrap=True)
+
+
+_TITLES = {"micro": "micro divergence", "full": "full divergence", "shift": "new level of a loss"}
