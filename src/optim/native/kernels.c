@@ -28,7 +28,7 @@ typedef struct {
 
 enum { GRAD_SQ, WEIGHT_SQ, UPDATE_SQ, UPDATE_MAX, OVERSHOOT, COLUMNS };
 enum { MOVED_SQ, MOVED_MAX, SIZES }; /* of the step taken, lr and sigma included */
-enum { CHUNK = 1 << 16, BLOCK = 512, LANES = 32 }; /* a float chunk of w, g and G fits a 1 MiB cache */
+enum { CHUNK = 1 << 16, BLOCK = 512, LANES = 32, WAYS = 4 }; /* a float chunk of w, g and G fits a 1 MiB cache */
 
 #define REAL float
 #define NAME(x) x##_float

@@ -14,6 +14,7 @@ INLINE REAL NAME(root)(REAL total, REAL grad, REAL eps, int delayed, int inside)
     return inside ? SQRT(base + eps) : SQRT(base) + eps;
 }
 
+/* From WAYS places of the chunk at once: one core reads several streams faster than one. */
 INLINE void NAME(norms)(const REAL *restrict w, const REAL *restrict g, const REAL *restrict total, int64_t n,
                         const Settings *s, double *out, int delayed, int inside, int weights, int updates) {
     const REAL sign = s->sign, decay = s->decay, eps = s->eps;
@@ -29,8 +30,14 @@ INLINE void NAME(norms)(const REAL *restrict w, const REAL *restrict g, const RE
             largest[k] = size > largest[k] ? size : largest[k];                              \
         }                                                                                    \
     }
+    const int64_t part = n / WAYS / LANES * LANES;
     int64_t i = 0;
-    for (; i + LANES <= n; i += LANES)
+    for (int64_t j = 0; j < part; j += LANES)
+        for (int way = 0; way < WAYS; way++) {
+            i = way * part + j;
+            for (int k = 0; k < LANES; k++) AT(k)
+        }
+    for (i = WAYS * part; i + LANES <= n; i += LANES)
         for (int k = 0; k < LANES; k++) AT(k)
     for (int k = 0; i + k < n; k++) AT(k)
 #undef AT
@@ -172,7 +179,7 @@ static void NAME(reduce_chunk)(const Tensor *t, int64_t begin, int64_t n, const 
 #define CALL(d, i)                                                                               \
     {                                                                                            \
         if (s->updates) NAME(norms)(w, g, total, n, s, out, d, i, 1, 1);                         \
-        else if (s->weights || s->decay != 0) NAME(norms)(w, g, total, n, s, out, d, i, 1, 0);                    \
+        else if (s->weights || s->decay != 0) NAME(norms)(w, g, total, n, s, out, d, i, 1, 0);   \
         else if (s->grads) NAME(norms)(w, g, total, n, s, out, d, i, 0, 0);                      \
         if (s->overshoot) out[OVERSHOOT] = NAME(overshoot)(w, g, total, n, s, t->floor, &so_far, d, i); \
     }
