@@ -9,7 +9,6 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import Callback
-from rich.console import Console
 
 from ranker.stability import DivergenceDetector, Event, reduce_signals
 from ranker.training.module import RankingModule
@@ -99,7 +98,7 @@ class DivergenceWatch(Callback):
         bar = next((c for c in trainer.callbacks if isinstance(c, TrainingProgress)), None)  # type: ignore[attr-defined]
         if bar is not None:
             bar.note = f"{_TITLES[event.kind]} at step {event.step}"
-        Console(stderr=True).print(f"{_TITLES[event.kind]}: {event}", style="yellow", highlight=False, soft_wrap=True)
+            bar.say(f"{_TITLES[event.kind]}: {event}")
 
 
 _TITLES = {"micro": "micro divergence", "full": "full divergence", "shift": "new level of a loss"}

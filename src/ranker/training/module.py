@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import pytorch_lightning as pl
 import torch
@@ -155,6 +156,22 @@ class RankingModule(pl.LightningModule):
         steps = self._warmup_steps
         schedule = LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Adds what each rank has seen of its own rows; Lightning keeps the state of rank 0 alone."""
+        own = self.train_auc.get_extra_state()
+        by_rank = self.all_gather(own) if self.trainer.world_size > 1 else own[None]
+        assert isinstance(by_rank, Tensor)
+        checkpoint["train_auc_by_rank"] = by_rank.cpu()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Gives this rank its own past back, before the module's state is loaded; of other numbers of ranks the sum."""
+        by_rank = checkpoint.get("train_auc_by_rank")
+        if by_rank is None:
+            return
+        rank, same = self.trainer.global_rank, len(by_rank) == self.trainer.world_size
+        joined = by_rank.sum(0) if rank == 0 else torch.zeros_like(by_rank[0])
+        checkpoint["state_dict"]["train_auc._extra_state"] = by_rank[rank] if same else joined
 
     @torch.no_grad()
     def score(self, rows: Batch, metrics: TaskMetrics) -> None:

@@ -36,15 +36,14 @@ class TrainingProgress(Callback):
             return
         if self._console.is_terminal:
             self._progress = Progress(
-                TextColumn("{task.description}"),
-                BarColumn(),
+                BarColumn(bar_width=12),  # the numbers matter more, and a terminal may have 80 columns
                 MofNCompleteColumn(),
                 TextColumn("{task.fields[numbers]}"),
                 TimeRemainingColumn(),
                 console=self._console,
             )
             total = self._total(trainer)
-            self._bar = self._progress.add_task("training", total=total, numbers="", completed=trainer.global_step)
+            self._bar = self._progress.add_task("", total=total, numbers="", completed=trainer.global_step)
             self._progress.start()
 
     def on_train_batch_end(
@@ -76,6 +75,10 @@ class TrainingProgress(Callback):
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Closes the bar, so that the error stands on a line of its own."""
         self._close()
+
+    def say(self, line: str) -> None:
+        """Prints a line above the bar, where it does not tear it."""
+        self._console.print(line, style="yellow", highlight=False, soft_wrap=True)
 
     def _close(self) -> None:
         if self._progress is not None:
