@@ -2,23 +2,37 @@
 
 from __future__ import annotations
 
+import csv
+import os
 import signal
 import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from support import TINY, Finished, finished, train_process
 
+TWO_RANKS = ("trainer=ddp", "trainer.devices=2", "trainer.accelerator=cpu")
 LONGER = ("data.log.train_rows=15360", "train.checkpoint_every=7", "train.eval_every=0")  # 60 steps of 256
 
 
-def weights(folder: Path) -> dict[str, torch.Tensor]:
+def newest_checkpoint(folder: Path) -> dict[str, Any]:
     newest = max((folder / "checkpoints").glob("*.ckpt"), key=lambda p: p.stat().st_mtime_ns)
-    return torch.load(newest, weights_only=True)["state_dict"]
+    return torch.load(newest, weights_only=True)
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return newest_checkpoint(folder)["state_dict"]
+
+
+def metrics_after(folder: Path, step: int) -> dict[int, dict[str, str]]:
+    with (folder / "metrics.csv").open(newline="") as file:
+        rows = [{name: value for name, value in row.items() if value} for row in csv.DictReader(file)]
+    return {int(row["step"]): row for row in rows if int(row["step"]) > step}
 
 
 def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str], seconds: float = 120) -> None:
@@ -50,6 +64,40 @@ def test_a_run_killed_in_the_middle_of_a_window_ends_as_if_it_had_not_been(
     assert all(torch.equal(expected[name], got[name]) for name in expected)
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_two_ranks_killed_in_the_middle_of_a_window_end_as_if_they_had_not_been(tmp_path: Path) -> None:
+    settings = (*TINY, *LONGER, *TWO_RANKS, "data.num_workers=2", "data.dense_statistics=past_windows")
+    settings = (*settings, "train.log_every=1")
+    process = train_process(*settings, "train.checkpoint_every=60", f"hydra.run.dir={tmp_path / 'whole'}")
+    _, errors = process.communicate(timeout=250)
+    assert process.returncode == 0, errors
+    process = train_process(*settings, f"hydra.run.dir={tmp_path / 'killed'}", start_new_session=True)
+    wait_for(lambda: bool(list((tmp_path / "killed" / "checkpoints").glob("*.ckpt"))), process, 250)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    assert not (tmp_path / "killed" / "summary.json").exists()
+    step = newest_checkpoint(tmp_path / "killed")["global_step"]
+    assert 0 < step < 60
+    assert step % 8, "a window has 8 batches: this is no place in the middle of one"
+
+    process = train_process(f"resume={tmp_path / 'killed'}", "train.checkpoint_every=60")
+    _, errors = process.communicate(timeout=250)
+    assert process.returncode == 0, errors
+
+    whole, resumed = finished(tmp_path / "whole"), finished(tmp_path / "killed")
+    assert resumed.summary["world_size"] == 2
+    assert resumed.summary["metrics"] == whole.summary["metrics"]
+    assert resumed.summary["examples"] == whole.summary["examples"]
+    assert metrics_after(resumed.folder, step) == metrics_after(whole.folder, step)
+    expected, got = weights(whole.folder), weights(resumed.folder)
+    assert expected.keys() == got.keys()
+    assert all(torch.equal(expected[name], got[name]) for name in expected)
+    by_rank = newest_checkpoint(whole.folder)["train_auc_by_rank"]
+    assert not torch.equal(by_rank[0], by_rank[1])
+    assert torch.equal(by_rank, newest_checkpoint(resumed.folder)["train_auc_by_rank"])
+
+
 def test_ctrl_c_leaves_a_checkpoint_and_a_summary(tmp_path: Path) -> None:
     process = train_process(
         *TINY, *LONGER, "train.checkpoint_every=0", "data.log.train_rows=2000000", f"hydra.run.dir={tmp_path}"
@@ -73,9 +121,7 @@ def test_two_ddp_processes_train_as_one_on_the_joined_batches(
         "train.max_steps=20",
         "optim=gc",
         "lr_mult=0.1",
-        "trainer=ddp",
-        "trainer.devices=2",
-        "trainer.accelerator=cpu",
+        *TWO_RANKS,
         f"hydra.run.dir={tmp_path / 'two'}",
     )
     _, errors = process.communicate(timeout=200)
@@ -96,9 +142,7 @@ def test_a_multirun_of_ddp_jobs_runs_each_job_once(tmp_path: Path) -> None:
         "seed=0,1",
         "train.max_steps=4",
         "train.eval_every=0",
-        "trainer=ddp",
-        "trainer.devices=2",
-        "trainer.accelerator=cpu",
+        *TWO_RANKS,
         f"hydra.sweep.dir={tmp_path}",
     )
     _, errors = process.communicate(timeout=280)
