@@ -113,6 +113,7 @@ def build(cfg: DictConfig, folder: RunFolder, checkpoint: Path | None) -> Run:
         num_workers=cfg.data.num_workers,
         eval_max_rows=cfg.data.eval_max_rows,
         progressive=cfg.train.progressive,
+        dense_statistics=cfg.data.dense_statistics,
     )
     net = instantiate(cfg.model.net, _convert_="all")(log.schema)
     module = RankingModule(

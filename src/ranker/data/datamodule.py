@@ -10,9 +10,11 @@ import pytorch_lightning as pl
 import torch
 
 from ranker.data.batch import Batch
+from ranker.data.dense_statistics import MODES, NOTHING, DenseStatistics, Mode, PastWindows
 from ranker.data.eval_loader import EvalLoader
 from ranker.data.loader import WindowedLoader
 from ranker.data.log import Log
+from ranker.data.plain import one_of
 from ranker.data.windows import WindowPlan, parse_window, plan_windows
 from ranker.errors import UserError
 
@@ -42,6 +44,7 @@ class RankingDataModule(pl.LightningDataModule):
         eval_max_rows: int | None = None,
         progressive: bool = False,
         pin_memory: bool | None = None,
+        dense_statistics: Mode = "none",
     ) -> None:
         """Reads nothing yet.
 
@@ -55,6 +58,8 @@ class RankingDataModule(pl.LightningDataModule):
             eval_max_rows: about how many rows of the hold-out the evaluations during training use; None for all.
             progressive: give the first batch of a window the window itself, to be scored before it is trained on.
             pin_memory: pin batches; None does where the trainer uses a GPU.
+            dense_statistics: ``past_windows`` normalises dense features with mean and spread of the windows before the
+                one that is trained on; evaluations use what is known before the window of the next batch.
 
         Raises:
             UserError: a number is out of range, or the window is neither rows nor hours.
@@ -66,6 +71,7 @@ class RankingDataModule(pl.LightningDataModule):
                 raise UserError(f"{name} must be at least 1, got {value}")
         if num_workers < 0:
             raise UserError(f"num_workers must be 0 or more, got {num_workers}")
+        one_of(dense_statistics, MODES, "data.dense_statistics")
         parse_window(window)
         self._log = log
         self._batch_size, self._eval_batch_size = batch_size, eval_batch_size or batch_size
@@ -73,6 +79,7 @@ class RankingDataModule(pl.LightningDataModule):
         self._num_workers, self._eval_max_rows = num_workers, eval_max_rows
         self._progressive = progressive
         self._pin_memory = pin_memory
+        self._past = PastWindows() if dense_statistics == "past_windows" else None
         self._loader: WindowedLoader | None = None
         self.position = 0
         self.watch_training: Callable[[Iterable[Batch]], Iterable[Batch]] = lambda loader: loader
@@ -111,6 +118,8 @@ class RankingDataModule(pl.LightningDataModule):
         """
         if self.position + batches < 0:
             raise UserError(f"cannot go back {-batches} batches from batch {self.position}")
+        if self._past is not None:
+            self._past.keep_until(self._window_of(self.position - 1) + 1 if self.position else 0)
         self.position = min(self.position + batches, self.num_batches)
         if self._loader is not None:
             self._loader.seek(self.position)
@@ -128,6 +137,7 @@ class RankingDataModule(pl.LightningDataModule):
             num_workers=self._num_workers,
             opening=self._progressive,
             pin_memory=self._pinned(),
+            past=self._past,
         )
         return self.watch_training(self._loader)
 
@@ -145,11 +155,27 @@ class RankingDataModule(pl.LightningDataModule):
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps."""
-        return {"position": self.position}
+        if self._past is None:
+            return {"position": self.position}
+        return {"position": self.position, "dense_statistics": self.known().state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Goes on where a checkpoint was written."""
+        """Goes on where a checkpoint was written.
+
+        Raises:
+            UserError: it was written with another choice of dense_statistics.
+        """
         self.position = int(state_dict["position"])
+        known = state_dict.get("dense_statistics")
+        if (known is None) != (self._past is None):
+            wrote = "none" if known is None else "past_windows"
+            raise UserError(f"the checkpoint was written with data.dense_statistics={wrote}; go on with the same")
+        if self._past is not None and known is not None:
+            self._past.begin(self._window_of(self.position), DenseStatistics.from_state(known))
+
+    def known(self) -> DenseStatistics:
+        """What dense features are normalised with at the next batch; of nothing, where they are not."""
+        return NOTHING if self._past is None else self._past.before(self._window_of(self.position))
 
     def _eval_loader(self, *, max_rows: int | None, keep: bool) -> EvalLoader:
         rank, world_size = self._place()
@@ -164,7 +190,12 @@ class RankingDataModule(pl.LightningDataModule):
             num_workers=self._num_workers,
             keep=keep,
             pin_memory=self._pinned(),
+            statistics=self.known,
         )
+
+    def _window_of(self, batch: int) -> int:
+        """The window of a batch; after the last one, the number of windows."""
+        return self.plan.locate(batch)[0] if batch < self.num_batches else self.plan.num_windows
 
     def _pinned(self) -> bool:
         if self._pin_memory is not None or self.trainer is None:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 
 from ranker.data.batch import Batch
+from ranker.data.dense_statistics import NOTHING, DenseStatistics
 from ranker.data.log import Log
 from ranker.data.prefetch import in_order
 from ranker.data.windows import share
@@ -32,6 +33,7 @@ class EvalLoader:
         num_workers: int = 1,
         keep: bool = False,
         pin_memory: bool = False,
+        statistics: Callable[[], DenseStatistics] = lambda: NOTHING,
     ) -> None:
         """Reads nothing yet.
 
@@ -46,6 +48,7 @@ class EvalLoader:
             num_workers: 0 reads in line, otherwise one thread reads ahead.
             keep: hold on to the rows after the first pass, for rows that are read again and again.
             pin_memory: pin the batches' memory, for a GPU.
+            statistics: asked at the start of each pass for what dense features are normalised with.
         """
         assert 0 <= start <= stop
         blocks = -(-(stop - start) // batch_size)
@@ -54,12 +57,16 @@ class EvalLoader:
         self.blocks = [(first, min(first + batch_size, stop)) for first in firsts]
         self._log, self._rank, self._world_size = log, rank, world_size
         self._num_workers, self._keep, self._pin_memory = num_workers, keep, pin_memory
+        self._statistics = statistics
         self._kept: list[Batch] | None = None
 
     def __len__(self) -> int:
         return len(self.blocks)
 
     def __iter__(self) -> Iterator[Batch]:
+        return map(self._statistics().normalise, self._as_read())
+
+    def _as_read(self) -> Iterator[Batch]:
         if self._kept is not None:
             yield from self._kept
             return
