@@ -1,9 +1,13 @@
 """Time one optimizer step beside torch's own Adagrad, on the tensor sets of the paper's models.
 
-    python scripts/bench_optim.py --json results/bench_optim.json
+    python scripts/bench_optim.py --json results/bench_optim.json --markdown results/bench_optim.md
 
-All candidates step the same weights and gradients in turn, round after round; the table shows medians, and the targets
-are ratios of medians of one run. Exits with 1 where a target is missed.
+All candidates step the same weights and gradients, in a new order every round, for as many rounds as the time allows;
+the tables show medians, and the targets are ratios of medians of one run. Exits with 1 where a target is missed.
+
+Beside them: pytorch_optimizer's LAMB where installed (`pip install --no-deps pytorch_optimizer`), and TensorFlow
+Recommenders' ClippyAdagrad in a process of its own, by `--tfrs-python`, an interpreter that has tensorflow-cpu,
+tf-keras and tensorflow-recommenders.
 """
 
 from __future__ import annotations
@@ -11,9 +15,13 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib
+import importlib.metadata
 import itertools
 import json
+import platform
+import random
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable
@@ -34,16 +42,17 @@ SETS: dict[str, list[tuple[int, ...]]] = {
 }
 SETS["large_dcn"] = [*[(INPUT, INPUT), (INPUT,)] * 4, (INPUT,), (INPUT,), *SETS["large"]]
 
-ADAGRAD = "torch Adagrad fused"
+START = time.monotonic()
+ADAGRAD: dict[str, Any] = {"lr": 0.1, "initial_accumulator_value": 0.1}
+BASE = {"cpu": "torch Adagrad fused", "cuda": "torch Adagrad foreach"}
+TFRS = "TFRS ClippyAdagrad"
+SCALES = (1e-3, 1.0)  # gradients under which Clippy hardly clips, and clips hard
+PEERS: dict[str, str] = {}  # versions of other people's packages, as they are used
 # Ratios to torch's fused Adagrad on the CPU: 5 streams of memory for Adagrad, 8 for a method that looks first.
 LIMITS = {"small": 1.3, "large": 1.6, "large_dcn": 1.6}
-METHODS: dict[str, dict[str, Any]] = {
-    "clippy": {"name": "clippy"},
-    "gc": {"name": "gc"},
-    "agc": {"name": "agc"},
-    "lamb": {"name": "lamb"},
-}
+METHODS = ("clippy", "gc", "agc", "lamb")
 Step = Callable[[], object]
+NOTHING: Step = int  # returns 0
 
 
 @dataclass(frozen=True)
@@ -53,34 +62,43 @@ class Row:
     name: str
     value: float
     unit: str
-    target: str
-    ok: bool | None
+    target: str = ""
+    ok: bool | None = None
 
 
-def limited(name: str, value: float, unit: str, limit: float | None, *, at_least: bool = False) -> Row:
-    """Return a row that is met when the value is at most (or at least) the limit."""
-    if limit is None:
-        return Row(name, value, unit, "", None)
-    ok = value >= limit if at_least else value <= limit
-    return Row(name, value, unit, f"{'>=' if at_least else '<='} {limit:g}", ok)
+def limited(name: str, value: float, limit: float) -> Row:
+    """Return a row of a ratio that is met when it is at most the limit."""
+    return Row(name, value, "ratio", f"<= {limit:g}", value <= limit)
 
 
-def interleaved(steps: dict[str, Step], rounds: int, sync: Step, between: Step = lambda: None) -> dict[str, float]:
-    """Return the median milliseconds of each step; one of each a round, after two rounds to warm up.
+def interleaved(
+    steps: dict[str, Step], seconds: float, sync: Step = NOTHING, between: Step = NOTHING
+) -> dict[str, float]:
+    """Return the median milliseconds of each step, over as many rounds as fit the time, after two to warm up.
 
-    `between` runs before each round, untimed.
+    Each round runs every step once, in an order of its own. `between` runs before each round, untimed.
     """
     times: dict[str, list[float]] = {name: [] for name in steps}
-    for number in range(rounds + 2):
+    order, draw, end = list(steps), random.Random(0), time.monotonic() + seconds
+    for number in range(202):
+        if number >= 7 and time.monotonic() > end:
+            break
         between()
-        for name, step in steps.items():
+        draw.shuffle(order)
+        for name in order:
             sync()
             begin = time.perf_counter()
-            step()
+            steps[name]()
             sync()
             if number >= 2:
                 times[name].append((time.perf_counter() - begin) * 1e3)
+    say(f"{len(times[order[0]])} rounds of {len(steps)}")
     return {name: statistics.median(values) for name, values in times.items()}
+
+
+def say(text: str) -> None:
+    """Print a line of progress."""
+    print(f"[{time.monotonic() - START:4.0f} s] {text}", file=sys.stderr, flush=True)
 
 
 def tensors(shapes: Iterable[tuple[int, ...]], device: str, scale: float) -> list[nn.Parameter]:
@@ -94,70 +112,82 @@ def tensors(shapes: Iterable[tuple[int, ...]], device: str, scale: float) -> lis
     return params
 
 
-def theirs(params: list[nn.Parameter], device: str) -> dict[str, Step]:
-    """Return the steps of other people's optimizers: torch's Adagrad in its forms, LAMB where installed."""
-    given: dict[str, Any] = {"lr": 0.1, "initial_accumulator_value": 0.1}
-    steps: dict[str, Step] = {}
-    if device == "cpu":
-        steps[ADAGRAD] = torch.optim.Adagrad(params, **given, fused=True).step
-    steps["torch Adagrad foreach"] = torch.optim.Adagrad(params, **given, foreach=True).step
-    steps["torch Adagrad for-loop"] = torch.optim.Adagrad(params, **given, foreach=False).step
-    with contextlib.suppress(ImportError):
-        steps["pytorch_optimizer Lamb"] = importlib.import_module("pytorch_optimizer").Lamb(params, lr=1e-3).step
-    return steps
+def turn(params: Iterable[nn.Parameter]) -> None:
+    """Turn the gradients: the same in every round would drive the weights away, and no training does that."""
+    torch._foreach_neg_([param.grad for param in params if param.grad is not None])
 
 
-def ours(params: list[nn.Parameter], device: str) -> dict[str, Step]:
-    """Return the steps of this package."""
-    steps: dict[str, Step] = {"adagrad": optim.build_optimizer("adagrad", params, lr=0.1).step}
-    for label, given in METHODS.items():
-        steps[label] = optim.build_optimizer(model_or_params=params, lr=0.1, **given).step
-    steps["clippy, no compiler"] = optim.build_optimizer("clippy", params, lr=0.1, backend="eager").step
-    steps["clippy, on_nonfinite=skip"] = optim.build_optimizer("clippy", params, lr=0.1, on_nonfinite="skip").step
-    steps["clippy, collect_stats"] = optim.build_optimizer("clippy", params, lr=0.1, collect_stats=True).step
-    steps["clippy, lr <= lambda_abs"] = optim.build_optimizer("clippy", params, lr=0.01).step
+def fast(params: list[nn.Parameter], device: str, *, everything: bool) -> dict[str, Step]:
+    """Return the step that targets are measured by, those they are about, and what else this package offers."""
+    form = {"fused": True} if device == "cpu" else {"foreach": True}
+    steps: dict[str, Step] = {BASE[device]: torch.optim.Adagrad(params, **ADAGRAD, **form).step}
+    steps |= {name: optim.build_optimizer(name, params, lr=0.1).step for name in METHODS}
+    if not everything:
+        return steps
+    steps |= {
+        "adagrad": optim.build_optimizer("adagrad", params, lr=0.1).step,
+        "clippy, on_nonfinite=skip": optim.build_optimizer("clippy", params, lr=0.1, on_nonfinite="skip").step,
+        "clippy, collect_stats": optim.build_optimizer("clippy", params, lr=0.1, collect_stats=True).step,
+        "clippy, lr <= lambda_abs": optim.build_optimizer("clippy", params, lr=0.01).step,
+    }
     if device != "cpu":
         steps["clippy, torch.compile"] = torch.compile(optim.build_optimizer("clippy", params, lr=0.1).step)
     return steps
 
 
-def bench_dense(name: str, device: str, rounds: int, scale: float) -> list[Row]:
-    """Time every candidate on one tensor set."""
+def slow(params: list[nn.Parameter], device: str) -> dict[str, Step]:
+    """Return what makes temporaries as large as the tensors, and other people's LAMB where installed."""
+    steps: dict[str, Step] = {"torch Adagrad for-loop": torch.optim.Adagrad(params, **ADAGRAD, foreach=False).step}
+    if device == "cpu":
+        steps["torch Adagrad foreach"] = torch.optim.Adagrad(params, **ADAGRAD, foreach=True).step
+        steps["clippy, no compiler"] = optim.build_optimizer("clippy", params, lr=0.1, backend="eager").step
+    with contextlib.suppress(ImportError):
+        PEERS["pytorch_optimizer"] = importlib.metadata.version("pytorch_optimizer")
+        steps["pytorch_optimizer LAMB"] = importlib.import_module("pytorch_optimizer").Lamb(params, lr=1e-3).step
+    return steps
+
+
+def bench_dense(
+    name: str, scale: float, device: str, seconds: float, tfrs: Path | None
+) -> tuple[dict[str, float], list[Row]]:
+    """Time every candidate on one tensor set; return medians in milliseconds, and rows."""
     params = tensors(SETS[name], device, scale)
-    sync: Step = torch.cuda.synchronize if device == "cuda" else lambda: None
+    sync: Step = torch.cuda.synchronize if device == "cuda" else NOTHING
 
-    def turn() -> None:
-        # The same gradient in every round would drive the weights away, and no training does that.
-        for param in params:
-            assert param.grad is not None
-            param.grad.neg_()
-
-    medians = interleaved({**theirs(params, device), **ours(params, device)}, rounds, sync, turn)
-    base = medians[ADAGRAD if device == "cpu" else "torch Adagrad foreach"]
-    what = f"{name}, gradients ~ {scale:g}"
-    rows = [limited(f"{what}: {label}", value, "ms", None) for label, value in medians.items()]
-    for label in METHODS:
-        limit = LIMITS[name] if device == "cpu" else 1.0
-        rows.append(limited(f"{what}: {label} / Adagrad", medians[label] / base, "ratio", limit))
-    if device == "cuda":
-        rows.append(bandwidth_row(what, params, medians["clippy, torch.compile"], rounds, sync))
-    return rows
+    everything = scale == SCALES[0]  # what the others cost does not depend on the gradient
+    medians = interleaved(fast(params, device, everything=everything), seconds / 2, sync, lambda: turn(params))
+    if everything:  # apart: page faults of fresh temporaries disturb whoever comes next
+        medians |= interleaved(slow(params, device), seconds / 4, sync, lambda: turn(params))
+    what, base, limit = f"{name}, gradients ~ {scale:g}", BASE[device], LIMITS[name] if device == "cpu" else 1.0
+    rows = [limited(f"{what}: {label} / {base}", medians[label] / medians[base], limit) for label in METHODS]
+    if device == "cuda" and everything:
+        source = torch.empty(sum(param.numel() for param in params), device=device)
+        copy = interleaved({"copy": source.clone}, seconds / 4, sync)["copy"]  # two streams; Clippy takes eight
+        share = 8 / 2 * copy / medians["clippy, torch.compile"]
+        rows.append(Row(f"{what}: clippy, share of copy bandwidth", share, "ratio", ">= 0.7", share >= 0.7))
+    if tfrs and everything:
+        medians[TFRS] = bench_tfrs(tfrs, SETS[name], scale, seconds / 4)
+    return medians, [Row(f"{what}: {label}", value, "ms") for label, value in medians.items()] + rows
 
 
-def bandwidth_row(what: str, params: list[nn.Parameter], milliseconds: float, rounds: int, sync: Step) -> Row:
-    """Return the share of the device's copy bandwidth that Clippy reaches, counted over 8 streams."""
-    source = torch.empty(sum(param.numel() for param in params), device=params[0].device)
-    target = torch.empty_like(source)
-    copy = interleaved({"copy": lambda: target.copy_(source)}, rounds, sync)["copy"]
-    return limited(f"{what}: share of copy bandwidth", 8 / milliseconds * copy / 2, "ratio", 0.7, at_least=True)
+def bench_tfrs(python: Path, shapes: list[tuple[int, ...]], scale: float, seconds: float) -> float:
+    """Return the milliseconds of a step of the authors' own Keras optimizer, in a process of its own."""
+    script = Path(__file__).with_name("bench_optim_tfrs.py")
+    given = {"shapes": shapes, "scale": scale, "seconds": seconds, "threads": torch.get_num_threads()}
+    command = [str(python), str(script), json.dumps(given)]
+    answer = subprocess.run(command, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True).stdout
+    found = json.loads(answer.splitlines()[-1])
+    PEERS.update(found["versions"])
+    say(f"{found['rounds']} rounds of {TFRS}")
+    return float(found["milliseconds"])
 
 
-def bench_sparse(rounds: int, touched: int = 10_000, width: int = 16) -> list[Row]:
+def bench_sparse(seconds: float, touched: int = 10_000, width: int = 16) -> list[Row]:
     """Time 10,000 touched rows of a small and of a large table."""
     steps: dict[str, Step] = {}
     for rows in (10**4, 10**7):
         table = nn.Parameter(torch.zeros(rows, width))
-        index = torch.randint(0, rows, (1, touched), generator=torch.Generator().manual_seed(0))
+        index = torch.randperm(rows)[None, :touched]  # as many distinct rows of either table
         optimizer = optim.build_optimizer("clippy", [table], lr=0.1)
         grad = torch.sparse_coo_tensor(index, torch.randn(touched, width), table.shape, check_invariants=True)
 
@@ -166,14 +196,14 @@ def bench_sparse(rounds: int, touched: int = 10_000, width: int = 16) -> list[Ro
             optimizer.step()
 
         steps[f"sparse: 10,000 rows of {rows:,}"] = step
-    medians = interleaved(steps, rounds, lambda: None)
+    medians = interleaved(steps, seconds)
     small, large = medians.values()
-    return [limited(name, value, "ms", None) for name, value in medians.items()] + [
-        limited("sparse: large table / small table", large / small, "ratio", 1.2)
+    return [Row(name, value, "ms") for name, value in medians.items()] + [
+        limited("sparse: large table / small table", large / small, 1.2)
     ]
 
 
-def bench_stats(rounds: int, batch: int) -> list[Row]:
+def bench_stats(seconds: float, batch: int) -> list[Row]:
     """Time what collecting statistics adds to a training step of Large."""
     sizes = [INPUT, 4096, 4096, 4096, 4096]
     layers = [layer for pair in itertools.pairwise(sizes) for layer in (nn.Linear(*pair), nn.ReLU())]
@@ -189,48 +219,81 @@ def bench_stats(rounds: int, batch: int) -> list[Row]:
         optimizer.collect_stats = collect
         optimizer.step()
 
-    steps: dict[str, Step] = {"backward": gradients, "off": lambda: step(False), "on": lambda: step(True)}
-    medians = interleaved(steps, rounds, lambda: None)
-    added = (medians["on"] - medians["off"]) / (medians["backward"] + medians["off"])
-    return [
-        limited(f"large: forward and backward, batch {batch}", medians["backward"], "ms", None),
-        limited("large: statistics, share of a training step", added, "ratio", 0.03),
+    step(True)  # what the statistics live in is made once
+    backward = interleaved({"backward": gradients}, seconds / 2)["backward"]
+    steps: dict[str, Step] = {"off": lambda: step(False), "on": lambda: step(True)}
+    off, on = interleaved(steps, seconds / 2, NOTHING, lambda: turn(model.parameters())).values()
+    times = {f"forward and backward, batch {batch}": backward, "step without statistics": off, "step with them": on}
+    share = (on - off) / (backward + off)
+    return [Row(f"large: {what}", value, "ms") for what, value in times.items()] + [
+        limited("large: statistics, share of a training step", share, 0.03)
     ]
 
 
-def show(rows: list[Row]) -> None:
-    """Print the rows as a Markdown table."""
-    print("| what | value | unit | target | met |\n|---|---:|---|---|---|")
+def machine(device: str) -> str:
+    """Return the processor, the threads and the versions that the figures belong to."""
+    name = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), name)
+    versions = {"Python": platform.python_version(), "torch": torch.__version__, **PEERS}
+    parts = [*([torch.cuda.get_device_name()] if device == "cuda" else []), name, f"{torch.get_num_threads()} threads"]
+    return ", ".join(parts + [f"{what} {version}" for what, version in versions.items()])
+
+
+def markdown(where: str, dense: dict[str, dict[str, float]], rows: list[Row]) -> str:
+    """Return the tables: milliseconds of a step with the ratio to the first candidate, and the targets."""
+    labels = list(dict.fromkeys(label for medians in dense.values() for label in medians))
+    lines = [f"Medians on {where}.", "", f"| milliseconds (ratio) | {' | '.join(dense)} |"]
+    lines.append("|---|" + "---:|" * len(dense))
+    for label in labels:
+        pairs = [(medians.get(label), next(iter(medians.values()))) for medians in dense.values()]
+        cells = [f"{value:.3g} ({value / base:.2f})" if value else "" for value, base in pairs]
+        lines.append(f"| {label} | {' | '.join(cells)} |")
+    lines += ["", "| what | value | unit | target | met |", "|---|---:|---|---|---|"]
     for row in rows:
-        met = "" if row.ok is None else "yes" if row.ok else "NO"
-        print(f"| {row.name} | {row.value:.3g} | {row.unit} | {row.target} | {met} |")
+        if row.target or ("gradients" not in row.name and row.unit == "ms"):
+            met = "" if row.ok is None else "yes" if row.ok else "NO"
+            lines.append(f"| {row.name} | {row.value:.3g} | {row.unit} | {row.target} | {met} |")
+    return "\n".join(lines) + "\n"
+
+
+def report(where: str, dense: dict[str, dict[str, float]], rows: list[Row], *files: Path | None) -> int:
+    """Print the tables, write them and the rows as JSON; return 1 where a target is missed."""
+    table = markdown(where, dense, rows)
+    print(table, end="")
+    rows = [Row(f"threads on {where}", torch.get_num_threads(), "threads"), *rows]
+    for path, text in zip(files, (json.dumps([asdict(row) for row in rows], indent=1) + "\n", table), strict=True):
+        if path:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
+    return int(any(row.ok is False for row in rows))
 
 
 def main() -> int:
     """Run the benchmark; return 1 where a target is missed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="write the rows here")
+    parser.add_argument("--markdown", type=Path, help="write the tables here")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--sets", nargs="*", choices=SETS, default=list(SETS))
-    parser.add_argument("--rounds", type=int, default=11, help="timed rounds, one step of every candidate each")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--batch", type=int, default=1024, help="examples of the training step")
-    parser.add_argument("--dense-only", action="store_true")
+    parser.add_argument("--seconds", type=float, default=300, help="about how long to measure; setting up comes on top")
+    parser.add_argument("--batch", type=int, default=512, help="examples of the training step")
+    parser.add_argument("--tfrs-python", type=Path, help="interpreter that has tensorflow-recommenders")
     given = parser.parse_args()
-    torch.set_num_threads(given.threads)
-    rows: list[Row] = []
-    for name in given.sets:
-        for scale in (1e-3, 1.0):  # gradients under which Clippy hardly clips, and clips hard
-            print(f"{name}, gradients ~ {scale:g} ...", file=sys.stderr)
-            rows += bench_dense(name, given.device, given.rounds, scale)
-    if given.device == "cpu" and not given.dense_only:
-        print("sparse, statistics ...", file=sys.stderr)
-        rows += bench_sparse(given.rounds * 3) + bench_stats(max(3, given.rounds // 3), given.batch)
-    show(rows)
-    if given.json:
-        given.json.parent.mkdir(parents=True, exist_ok=True)
-        given.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
-    return int(any(row.ok is False for row in rows))
+    share = given.seconds / 8  # three sets twice, and two more
+    dense, rows = {}, []
+    for name, scale in itertools.product(given.sets, SCALES):
+        column = f"{name}, gradients ~ {scale:g}"
+        say(f"{column} ...")
+        dense[column], found = bench_dense(name, scale, given.device, share, given.tfrs_python)
+        rows += found
+    if given.device == "cpu":
+        say("sparse ...")
+        rows += bench_sparse(share / 2)
+        say("statistics ...")
+        rows += bench_stats(share, given.batch)
+    return report(machine(given.device), dense, rows, given.json, given.markdown)
 
 
 if __name__ == "__main__":
