@@ -1,0 +1,240 @@
+"""Training end to end, beside other libraries: python scripts/bench_training.py --source DIR [--json FILE].
+
+The same rows of KuaiRand, the same shared bottom and the same MMoE (widths, embedding size, batch, threads, Adagrad
+with dense gradients), each in a process of its own, in turns: ``train.py`` as a user starts it, DeepCTR-Torch and
+torch-rechub as their examples do (``scripts/training_peers.py``). What is counted favours the others: their time to
+read the files is left out, while train.py reads as it trains; a ratio takes the faster of them, and for memory the
+leaner.
+
+Install the others with ``pip install 'evenkeel[bench]' requests`` (DeepCTR-Torch imports requests without saying so),
+or each in an environment of its own, named by ``--deepctr-python`` and ``--rechub-python``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+ROOT = Path(__file__).resolve().parent.parent
+# As in conf/scale/laptop.yaml, and the names of the two models in conf/model.
+MODELS = {"shared_bottom": ("small", [64, 64]), "mmoe": ("moe", [256, 256, 256, 256])}
+EXPERTS = 4
+LR = 0.01
+MIB = 2**20
+
+
+@dataclass(frozen=True)
+class Line:
+    """One number of the table. ``ok`` is None where there is no target."""
+
+    name: str
+    value: float
+    unit: str
+    target: str = ""
+    ok: bool | None = None
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What one training showed.
+
+    Attributes:
+        speed: examples a second.
+        peak: the process's largest resident memory, bytes.
+        waited: share of the time spent waiting for data; nan where the library does not say.
+        parameters: of the whole model.
+        version: of the library.
+    """
+
+    speed: float
+    peak: float
+    waited: float
+    parameters: int
+    version: str
+
+
+def run(command: Sequence[str], *, threads: int) -> tuple[str, float]:
+    """Runs a process; what it printed, and its peak memory in bytes.
+
+    This process must stay small: Linux counts the memory of the process that starts another to that one's peak.
+
+    Raises:
+        RuntimeError: it failed; the last line that it wrote says why.
+    """
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as errors:
+        process = subprocess.Popen(command, cwd=ROOT, env=environment, text=True, stdout=out, stderr=errors)
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        out.seek(0)
+        errors.seek(0)
+        if process.returncode:
+            said = errors.read().strip().splitlines() or ["it said nothing"]
+            raise RuntimeError(f"{' '.join(command[:3])} failed: {said[-1]}")
+        return out.read(), usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def train_evenkeel(root: Path, model: str, given: argparse.Namespace) -> Measured:
+    """``train.py`` with Adagrad, its data path, metrics and divergence watch; without evaluations on the way."""
+    name, hidden = MODELS[model]
+    widths = f"scale.model.{name}.{'expert_hidden' if model == 'mmoe' else 'hidden'}={json.dumps(hidden)}"
+    with tempfile.TemporaryDirectory() as folder:
+        overrides = [
+            "data=parquet",
+            f"data.root={root}",
+            f"data.base_lr.laptop={LR}",
+            f"model={name}",
+            widths.replace(" ", ""),
+            "optim=adagrad",
+            "trainer=cpu",
+            "logger=none",
+            "train.eval_every=0",
+            "train.progressive=false",
+            "train.checkpoint_every=0",
+            f"train.threads={given.threads}",
+            f"train.max_steps={given.rows // given.batch_size if given.rows else -1}",
+            f"scale.batch_size={given.batch_size}",
+            f"hydra.run.dir={folder}",
+        ]
+        overrides += [f"scale.model.moe.experts={EXPERTS}"] if model == "mmoe" else []
+        _, peak = run([sys.executable, "train.py", *overrides], threads=given.threads)
+        summary = json.loads((Path(folder) / "summary.json").read_text(encoding="utf-8"))
+    if summary["status"] != "completed":
+        raise RuntimeError(f"train.py: {summary['status']}: {summary['reason']}")
+    return Measured(
+        speed=summary["examples_per_second"],
+        peak=peak,
+        waited=summary["data_wait_fraction"],
+        parameters=sum(summary["parameters"].values()),
+        version=summary["versions"]["evenkeel"],
+    )
+
+
+def train_peer(library: str, python: str, root: Path, model: str, given: argparse.Namespace) -> Measured:
+    """Another library on the same rows."""
+    command = [python, "scripts/training_peers.py", library, "--root", str(root), "--model", model]
+    command += ["--hidden", *map(str, MODELS[model][1]), "--experts", str(EXPERTS), "--lr", str(LR)]
+    command += ["--batch-size", str(given.batch_size), "--threads", str(given.threads)]
+    if given.rows:
+        command += ["--rows", str(given.rows // given.batch_size * given.batch_size)]
+    printed, peak = run(command, threads=given.threads)
+    said = json.loads(printed.splitlines()[-1])
+    speed = said["examples"] / said["seconds"]
+    return Measured(speed, peak, float("nan"), said["parameters"], said["version"])
+
+
+def compare(root: Path, model: str, peers: Mapping[str, str], given: argparse.Namespace) -> list[Line]:
+    """All libraries (names and interpreters) in turns on one model; medians over rounds, of ratios within a round."""
+    rounds: list[dict[str, Measured]] = []
+    for _ in range(given.rounds):
+        done = {"evenkeel": train_evenkeel(root, model, given)}
+        for library, python in peers.items():
+            done[library] = train_peer(library, python, root, model, given)
+        rounds.append(done)
+    lines = []
+    for library, measured in rounds[0].items():
+        name = f"{model}, {library} {measured.version}"
+        lines.append(Line(name, statistics.median(done[library].speed for done in rounds), "examples/s"))
+        lines.append(Line(f"{name}: peak memory", statistics.median(d[library].peak for d in rounds) / MIB, "MiB"))
+        lines.append(Line(f"{name}: size", measured.parameters, "parameters"))
+    return lines + ratios(model, rounds)
+
+
+def ratios(model: str, rounds: Sequence[dict[str, Measured]]) -> list[Line]:
+    """What the targets are about."""
+    faster, leaner, waited = [], [], []
+    for done in rounds:
+        others = [measured for library, measured in done.items() if library != "evenkeel"]
+        faster.append(done["evenkeel"].speed / max(other.speed for other in others))
+        leaner.append(done["evenkeel"].peak / min(other.peak for other in others))
+        waited.append(done["evenkeel"].waited)
+    speed, peak, wait = map(statistics.median, (faster, leaner, waited))
+    return [
+        Line(f"{model}: speed / faster peer", speed, "x", ">= 2", speed >= 2),
+        Line(f"{model}: peak memory / leaner peer", peak, "x", "<= 0.5", peak <= 0.5),
+        Line(f"{model}: data_wait_fraction", wait, "", "< 0.05", wait < 0.05),
+    ]
+
+
+def check_installed(library: str, python: str) -> None:
+    """Looks for a library before anything is measured.
+
+    Raises:
+        RuntimeError: the interpreter, or the library in its environment, is missing.
+    """
+    try:
+        run([python, "-c", f"from importlib.metadata import version; version({library!r})"], threads=1)
+    except (RuntimeError, OSError) as error:
+        option = "--deepctr-python" if library == "deepctr-torch" else "--rechub-python"
+        raise RuntimeError(f"no {library} for {python}: install it there, or name another with {option}") from error
+
+
+@contextmanager
+def prepared(source: Path) -> Iterator[Path]:
+    """KuaiRand prepared into a temporary folder; a folder that is prepared already is taken as it is."""
+    if (source / "schema.yaml").is_file():
+        yield source.resolve()
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        target = Path(folder) / "kuairand"
+        run([sys.executable, "scripts/prepare_data.py", "kuairand", str(source.resolve()), str(target)], threads=2)
+        yield target
+
+
+def print_lines(lines: Sequence[Line]) -> None:
+    """Shows the table."""
+    table = Table("what", "value", "unit", "target", "ok")
+    for line in lines:
+        mark = "" if line.ok is None else "yes" if line.ok else "[red]no"
+        value = f"{line.value:,.3g}" if line.value < 1000 else f"{line.value:,.0f}"
+        table.add_row(line.name, value, line.unit, line.target, mark)
+    console = Console()
+    if not console.is_terminal:
+        console.width = max(console.width, 110)
+    console.print(table)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measures, prints the table, and returns 1 where a target is missed."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--source", type=Path, required=True, help="published KuaiRand files, or a prepared folder")
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--rows", type=int, help="train on the first rows only; all but the hold-out otherwise")
+    parser.add_argument("--batch-size", type=int, default=1024)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=3, help="how often everything is measured")
+    parser.add_argument("--deepctr-python", default=sys.executable, help="interpreter that has deepctr-torch")
+    parser.add_argument("--rechub-python", default=sys.executable, help="interpreter that has torch-rechub")
+    parser.add_argument("--json", type=Path, help="also write the lines to this file")
+    given = parser.parse_args(arguments)
+    peers = {"deepctr-torch": given.deepctr_python, "torch-rechub": given.rechub_python}
+    lines: list[Line] = []
+    try:
+        for library, python in peers.items():
+            check_installed(library, python)
+        with prepared(given.source) as root:
+            for model in given.models:
+                lines += compare(root, model, peers, given)
+    except RuntimeError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print_lines(lines)
+    if given.json:
+        given.json.write_text(json.dumps([asdict(line) for line in lines], indent=2) + "\n", encoding="utf-8")
+    return 0 if all(line.ok is not False for line in lines) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,110 @@
+from __future__ import annotations
+
+import json
+import sys
+
+import numpy as np
+import pytest
+
+from ranker.data.columns import Task
+from ranker.data.parquet_log import ParquetLog
+from ranker.data.schema import CategoricalFeature, DenseFeature, Schema
+
+
+@pytest.fixture
+def bench(load_script):
+    return load_script("bench_training")
+
+
+@pytest.fixture
+def peers(load_script):
+    return load_script("training_peers")
+
+
+SCHEMA = Schema(
+    name="made_up",
+    time_column="t",
+    dense=(DenseFeature(name="price", scale=0.5, transform="log1p"),),
+    categorical=(
+        CategoricalFeature(name="country", vocabulary=("fr", "de")),
+        CategoricalFeature(name="slot", num_embeddings=7),
+        CategoricalFeature(name="tags", kind="multi_hot", table="slot"),
+        CategoricalFeature(name="last", column="tags", kind="sequence", num_embeddings=4, max_length=2),
+    ),
+    tasks=(
+        Task(name="click"),
+        Task(name="long", column="watch", at_least=5.0),
+        Task(name="watch", type="regression", transform="log1p"),
+    ),
+)
+
+
+def padded(ragged):
+    lists = [
+        ragged.values[start:end].tolist() for start, end in zip(ragged.offsets[:-1], ragged.offsets[1:], strict=True)
+    ]
+    return [ids + [0] * (max(map(len, lists)) - len(ids)) for ids in lists]
+
+
+def test_the_other_libraries_get_the_values_that_our_loader_gives(peers, write_log):
+    root = write_log({0: 20, 1: 17, 2: 5}, schema=SCHEMA)
+    rows = peers.read_rows(root, None)
+    ours = ParquetLog(str(root)).read(0, 37)
+    assert list(rows.features) == ["price", "country", "slot", "tags", "last"]
+    np.testing.assert_allclose(rows.dense["price"], ours.dense_BF[:, 0].numpy(), rtol=1e-6)
+    assert np.stack([rows.ids["country"], rows.ids["slot"]], axis=1).tolist() == ours.onehot_BC.tolist()
+    assert rows.lists["tags"].tolist() == padded(ours.ragged["tags"])
+    assert rows.lists["last"].tolist() == padded(ours.ragged["last"])
+    np.testing.assert_allclose(rows.labels, ours.labels_BT.numpy(), rtol=1e-6)
+    assert rows.table({"name": "tags", "table": "slot"}) == ("slot", 8)
+    assert len(peers.read_rows(root, 24).labels) == 24
+
+
+def test_ratios_take_the_faster_and_the_leaner_peer_within_a_round(bench):
+    def done(ours, one, other):
+        return {
+            name: bench.Measured(*values, waited=0.01, parameters=1, version="1")
+            for name, values in {"evenkeel": ours, "a": one, "b": other}.items()
+        }
+
+    rounds = [done((30.0, 4.0), (10.0, 8.0), (5.0, 10.0)), done((12.0, 4.0), (6.0, 10.0), (4.0, 8.0))]
+    speed, peak, waited = bench.ratios("mmoe", rounds)
+    assert (speed.value, speed.ok) == (2.5, True)
+    assert (peak.value, peak.ok) == (0.5, True)
+    assert (waited.value, waited.ok) == (0.01, True)
+    assert not bench.ratios("mmoe", [done((19.0, 6.0), (10.0, 8.0), (5.0, 10.0))])[0].ok
+    assert not bench.ratios("mmoe", [done((19.0, 6.0), (10.0, 8.0), (5.0, 10.0))])[1].ok
+
+
+def test_a_process_gives_what_it_printed_and_its_peak(bench):
+    printed, peak = bench.run([sys.executable, "-c", "print('done')"], threads=1)
+    assert printed == "done\n"
+    assert 2**20 < peak < 2**40
+    with pytest.raises(RuntimeError, match=r"failed: ValueError: no such column"):
+        bench.run([sys.executable, "-c", "raise ValueError('no such column')"], threads=1)
+
+
+def test_a_library_that_is_missing_is_said_before_anything_is_measured(bench, capsys, tmp_path):
+    missing = str(tmp_path / "python")
+    assert bench.main(["--source", str(tmp_path), "--deepctr-python", missing]) == 1
+    assert capsys.readouterr().err == (
+        f"error: no deepctr-torch for {missing}: install it there, or name another with --deepctr-python\n"
+    )
+
+
+def test_a_missed_target_is_the_exit_status(bench, capsys, write_log, tmp_path, monkeypatch):
+    speeds = {"evenkeel": 15.0, "deepctr-torch": 10.0, "torch-rechub": 5.0}
+
+    def measured(library):
+        return bench.Measured(speeds[library], 1.0 if library == "evenkeel" else 4.0, 0.0, 7, "1")
+
+    monkeypatch.setattr(bench, "check_installed", lambda *given: None)
+    monkeypatch.setattr(bench, "train_evenkeel", lambda *given: measured("evenkeel"))
+    monkeypatch.setattr(bench, "train_peer", lambda library, *given: measured(library))
+    arguments = ["--source", str(write_log({0: 20, 1: 5})), "--rounds", "2", "--json", str(tmp_path / "lines.json")]
+    assert bench.main(arguments) == 1
+    speeds["evenkeel"] = 20.0
+    assert bench.main(arguments) == 0
+    lines = json.loads((tmp_path / "lines.json").read_text())
+    assert set(lines[0]) == {"name", "value", "unit", "target", "ok"}
+    assert "mmoe: speed / faster peer" in capsys.readouterr().out
