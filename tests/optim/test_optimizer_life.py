@@ -236,13 +236,20 @@ def test_a_torch_adagrad_checkpoint_brings_its_accumulator() -> None:
     assert ours.state[param]["sum"].equal(torch.full((3,), 2.0))
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_the_step_compiles_and_gives_the_same_result(name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "compiler"),
+    [
+        *((name, "eager") for name in NAMES),
+        pytest.param("clippy", "inductor", marks=[pytest.mark.slow, pytest.mark.timeout(1200)]),
+    ],
+)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch", "ignore::FutureWarning:torch")
+def test_the_step_compiles_and_gives_the_same_result(name: str, compiler: str) -> None:
     (plain, first), (compiled, second) = make(name), make(name)
     train(plain, first, 1, seed=1)
     train(compiled, second, 1, seed=1)  # state exists before the graph is captured
     torch._dynamo.reset()
-    step = torch.compile(second.step, backend="eager")
+    step = torch.compile(second.step, backend=compiler)
     for seed in (2, 3):
         for model, optimizer, go in ((plain, first, first.step), (compiled, second, step)):
             optimizer.zero_grad()

@@ -22,19 +22,22 @@ _FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-sha
 # Apple's compiler knows no -fopenmp, others no -march=native; each step back loses speed, not results.
 _VARIANTS = ((*_FLAGS, "-fopenmp"), _FLAGS, tuple(flag for flag in _FLAGS if flag != "-march=native"))
 
+_WITHOUT = "Adagrad, Clippy, GC, AGC and LAMB run in plain torch, several times slower"
+
 
 @functools.cache
 def load() -> ctypes.CDLL | None:
     """Return the kernels; None, with the reason logged, where there is no compiler or the result does not load."""
     compiler = next((found for name in (os.environ.get("CC"), "cc", "gcc", "clang") if (found := _which(name))), None)
     if compiler is None or platform.system() == "Windows":
-        _log.info("no C compiler found: Adagrad, Clippy, GC, AGC and LAMB run in plain torch, several times slower")
+        _log.info("no C compiler found: %s", _WITHOUT)
         return None
     for flags in _VARIANTS:
         try:
             return ctypes.CDLL(str(_compiled(compiler, flags)))
         except (OSError, subprocess.SubprocessError) as error:
             _log.info("C kernels with %s: %s", " ".join(flags), getattr(error, "stderr", None) or error)
+    _log.info("no C kernels: %s", _WITHOUT)
     return None
 
 
