@@ -67,6 +67,7 @@ class DivergenceDetector:
         unborn_patience: int = DetectorSettings.unborn_patience,
         auc_tolerance: float = DetectorSettings.auc_tolerance,
         auc_patience: int = DetectorSettings.auc_patience,
+        lost_ne: float = DetectorSettings.lost_ne,
     ) -> None:
         if not task_names:
             raise UserError("divergence detector: at least one task is needed")
@@ -90,6 +91,7 @@ class DivergenceDetector:
             unborn_patience=unborn_patience,
             auc_tolerance=auc_tolerance,
             auc_patience=auc_patience,
+            lost_ne=lost_ne,
         )
         self.task_names = tuple(task_names)
         self.events: list[Event] = []
@@ -133,16 +135,19 @@ class DivergenceDetector:
         events, self._unreported = self._unreported + self._read(wait=wait), []
         return events
 
-    def finish(self, eval_auc_T: Tensor | Sequence[float] | None = None) -> list[Event]:
+    def finish(
+        self, eval_auc_T: Tensor | Sequence[float] | None = None, eval_ne_T: Tensor | Sequence[float] | None = None
+    ) -> list[Event]:
         """Judges what is still open when training ends, however short it was.
 
         Args:
             eval_auc_T: AUC of each task on the hold-out, nan for regressions; settles doubtful cases.
+            eval_ne_T: normalised entropy of each task on the hold-out, nan for regressions.
         """
         events = self.poll(wait=True)
         unknown = [math.nan] * len(self.task_names)
-        aucs = unknown if eval_auc_T is None else [float(x) for x in eval_auc_T]
-        last = self._judge.finish(aucs)
+        aucs, entropies = (unknown if x is None else [float(v) for v in x] for x in (eval_auc_T, eval_ne_T))
+        last = self._judge.finish(aucs, entropies)
         self.events += last
         return events + last
 

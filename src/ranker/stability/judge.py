@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
@@ -97,15 +98,19 @@ class Judge:
         lost = self._lost()
         return [lost] if lost else self._settle()
 
-    def finish(self, eval_aucs: Sequence[float]) -> list[Event]:
+    def finish(self, eval_aucs: Sequence[float], eval_nes: Sequence[float] = ()) -> list[Event]:
         """Judges what is still open at the end of training.
 
         Args:
             eval_aucs: AUC of each task on the hold-out; nan for regressions, and where it is not known.
+            eval_nes: normalised entropy likewise.
         """
         if self.lost is not None or not self.steps:
             return []
         s = self._settings
+        if self.steps >= 2 * s.startup and (worse := _useless(eval_aucs, eval_nes, s)):
+            self.jump = self.jump or self._blowup
+            return [self._lose(f"AUC on the hold-out is at 0.5, log loss {worse:.3g}x that of the base rate", None)]
         held_out = skill(self.tasks, eval_aucs, s)
         if held_out >= 1.5 * s.auc_tolerance and not self._flat.length:
             # A model that ranks the hold-out is not lost, whatever was going on when training ended.
@@ -245,3 +250,15 @@ class Judge:
         (self.steps, self._step), self._alive = state["steps"], state["alive"]
         self._skill.load(state["skill"])
         self._nonfinite, self._flat = Streak(**state["nonfinite"]), Streak(**state["flat"])
+
+
+def _useless(aucs: Sequence[float], nes: Sequence[float], settings: DetectorSettings) -> float:
+    """The median normalised entropy on the hold-out where it, and the AUCs, say that the model is lost; else 0.
+
+    Medians, so that neither a rare task's noisy AUC nor one badly calibrated task decides.
+    """
+    aucs, nes = ([x for x in values if not math.isnan(x)] for values in (aucs, nes))
+    if not aucs or not nes or statistics.median(aucs) >= 0.5 + 2.0 * settings.auc_tolerance:
+        return 0.0
+    worse = statistics.median(nes)
+    return worse if worse >= settings.lost_ne else 0.0

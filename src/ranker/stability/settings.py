@@ -37,6 +37,8 @@ class DetectorSettings:
         unborn_patience: the same for a model that never was above it (heads may start at zero, under warm-up).
         auc_tolerance: a mean AUC less than this above 0.5 is none (see ``skill``).
         auc_patience: steps in a row at which the AUC is back at 0.5, or has stayed there after a blow-up.
+        lost_ne: normalised entropy on the hold-out (log loss over that of always predicting the base rate), median over
+            the binary tasks, from which on a model whose median AUC there is at 0.5 is lost.
     """
 
     window: int = 128
@@ -58,6 +60,7 @@ class DetectorSettings:
     unborn_patience: int = 300
     auc_tolerance: float = 0.02
     auc_patience: int = 200
+    lost_ne: float = 3.0
 
     def __post_init__(self) -> None:
         for field in fields(self):

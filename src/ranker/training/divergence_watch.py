@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import pytorch_lightning as pl
-import torch
 from pytorch_lightning.callbacks import Callback
 
 from ranker.stability import DivergenceDetector, Event, reduce_signals
@@ -67,10 +66,13 @@ class DivergenceWatch(Callback):
         self._look(trainer, pl_module)
 
     def judge(self, trainer: pl.Trainer, module: RankingModule) -> None:
-        """Gives the verdict on a run that has ended, with the hold-out's AUCs at hand."""
+        """Gives the verdict on a run that has ended, with the hold-out's metrics at hand."""
         assert self.detector is not None
-        aucs = [module.holdout.get(f"test/{task.name}/auc", math.nan) for task in module.schema.tasks]
-        for event in self.detector.finish(eval_auc_T=torch.tensor(aucs)):
+        aucs, nes = (
+            [module.holdout.get(f"test/{task.name}/{metric}", math.nan) for task in module.schema.tasks]
+            for metric in ("auc", "ne")
+        )
+        for event in self.detector.finish(eval_auc_T=aucs, eval_ne_T=nes):
             self.report(trainer, module, event)
 
     def state_dict(self) -> dict[str, Any]:

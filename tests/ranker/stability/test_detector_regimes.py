@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from ranker.stability import traces
+from ranker.stability import DivergenceDetector, traces
 from ranker.stability.traces import healthy
 
 Judged = Callable[..., Any]
@@ -250,6 +250,21 @@ def test_still_high_at_the_end_is_full_unless_the_hold_out_is_ranked_well(judged
 
 def test_a_slow_model_that_never_blew_up_is_not_lost(judged: Judged) -> None:
     assert judged(healthy(steps=450, seed=1, learned_after=50_000))[0].status == "healthy"
+
+
+def test_a_model_without_auc_and_worse_than_the_base_rate_on_the_hold_out_is_lost() -> None:
+    def verdict(*, aucs: list[float], nes: list[float], steps: int = 205) -> str:
+        detector = DivergenceDetector(["click", "like", "watch_time"])
+        for step, losses in enumerate(healthy(steps=steps, seed=1).losses_NT[:, :3], start=1):
+            detector.update(step, losses)
+        detector.finish(eval_auc_T=aucs, eval_ne_T=nes)
+        return detector.status
+
+    nan = float("nan")
+    assert verdict(aucs=[0.48, 0.49, nan], nes=[8.1, 12.8, nan]) == "diverged"
+    assert verdict(aucs=[0.66, 0.61, nan], nes=[8.1, 12.8, nan]) == "healthy"  # badly calibrated, but it ranks
+    assert verdict(aucs=[0.48, 0.49, nan], nes=[1.0, 1.0, nan]) == "healthy"  # slow, for all we know
+    assert verdict(aucs=[0.48, 0.49, nan], nes=[8.1, 12.8, nan], steps=20) == "healthy"  # nothing can be said yet
 
 
 def test_regressions_alone_can_be_judged_too(judged: Judged) -> None:
