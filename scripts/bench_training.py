@@ -106,6 +106,7 @@ def train_evenkeel(root: Path, model: str, given: argparse.Namespace) -> Measure
             f"train.threads={given.threads}",
             f"train.max_steps={given.rows // given.batch_size if given.rows else -1}",
             f"scale.batch_size={given.batch_size}",
+            f"scale.eval_batch_size={given.batch_size}",  # the others do not evaluate: it should not set the peak
             f"hydra.run.dir={folder}",
         ]
         overrides += [f"scale.model.moe.experts={EXPERTS}"] if model == "mmoe" else []
