@@ -65,6 +65,12 @@ class WindowPlan:
         window = int(np.searchsorted(self._first_batch, batch, side="right")) - 1
         return window, batch - int(self._first_batch[window])
 
+    def size(self, batch: int) -> int:
+        """Rows of a global batch, over all ranks."""
+        window, number = self.locate(batch)
+        start, stop = self.rows(window)
+        return min(self.batch_size, stop - start - number * self.batch_size)
+
     def batches(self, window: int) -> int:
         """Number of global batches of a window."""
         return int(self._first_batch[window + 1] - self._first_batch[window])

@@ -10,6 +10,7 @@ import pytorch_lightning as pl
 from pytorch_lightning.callbacks import Callback
 
 from ranker.data.batch import Batch
+from ranker.data.datamodule import RankingDataModule
 
 T = TypeVar("T")
 
@@ -89,11 +90,13 @@ class Throughput(Callback):
         batch_idx: int,
     ) -> None:
         """Counts a batch."""
+        datamodule: RankingDataModule = trainer.datamodule  # type: ignore[attr-defined]
+        rows = datamodule.plan.size(batch.number)  # of all ranks, whose shares may differ by one
         self._seen += 1
-        self.examples += len(batch) * trainer.world_size
+        self.examples += rows
         if self._seen > self._skip:
             self._stop_clock()
-            self._rows += len(batch) * trainer.world_size
+            self._rows += rows
         self._resume_clock()
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

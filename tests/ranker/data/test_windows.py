@@ -5,7 +5,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from ranker.data.windows import parse_window, permutation, plan_windows, share
+from ranker.data.windows import WindowPlan, parse_window, permutation, plan_windows, share
 from ranker.errors import UserError
 
 HOUR_MS = 3_600_000
@@ -75,3 +75,9 @@ def test_shares_cover_the_rows_and_differ_by_one_at_most():
             assert all(a[1] == b[0] for a, b in pairwise(parts))
             sizes = [high - low for low, high in parts]
             assert max(sizes) - min(sizes) <= 1
+
+
+def test_the_sizes_of_all_batches_add_up_to_the_rows() -> None:
+    plan = WindowPlan(starts=np.array([0, 10, 13, 24]), batch_size=5)
+
+    assert [plan.size(batch) for batch in range(plan.num_batches)] == [5, 5, 3, 5, 5, 1]
