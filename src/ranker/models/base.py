@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+
 import torch
 from torch import Tensor, nn
 
@@ -10,7 +12,7 @@ from ranker.data.schema import Schema
 from ranker.models.embeddings import EmbeddingTables
 
 
-class Ranker(nn.Module):
+class Ranker(nn.Module, ABC):
     """Base of the models: input features, names, counts. A model adds its layers, ``forward`` and ``layer_names``.
 
     Names of all embedding parameters, and of no others, start with ``embeddings.``: that is how an optimizer tells
@@ -37,10 +39,11 @@ class Ranker(nn.Module):
         pieces = [batch.dense_BF, *self.embeddings.pieces(batch)]
         return torch.cat(pieces, dim=1)
 
+    @abstractmethod
     def forward(self, batch: Batch) -> Tensor:
         """Logits_BT of a batch: log odds of a binary task, the transformed label's estimate of a regression."""
-        raise NotImplementedError
 
+    @abstractmethod
     def layer_names(self) -> dict[str, str]:
         """Module names of layers worth watching, from the input upward.
 
@@ -49,7 +52,6 @@ class Ranker(nn.Module):
             and highest shared layer; where there are many experts, those of the first shared one) and ``head/<task>``.
             ``module name + ".weight"`` (for ``dcn`` any parameter below it) is a parameter's name.
         """
-        raise NotImplementedError
 
     def count_parameters(self) -> dict[str, int]:
         """Numbers of parameters, ``embedding`` and ``dense`` (all the rest, which the paper's Table 1 counts)."""
