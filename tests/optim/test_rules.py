@@ -9,6 +9,7 @@ import torch
 
 BACKENDS = ["eager", "auto"]
 LR, G0 = 0.3, 0.1
+ABLATIONS = ["clippy_norm2", "clippy_gradient", "clippy_gradient_norm2"]
 
 
 def adagrad_direction(grad: torch.Tensor) -> torch.Tensor:
@@ -84,6 +85,24 @@ def test_clippys_third_term_adds_the_inverse_root_of_the_accumulator(pair: Any, 
     assert_step(after, weight, (bound / (LR * direction.abs()))[direction != 0].min().clamp(max=1), direction)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", ABLATIONS)
+def test_the_ablations_change_clippys_norm_and_what_it_bounds(
+    pair: Any, step_once: Any, name: str, backend: str
+) -> None:
+    weight, grad = pair
+    direction = adagrad_direction(grad)
+    bound = 0.05 * weight.abs() + 1e-3
+    sigma = {
+        "clippy_norm2": bound.norm() / (LR * direction.norm()),
+        "clippy_gradient": (bound / grad.abs())[grad != 0].min(),
+        "clippy_gradient_norm2": bound.norm() / grad.norm(),
+    }[name]
+    assert sigma < 1
+    after, _ = step_once(name, weight, grad, lr=LR, lambda_rel=0.05, lambda_abs=1e-3, backend=backend)
+    assert_step(after, weight, sigma, direction)
+
+
 def test_clippy_sgd_bounds_the_plain_gradient(pair: Any, step_once: Any) -> None:
     weight, grad = pair
     after, _ = step_once("clippy_sgd", weight, grad, lr=LR)
@@ -122,6 +141,7 @@ def test_lamb_on_adam_is_adams_direction_at_the_weights_norm(pair: Any, step_onc
         ("agc", {"clip_factor": 1e9, "by": "unit"}),
         ("clippy", {"lambda_abs": 1e9}),
         ("clippy", {"lambda_rel": 1e9, "lr": 1e-3}),
+        *((name, {"lambda_abs": 1e9}) for name in ABLATIONS),
     ],
 )
 def test_a_wide_bound_leaves_adagrad(pair: Any, step_once: Any, name: str, limit: dict[str, Any]) -> None:
@@ -132,7 +152,7 @@ def test_a_wide_bound_leaves_adagrad(pair: Any, step_once: Any, name: str, limit
     )
 
 
-@pytest.mark.parametrize("name", ["gc", "agc", "clippy"])
+@pytest.mark.parametrize("name", ["gc", "agc", "clippy", *ABLATIONS])
 @pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
 def test_clipping_never_amplifies(pair: Any, step_once: Any, name: str, scale: float) -> None:
     weight, grad = pair
@@ -160,14 +180,14 @@ def test_clipped_accumulation_is_gradient_clipping_before_torchs_adagrad(pair: A
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["gc", "agc", "lamb", "clippy"])
+@pytest.mark.parametrize("name", ["gc", "agc", "lamb", "clippy", *ABLATIONS])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_gradient_of_zero_moves_nothing(step_once: Any, name: str, backend: str) -> None:
     weight = torch.randn(3, 4)
     assert step_once(name, weight, torch.zeros(3, 4), lr=LR, backend=backend)[0].equal(weight)
 
 
-@pytest.mark.parametrize("name", ["gc", "agc", "lamb", "clippy"])
+@pytest.mark.parametrize("name", ["gc", "agc", "lamb", "clippy", *ABLATIONS])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_weights_of_zero_can_move(step_once: Any, name: str, backend: str) -> None:
     after, _ = step_once(name, torch.zeros(3, 4), torch.ones(3, 4), lr=LR, backend=backend)
