@@ -24,8 +24,10 @@ from pytorch_lightning.utilities.rank_zero import rank_zero_only
 from ranker.config import base_lr, resumed
 from ranker.data.datamodule import RankingDataModule
 from ranker.data.log import Log
+from ranker.data.schema import Schema
 from ranker.data.select import Selected
 from ranker.errors import UserError
+from ranker.models import Ranker
 from ranker.training import trackers
 from ranker.training.checkpoints import NewestCheckpoint
 from ranker.training.divergence_watch import DivergenceWatch
@@ -93,6 +95,11 @@ def open_log(cfg: DictConfig) -> Log:
     return log if chosen == log.schema else Selected(log, chosen)
 
 
+def make_net(cfg: DictConfig, schema: Schema) -> Ranker:
+    """The model, with weights drawn anew."""
+    return instantiate(cfg.model.net, _convert_="all")(schema)
+
+
 def build(cfg: DictConfig, folder: RunFolder, checkpoint: Path | None) -> Run:
     """Builds every part of a run.
 
@@ -115,7 +122,7 @@ def build(cfg: DictConfig, folder: RunFolder, checkpoint: Path | None) -> Run:
         progressive=cfg.train.progressive,
         dense_statistics=cfg.data.dense_statistics,
     )
-    net = instantiate(cfg.model.net, _convert_="all")(log.schema)
+    net = make_net(cfg, log.schema)
     module = RankingModule(
         net,
         schema=log.schema,

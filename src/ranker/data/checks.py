@@ -24,14 +24,28 @@ def check_columns(columns: pa.Schema, *, schema: Schema, file: str) -> None:
         UserError: a column is missing or of the wrong type; the line names file and column, and what to do.
     """
     kinds = {field.name: field.type for field in columns}
-    for name in schema.columns():
-        if name not in kinds:
-            raise UserError(f"{file}: column '{name}' of schema '{schema.name}' is missing; {suggest(name, kinds)}")
+    _check_there(kinds, schema.columns(), schema, file)
     time = kinds[schema.time_column]
     if not (_is_number(time) or pa.types.is_timestamp(time)):
         raise _wrong_type(file, schema.time_column, time, "a time is a number or a timestamp")
     if schema.row_id and not pa.types.is_integer(kinds[schema.row_id]):
         raise _wrong_type(file, schema.row_id, kinds[schema.row_id], "a row id is an integer")
+    check_feature_columns(columns, schema=schema, file=file)
+    for task in schema.tasks:
+        if not _is_number(kinds[task.column]):
+            raise _wrong_type(file, task.column, kinds[task.column], f"the label of task '{task.name}' is a number")
+        if task.mask and not (pa.types.is_boolean(kinds[task.mask]) or pa.types.is_integer(kinds[task.mask])):
+            raise _wrong_type(file, task.mask, kinds[task.mask], f"the mask of task '{task.name}' is a boolean")
+
+
+def check_feature_columns(columns: pa.Schema, *, schema: Schema, file: str) -> None:
+    """Checks the columns that a model reads, and those alone.
+
+    Raises:
+        UserError: as ``check_columns``.
+    """
+    kinds = {field.name: field.type for field in columns}
+    _check_there(kinds, schema.feature_columns(), schema, file)
     for feature in schema.dense:
         if not _is_number(kinds[feature.column]):
             raise _wrong_type(
@@ -39,11 +53,6 @@ def check_columns(columns: pa.Schema, *, schema: Schema, file: str) -> None:
             )
     for categorical in schema.categorical:
         _check_categorical(kinds[categorical.column], categorical, schema.table_of(categorical), file)
-    for task in schema.tasks:
-        if not _is_number(kinds[task.column]):
-            raise _wrong_type(file, task.column, kinds[task.column], f"the label of task '{task.name}' is a number")
-        if task.mask and not (pa.types.is_boolean(kinds[task.mask]) or pa.types.is_integer(kinds[task.mask])):
-            raise _wrong_type(file, task.mask, kinds[task.mask], f"the mask of task '{task.name}' is a boolean")
 
 
 def check_same_types(columns: pa.Schema, first: pa.Schema, *, schema: Schema, file: str, first_file: str) -> None:
@@ -114,6 +123,12 @@ def check_groups_in_order(
             f"begins before row group {before.row_group} of {before.file} ends; sort the log by "
             f"'{schema.time_column}' and name its files so that the order of names is the order of time",
         )
+
+
+def _check_there(kinds: dict[str, pa.DataType], wanted: list[str], schema: Schema, file: str) -> None:
+    for name in wanted:
+        if name not in kinds:
+            raise UserError(f"{file}: column '{name}' of schema '{schema.name}' is missing; {suggest(name, kinds)}")
 
 
 def _check_categorical(kind: pa.DataType, feature: CategoricalFeature, owner: CategoricalFeature, file: str) -> None:

@@ -22,14 +22,17 @@ Floats = npt.NDArray[np.float32]
 Bools = npt.NDArray[np.bool_]
 
 
-def decode(table: pa.Table, *, schema: Schema, first_row: int, place: Place) -> tuple[Batch, list[Fault]]:
+def decode(
+    table: pa.Table, *, schema: Schema, first_row: int, place: Place, labelled: bool = True
+) -> tuple[Batch, list[Fault]]:
     """Decodes the rows of one row group.
 
     Args:
         table: the columns that ``schema.columns()`` names, of the types that ``checks.check_columns`` lets through.
         schema: what they mean.
-        first_row: position of the first row in the log; used as row id where the schema names none.
+        first_row: position of the first row in the log; used as row id where there is no column of ids.
         place: where the rows are from, for errors.
+        labelled: False for rows to be scored: time, labels and the row id may be missing and count as not known.
 
     Returns:
         The rows, and what is wrong with some of them.
@@ -37,7 +40,8 @@ def decode(table: pa.Table, *, schema: Schema, first_row: int, place: Place) -> 
     Raises:
         UserError: a null time, or an integer that does not fit int64.
     """
-    columns = {name: _one_chunk(table[name]) for name in schema.columns()}
+    names = schema.columns() if labelled else [*schema.feature_columns(), schema.row_id]
+    columns = {name: _one_chunk(table[name]) for name in names if labelled or name in table.column_names}
     faults: list[Fault] = []
     rows = table.num_rows
     dense_BF = np.empty((rows, len(schema.dense)), dtype=np.float32)
@@ -51,18 +55,19 @@ def decode(table: pa.Table, *, schema: Schema, first_row: int, place: Place) -> 
     for categorical in schema.ragged:
         owner = schema.table_of(categorical)
         ragged[categorical.name] = ragged_rows(columns[categorical.column], categorical, owner, faults, place)
-    labels_BT = np.empty((rows, len(schema.tasks)), dtype=np.float32)
-    mask_BT = np.empty((rows, len(schema.tasks)), dtype=np.bool_)
-    for t, task in enumerate(schema.tasks):
+    labels_BT = np.zeros((rows, len(schema.tasks)), dtype=np.float32)
+    mask_BT = np.zeros((rows, len(schema.tasks)), dtype=np.bool_)
+    for t, task in enumerate(schema.tasks if labelled else ()):
         mask = columns[task.mask] if task.mask else None
         labels_BT[:, t], mask_BT[:, t] = label_values(columns[task.column], task, mask, faults)
+    time_ms_B = times_ms(columns[schema.time_column], schema, place) if labelled else np.zeros(rows, dtype=np.int64)
     batch = Batch(
         dense_BF=torch.from_numpy(dense_BF),
         onehot_BC=torch.from_numpy(onehot_BC),
         ragged=ragged,
         labels_BT=torch.from_numpy(labels_BT),
         mask_BT=torch.from_numpy(mask_BT),
-        time_ms_B=torch.from_numpy(times_ms(columns[schema.time_column], schema, place)),
+        time_ms_B=torch.from_numpy(time_ms_B),
         row_B=torch.from_numpy(_row_ids(columns, schema, first_row, rows, faults, place)),
     )
     return batch, faults
@@ -212,7 +217,7 @@ def transformed(values: Floats, transform: Transform, scale: float) -> Floats:
 def _row_ids(
     columns: dict[str, pa.Array], schema: Schema, first_row: int, rows: int, faults: list[Fault], place: Place
 ) -> Ints:
-    if not schema.row_id:
+    if schema.row_id not in columns:
         return np.arange(first_row, first_row + rows, dtype=np.int64)
     column = columns[schema.row_id]
     missing = _nulls(column)

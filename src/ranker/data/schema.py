@@ -97,11 +97,14 @@ class Schema:
 
     def columns(self) -> list[str]:
         """Every Parquet column that must be read, each once."""
-        names = [self.time_column, *([self.row_id] if self.row_id else [])]
-        names += [f.column for f in self.dense] + [f.column for f in self.categorical]
+        names = [self.time_column, *([self.row_id] if self.row_id else []), *self.feature_columns()]
         for task in self.tasks:
             names += [task.column, *([task.mask] if task.mask else [])]
         return list(dict.fromkeys(names))
+
+    def feature_columns(self) -> list[str]:
+        """The Parquet columns that a model reads, each once: what is left where there are no labels and no order."""
+        return list(dict.fromkeys([f.column for f in self.dense] + [f.column for f in self.categorical]))
 
     def select(
         self,

@@ -47,7 +47,7 @@ class RunFolder:
             UserError: it holds no config.yaml.
         """
         if not (Path(path) / CONFIG).is_file():
-            raise UserError(f"resume: no {CONFIG} in {path}; give the folder of an earlier run, such as runs/NAME")
+            raise UserError(f"no {CONFIG} in {path}; give the folder of an earlier run, such as runs/NAME")
         return cls(path)
 
     @property
@@ -63,7 +63,7 @@ class RunFolder:
         """
         found = sorted(self.checkpoints.glob("*.ckpt"), key=lambda p: p.stat().st_mtime_ns)
         if not found:
-            raise UserError(f"resume: no checkpoint in {self.checkpoints}; the run ended before its first one")
+            raise UserError(f"no checkpoint in {self.checkpoints}; the run ended before its first one")
         return found[-1]
 
     def load_config(self) -> DictConfig:
@@ -78,12 +78,12 @@ class RunFolder:
 
     def save_summary(self, summary: Mapping[str, Any]) -> None:
         """Writes summary.json; a NaN becomes null, since JSON has none."""
-        self._replace(SUMMARY, json.dumps(_plain(summary), indent=2, allow_nan=False) + "\n")
+        self._replace(SUMMARY, json.dumps(plain(summary), indent=2, allow_nan=False) + "\n")
 
     def append_event(self, event: Mapping[str, Any]) -> None:
         """Adds one line to events.jsonl."""
         with (self.path / EVENTS).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(_plain(event), allow_nan=False) + "\n")
+            file.write(json.dumps(plain(event), allow_nan=False) + "\n")
 
     def keep_events_until(self, step: int) -> None:
         """Drops events after a step, when a run goes on from it and will see them again."""
@@ -110,11 +110,12 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """The value in what JSON has: NaN and infinity become null, tuples lists."""
     if isinstance(value, Mapping):
-        return {str(k): _plain(v) for k, v in value.items()}
+        return {str(k): plain(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(v) for v in value]
+        return [plain(v) for v in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value

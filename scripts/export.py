@@ -1,0 +1,120 @@
+"""Export the model of a run, if it passes the gate: ``python scripts/export.py RUN_DIR --onnx``.
+
+Exit status 0: handed out. 2: refused, with the reasons on standard error, a line each; nothing was written.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.console import Console
+
+from ranker.data.plain import build as from_mapping
+from ranker.errors import UserError, suggest
+from ranker.export.folder import refuse_existing, write_json
+from ranker.export.show import counted
+from ranker.stability.gate import GateSettings, Verdict
+
+GATES = Path(__file__).resolve().parents[1] / "conf" / "gate"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command.
+
+    Args:
+        arguments: the command line without the program's name; sys.argv where left out.
+
+    Returns:
+        The exit status.
+    """
+    given = _parser().parse_args(arguments)
+    try:
+        settings = _settings(given)
+        destination: Path = given.out or given.run / "export"
+        refuse_existing(destination, replace=given.force)
+        verdict = _export(given, settings, destination)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; nothing was written", file=sys.stderr)
+        return 130
+    if given.report:
+        write_json(given.report, verdict.to_dict())
+    for reason in verdict.reasons:
+        print(f"refused: {reason}", file=sys.stderr)
+    for check in verdict.checks:
+        if check.passed is None:
+            print(f"note: {check.about}: {check.words}", file=sys.stderr)
+    if verdict.passed:
+        print(f"exported: {destination}")
+    return 0 if verdict.passed else 2
+
+
+def _export(given: argparse.Namespace, settings: GateSettings, destination: Path) -> Verdict:
+    # Imported late: Lightning and torch's exporter cost seconds that --help need not wait for.
+    from ranker.build import make_net, open_log
+    from ranker.export.candidate import Candidate, Weights
+    from ranker.export.hand_out import hand_out
+    from ranker.training.run_folder import RunFolder, versions
+
+    folder = RunFolder.existing(given.run)
+    cfg = folder.load_config()
+    path = given.checkpoint or folder.newest_checkpoint()
+    weights = Weights.read(path)
+    log = open_log(cfg)
+    candidate = Candidate.load(make_net(cfg, log.schema), weights, log=log, eval_batch_size=cfg.scale.eval_batch_size)
+    print(f"{path}: {cfg.model.name}, step {weights.step}", flush=True)
+    rows = log.num_rows - log.train_rows
+    with counted("evaluating on the hold-out", total=rows, console=Console(stderr=True)) as advance:
+        metrics, positives = candidate.evaluate(advance)
+    evidence = candidate.evidence(folder.path, metrics, positives, eval_max_rows=cfg.data.eval_max_rows)
+    about: dict[str, Any] = {
+        "model": cfg.model.name,
+        "optim": cfg.optim.name,
+        "data": cfg.data.name,
+        "run": folder.path.name,
+        "step": weights.step,
+        "holdout_rows": rows,
+        "versions": versions(),
+    }
+    return hand_out(
+        candidate, evidence, settings, destination=destination, onnx=given.onnx, force=given.force, about=about
+    )
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", metavar="RUN_DIR", type=Path, help="a run folder")
+    parser.add_argument("--out", type=Path, help="where the export goes (default: RUN_DIR/export)")
+    parser.add_argument("--onnx", action="store_true", help="write an ONNX program too")
+    parser.add_argument("--checkpoint", type=Path, help="a checkpoint file (default: the newest one of the run)")
+    parser.add_argument("--force", action="store_true", help="replace an export that is there")
+    parser.add_argument("--report", type=Path, metavar="FILE", help="write the gate's report here, also when refused")
+    gate = parser.add_argument_group("the gate", "values stand in conf/gate; each of these replaces one")
+    gate.add_argument("--gate", default="default", metavar="NAME", help="a file of conf/gate (default: %(default)s)")
+    for field in dataclasses.fields(GateSettings):
+        several = str(field.type).startswith("Sequence")
+        kind = str if several else {"int": int, "float": float}[str(field.type)]
+        gate.add_argument(f"--{field.name.replace('_', '-')}", type=kind, nargs="+" if several else None)
+    return parser
+
+
+def _settings(given: argparse.Namespace) -> GateSettings:
+    path = GATES / f"{given.gate}.yaml"
+    if not path.is_file():
+        raise UserError(f"no gate '{given.gate}'; {suggest(given.gate, [p.stem for p in GATES.glob('*.yaml')])}")
+    values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    names = [field.name for field in dataclasses.fields(GateSettings)]
+    values |= {name: getattr(given, name) for name in names if getattr(given, name) is not None}
+    return from_mapping(GateSettings, values, str(path))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

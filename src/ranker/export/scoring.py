@@ -1,0 +1,178 @@
+"""Scores a Parquet file through an exported program: a piece at a time, whatever the size of the file."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from ranker.data.batch import Batch
+from ranker.data.checks import check_feature_columns
+from ranker.data.decode import decode
+from ranker.data.faults import Fault, Place, bad_rows, raise_first
+from ranker.data.filesystem import one_line
+from ranker.data.plain import one_of
+from ranker.data.prefetch import in_order
+from ranker.data.schema import Schema
+from ranker.errors import UserError
+from ranker.export.engine import Engine
+from ranker.export.show import unseen
+
+ROW_GROUP = 131_072  # rows of a row group that is written: what readers expect, and a few MB
+ROW = "row"  # column of row ids where neither schema nor file names one
+ON_BAD_ROWS = ("raise", "null")
+_AHEAD = 2
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Some rows of the file.
+
+    Attributes:
+        batch: their features and row ids.
+        bad: positions of the rows that cannot be scored.
+    """
+
+    batch: Batch
+    bad: np.ndarray
+
+
+class ParquetRows:
+    """The rows of one Parquet file, decoded as the training data were, a few thousand at a time.
+
+    Labels, masks and times may be missing; the columns of the features must be there.
+
+    Args:
+        path: the file.
+        schema: what its columns mean.
+        piece_rows: rows of a piece.
+        on_bad_rows: ``raise`` stops at the first row that cannot be used; ``null`` gives it no score.
+
+    Raises:
+        UserError: it is no Parquet file, or a column is missing or of the wrong type.
+    """
+
+    def __init__(self, path: Path, schema: Schema, *, piece_rows: int, on_bad_rows: str = "raise") -> None:
+        one_of(on_bad_rows, ON_BAD_ROWS, "--on-bad-rows")
+        if piece_rows < 1:
+            raise UserError(f"--batch-rows must be 1 or more, got {piece_rows}")
+        if not path.is_file():
+            raise UserError(f"no file {path}")
+        self._path, self._schema = path, schema
+        self._piece_rows, self._on_bad_rows = piece_rows, on_bad_rows
+        try:
+            columns = pq.read_schema(path)
+            check_feature_columns(columns, schema=schema, file=str(path))
+            self._names = schema.feature_columns()
+            self.id_name = schema.row_id if schema.row_id in columns.names else ROW
+            if self.id_name != ROW and self.id_name not in self._names:
+                self._names.append(self.id_name)
+            if self.id_name != ROW and not pa.types.is_integer(columns.field(self.id_name).type):
+                raise UserError(f"{path}: row id '{self.id_name}' is {columns.field(self.id_name).type}, no integer")
+            leaves = pq.read_metadata(path).schema
+            texts = [leaves.column(i) for i in range(len(leaves))]
+            strings = [leaf.path for leaf in texts if leaf.logical_type.type == "STRING" and leaf.path in self._names]
+            # Without pre_buffer, or a row group would be fetched whole.
+            self._file = pq.ParquetFile(path, read_dictionary=strings, pre_buffer=False)
+        except pa.ArrowException as error:
+            raise UserError(f"{path} is no Parquet file, or a broken one ({one_line(error)})") from error
+        self.num_rows: int = self._file.metadata.num_rows
+
+    def __iter__(self) -> Iterator[Piece]:
+        """All rows in order; the next piece is decoded while one is scored."""
+        tables = self._tables()
+        fetch: Callable[[], Piece | None] = lambda: next(tables, None)  # noqa: E731
+        found = in_order(itertools.repeat(fetch), workers=1, depth=_AHEAD)
+        try:
+            for piece in found:
+                if piece is None:
+                    return
+                yield piece
+        finally:
+            found.close()
+
+    def _tables(self) -> Iterator[Piece]:
+        first_row = 0
+        for group in range(self._file.num_row_groups):
+            place = Place(file=str(self._path), row_group=group)
+            within = 0
+            try:
+                for records in self._file.iter_batches(
+                    batch_size=self._piece_rows, row_groups=[group], columns=self._names, use_threads=False
+                ):
+                    table = pa.Table.from_batches([records])
+                    yield self._piece(table, first_row=first_row, within=within, place=place)
+                    first_row += table.num_rows
+                    within += table.num_rows
+            except (pa.ArrowException, OSError) as error:
+                raise place.error(self._names[0], f"{one_line(error)}; if it is broken, write it again") from error
+
+    def _piece(self, table: pa.Table, *, first_row: int, within: int, place: Place) -> Piece:
+        batch, faults = decode(table, schema=self._schema, first_row=first_row, place=place, labelled=False)
+        if faults and self._on_bad_rows == "raise":
+            raise_first([_moved(fault, within) for fault in faults], place)
+        return Piece(batch, bad_rows(faults))
+
+
+def score_file(
+    rows: ParquetRows,
+    engine: Engine,
+    out: Path,
+    *,
+    tasks: Sequence[str],
+    advance: Callable[[int], None] = unseen,
+) -> int:
+    """Scores rows into a Parquet file, which appears when it is whole.
+
+    Args:
+        rows: what is scored.
+        engine: the exported program.
+        out: the file; one that is there is replaced. Columns: the row id (int64), and a float32 column a task.
+        tasks: names of the program's tasks, in order.
+        advance: told the rows of each piece.
+
+    Returns:
+        How many rows got no score.
+
+    Raises:
+        UserError: a row cannot be used, or the file cannot be written.
+    """
+    columns = pa.schema([(rows.id_name, pa.int64()), *((name, pa.float32()) for name in tasks)])
+    draft = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    missing = 0
+    try:
+        with pq.ParquetWriter(draft, columns) as writer:
+            held: list[pa.Table] = []
+            for piece in rows:
+                held.append(_scored(piece, engine, columns))
+                missing += len(piece.bad)
+                if sum(table.num_rows for table in held) >= ROW_GROUP:
+                    writer.write_table(pa.concat_tables(held).combine_chunks())
+                    held.clear()
+                advance(len(piece.batch))
+            if held:
+                writer.write_table(pa.concat_tables(held).combine_chunks())
+        draft.replace(out)
+    except OSError as error:
+        raise UserError(f"cannot write {out}: {one_line(error)}") from error
+    finally:
+        draft.unlink(missing_ok=True)
+    return missing
+
+
+def _scored(piece: Piece, engine: Engine, columns: pa.Schema) -> pa.Table:
+    scores_BT = engine(piece.batch).scores_BT.numpy()
+    unknown = np.zeros(len(piece.batch), dtype=np.bool_)
+    unknown[piece.bad] = True
+    values = [pa.array(scores_BT[:, t], mask=unknown) for t in range(scores_BT.shape[1])]
+    return pa.Table.from_arrays([pa.array(piece.batch.row_B.numpy()), *values], schema=columns)
+
+
+def _moved(fault: Fault, rows: int) -> Fault:
+    return replace(fault, rows=fault.rows + rows)

@@ -1,0 +1,182 @@
+"""Streaming a Parquet file through an engine: row ids, pieces, faults, and a file that is whole or not there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from ranker.data.batch import Batch
+from ranker.data.schema import CategoricalFeature, DenseFeature, Schema, Task
+from ranker.errors import UserError
+from ranker.export.engine import Scored
+from ranker.export.folder import new_folder
+from ranker.export.scoring import ParquetRows, score_file
+
+SCHEMA = Schema(
+    name="toy",
+    time_column="t",
+    row_id="event",
+    dense=(DenseFeature(name="x"),),
+    categorical=(CategoricalFeature(name="tags", kind="multi_hot", num_embeddings=9),),
+    tasks=(Task(name="click"),),
+)
+TASKS = ["click"]
+
+
+class Echo:
+    """Scores a row with its dense feature plus the number of its tags."""
+
+    def __init__(self) -> None:
+        self.sizes: list[int] = []
+
+    def __call__(self, batch: Batch) -> Scored:
+        self.sizes.append(len(batch))
+        scores = batch.dense_BF + batch.ragged["tags"].offsets.diff()[:, None]
+        return Scored(scores, scores)
+
+
+def write(path: Path, rows: int, *, group: int = 100, **changed: Any) -> Path:
+    columns: dict[str, Any] = {
+        "event": [1000 + i for i in range(rows)],
+        "x": [i / 4 for i in range(rows)],
+        "tags": [[1] * (i % 3) for i in range(rows)],
+    }
+    columns = {name: values for name, values in (columns | changed).items() if values is not None}
+    types = {"tags": pa.list_(pa.int64())}
+    table = pa.table({name: pa.array(values, types.get(name)) for name, values in columns.items()})
+    pq.write_table(table, path, row_group_size=group)
+    return path
+
+
+def score(file: Path, out: Path, *, piece_rows: int = 40, on_bad_rows: str = "raise") -> tuple[Echo, int]:
+    engine = Echo()
+    rows = ParquetRows(file, SCHEMA, piece_rows=piece_rows, on_bad_rows=on_bad_rows)
+    return engine, score_file(rows, engine, out, tasks=TASKS)
+
+
+def test_every_row_is_scored_once_in_order_in_pieces_that_end_with_row_groups(tmp_path: Path) -> None:
+    engine, missing = score(write(tmp_path / "in.parquet", 250), tmp_path / "out.parquet")
+
+    found = pq.read_table(tmp_path / "out.parquet")
+    assert found.column_names == ["event", "click"]
+    assert found["event"].to_pylist() == list(range(1000, 1250))
+    assert found["click"].to_pylist() == [i / 4 + i % 3 for i in range(250)]
+    assert engine.sizes == [40, 40, 20, 40, 40, 20, 40, 10]
+    assert missing == 0
+
+
+def test_without_a_column_of_ids_a_row_is_named_by_its_position(tmp_path: Path) -> None:
+    score(write(tmp_path / "in.parquet", 130, event=None), tmp_path / "out.parquet")
+
+    assert pq.read_table(tmp_path / "out.parquet")["row"].to_pylist() == list(range(130))
+
+
+def test_a_file_without_rows_gives_one_without_rows(tmp_path: Path) -> None:
+    score(
+        write(tmp_path / "in.parquet", 0, event=pa.array([], pa.int64()), x=pa.array([], pa.float32())), tmp_path / "o"
+    )
+
+    assert pq.read_table(tmp_path / "o").num_rows == 0
+
+
+def test_a_bad_row_is_named_by_its_place_in_the_row_group(tmp_path: Path) -> None:
+    x = [float("nan") if i == 170 else 0.0 for i in range(250)]
+
+    with pytest.raises(UserError, match=r"column 'x', row group 1: NaN or infinity in 1 rows, first in row 70"):
+        score(write(tmp_path / "in.parquet", 250, x=x), tmp_path / "out.parquet")
+
+    assert [path.name for path in tmp_path.iterdir()] == ["in.parquet"]
+
+
+def test_a_bad_row_can_go_without_a_score(tmp_path: Path) -> None:
+    x = [float("nan") if i == 170 else 0.0 for i in range(250)]
+
+    _, missing = score(write(tmp_path / "in.parquet", 250, x=x), tmp_path / "out.parquet", on_bad_rows="null")
+
+    found = pq.read_table(tmp_path / "out.parquet")["click"]
+    assert missing == found.null_count == 1
+    assert found[170].as_py() is None
+
+
+@pytest.mark.parametrize(
+    ("changed", "told"),
+    [
+        ({"x": None}, "column 'x' of schema 'toy' is missing"),
+        ({"x": ["a"] * 5}, "column 'x' is string; dense feature 'x' is a number"),
+        ({"tags": [[-1]] * 5}, r"id below 0 \(-1\) in 5 rows"),
+        ({"event": ["a"] * 5}, "row id 'event' is string, no integer"),
+    ],
+)
+def test_a_file_that_does_not_fit_is_refused_in_one_line(changed: dict[str, Any], told: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=told):
+        score(write(tmp_path / "in.parquet", 5, **changed), tmp_path / "out.parquet")
+
+    assert not (tmp_path / "out.parquet").exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"not parquet at all"])
+def test_what_is_no_parquet_file_is_said(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "in.parquet").write_bytes(content)
+
+    with pytest.raises(UserError, match="is no Parquet file"):
+        score(tmp_path / "in.parquet", tmp_path / "out.parquet")
+
+
+def test_an_interruption_leaves_the_old_file_as_it_was(tmp_path: Path) -> None:
+    (tmp_path / "out.parquet").write_text("old")
+    rows = ParquetRows(write(tmp_path / "in.parquet", 250), SCHEMA, piece_rows=40)
+
+    def stopped(batch: Batch) -> Scored:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        score_file(rows, stopped, tmp_path / "out.parquet", tasks=TASKS)
+
+    assert (tmp_path / "out.parquet").read_text() == "old"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.parquet", "out.parquet"]
+
+
+def test_no_more_than_a_few_pieces_are_held_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = ParquetRows(write(tmp_path / "in.parquet", 1000, group=1000), SCHEMA, piece_rows=10)
+    made = 0
+    decode = ParquetRows._piece
+
+    def counted(self: ParquetRows, *given: Any, **named: Any) -> Any:
+        nonlocal made
+        made += 1
+        return decode(self, *given, **named)
+
+    monkeypatch.setattr(ParquetRows, "_piece", counted)
+    pieces: Iterator[Any] = iter(rows)
+    for _ in range(3):
+        next(pieces)
+
+    assert made <= 6
+    assert torch.equal(next(pieces).batch.row_B, torch.arange(1030, 1040))
+
+
+def test_a_folder_that_could_not_be_filled_is_not_there_and_an_old_one_is(tmp_path: Path) -> None:
+    def fill(replace: bool, words: str) -> None:
+        with new_folder(tmp_path / "export", replace=replace) as draft:
+            (draft / "export.json").write_text(words)
+            if words == "broken":
+                raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        fill(False, "broken")
+    assert list(tmp_path.iterdir()) == []
+    fill(False, "first")
+    with pytest.raises(UserError, match="--force"):
+        fill(False, "second")
+    with pytest.raises(OSError, match="disk full"):
+        fill(True, "broken")
+    assert (tmp_path / "export" / "export.json").read_text() == "first"
+    fill(True, "second")
+    assert (tmp_path / "export" / "export.json").read_text() == "second"
+    assert [path.name for path in tmp_path.iterdir()] == ["export"]
