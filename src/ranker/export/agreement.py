@@ -17,9 +17,13 @@ SMALL = (1, 2, 3)  # sizes that a tracer is most likely to take for constants
 
 
 def difference(engine: Engine, served: Served, net: nn.Module, rows: Batch, statistics: DenseStatistics) -> float:
-    """Largest |exported - eager| / max(1, |eager|) over logits and scores; nan where only one side is finite.
+    """Largest difference of logits and of scores; nan where only one side is finite.
 
-    The eager side is the net as training and evaluation call it, on rows that the data path has normalised.
+        |exported - eager| / max(u, |eager|)        u = 1, for the score of a regression 1 / scale
+
+    so absolute for probabilities and small logits, relative for large values, and the same whether a label is kept in
+    seconds or in milliseconds (u is one unit of what the model is trained on). The eager side is the net as training
+    and evaluation call it, on rows that the data path has normalised.
 
     Args:
         engine: the exported program, as loaded from its file.
@@ -28,23 +32,26 @@ def difference(engine: Engine, served: Served, net: nn.Module, rows: Batch, stat
         rows: rows of the log, as read.
         statistics: what dense features are normalised with.
     """
+    tasks = served.signature.schema.tasks
+    one = torch.ones(len(tasks))
+    units = (one, torch.tensor([1.0 if task.type == "binary" else 1.0 / abs(task.scale) for task in tasks]))
     largest = 0.0
     for part in _parts(rows):
         with torch.inference_mode():
             logits_BT = net(statistics.normalise(part)).float()
             wanted = (logits_BT, served.scores(logits_BT))
-        for found, eager in zip(engine(part), wanted, strict=True):
-            here = _largest(found, eager)
+        for found, eager, unit_T in zip(engine(part), wanted, units, strict=True):
+            here = _largest(found, eager, unit_T)
             largest = here if math.isnan(here) else max(largest, here)
             if math.isnan(largest):
                 return largest
     return largest
 
 
-def _largest(found: Tensor, eager: Tensor) -> float:
+def _largest(found: Tensor, eager: Tensor, unit_T: Tensor) -> float:
     if found.shape != eager.shape:
         return math.nan
-    apart = (found - eager).abs() / eager.abs().clamp(min=1.0)
+    apart = (found - eager).abs() / torch.maximum(eager.abs(), unit_T)
     apart = torch.where(found == eager, 0.0, apart)  # infinities that agree
     return float(apart.max()) if apart.numel() else 0.0
 

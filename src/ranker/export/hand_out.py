@@ -57,7 +57,7 @@ def hand_out(
     served = Served(candidate.net, schema=candidate.schema, statistics=statistics)
     try:
         with new_folder(destination, replace=force) as draft:
-            program = to_program(served, rows)
+            program = to_program(served)
             torch.export.save(program, draft / PROGRAMS["pt2"])
             if onnx:
                 to_onnx(program, served, draft / PROGRAMS["onnx"])

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-from ranker.data.batch import Batch
 from ranker.data.dense_statistics import DenseStatistics
 from ranker.data.schema import Schema
 from ranker.errors import UserError
@@ -70,12 +69,11 @@ class Served(nn.Module):
         return torch.stack(columns, dim=1)
 
 
-def to_program(served: Served, example: Batch) -> ExportedProgram:
+def to_program(served: Served) -> ExportedProgram:
     """Traces the model into a program that takes any number of rows, also one, and lists of any length, also none.
 
     Args:
         served: the model, on the CPU.
-        example: any rows, at least two; only shapes and types are looked at.
     """
     served.eval()
     signature = served.signature
@@ -84,9 +82,8 @@ def to_program(served: Served, example: Batch) -> ExportedProgram:
     for place, (name, shape) in enumerate(signature.shapes().items()):
         size = {"rows": rows, "rows + 1": rows + 1}.get(str(shape[0]))
         sizes[name] = {0: Dim(f"ids_{place}", min=0) if size is None else size}
-    inputs = signature.flatten(example)
     with torch.no_grad(), _any_size(), _quiet():
-        return torch.export.export(served, (inputs,), dynamic_shapes={"inputs": sizes}, strict=False)
+        return torch.export.export(served, (signature.example(),), dynamic_shapes={"inputs": sizes}, strict=False)
 
 
 def to_onnx(program: ExportedProgram, served: Served, path: Path) -> None:

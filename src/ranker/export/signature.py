@@ -64,6 +64,18 @@ class Signature:
             row_B=none,
         )
 
+    def example(self) -> dict[str, Tensor]:
+        """Three rows of zeros to trace with: a program keeps its example, and nobody's data should travel in it."""
+        inputs = {
+            DENSE: torch.zeros(3, len(self.schema.dense)),
+            ONEHOT: torch.zeros(3, len(self.schema.one_hot), dtype=torch.int64),
+        }
+        for place, feature in enumerate(self.schema.ragged):
+            ids = 5 + place  # a length of its own, or a tracer would take two lists for bound to each other
+            inputs[feature.name + VALUES] = torch.zeros(ids, dtype=torch.int64)
+            inputs[feature.name + OFFSETS] = torch.tensor([0, 2, 3, ids])
+        return {name: inputs[name] for name in self.names}
+
     def shapes(self) -> dict[str, list[str | int]]:
         """Sizes by input: numbers, or names of what may vary."""
         shapes: dict[str, list[str | int]] = {

@@ -20,7 +20,7 @@ class GateSettings:
         min_positives: rows of either label that a binary task needs to be judged.
         min_auc: least AUC on the hold-out.
         max_auc_drop: how far it may lie below the best evaluation of the run.
-        noise: standard errors that both rules on AUC forgive.
+        noise: standard errors that the rules on AUC and on the calibration of binary tasks forgive.
         min_calibration: least mean prediction / mean label.
         max_calibration: largest.
         agreement_rows: rows on which exported and eager outputs are compared.
@@ -235,13 +235,16 @@ def _calibration(evidence: Evidence, task: str, settings: GateSettings) -> Check
     if few or evidence.rows[task] == 0:
         count = f"{evidence.positives[task]:,} positive rows" if few else "no observed row"
         return Check(rule=rule, about=about, passed=None, words=f"not judged: {count} on the hold-out")
-    low, high = settings.min_calibration, settings.max_calibration
+    # The mean label rests on so many positives: its relative standard error is near 1 / sqrt(positives).
+    binary = evidence.tasks[task] == "binary"
+    chance = 1.0 + settings.noise / math.sqrt(evidence.positives[task]) if binary else 1.0
+    low, high = settings.min_calibration / chance, settings.max_calibration * chance
     return Check(
         rule=rule,
         about=about,
         passed=low <= found <= high,
         found=_number(found),
-        words=f"mean prediction / mean label is {found:.3f}; wanted: {low:g} to {high:g}",
+        words=f"mean prediction / mean label is {found:.3f}; wanted: {low:.3g} to {high:.3g}",
     )
 
 

@@ -78,7 +78,7 @@ def assert_agrees(path: Path, served: Served, statistics: DenseStatistics, *, at
 @pytest.mark.parametrize("model", MODELS)
 def test_a_torch_program_agrees_at_any_size(model: str, tmp_path: Path) -> None:
     served = served_model(MODELS[model], SCHEMA, STATISTICS)
-    torch.export.save(to_program(served, made(SCHEMA, 8)), tmp_path / "model.pt2")
+    torch.export.save(to_program(served), tmp_path / "model.pt2")
 
     assert_agrees(tmp_path / "model.pt2", served, STATISTICS, at_most=1e-6)
 
@@ -88,7 +88,7 @@ def test_a_torch_program_agrees_at_any_size(model: str, tmp_path: Path) -> None:
 def test_an_onnx_program_agrees_at_any_size(model: str, tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime", reason="needs the extra 'export'")
     served = served_model(MODELS[model], SCHEMA, STATISTICS)
-    to_onnx(to_program(served, made(SCHEMA, 8)), served, tmp_path / "model.onnx")
+    to_onnx(to_program(served), served, tmp_path / "model.onnx")
 
     assert_agrees(tmp_path / "model.onnx", served, STATISTICS, at_most=1e-5)
 
@@ -97,7 +97,7 @@ def test_an_onnx_program_agrees_at_any_size(model: str, tmp_path: Path) -> None:
 def test_a_schema_of_one_kind_of_feature_exports(kept: list[str], tmp_path: Path) -> None:
     schema = SCHEMA.select(features=kept)
     served = served_model(MODELS["small"], schema)
-    torch.export.save(to_program(served, made(schema, 8)), tmp_path / "model.pt2")
+    torch.export.save(to_program(served), tmp_path / "model.pt2")
 
     assert_agrees(tmp_path / "model.pt2", served, NOTHING, at_most=1e-6)
 
@@ -115,7 +115,7 @@ def test_scores_are_probabilities_and_values_in_the_labels_own_unit() -> None:
 
 def test_a_program_that_says_something_else_does_not_agree(tmp_path: Path) -> None:
     served = served_model(MODELS["small"], SCHEMA)
-    torch.export.save(to_program(served, made(SCHEMA, 8)), tmp_path / "model.pt2")
+    torch.export.save(to_program(served), tmp_path / "model.pt2")
     engine = open_program(tmp_path / "model.pt2", schema=SCHEMA)
     served.net.heads.linear[head_key("watch")].bias += 0.01
 

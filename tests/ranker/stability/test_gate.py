@@ -97,6 +97,14 @@ def test_a_drop_or_floor_within_chance_is_forgiven() -> None:
     assert reasons(forgiving, **changed) == []
 
 
+def test_the_calibration_of_a_task_with_few_positives_has_more_room() -> None:
+    forgiving = dataclasses.replace(SETTINGS, noise=2.0)
+    changed = {"metrics": with_metrics(click_calibration=2.6), "positives": {"click": 36, "watch": 0}}
+
+    assert len(reasons(**changed)) == 1
+    assert reasons(forgiving, **changed) == []  # up to 2 * (1 + 2 / 6)
+
+
 def test_evaluations_of_a_part_of_the_hold_out_leave_more_to_chance() -> None:
     settings = dataclasses.replace(SETTINGS, noise=1.0)
     changed = {"best_auc": {"click": (0.74, 8)}}
