@@ -11,9 +11,13 @@ config.register()
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
-def main(cfg: DictConfig) -> float:
+def main(cfg: DictConfig) -> float | None:
     """Builds, trains and evaluates one run; returns the metric a sweep maximises."""
     with config.one_line_errors():
+        if config.is_sweep():
+            from ranker.sweeps.job import run_job
+
+            return run_job(cfg)
         config.check(cfg)
         from ranker.run import run  # imported late: Lightning costs seconds that --help and --cfg need not wait for
 

@@ -19,8 +19,11 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ranker.errors import UserError, suggest
+from ranker.sweeps import config_hash
+from ranker.sweeps.watch import accounted
 
 FULL_ERROR = "HYDRA_FULL_ERROR"
+config_hash.register()  # at import, since a worker of a parallel sweep imports this module and calls nothing
 _STACK_WANTED: ContextVar[bool] = ContextVar(
     "stack wanted by the user", default=False
 )  # the process sets it for itself
@@ -68,6 +71,7 @@ class Root:
     resume: str | None = None
     objective: str | None = None
     tags: list[str] = field(default_factory=list)
+    force: bool = False
 
 
 def register() -> None:
@@ -125,7 +129,7 @@ def resumed(cfg: DictConfig, saved: DictConfig, overrides: list[str]) -> DictCon
     merged = saved.copy()
     for override in overrides:
         key = override.lstrip("+~").split("=", 1)[0]
-        if key == "resume" or key.startswith("hydra."):
+        if key in ("resume", "force") or key.startswith("hydra."):
             continue
         if key in groups and key != "logger":
             raise UserError(f"resume goes on with the saved {key}; '{override}' would start another run: leave it out")
@@ -134,6 +138,11 @@ def resumed(cfg: DictConfig, saved: DictConfig, overrides: list[str]) -> DictCon
         OmegaConf.update(merged, key, OmegaConf.select(cfg, key), force_add=True)
     merged.resume = cfg.resume
     return merged
+
+
+def is_sweep() -> bool:
+    """Whether what runs now is a job of a multirun."""
+    return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
 
 
 def one_line(error: BaseException) -> str:
@@ -166,7 +175,7 @@ def cli(main: Callable[[], None]) -> None:
     """
     wanted = os.environ.get(FULL_ERROR)
     os.environ[FULL_ERROR] = "1"  # else Hydra prints and exits before the error reaches us
-    with _asked_for_stack(wanted == "1"), one_line_errors():
+    with _asked_for_stack(wanted == "1"), one_line_errors(), accounted():
         main()
 
 
@@ -180,7 +189,7 @@ def one_line_errors() -> Iterator[None]:
     try:
         yield
     except (UserError, HydraException, OmegaConfBaseException) as error:
-        if _STACK_WANTED.get() or (HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN):
+        if _STACK_WANTED.get() or is_sweep():
             raise
         print(f"error: {one_line(error)}", file=sys.stderr)
         print(f"({FULL_ERROR}=1 shows where)", file=sys.stderr)

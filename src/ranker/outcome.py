@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
-from ranker.build import Run
-from ranker.config import base_lr
+from ranker import config
+from ranker.errors import UserError
+from ranker.sweeps.config_hash import config_hash
+from ranker.training import provenance
 from ranker.training.run_folder import versions
+
+if TYPE_CHECKING:  # a sweep reads summaries of runs done before without waiting for Lightning
+    from ranker.build import Run
+
+NO_DIVERGENCE = {"micro": 0, "full": False, "first_step": None}
 
 
 def summarise(run: Run, *, status: str, reason: str, seconds: float) -> dict[str, Any]:
@@ -22,24 +30,11 @@ def summarise(run: Run, *, status: str, reason: str, seconds: float) -> dict[str
         reason: why it is not completed, in plain words; empty where it is.
         seconds: wall-clock time of training and evaluation.
     """
-    cfg = run.cfg
-    lost = (
-        run.watch.detector.summary()
-        if run.watch and run.watch.detector
-        else {"micro": 0, "full": False, "first_step": None}
-    )
+    lost = run.watch.detector.summary() if run.watch and run.watch.detector else dict(NO_DIVERGENCE)
     return {
         "status": status,
         "reason": reason,
-        "model": cfg.model.name,
-        "optim": cfg.optim.name,
-        "data": cfg.data.name,
-        "scale": cfg.scale.name,
-        "lr": base_lr(cfg) * cfg.lr_mult,
-        "base_lr": base_lr(cfg),
-        "lr_mult": cfg.lr_mult,
-        "seed": cfg.seed,
-        "batch_size": cfg.scale.batch_size,
+        **asked_for(run.cfg),
         "metrics": run.module.holdout,
         "divergence": lost,
         "steps": run.trainer.global_step,
@@ -50,6 +45,55 @@ def summarise(run: Run, *, status: str, reason: str, seconds: float) -> dict[str
         "seconds": round(seconds, 1),
         "world_size": run.trainer.world_size,
         "parameters": run.module.net.count_parameters(),  # type: ignore[operator]
+        **made_with(run.cfg),
+    }
+
+
+def never_began(cfg: DictConfig, *, reason: str, seconds: float) -> dict[str, Any]:
+    """The summary of a run that failed before anything was built, such as a job of a sweep with a wrong value."""
+    return {
+        "status": "failed",
+        "reason": reason,
+        **asked_for(cfg),
+        "metrics": {},
+        "divergence": dict(NO_DIVERGENCE),
+        "steps": 0,
+        "examples": 0,
+        "bad_rows": 0,
+        "examples_per_second": 0.0,
+        "data_wait_fraction": 0.0,
+        "seconds": round(seconds, 1),
+        "world_size": 0,
+        "parameters": {"embedding": None, "dense": None},
+        **made_with(cfg),
+    }
+
+
+def asked_for(cfg: DictConfig) -> dict[str, Any]:
+    """The choices that a comparison of runs is made by."""
+    try:
+        base_lr = config.base_lr(cfg)
+    except UserError:  # the reason for which a run never began
+        base_lr = math.nan
+    return {
+        "model": cfg.model.name,
+        "optim": cfg.optim.name,
+        "data": cfg.data.name,
+        "scale": cfg.scale.name,
+        "lr": base_lr * cfg.lr_mult,
+        "base_lr": base_lr,
+        "lr_mult": cfg.lr_mult,
+        "seed": cfg.seed,
+        "batch_size": cfg.scale.batch_size,
+    }
+
+
+def made_with(cfg: DictConfig) -> dict[str, Any]:
+    """What another person needs to get the same numbers: the configuration's hash, the code, the machine."""
+    return {
+        "config_hash": config_hash(cfg),
+        "commit": provenance.commit(),
+        "machine": provenance.machine(),
         "versions": versions(),
     }
 
@@ -88,8 +132,8 @@ def objective(summary: dict[str, Any], name: str | None) -> float:
     """The number a sweep maximises; 0 where it is undefined, as it may be for a lost model."""
     metrics = summary["metrics"]
     chosen = name or next((key for key in metrics if key.endswith("/auc")), None)
-    value = metrics.get(chosen, math.nan) if chosen else math.nan
-    return value if math.isfinite(value) else 0.0
+    value = metrics.get(chosen) if chosen else None
+    return value if value is not None and math.isfinite(value) else 0.0  # None: a NaN read back from summary.json
 
 
 def _cell(name: str, value: float | None) -> str:

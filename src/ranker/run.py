@@ -9,7 +9,7 @@ from omegaconf import DictConfig
 
 from ranker import outcome
 from ranker.build import Run, build, open_folder, own_process_environment
-from ranker.training import trackers
+from ranker.training import provenance, trackers
 
 
 def run(cfg: DictConfig) -> float:
@@ -21,6 +21,7 @@ def run(cfg: DictConfig) -> float:
     Returns:
         The metric a sweep maximises.
     """
+    provenance.commit()  # asked now: the checkout may have moved on by the time the run is summed up
     cfg, folder, checkpoint = open_folder(cfg)
     with own_process_environment(folder):
         parts = build(cfg, folder, checkpoint)

@@ -51,6 +51,9 @@ def test_a_run_sums_itself_up(completed: Finished) -> None:
     assert set(summary["divergence"]) == {"micro", "full", "first_step"}
     assert summary["parameters"]["embedding"] > summary["parameters"]["dense"] > 0
     assert set(summary["versions"]) >= {"python", "torch", "pytorch-lightning"}
+    assert len(summary["config_hash"]) == 12
+    assert "torch" in summary["machine"]
+    assert summary["commit"] is None or len(summary["commit"].removesuffix("-dirty")) == 12
 
 
 def test_every_task_has_its_metrics_on_the_hold_out(completed: Finished) -> None:
@@ -152,7 +155,7 @@ def test_multirun_runs_every_combination_in_folders_of_their_own(
 
     runs = sorted(path.parent.name for path in tmp_path.glob("*/summary.json"))
     assert len(runs) == 4
-    assert runs[0].startswith("0_synthetic_small_gc_x1")
+    assert runs[0].startswith("synthetic_small_clippy_x1")
 
 
 def tracked(folder: Path) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from ranker.errors import UserError
 from ranker.training.run_folder import SUMMARY
 
 KEYS = ("data", "scale", "model", "optim", "lr_mult", "seed")
+MADE_WITH = ("reason", "config_hash", "commit", "machine")
 
 
 def find_runs(folder: str | Path) -> list[Path]:
@@ -30,7 +31,8 @@ def load_runs(folder: str | Path) -> pl.DataFrame:
     """One row a run: what was asked for, how it ended, and every metric of the hold-out.
 
     Columns: data, scale, model, optim, lr_mult, seed, lr, status, first_step, micro, steps, examples_per_second,
-    data_wait_fraction, dense_parameters, run, and ``<task>/<metric>``.
+    data_wait_fraction, dense_parameters, reason, config_hash, commit, machine (null in runs made before they were
+    recorded), run, and ``<task>/<metric>``.
 
     Raises:
         UserError: there is no run.
@@ -43,6 +45,7 @@ def load_runs(folder: str | Path) -> pl.DataFrame:
         }
         row |= {"first_step": summary["divergence"]["first_step"], "micro": summary["divergence"]["micro"]}
         row |= {"dense_parameters": summary["parameters"]["dense"], "run": path.name}
+        row |= {key: summary.get(key) for key in MADE_WITH}
         row |= {key.removeprefix("test/"): value for key, value in summary["metrics"].items()}
         rows.append(row)
     return pl.DataFrame(rows, infer_schema_length=None)
