@@ -38,7 +38,8 @@ from ranker.training.position import DataPosition
 from ranker.training.run_folder import RunFolder
 from ranker.training.throughput import Throughput
 
-RUN_DIR_VARIABLE = "EVENKEEL_RUN_DIR"  # tells the processes that DDP starts which folder theirs is
+# Tell the processes that DDP starts which folder theirs is, and the checkpoint that a sweep's job goes on from.
+RUN_DIR_VARIABLE, CHECKPOINT_VARIABLE = "EVENKEEL_RUN_DIR", "EVENKEEL_CHECKPOINT"
 
 
 @dataclass(frozen=True)
@@ -70,15 +71,21 @@ class Run:
     checkpoint: Path | None
 
 
-def open_folder(cfg: DictConfig) -> tuple[DictConfig, RunFolder, Path | None]:
+def open_folder(cfg: DictConfig, checkpoint: Path | None = None) -> tuple[DictConfig, RunFolder, Path | None]:
     """The run's folder, and for a run that goes on its configuration and newest checkpoint.
+
+    Args:
+        cfg: the configuration as composed.
+        checkpoint: of an earlier attempt at the very same run, in the folder that is Hydra's for this job.
 
     Raises:
         UserError: ``resume`` names a folder that is no run, or that has no checkpoint.
     """
     hydra = HydraConfig.get()
     if cfg.resume is None:
-        return cfg, RunFolder(os.environ.get(RUN_DIR_VARIABLE, hydra.runtime.output_dir)), None
+        given = os.environ.get(CHECKPOINT_VARIABLE)
+        folder = RunFolder(os.environ.get(RUN_DIR_VARIABLE, hydra.runtime.output_dir))
+        return cfg, folder, checkpoint or (Path(given) if given else None)
     folder = RunFolder.existing(cfg.resume)
     checkpoint = folder.newest_checkpoint()
     return resumed(cfg, folder.load_config(), list(hydra.overrides.task)), folder, checkpoint
@@ -169,7 +176,7 @@ def build(cfg: DictConfig, folder: RunFolder, checkpoint: Path | None) -> Run:
 
 
 @contextmanager
-def own_process_environment(folder: RunFolder) -> Iterator[None]:
+def own_process_environment(folder: RunFolder, checkpoint: Path | None) -> Iterator[None]:
     """Leaves the process as it was found, so that the next job of a multirun can start its own processes.
 
     Lightning starts the other DDP processes by repeating the command line. Under multirun that line describes the
@@ -179,6 +186,8 @@ def own_process_environment(folder: RunFolder) -> Iterator[None]:
     environment = dict(os.environ)
     arguments = list(sys.argv)
     os.environ[RUN_DIR_VARIABLE] = str(folder.path)
+    if checkpoint is not None:
+        os.environ[CHECKPOINT_VARIABLE] = str(checkpoint)
     sys.argv = [arguments[0], *HydraConfig.get().overrides.task]
     try:
         yield

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from pathlib import Path
 
 from omegaconf import DictConfig
 
@@ -12,18 +13,22 @@ from ranker.build import Run, build, open_folder, own_process_environment
 from ranker.training import provenance, trackers
 
 
-def run(cfg: DictConfig) -> float:
+def run(cfg: DictConfig, checkpoint: Path | None = None) -> float:
     """Builds, fits, evaluates and sums up a run.
 
     A lost model is an experiment's outcome: the run ends normally with status ``diverged``. A crash or an
     interruption is written down as ``failed`` and raised again.
 
+    Args:
+        cfg: the configuration.
+        checkpoint: of an earlier attempt at the same run in the same folder, to go on from.
+
     Returns:
         The metric a sweep maximises.
     """
     provenance.commit()  # asked now: the checkout may have moved on by the time the run is summed up
-    cfg, folder, checkpoint = open_folder(cfg)
-    with own_process_environment(folder):
+    cfg, folder, checkpoint = open_folder(cfg, checkpoint)
+    with own_process_environment(folder, checkpoint):
         parts = build(cfg, folder, checkpoint)
         with trackers.finishing(parts.loggers):
             return _train(parts)

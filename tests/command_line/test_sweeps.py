@@ -105,6 +105,26 @@ def test_a_run_that_was_killed_is_done_again_in_a_clean_folder(command_line: Com
     assert not (folder / "events.jsonl").exists()
 
 
+def test_a_run_that_was_killed_goes_on_from_its_checkpoint_unless_forced(
+    command_line: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    every = ("seed=0", "train.max_steps=4", "train.checkpoint_every=2")
+    sweep(command_line, tmp_path, *every)
+    (folder,) = (path.parent for path in tmp_path.glob("*/summary.json"))
+    whole = summaries(tmp_path)[folder.name]["metrics"]
+
+    (folder / "summary.json").unlink()
+    capsys.readouterr()
+    sweep(command_line, tmp_path, *every)
+    assert "goes on from" in capsys.readouterr().out
+    assert summaries(tmp_path)[folder.name]["metrics"] == whole
+
+    (folder / "summary.json").unlink()
+    sweep(command_line, tmp_path, *every, "force=true")
+    assert "goes on from" not in capsys.readouterr().out
+    assert summaries(tmp_path)[folder.name]["metrics"] == whole
+
+
 def test_another_run_is_never_overwritten(
     command_line: Command, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

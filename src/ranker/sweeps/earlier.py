@@ -29,6 +29,19 @@ def attempts(sweep_dir: Path, mark: str) -> list[tuple[Path, dict[str, Any]]]:
     return found
 
 
+def left_off_at(folder: Path, mark: str) -> Path | None:
+    """The checkpoint from which the run in a folder can go on; None where it must start afresh.
+
+    Only a run that was killed or interrupted goes on: one that failed by itself may carry the cause in its state.
+    """
+    run, summary = RunFolder(folder), _read(folder / SUMMARY)
+    if summary and not str(summary.get("reason")).startswith("interrupted"):
+        return None
+    if not (folder / CONFIG).is_file() or config_hash(run.load_config()) != mark:
+        return None
+    return run.newest_checkpoint() if any(run.checkpoints.glob("*.ckpt")) else None
+
+
 def make_room(folder: Path, mark: str, others: list[Path]) -> None:
     """Removes earlier attempts at a run: what is left in its folder, and the other folders that hold one.
 

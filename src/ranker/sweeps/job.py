@@ -27,6 +27,7 @@ OUTPUT, TRACEBACK = "output.txt", "traceback.txt"
 def run_job(cfg: DictConfig) -> float | None:
     """Runs a job of a multirun, unless a run of the same configuration is finished under the sweep's folder.
 
+    A job that was killed or interrupted goes on from its checkpoint, where it has one; one that failed starts afresh.
     A job that fails does not raise: the others go on, its reason is in its ``summary.json`` and in the sweep's
     journal, and the account at the end lists it. An interruption ends the sweep.
 
@@ -47,9 +48,10 @@ def run_job(cfg: DictConfig) -> float | None:
         journal.add(job, "started", run=folder)
         start = time.monotonic()
         try:
-            if cfg.resume is None:
+            checkpoint = None if cfg.resume or cfg.force else earlier.left_off_at(folder, mark)
+            if cfg.resume is None and checkpoint is None:
                 earlier.make_room(folder, mark, [run for run, _ in found])
-            summary, value = _train(cfg, folder)
+            summary, value = _train(cfg, folder, checkpoint)
         except Exception as error:
             reason = _write_failure(cfg, folder, mark, error, time.monotonic() - start)
             journal.add(job, "failed", run=folder, reason=reason)
@@ -60,12 +62,14 @@ def run_job(cfg: DictConfig) -> float | None:
     return value
 
 
-def _train(cfg: DictConfig, folder: Path) -> tuple[dict[str, Any], float]:
+def _train(cfg: DictConfig, folder: Path, checkpoint: Path | None) -> tuple[dict[str, Any], float]:
     config.check(cfg)
+    if checkpoint is not None:
+        print(f"goes on from {checkpoint}", flush=True)
     with _beside_others(cfg, folder):
         from ranker.run import run  # imported late: Lightning costs seconds that a job done before need not wait for
 
-        value = run(cfg)
+        value = run(cfg, checkpoint)
     saved = Path(cfg.resume) if cfg.resume else folder
     return json.loads((saved / SUMMARY).read_text(encoding="utf-8")), value
 

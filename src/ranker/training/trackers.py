@@ -110,7 +110,7 @@ def write_config(loggers: list[Logger], cfg: DictConfig) -> None:
         if not isinstance(logger, MetricsCsv):
             logger.log_hyperparams(
                 {
-                    str(name): OmegaConf.to_object(value) if OmegaConf.is_config(value) else value
+                    str(name): OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
                     for name, value in cfg.items()
                 }
             )
