@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, overload
 
 import torch
@@ -147,17 +147,18 @@ class SigmaOptimizer(torch.optim.Optimizer):
                 batch.backend.apply(batch, go, measure=False)
         return loss
 
-    def gather(self, *, keep_state: bool = True) -> list[Work]:
+    def gather(self, *, keep_state: bool = True, names: Collection[str] | None = None) -> list[Work]:
         """Return what a step has to do: every parameter with a gradient, in its local, dense form.
 
         Args:
             keep_state: Whether a fresh parameter keeps the state it is given; False changes nothing at all.
+            names: Only parameters of these names; None for all.
         """
         works = []
         for group in self.param_groups:
             method = get_info(group["method"])
             for name, param in zip(group["param_names"], group["params"], strict=True):
-                if param.grad is None:
+                if param.grad is None or (names is not None and name not in names):
                     continue
                 state = {key: value for key, value in self.state.get(param, {}).items() if key != stats.STATE_KEY}
                 if not state:
@@ -203,6 +204,13 @@ class SigmaOptimizer(torch.optim.Optimizer):
                 stacklevel=2,
             )
         return report
+
+    def last_step(self) -> dict[str, stats.LastStep]:
+        """Return by parameter name what the last step did, on the device; empty where collect_stats is off.
+
+        Copies, so that the steps to come leave them alone. Nothing waits until a number is read.
+        """
+        return stats.last_step(self.param_groups, self.state) if self.collect_stats else {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state_dict; torch casts state to the parameter's dtype, which would lose float32 state of bfloat16.

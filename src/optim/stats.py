@@ -13,6 +13,7 @@ from torch import Tensor
 from optim.batch import Batch, Moved
 from optim.binding import TERMS, global_index, locate
 from optim.distributed import combine_max, combine_norm
+from optim.registry import get_info
 from optim.work import Work
 
 STATE_KEY = "clip_stats"
@@ -67,6 +68,21 @@ class ClipStats(TypedDict):
     coordinate: int | None
     term: str | None
     still: bool
+
+
+class LastStep(NamedTuple):
+    """What the last step did to one parameter; 0-d float64 tensors on its device.
+
+    Attributes:
+        sigma: The factor; by unit or row, the smallest.
+        direction_max: Infinity norm of r, per unit of learning rate and before sigma; nan where sigma is 0, and where
+            there is one sigma a unit or row, from which it cannot be told.
+        clipped: Whether the method has a rule that chooses sigma; without one it is 1.
+    """
+
+    sigma: Tensor
+    direction_max: Tensor
+    clipped: bool
 
 
 class Reasons(NamedTuple):
@@ -191,6 +207,31 @@ def read(param_groups: list[dict[str, Any]], state: Mapping[Tensor, dict[str, An
         table = torch.stack([row for _, row in pairs]).tolist()
         values.update({name: dict(zip(FIELDS, row, strict=True)) for (name, _), row in zip(pairs, table, strict=True)})
     return {name: _report(values[name]) for name in names}
+
+
+def last_step(param_groups: list[dict[str, Any]], state: Mapping[Tensor, dict[str, Any]]) -> dict[str, LastStep]:
+    """Return what the last step did by parameter name, on the device; a few kernels a group and device."""
+    report: dict[str, LastStep] = {}
+    for group in param_groups:
+        clipped = get_info(group["method"]).sigma is not None
+        rows: dict[torch.device, list[tuple[str, Tensor, Tensor]]] = defaultdict(list)
+        for name, param in zip(group["param_names"], group["params"], strict=True):
+            row = state.get(param, {}).get(STATE_KEY)
+            if row is not None:
+                rows[row.device].append((name, param, row))
+        for triples in rows.values():
+            table = torch.stack([row for _, _, row in triples])
+            sigma, moved = table[:, FIELDS.index("sigma")], table[:, FIELDS.index("update_max")]
+            direction = torch.where(sigma > 0, moved / (sigma * group["lr"]), torch.nan)
+            whole = [not _several_sigmas(group, param) for _, param, _ in triples]
+            for (name, *_), one, size, known in zip(triples, sigma.unbind(), direction.unbind(), whole, strict=True):
+                report[name] = LastStep(one, size if known else torch.full_like(size, torch.nan), clipped)
+    return report
+
+
+def _several_sigmas(group: Mapping[str, Any], param: Tensor) -> bool:
+    by_row = param.grad is not None and param.grad.is_sparse and group["sparse_sigma"] == "row"
+    return by_row or (group.get("by") == "unit" and param.ndim > 1)
 
 
 def _report(row: dict[str, float]) -> ClipStats:

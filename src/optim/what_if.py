@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
+from torch import Tensor
 
 from optim.batch import Batch, choose_sigma, make_batches
 from optim.optimizer import SigmaOptimizer
@@ -16,8 +18,18 @@ from optim.updates.adagrad import ARRANGEMENT
 Rules = Sequence[str] | Mapping[str, Mapping[str, Any]]
 
 
+@overload
+def what_if(
+    optimizer: SigmaOptimizer, rules: Rules, *, names: Collection[str] | None = None, read: Literal[True] = True
+) -> dict[str, dict[str, float]]: ...
+@overload
+def what_if(
+    optimizer: SigmaOptimizer, rules: Rules, *, names: Collection[str] | None = None, read: Literal[False]
+) -> dict[str, dict[str, Tensor]]: ...
 @torch.no_grad()
-def what_if(optimizer: SigmaOptimizer, rules: Rules) -> dict[str, dict[str, float]]:
+def what_if(
+    optimizer: SigmaOptimizer, rules: Rules, *, names: Collection[str] | None = None, read: bool = True
+) -> dict[str, dict[str, float]] | dict[str, dict[str, Tensor]]:
     """Return the sigma each rule would choose now, by label and parameter name; changes nothing.
 
     Call it after backward() and before step(): the accumulators are then those the step will use. The rule is applied
@@ -27,13 +39,15 @@ def what_if(optimizer: SigmaOptimizer, rules: Rules) -> dict[str, dict[str, floa
         optimizer: Its gradients, state and learning rates are looked at.
         rules: Names of methods, with their default hyperparameters; or label to hyperparameters, where `method` names
             the method if the label does not: `{"gc": {}, "mild": {"method": "agc", "clip_factor": 1e-1}}`.
+        names: Only parameters of these names; None for all. Costs a reduction a rule and parameter.
+        read: Numbers, for which the device is waited for; False gives 0-d tensors on it.
 
     Raises:
         TypeError, ValueError: as `build_optimizer`, for an unknown rule or hyperparameter.
     """
     named = rules if isinstance(rules, Mapping) else {name: {} for name in rules}
-    works = optimizer.gather(keep_state=False)
-    report: dict[str, dict[str, float]] = {}
+    works = optimizer.gather(keep_state=False, names=names)
+    report: dict[str, dict[str, Tensor]] = {}
     for label, given in named.items():
         settings = dict(given)
         method = get_info(settings.pop("method", label))
@@ -47,18 +61,33 @@ def what_if(optimizer: SigmaOptimizer, rules: Rules) -> dict[str, dict[str, floa
             )
             for work in works
         ]
-        sigmas: dict[str, float] = {}
+        sigmas: dict[str, Tensor] = {}
         for batch in make_batches(hypothetical, optimizer.backends):
             choose_sigma(batch)
             sigmas |= _by_name(batch)
         report[label] = {work.name: sigmas[work.name] for work in works}
-    return report
+    return _read(report) if read else report
 
 
-def _by_name(batch: Batch) -> dict[str, float]:
+def _by_name(batch: Batch) -> dict[str, Tensor]:
     names = [work.name for work in batch.works]
+    one = torch.ones((), device=batch.device)
     if batch.sigma is None:
-        return dict.fromkeys(names, 1.0)
+        return dict.fromkeys(names, one)
     if batch.by_unit:
-        return {names[0]: float(batch.sigma.amin()) if batch.sigma.numel() else 1.0}
-    return dict(zip(names, batch.sigma.tolist(), strict=True))
+        return {names[0]: batch.sigma.amin() if batch.sigma.numel() else one}
+    return dict(zip(names, batch.sigma.unbind(), strict=True))
+
+
+def _read(report: dict[str, dict[str, Tensor]]) -> dict[str, dict[str, float]]:
+    """Return the numbers, by one transfer a device."""
+    by_device: dict[torch.device, list[tuple[str, str, Tensor]]] = defaultdict(list)
+    for label, sigmas in report.items():
+        for name, sigma in sigmas.items():
+            by_device[sigma.device].append((label, name, sigma))
+    read: dict[str, dict[str, float]] = {label: dict.fromkeys(sigmas, 1.0) for label, sigmas in report.items()}
+    for triples in by_device.values():
+        numbers = torch.stack([sigma.double() for *_, sigma in triples]).tolist()
+        for (label, name, _), number in zip(triples, numbers, strict=True):
+            read[label][name] = number
+    return read

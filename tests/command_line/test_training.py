@@ -83,13 +83,18 @@ def test_a_checkpoint_loads_without_unpickling_code(completed: Finished) -> None
 @pytest.mark.parametrize("model", ["small", "large", "large_dcn", "moe", "ple"])
 @pytest.mark.parametrize("optim", ["adagrad", "gc", "agc", "lamb", "clippy"])
 def test_every_model_trains_with_every_optimizer(train_tiny: Train, tmp_path: Path, model: str, optim: str) -> None:
+    looks = ("callbacks.early_signs.every=2", "callbacks.early_signs.task_gradients=2")
     run = train_tiny(
-        tmp_path, f"model={model}", f"optim={optim}", "train.max_steps=4", "train.eval_every=0", "lr_mult=0.05"
+        tmp_path, f"model={model}", f"optim={optim}", "train.max_steps=4", "train.eval_every=0", "lr_mult=0.05", *looks
     )
 
     assert run.summary["status"] in ("completed", "diverged")
     assert run.summary["steps"] == 4
     assert math.isfinite(run.summary["metrics"]["test/click/logloss"])
+    seen = {int(row["step"]): row for row in metrics(run)}
+    assert all(math.isfinite(float(seen[step]["signs/bottom_top/sigma_clippy"])) for step in (2, 4))
+    assert math.isfinite(float(seen[4]["signs/task_norm/click"]))
+    assert any(name.startswith("sigma/") for name in seen[4]) == (optim != "adagrad")
 
 
 def test_a_lost_run_stops_early_says_why_and_is_no_failure(

@@ -1,5 +1,6 @@
 """Stability: see a divergence, classify it, measure how near it is. Pure PyTorch; ranker.training calls it."""
 
+from ranker.stability.activations import Activations, LayerActivations, infinity_norm
 from ranker.stability.dead_relus import DeadReluShare
 from ranker.stability.detector import DivergenceDetector
 from ranker.stability.early_signs import LayerSigns, TaskGradients, layer_signs, task_gradients
@@ -10,16 +11,19 @@ from ranker.stability.sharpness import Sharpness, adagrad_preconditioner, hessia
 from ranker.stability.signals import reduce_signals
 
 __all__ = [
+    "Activations",
     "DeadReluShare",
     "DetectorSettings",
     "DivergenceDetector",
     "Event",
+    "LayerActivations",
     "LayerSigns",
     "Ritz",
     "Sharpness",
     "TaskGradients",
     "adagrad_preconditioner",
     "hessian_product",
+    "infinity_norm",
     "largest_eigenvalue",
     "layer_signs",
     "measure_sharpness",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,7 +19,7 @@ _RELUS: frozenset[Callable[..., Any]] = frozenset(
 class DeadReluShare:
     """Share of units behind a ReLU that are 0 for every row of a batch, by layer.
 
-        share = (units h with max_b relu(z_bh) = 0) / H
+        peak_h = max_b relu(z_bh);   share = (units h with peak_h = 0) / H
 
     Sees calls of the function, not modules: models here (and most) call ``F.relu`` in a loop over layers. A layer is
     named after the module that calls and a count, ``bottom.0``, ``bottom.1``.
@@ -31,17 +31,20 @@ class DeadReluShare:
 
     Args:
         net: the network.
+        layers: names of the only ones to look at; None for all.
     """
 
-    def __init__(self, net: nn.Module) -> None:
+    def __init__(self, net: nn.Module, *, layers: Collection[str] | None = None) -> None:
         self._net = net
+        self._layers = layers
         self._callers: list[str] = []
-        self._shares: dict[str, Tensor] = {}
+        self._counts: dict[str, int] = {}
+        self._peaks: dict[str, Tensor] = {}
 
     @contextmanager
     def measuring(self) -> Iterator[None]:
         """Looks at the forward passes inside; what an earlier one showed is forgotten."""
-        self._shares = {}
+        self._peaks, self._counts = {}, {}
         handles = []
         for name, module in self._net.named_modules():
             handles.append(module.register_forward_pre_hook(self._entered(name)))
@@ -54,9 +57,13 @@ class DeadReluShare:
             for handle in handles:
                 handle.remove()
 
+    def peaks(self) -> dict[str, Tensor]:
+        """Largest output of each unit, [H] on the device by layer, of the last measurement."""
+        return dict(self._peaks)
+
     def compute(self) -> dict[str, Tensor]:
-        """Scalars on the device by layer, of the last measurement."""
-        return dict(self._shares)
+        """The share as scalars on the device by layer, of the last measurement."""
+        return {name: dead_share(peak_H) for name, peak_H in self._peaks.items()}
 
     def _entered(self, name: str) -> Callable[[nn.Module, object], None]:
         def note(_module: nn.Module, _inputs: object) -> None:
@@ -73,9 +80,17 @@ class DeadReluShare:
         if not self._callers or not output.numel():
             return
         stem = f"{self._callers[-1]}." if self._callers[-1] else ""
-        count = sum(name.startswith(stem) and name[len(stem) :].isdigit() for name in self._shares)
-        units = output.detach().flatten(0, -2) if output.ndim > 1 else output.detach()[None]
-        self._shares[f"{stem}{count}"] = (units.amax(0) <= 0).float().mean()
+        count = self._counts.get(stem, 0)
+        self._counts[stem] = count + 1
+        name = f"{stem}{count}"
+        if self._layers is None or name in self._layers:
+            units = output.detach().flatten(0, -2) if output.ndim > 1 else output.detach()[None]
+            self._peaks[name] = units.amax(0)
+
+
+def dead_share(peak_H: Tensor) -> Tensor:
+    """Share of units whose largest output is 0, a scalar; one that is nan is not dead."""
+    return (peak_H <= 0).float().mean()
 
 
 class _ReluMode(TorchFunctionMode):

@@ -9,7 +9,10 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+
+from ranker.stability.activations import infinity_norm
 
 
 class LayerSigns(NamedTuple):
@@ -68,7 +71,7 @@ def layer_signs(
         update_max = grad_norm.new_full((), torch.nan)
         if "sum" in state:
             total = torch.addcmul(state["sum"], g, g).sqrt_().add_(eps.get(id(p), 0.0))
-            update_max = torch.linalg.vector_norm(g / total, float("inf"))
+            update_max = infinity_norm(torch.div(g, total, out=total))
         signs[name] = LayerSigns(grad_norm, grad_norm / torch.linalg.vector_norm(p), update_max)
     return signs
 
@@ -77,7 +80,9 @@ def task_gradients(losses: Sequence[Tensor], parameters: Sequence[Tensor]) -> Ta
     """Norms and cosines of the tasks' gradients on shared parameters.
 
     One backward pass a task, only as deep as the parameters lie: for the top shared layer alone that is little. The
-    graph is kept and ``.grad`` is not touched, so the step's own backward pass can follow.
+    graph is kept and ``.grad`` is not touched, so the step's own backward pass can follow; and neither are the hooks by
+    which DDP averages gradients. Where there are several ranks the gradients are averaged here, in one all-reduce:
+    every rank must call.
 
     Args:
         losses: one scalar a task, weighted as in training, with their graph.
@@ -92,6 +97,9 @@ def task_gradients(losses: Sequence[Tensor], parameters: Sequence[Tensor]) -> Ta
             )
         )
     stacked = torch.stack(rows)
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(stacked)
+        stacked /= dist.get_world_size()
     norm_T = torch.linalg.vector_norm(stacked, dim=1)
     unit = stacked / norm_T[:, None]
     return TaskGradients(norm_T=norm_T, cosine_TT=unit @ unit.T)

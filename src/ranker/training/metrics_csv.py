@@ -13,6 +13,7 @@ from pytorch_lightning.loggers.logger import Logger
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
 FLUSH_SECONDS = 5.0
+FLUSH_SHARE = 0.01  # of the time may go into writing: a long run's file takes seconds
 
 
 class MetricsCsv(Logger):
@@ -28,9 +29,9 @@ class MetricsCsv(Logger):
     def __init__(self, path: Path) -> None:
         super().__init__()
         self.path = path
-        self._columns: list[str] = ["step"]
+        self._columns: dict[str, None] = {"step": None}  # in order; a list would be searched for every number
         self._rows: dict[int, dict[str, Any]] = {}
-        self._flushed = time.monotonic()
+        self._flush_at = time.monotonic() + FLUSH_SECONDS
 
     @property
     def name(self) -> str:
@@ -56,8 +57,8 @@ class MetricsCsv(Logger):
         """Adds to the row of a step."""
         row = self._rows.setdefault(step or 0, {"step": step or 0})
         row.update(metrics)
-        self._columns += [name for name in metrics if name not in self._columns]
-        if time.monotonic() - self._flushed > FLUSH_SECONDS:
+        self._columns.update(dict.fromkeys(metrics))
+        if time.monotonic() > self._flush_at:
             self.save()
 
     @rank_zero_only
@@ -67,13 +68,15 @@ class MetricsCsv(Logger):
     @rank_zero_only
     def save(self) -> None:
         """Writes the file whole and puts it in place at once."""
+        start = time.monotonic()
         temporary = self.path.with_suffix(".tmp")
         with temporary.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, self._columns)
-            writer.writeheader()
-            writer.writerows(self._rows[step] for step in sorted(self._rows))
+            writer = csv.writer(file)
+            writer.writerow(self._columns)
+            writer.writerows(map(self._rows[step].get, self._columns) for step in sorted(self._rows))
         temporary.replace(self.path)
-        self._flushed = time.monotonic()
+        end = time.monotonic()
+        self._flush_at = end + max(FLUSH_SECONDS, (end - start) / FLUSH_SHARE)
 
     @rank_zero_only
     def finalize(self, status: str) -> None:

@@ -76,7 +76,7 @@ class RankingModule(pl.LightningModule):
         self._warmup_steps = warmup_steps
         self._progressive = progressive
         self._score_rows = score_rows
-        self._log_every = log_every
+        self.log_every = log_every
         if compile_net:
             net.compile(dynamic=True)  # in place: a wrapper would put every weight into the checkpoint twice
         self.loss = MultitaskLoss(schema)
@@ -117,7 +117,7 @@ class RankingModule(pl.LightningModule):
 
     def on_train_batch_end(self, outputs: object, batch: Batch, batch_idx: int) -> None:
         """Writes the step's numbers, now and then: reading them waits for the device."""
-        if self.signals is None or self.global_step % self._log_every:
+        if self.signals is None or self.global_step % self.log_every:
             return
         losses = self.signals.losses_T.tolist()
         aucs = self.signals.auc_T.tolist()
@@ -182,10 +182,10 @@ class RankingModule(pl.LightningModule):
             metrics.update(self.net(part), part.labels_BT, part.mask_BT)
         self.net.train()
 
-    def record(self, values: Mapping[str, float]) -> None:
-        """Sends numbers to every tracker under the step they belong to."""
+    def record(self, values: Mapping[str, float], *, step: int | None = None) -> None:
+        """Sends numbers to every tracker under the step they belong to; None for the step that was taken last."""
         for logger in self.trainer.loggers:
-            logger.log_metrics(dict(values), step=self.global_step)
+            logger.log_metrics(dict(values), step=self.global_step if step is None else step)
 
     def _end_holdout(self, prefix: str) -> None:
         values = self.holdout_metrics.compute()

@@ -1,8 +1,13 @@
 from __future__ import annotations
 
 import csv
+import itertools
 from pathlib import Path
+from types import SimpleNamespace
 
+import pytest
+
+from ranker.training import metrics_csv
 from ranker.training.metrics_csv import MetricsCsv
 
 
@@ -44,3 +49,17 @@ def test_resuming_without_a_file_starts_an_empty_one(tmp_path: Path) -> None:
     log.finalize("success")
 
     assert rows(log.path) == []
+
+
+def test_a_file_that_is_slow_to_write_is_written_less_often(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seconds = itertools.count()  # every look at the clock a second later, so that writing seems to take one
+    monkeypatch.setattr(metrics_csv, "time", SimpleNamespace(monotonic=lambda: float(next(seconds))))
+    log = MetricsCsv(tmp_path / "metrics.csv")
+    seen = []
+    for step in range(500):
+        log.log_metrics({f"column_{step}": 1.0}, step=step)
+        if log.path.is_file():
+            seen.append(len(rows(log.path)))
+
+    assert 3 <= len(set(seen)) <= 6, "once after 5 seconds, then every hundred"
+    assert len(rows(log.path)[0]) == seen[-1] + 1, "each row came with a column of its own"
