@@ -1,0 +1,47 @@
+"""``hydra/sweeper=headroom``: looks for the largest stable learning rate, in rounds, with whichever launcher there is.
+
+Hydra takes sweepers from the namespace package ``hydra_plugins`` alone and imports all of it at every start, so this
+module is no more than the plugin; what it does is in ``ranker.sweeps.headroom``. Options: conf/hydra/sweeper.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from hydra.core.plugins import Plugins
+from hydra.plugins.launcher import Launcher
+from hydra.plugins.sweeper import Sweeper
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig
+
+
+class HeadroomSweeper(Sweeper):
+    """Hands rounds of short runs to the launcher until each combination's learning rate is bracketed.
+
+    Args:
+        options: as in ``ranker.sweeps.headroom.Options``.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        self._options = options
+        self._launcher: Launcher | None = None
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        """Takes what Hydra gives every sweeper."""
+        self.hydra_context, self.config = hydra_context, config
+        self._launcher = Plugins.instance().instantiate_launcher(
+            hydra_context=hydra_context, task_function=task_function, config=config
+        )
+
+    def sweep(self, arguments: list[str]) -> Any:
+        """Runs the search for every combination of the comma-separated values on the command line."""
+        from ranker.sweeps.headroom import Options, search
+
+        assert self.config is not None
+        assert self._launcher is not None
+        return search(
+            arguments,
+            options=Options(**self._options),
+            launcher=self._launcher,
+            folder=Path(self.config.hydra.sweep.dir),
+            validate=self.validate_batch_is_legal,
+        )

@@ -1,0 +1,275 @@
+"""How many times the base learning rate a model survives: what to try next, and what the outcomes say. Pure."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import NormalDist, median
+from typing import Literal
+
+from ranker.errors import UserError
+
+MOST_ENUMERATED = 5  # seeds whose resamples are all looked at: 5^5 = 3,125
+RESAMPLES = 2_000  # of more seeds
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """How a short run ended.
+
+    Attributes:
+        rate: learning rate, in multiples of 1x.
+        seed: the run's.
+        survived: None where the run failed, so that nobody can tell.
+        auc: of the first binary task on the hold-out at the end; nan where there is none.
+        reason: why it did not survive, or failed; empty where it did.
+    """
+
+    rate: float
+    seed: int
+    survived: bool | None
+    auc: float = math.nan
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Search:
+    """Which learning rates to try.
+
+    Attributes:
+        lowest: least, in multiples of 1x.
+        highest: largest.
+        step: factor between two tries while nothing has survived, or nothing has been lost.
+        tolerance: the search ends when the first lost rate is at most so many times the last that survives.
+        points: rates tried inside the bracket at a time; 1 is bisection, more use more workers.
+    """
+
+    lowest: float
+    highest: float
+    step: float
+    tolerance: float
+    points: int
+
+    def __post_init__(self) -> None:
+        if not 0 < self.lowest <= 1 <= self.highest:
+            raise UserError(f"headroom: lowest and highest must enclose 1x, got {self.lowest:g} and {self.highest:g}")
+        for name in ("step", "tolerance"):
+            if not getattr(self, name) > 1:
+                raise UserError(f"headroom: {name} is a factor and must be above 1, got {getattr(self, name):g}")
+        if self.points < 1:
+            raise UserError(f"headroom: points must be 1 or more, got {self.points}")
+
+    def next_rates(self, outcomes: Sequence[Outcome]) -> list[float]:
+        """What to try next; nothing where the bracket is tight enough, the range is used up, or nothing new is left.
+
+        First 1x and up by ``step`` until a rate is lost (down, where 1x is), then between the largest rate that
+        survives (isotonic share of at least half, see ``survival``) and the next one.
+        """
+        tried = {outcome.rate for outcome in outcomes}
+        if not tried:
+            return self._up_from(1.0)
+        levels = survival(outcomes)
+        stable = [level.rate for level in levels if level.share >= 0.5]
+        lost = [level.rate for level in levels if level.share < 0.5]
+        if not stable:
+            wanted = [max(self.lowest, min(tried) / self.step)]
+        elif not lost:
+            wanted = [min(self.highest, max(tried) * self.step)]
+        elif lost[0] / stable[-1] <= self.tolerance:
+            wanted = []
+        else:
+            ratio = (lost[0] / stable[-1]) ** (1.0 / (self.points + 1))
+            wanted = [stable[-1] * ratio**k for k in range(1, self.points + 1)]
+        return [rate for rate in map(rounded, wanted) if rate not in tried]
+
+    def _up_from(self, rate: float) -> list[float]:
+        rates = [rate]
+        while rates[-1] < self.highest:
+            rates.append(rounded(min(rates[-1] * self.step, self.highest)))
+        return rates
+
+
+@dataclass(frozen=True, kw_only=True)
+class Level:
+    """The runs at one learning rate.
+
+    Attributes:
+        rate: in multiples of 1x.
+        survived: runs that did.
+        runs: runs that ended either way.
+        share: probability of survival there, by isotonic regression over all rates.
+        low: lower end of Wilson's interval for this rate alone.
+        high: upper end.
+    """
+
+    rate: float
+    survived: int
+    runs: int
+    share: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Headroom:
+    """How many times 1x survives.
+
+    Attributes:
+        value: the rate at which survival and loss are equally likely, in multiples of 1x. Where all survive, the
+            largest rate tried; where none does, the least one.
+        low: lower end of the interval; 0 where no rate survives for sure.
+        high: upper end; infinite where none is lost for sure.
+        beyond: ``above`` where the value is only a lower bound, ``below`` where only an upper one, else nothing.
+        monotone: whether no rate survived more often than a lower one.
+    """
+
+    value: float
+    low: float
+    high: float
+    beyond: Literal["above", "below", ""]
+    monotone: bool
+
+    def __str__(self) -> str:
+        if self.beyond == "above":
+            return f">= {self.value:.3g}x"
+        if self.beyond == "below":
+            return f"< {self.value:.3g}x"
+        low = f"{self.low:.3g}x" if self.low else "0"
+        high = f"{self.high:.3g}x" if math.isfinite(self.high) else "no end"
+        return f"{self.value:.3g}x [{low}, {high}]"
+
+
+def settled(outcomes: Sequence[Outcome], *, min_auc: float) -> list[Outcome]:
+    """Counts a run as lost, too, that ended with the AUC of a guess where a lower rate learned.
+
+    The divergence detector says so only of a model that went through a blow-up; one that a large rate silenced in its
+    first steps was never seen to be any better. A model that learns at no lower rate either is slow, not lost.
+    """
+    found = []
+    for outcome in outcomes:
+        below = [o.auc for o in outcomes if o.rate < outcome.rate and o.survived and not math.isnan(o.auc)]
+        if outcome.survived and outcome.auc < min_auc and below and median(below) >= min_auc:
+            reason = f"AUC {outcome.auc:.3f} on the hold-out, where lower rates learn"
+            outcome = Outcome(rate=outcome.rate, seed=outcome.seed, survived=False, auc=outcome.auc, reason=reason)
+        found.append(outcome)
+    return found
+
+
+def survival(outcomes: Sequence[Outcome], *, confidence: float = 0.9) -> list[Level]:
+    """The survival curve, from the least rate to the largest; a rate whose runs all failed is not in it."""
+    known = [outcome for outcome in outcomes if outcome.survived is not None]
+    rates = sorted({outcome.rate for outcome in known})
+    counts = [[o.survived for o in known if o.rate == rate] for rate in rates]
+    survived, runs = [sum(map(bool, c)) for c in counts], [len(c) for c in counts]
+    shares = isotonic([k / n for k, n in zip(survived, runs, strict=True)], runs)
+    levels = []
+    for rate, k, n, share in zip(rates, survived, runs, shares, strict=True):
+        low, high = wilson(k, n, confidence=confidence)
+        levels.append(Level(rate=rate, survived=k, runs=n, share=share, low=low, high=high))
+    return levels
+
+
+def headroom(outcomes: Sequence[Outcome], *, confidence: float = 0.9) -> Headroom | None:
+    """The largest stable learning rate and how well it is known; None where no run ended either way.
+
+        p(lr)  = isotonic regression of survived (1, 0) on lr, falling
+        value  = the lr with p = 1/2, between neighbouring rates linear in log(lr)
+        a, c   = the largest rate tried with p >= 1/2, and the next one
+        interval = [quantile of a, quantile of c] over resamples of the seeds
+
+    A seed is drawn with all its runs, since a seed's data order makes its runs alike. The ends a and c, and not the
+    interpolated value, go into the interval: the grid knows no more than that the change lies between them. All
+    resamples of up to 5 seeds are looked at, 2,000 drawn ones of more.
+
+    Args:
+        outcomes: runs at several rates and seeds.
+        confidence: of the interval, such as 0.9.
+
+    Source: isotonic regression by pooling adjacent violators, Ayer et al. (1955), An Empirical Distribution Function
+        for Sampling with Incomplete Information (the estimate of a dose that half survive); percentile bootstrap over
+        clusters, Davison and Hinkley (1997), sections 2.4 and 3.8.
+    """
+    levels = survival(outcomes)
+    if not levels:
+        return None
+    value, low, high = _crossing(levels)
+    raw = [level.survived / level.runs for level in levels]
+    monotone = all(a >= b for a, b in itertools.pairwise(raw))
+    lows, highs = [], []
+    for drawn in _resamples(outcomes):
+        again = survival(drawn)
+        if again:
+            _, a, c = _crossing(again)
+            lows.append(a)
+            highs.append(c)
+    tail = (1.0 - confidence) / 2.0
+    beyond: Literal["above", "below", ""] = "above" if math.isinf(high) else "below" if low == 0 else ""
+    return Headroom(
+        value=value, low=_quantile(lows, tail), high=_quantile(highs, 1.0 - tail), beyond=beyond, monotone=monotone
+    )
+
+
+def isotonic(values: Sequence[float], weights: Sequence[float]) -> list[float]:
+    """The falling sequence nearest to the values in weighted squares: neighbours that rise are pooled."""
+    blocks: list[tuple[float, float, int]] = []  # mean, weight, length
+    for value, weight in zip(values, weights, strict=True):
+        mean, total, length = value, float(weight), 1
+        while blocks and blocks[-1][0] < mean:
+            before = blocks.pop()
+            mean = (before[0] * before[1] + mean * total) / (before[1] + total)
+            total, length = before[1] + total, before[2] + length
+        blocks.append((mean, total, length))
+    return [mean for mean, _, length in blocks for _ in range(length)]
+
+
+def wilson(survived: int, runs: int, *, confidence: float) -> tuple[float, float]:
+    """Wilson's interval for a share.
+
+        (p + z^2 / 2n -+ z sqrt(p (1 - p) / n + z^2 / 4n^2)) / (1 + z^2 / n)
+
+    Source: Wilson (1927), Probable Inference, the Law of Succession, and Statistical Inference.
+    """
+    z = NormalDist().inv_cdf(0.5 + confidence / 2.0)
+    p, n = survived / runs, runs
+    centre, spread = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return max(0.0, (centre - spread) / (1 + z * z / n)), min(1.0, (centre + spread) / (1 + z * z / n))
+
+
+def rounded(rate: float) -> float:
+    """Three digits, so that folders and tables read well and a second call finds the first one's runs."""
+    return float(f"{rate:.3g}")
+
+
+def _crossing(levels: Sequence[Level]) -> tuple[float, float, float]:
+    """Where the curve crosses one half, and the rates tried on both sides: 0 or infinity where there is none."""
+    stable = [i for i, level in enumerate(levels) if level.share >= 0.5]
+    if not stable:
+        return levels[0].rate, 0.0, levels[0].rate
+    i = stable[-1]
+    if i == len(levels) - 1:
+        return levels[i].rate, levels[i].rate, math.inf
+    here, there = levels[i], levels[i + 1]
+    part = (here.share - 0.5) / (here.share - there.share)
+    return here.rate * (there.rate / here.rate) ** part, here.rate, there.rate
+
+
+def _resamples(outcomes: Sequence[Outcome]) -> list[list[Outcome]]:
+    by_seed: dict[int, list[Outcome]] = {}
+    for outcome in outcomes:
+        by_seed.setdefault(outcome.seed, []).append(outcome)
+    seeds = sorted(by_seed)
+    if len(seeds) <= MOST_ENUMERATED:
+        draws = list(itertools.product(seeds, repeat=len(seeds)))
+    else:
+        draw = random.Random(0)
+        draws = [tuple(draw.choices(seeds, k=len(seeds))) for _ in range(RESAMPLES)]
+    return [[outcome for seed in chosen for outcome in by_seed[seed]] for chosen in draws]
+
+
+def _quantile(values: Sequence[float], q: float) -> float:
+    """The least value with at least this share of the values at or below it."""
+    ordered = sorted(values)
+    return ordered[max(0, math.ceil(q * len(ordered) - 1e-9) - 1)]
