@@ -7,10 +7,10 @@ JOBS ?= 2
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-slow check format lock clean
+.PHONY: help setup train test test-slow check results-check format lock clean
 
 help:  ## show this list
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-13s %s\n", $$1, $$2}'
 
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "evenkeel needs Python 3.11 or newer, this is " + sys.version.split()[0] + "; try make PYTHON=python3.11")'
@@ -37,6 +37,9 @@ check: $(STAMP)  ## lint, formatting, types, import contracts
 	@$(PY) -m ruff format --check .
 	@$(PY) -m mypy
 	@$(VENV)/bin/lint-imports
+
+results-check: $(STAMP)  ## compute every published table from the CSV files in results/; fails where a number differs
+	@$(PY) scripts/reproduce.py check
 
 format: $(STAMP)  ## rewrite the code in the project's format
 	@$(PY) -m ruff check --fix .

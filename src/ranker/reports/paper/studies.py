@@ -1,0 +1,22 @@
+"""Every study by its name on the command line, in the order in which ``all`` makes them."""
+
+from __future__ import annotations
+
+from ranker.reports.paper import ablations, conditions, fig3, rates, table1, table2, table3
+from ranker.reports.paper.study import Study
+
+STUDIES: tuple[Study, ...] = (
+    table1.STUDY,
+    fig3.STUDY,
+    table2.STUDY,
+    table3.STUDY,
+    rates.STUDY,
+    ablations.RULE,
+    ablations.LAMBDA,
+    ablations.ADAM,
+    conditions.BATCH,
+    conditions.WINDOW,
+    conditions.MITIGATION,
+    table2.MORE,
+)
+BY_NAME = {study.name: study for study in STUDIES}
