@@ -36,6 +36,7 @@ from ranker.training.metrics_csv import MetricsCsv
 from ranker.training.module import RankingModule
 from ranker.training.position import DataPosition
 from ranker.training.run_folder import RunFolder
+from ranker.training.snapshot_ring import SnapshotRing
 from ranker.training.throughput import Throughput
 
 # Tell the processes that DDP starts which folder theirs is, and the checkpoint that a sweep's job goes on from.
@@ -148,8 +149,9 @@ def build(cfg: DictConfig, folder: RunFolder, checkpoint: Path | None) -> Run:
     for node in cfg.callbacks.values():
         callbacks.append(instantiate(node, _convert_="all"))
     watch = next((c for c in callbacks if isinstance(c, DivergenceWatch)), None)
-    if watch is not None:
-        watch.folder = folder
+    for callback in callbacks:
+        if isinstance(callback, (DivergenceWatch, SnapshotRing)):
+            callback.folder = folder
     interruption = Interruption(folder)
     callbacks += [interruption, NewestCheckpoint(folder.checkpoints, every=cfg.train.checkpoint_every)]
     loggers = trackers.build(

@@ -173,6 +173,16 @@ class RankingDataModule(pl.LightningDataModule):
         if self._past is not None and known is not None:
             self._past.begin(self._window_of(self.position), DenseStatistics.from_state(known))
 
+    def go_back(self, state_dict: dict[str, Any]) -> None:
+        """Goes on from an earlier (or later) state of this run, with the loader in use; what was read ahead is dropped.
+
+        Raises:
+            UserError: as ``load_state_dict``.
+        """
+        self.load_state_dict(state_dict)
+        if self._loader is not None:
+            self._loader.seek(self.position)
+
     def known(self) -> DenseStatistics:
         """What dense features are normalised with at the next batch; of nothing, where they are not."""
         return NOTHING if self._past is None else self._past.before(self._window_of(self.position))

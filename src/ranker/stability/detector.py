@@ -172,7 +172,7 @@ class DivergenceDetector:
         return {"judge": self._judge.state(), "unreported": [asdict(event) for event in self._unreported]}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on from ``state_dict``.
+        """Goes on from ``state_dict``; steps that were fed but not judged are dropped.
 
         Raises:
             UserError: it is the state of other tasks.
@@ -180,6 +180,7 @@ class DivergenceDetector:
         there = list(state["judge"]["tasks"])
         if there != list(self.task_names):
             raise UserError(f"divergence detector: the checkpoint is of tasks {there}, this run has {self.task_names}")
+        self._buffer = SignalBuffer()
         self._judge.load(state["judge"])
         self._unreported = [Event(**event) for event in state["unreported"]]
 

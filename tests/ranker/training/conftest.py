@@ -1,0 +1,59 @@
+"""A real fit of a tiny model on the synthetic stream, with callbacks of the test's choice."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import pytorch_lightning as pl
+from pytorch_lightning.callbacks import Callback
+
+from optim import build_optimizer
+from ranker.data.datamodule import RankingDataModule
+from ranker.data.synthetic import SyntheticLog
+from ranker.models import SharedBottom
+from ranker.training.divergence_watch import DivergenceWatch
+from ranker.training.module import RankingModule
+from ranker.training.position import DataPosition
+
+
+@pytest.fixture
+def fit() -> Callable[..., pl.Trainer]:
+    """Fits with Clippy and a warm-up on dense features normalised by past windows; 48 steps of 128 rows."""
+
+    def call(callbacks: Sequence[Callback], *, num_workers: int = 1, **trainer: Any) -> pl.Trainer:
+        pl.seed_everything(0, verbose=False)
+        log = SyntheticLog(
+            train_rows=6144, eval_rows=1024, rows_per_day=2048, num_users=300, num_items=100, embedding_dim=4
+        )
+        module = RankingModule(
+            SharedBottom(log.schema, hidden=[16, 16]),
+            schema=log.schema,
+            optimizer=lambda model_or_params, lr: build_optimizer("clippy", model_or_params, lr=lr),
+            lr=0.1,
+            warmup_steps=30,
+        )
+        datamodule = RankingDataModule(
+            log,
+            batch_size=128,
+            window=1024,
+            num_workers=num_workers,
+            progressive=True,
+            dense_statistics="past_windows",
+        )
+        fitting = pl.Trainer(
+            max_epochs=1,
+            accelerator="cpu",
+            limit_val_batches=0,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            callbacks=[DataPosition(), DivergenceWatch(), *callbacks],
+            **trainer,
+        )
+        fitting.fit(module, datamodule=datamodule)
+        return fitting
+
+    return call
