@@ -37,6 +37,7 @@ def summarise(run: Run, *, status: str, reason: str, seconds: float) -> dict[str
         **asked_for(run.cfg),
         "metrics": run.module.holdout,
         "divergence": lost,
+        **_sharpness(run),
         "steps": run.trainer.global_step,
         "examples": run.throughput.examples,
         "bad_rows": getattr(run.datamodule.log, "num_bad_rows", 0),  # only logs from files can hold any
@@ -47,6 +48,14 @@ def summarise(run: Run, *, status: str, reason: str, seconds: float) -> dict[str
         "parameters": run.module.net.count_parameters(),  # type: ignore[operator]
         **made_with(run.cfg),
     }
+
+
+def _sharpness(run: Run) -> dict[str, Any]:
+    from ranker.training.sharpness_probe import SharpnessProbe
+
+    probe = next((c for c in run.trainer.callbacks if isinstance(c, SharpnessProbe)), None)  # type: ignore[attr-defined]
+    looked = probe.summary() if probe else None
+    return {"sharpness": looked} if looked else {}
 
 
 def never_began(cfg: DictConfig, *, reason: str, seconds: float) -> dict[str, Any]:

@@ -116,6 +116,7 @@ def test_two_ddp_processes_train_as_one_on_the_joined_batches(
     train_tiny: Callable[..., Finished], tmp_path: Path
 ) -> None:
     settings = ("train.max_steps=20", "optim=gc", "lr_mult=0.1", "callbacks.early_signs.task_gradients=1")
+    settings = (*settings, "callbacks.sharpness.every=10")
     one = train_tiny(tmp_path / "one", *settings)
     process = train_process(*TINY, *settings, *TWO_RANKS, f"hydra.run.dir={tmp_path / 'two'}")
     _, errors = process.communicate(timeout=200)
@@ -128,6 +129,7 @@ def test_two_ddp_processes_train_as_one_on_the_joined_batches(
         assert two.summary["metrics"][name] == pytest.approx(value, rel=1e-3), name
     alone, joined = (metrics_after(run.folder, 0)[10] for run in (one, two))
     signs = [name for name in alone if name.startswith(("signs/", "sigma/"))]
+    assert float(joined["sharpness/preconditioned"]) > 0, "at the rows of the first rank alone"
     assert {"signs/bottom_top/dead_relus", "signs/bottom_first/activation_max", "signs/task_norm/like"} <= set(signs)
     for name in signs:
         assert float(joined[name]) == pytest.approx(float(alone[name]), rel=1e-2, abs=1e-4), name

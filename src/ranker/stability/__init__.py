@@ -6,6 +6,7 @@ from ranker.stability.detector import DivergenceDetector
 from ranker.stability.early_signs import LayerSigns, TaskGradients, layer_signs, task_gradients
 from ranker.stability.events import Event
 from ranker.stability.lanczos import Ritz, largest_eigenvalue
+from ranker.stability.preconditioner import Preconditioner, step_preconditioner
 from ranker.stability.settings import DetectorSettings
 from ranker.stability.sharpness import Sharpness, adagrad_preconditioner, hessian_product, measure_sharpness
 from ranker.stability.signals import reduce_signals
@@ -18,6 +19,7 @@ __all__ = [
     "Event",
     "LayerActivations",
     "LayerSigns",
+    "Preconditioner",
     "Ritz",
     "Sharpness",
     "TaskGradients",
@@ -28,5 +30,6 @@ __all__ = [
     "layer_signs",
     "measure_sharpness",
     "reduce_signals",
+    "step_preconditioner",
     "task_gradients",
 ]

@@ -10,7 +10,6 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import Callback
-from pytorch_lightning.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -107,8 +106,9 @@ class EarlySigns(Callback):
         self._shared = _weight_of(net, every_layer["bottom_top"])[1] if "bottom_top" in every_layer else None
         inside = {role: name for role, name in layers.items() if not role.startswith("head/")}
         self._watched = LayerActivations(net, inside) if self._activations else None
-        if net._compiled_call_impl is not None and (self._activations or self._task_gradients):
-            rank_zero_info("early_signs: the net is compiled: no dead_relus, activation_max and gradients by task")
+        unseen = net._compiled_call_impl is not None and (self._activations or self._task_gradients)
+        if unseen and trainer.is_global_zero:
+            log.info("early_signs: the net is compiled: no dead_relus, activation_max and gradients by task")
         try:
             self._others_sigma(trainer.optimizers[0], names=())
         except (TypeError, ValueError) as error:

@@ -59,7 +59,8 @@ def test_a_file_that_is_slow_to_write_is_written_less_often(tmp_path: Path, monk
     for step in range(500):
         log.log_metrics({f"column_{step}": 1.0}, step=step)
         if log.path.is_file():
-            seen.append(len(rows(log.path)))
+            seen.append(log.path.stat().st_mtime_ns)
 
     assert 3 <= len(set(seen)) <= 6, "once after 5 seconds, then every hundred"
-    assert len(rows(log.path)[0]) == seen[-1] + 1, "each row came with a column of its own"
+    last = rows(log.path)
+    assert len(last[0]) == len(last) + 1 > 300, "each row came with a column of its own"
