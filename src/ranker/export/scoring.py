@@ -28,6 +28,7 @@ ROW_GROUP = 131_072  # rows of a row group that is written: what readers expect,
 ROW = "row"  # column of row ids where neither schema nor file names one
 ON_BAD_ROWS = ("raise", "null")
 _AHEAD = 2
+_BUFFER = 1 << 18  # bytes, a column
 
 
 @dataclass(frozen=True)
@@ -78,8 +79,8 @@ class ParquetRows:
             leaves = pq.read_metadata(path).schema
             texts = [leaves.column(i) for i in range(len(leaves))]
             strings = [leaf.path for leaf in texts if leaf.logical_type.type == "STRING" and leaf.path in self._names]
-            # Without pre_buffer, or a row group would be fetched whole.
-            self._file = pq.ParquetFile(path, read_dictionary=strings, pre_buffer=False)
+            # Otherwise Arrow would fetch a row group, or each of its columns, whole.
+            self._file = pq.ParquetFile(path, read_dictionary=strings, pre_buffer=False, buffer_size=_BUFFER)
         except pa.ArrowException as error:
             raise UserError(f"{path} is no Parquet file, or a broken one ({one_line(error)})") from error
         self.num_rows: int = self._file.metadata.num_rows
