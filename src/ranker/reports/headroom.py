@@ -178,7 +178,7 @@ def plot(entries: Sequence[Entry], path: Path, *, confidence: float) -> None:
     matplotlib.use("agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(7.5, 3.8))
+    figure, axes = pyplot.subplots(figsize=(7.5, 4.2))
     others = iter(["#1e8449", "#2e4053", "#af601a", "#884ea0", "#148f77"])
     for place, entry in enumerate(entries):
         assert entry.found is not None
@@ -202,7 +202,7 @@ def plot(entries: Sequence[Entry], path: Path, *, confidence: float) -> None:
     axes.set_xlabel("learning rate, in multiples of 1x")
     axes.set_ylabel("share of runs that survive")
     axes.set_title(f"lr headroom, {100 * confidence:g} % intervals", loc="left")
-    axes.legend(frameon=False, loc="lower left")
+    axes.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2)  # clear of the curves
     axes.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()
     draft = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
