@@ -178,7 +178,9 @@ def test_an_offline_wandb_run_is_finished_and_comparable(train_tiny: Train, tmp_
     assert set(run["tags"]) == {"synthetic", "laptop", "small", "clippy", "mine"}
     assert run["config"]["optim"]["name"] == "clippy"
     assert run["config"]["model"]["net"]["hidden"] == [16, 16]  # resolved, not ${...}
+    assert run["config"]["train"]["max_steps"] == 2
     assert "test/click/auc" in run["summary"]
+    assert run["summary"]["divergence/micro"] == 0
 
 
 def test_a_crashed_wandb_run_is_not_shown_as_finished(

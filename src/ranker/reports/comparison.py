@@ -9,7 +9,7 @@ from typing import Any
 import polars as pl
 from rich.table import Table
 
-from ranker.reports.runs import by_cell
+from ranker.reports.runs import KEYS, MADE_WITH, by_cell
 
 ORDER = {
     "model": ("small", "large", "large_dcn", "moe", "ple"),
@@ -45,6 +45,13 @@ def comparison(runs: pl.DataFrame, metric: str) -> tuple[list[str], list[list[st
     return header, rows
 
 
+def run_table(runs: pl.DataFrame, metrics: Sequence[str]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows with one row a run: what it was, how it ended and why, where its numbers come from."""
+    columns = [*KEYS, "status", "first_step", *metrics, "steps", "run", *MADE_WITH]
+    columns = [column for column in columns if column in runs.columns]  # a CSV of before lacks some
+    return columns, [[_plain(value) for value in row] for row in runs.select(columns).iter_rows()]
+
+
 def as_markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table."""
     lines = ["| " + " | ".join(header) + " |", "|" + " --- |" * len(header)]
@@ -74,6 +81,12 @@ def _cell(cell: dict[str, Any], metric: str) -> str:
         value = f"{scale * mean:.{digits}f}" + (f" ± {scale * std:.{digits}f}" if std is not None else "")
     notes = [f"{kind} {cell[kind]} of {cell['runs']}" for kind in ("diverged", "failed") if cell[kind]]
     return "; ".join([*notes, *([value] if value else [])])
+
+
+def _plain(value: Any) -> str:
+    if value is None:
+        return ""
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
 def _ordered(names: Sequence[str], order: Sequence[str]) -> list[str]:

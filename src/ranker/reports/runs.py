@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import polars as pl
 
-from ranker.errors import UserError
+from ranker.errors import UserError, suggest
 from ranker.training.run_folder import SUMMARY
 
 KEYS = ("data", "scale", "model", "optim", "lr_mult", "seed")
@@ -39,16 +40,27 @@ def load_runs(folder: str | Path) -> pl.DataFrame:
     """
     rows = []
     for path in find_runs(folder):
-        summary = json.loads((path / SUMMARY).read_text(encoding="utf-8"))
-        row = {
-            key: summary[key] for key in (*KEYS, "lr", "status", "steps", "examples_per_second", "data_wait_fraction")
-        }
-        row |= {"first_step": summary["divergence"]["first_step"], "micro": summary["divergence"]["micro"]}
-        row |= {"dense_parameters": summary["parameters"]["dense"], "run": path.name}
-        row |= {key: summary.get(key) for key in MADE_WITH}
-        row |= {key.removeprefix("test/"): value for key, value in summary["metrics"].items()}
-        rows.append(row)
+        rows.append(run_row(json.loads((path / SUMMARY).read_text(encoding="utf-8")), path.name))
     return pl.DataFrame(rows, infer_schema_length=None)
+
+
+def run_row(summary: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """One run's row of the table that ``load_runs`` describes.
+
+    Args:
+        summary: as in summary.json.
+        name: the run's name.
+    """
+    row = {key: summary[key] for key in (*KEYS, "lr", "status", "steps", "examples_per_second", "data_wait_fraction")}
+    row |= {"first_step": summary["divergence"]["first_step"], "micro": summary["divergence"]["micro"]}
+    row |= {"dense_parameters": summary["parameters"]["dense"], "run": name}
+    row |= {key: summary.get(key) for key in MADE_WITH}
+    return row | {key.removeprefix("test/"): value for key, value in summary["metrics"].items()}
+
+
+def metric_names(runs: pl.DataFrame) -> list[str]:
+    """Names of the metrics, such as ``click/auc``, in the order of the table."""
+    return [column for column in runs.columns if "/" in column]
 
 
 def by_cell(runs: pl.DataFrame, metrics: Sequence[str]) -> pl.DataFrame:
@@ -67,8 +79,7 @@ def by_cell(runs: pl.DataFrame, metrics: Sequence[str]) -> pl.DataFrame:
     """
     for metric in metrics:
         if metric not in runs.columns:
-            known = ", ".join(c for c in runs.columns if "/" in c)
-            raise UserError(f"no run has the metric '{metric}'; known: {known}")
+            raise UserError(f"no run has the metric '{metric}'; {suggest(metric, metric_names(runs))}")
     done = pl.col("status") == "completed"
     cells = [pl.len().alias("runs")]
     cells += [(pl.col("status") == status).sum().alias(status) for status in ("diverged", "failed")]

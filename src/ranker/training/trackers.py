@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -122,4 +123,45 @@ def write_summary(loggers: list[Logger], summary: Mapping[str, Any]) -> None:
     for logger in loggers:
         if isinstance(logger, WandbLogger):
             flat = {k: v for k, v in summary.items() if isinstance(v, (str, int, float, bool))}
+            for part in ("divergence", "parameters"):
+                flat |= {f"{part}/{k}": v for k, v in summary.get(part, {}).items() if v is not None}
             logger.experiment.summary.update({**flat, **summary.get("metrics", {})})
+
+
+@dataclass(frozen=True)
+class TrackedRun:
+    """A run as the tracker has it.
+
+    Attributes:
+        name: as shown there; the name of its run folder.
+        state: ``running``, ``finished``, ``crashed``, ``failed``, ``killed``, ...
+        summary: what ``write_summary`` put there: flat, ``divergence/micro`` for what was nested.
+        config: the resolved configuration.
+    """
+
+    name: str
+    state: str
+    summary: dict[str, Any]
+    config: dict[str, Any]
+
+
+def tracked_runs(project: str) -> list[TrackedRun]:
+    """Every run of a W&B project, oldest first.
+
+    Args:
+        project: ``entity/project``.
+
+    Raises:
+        UserError: nobody is logged in, or there is no such project, or W&B cannot be reached.
+    """
+    if project.count("/") != 1 or not all(project.split("/")):
+        raise UserError(f"--wandb wants entity/project, such as my-team/evenkeel; got '{project}'")
+    import wandb
+
+    if not wandb.api.api_key:  # asked first: wandb itself would wait for somebody to type a key
+        raise UserError("not logged in to W&B: run 'wandb login', or set WANDB_API_KEY")
+    try:
+        found = wandb.Api().runs(project, lazy=False)
+        return [TrackedRun(run.name, run.state, dict(run.summary_metrics), dict(run.config)) for run in found]
+    except (wandb.Error, ValueError) as error:  # ValueError: what wandb raises for a project that is not there
+        raise UserError(f"W&B, {project}: {' '.join(str(error).split())}") from error

@@ -68,7 +68,7 @@ def test_markdown_and_csv_hold_the_same_cells() -> None:
 
 
 def test_an_unknown_metric_and_an_empty_folder_are_said(sweep: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no run has the metric 'like/auc'; known: is_click/auc"):
+    with pytest.raises(UserError, match="no run has the metric 'like/auc'; did you mean 'is_click/auc'"):
         comparison(load_runs(sweep), "like/auc")
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"no summary\.json"):
