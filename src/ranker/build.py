@@ -35,6 +35,7 @@ from ranker.training.interruption import Interruption
 from ranker.training.metrics_csv import MetricsCsv
 from ranker.training.module import RankingModule
 from ranker.training.position import DataPosition
+from ranker.training.rollback import Rollback
 from ranker.training.run_folder import RunFolder
 from ranker.training.snapshot_ring import SnapshotRing
 from ranker.training.throughput import Throughput
@@ -55,6 +56,7 @@ class Run:
         trainer: the Lightning trainer.
         throughput: the callback that measures speed.
         watch: the callback that watches for divergence; None where it is switched off.
+        rollback: the callback that goes back to before a divergence; None where it is switched off.
         interruption: the callback that ends training when the process is asked to stop.
         loggers: metrics.csv and the tracker.
         checkpoint: the checkpoint to go on from; None for a new run.
@@ -67,6 +69,7 @@ class Run:
     trainer: pl.Trainer
     throughput: Throughput
     watch: DivergenceWatch | None
+    rollback: Rollback | None
     interruption: Interruption
     loggers: list[Logger]
     checkpoint: Path | None
@@ -150,16 +153,18 @@ def build(cfg: DictConfig, folder: RunFolder, checkpoint: Path | None) -> Run:
         callbacks.append(instantiate(node, _convert_="all"))
     watch = next((c for c in callbacks if isinstance(c, DivergenceWatch)), None)
     for callback in callbacks:
-        if isinstance(callback, (DivergenceWatch, SnapshotRing)):
+        if isinstance(callback, (DivergenceWatch, SnapshotRing, Rollback)):
             callback.folder = folder
     interruption = Interruption(folder)
     callbacks += [interruption, NewestCheckpoint(folder.checkpoints, every=cfg.train.checkpoint_every)]
+    mitigation = [name] if (name := OmegaConf.select(cfg, "mitigation.name", default="none")) != "none" else []
     loggers = trackers.build(
         OmegaConf.to_container(cfg.logger, resolve=True),  # type: ignore[arg-type]
         folder,
         name=folder.path.name,
-        group=f"{cfg.data.name}/{cfg.scale.name}/{cfg.model.name}/{cfg.optim.name}/x{cfg.lr_mult:g}",
-        tags=[cfg.data.name, cfg.scale.name, cfg.model.name, cfg.optim.name, *cfg.tags],
+        group=f"{cfg.data.name}/{cfg.scale.name}/{cfg.model.name}/{cfg.optim.name}/x{cfg.lr_mult:g}"
+        + "".join(f"/{name}" for name in mitigation),
+        tags=[cfg.data.name, cfg.scale.name, cfg.model.name, cfg.optim.name, *mitigation, *cfg.tags],
     )
     if checkpoint is not None:
         _continue_files(loggers, folder, checkpoint)
@@ -171,6 +176,7 @@ def build(cfg: DictConfig, folder: RunFolder, checkpoint: Path | None) -> Run:
         trainer=_trainer(cfg, folder, callbacks, loggers),
         throughput=throughput,
         watch=watch,
+        rollback=next((c for c in callbacks if isinstance(c, Rollback)), None),
         interruption=interruption,
         loggers=loggers,
         checkpoint=checkpoint,

@@ -65,6 +65,7 @@ class Root:
     trainer: dict[str, Any] = field(default_factory=dict)
     callbacks: dict[str, Any] = field(default_factory=dict)
     logger: dict[str, Any] = field(default_factory=dict)
+    mitigation: dict[str, Any] = field(default_factory=dict)
     train: TrainSettings = field(default_factory=TrainSettings)
     seed: int = 0
     lr_mult: float = 1.0
@@ -125,7 +126,18 @@ def resumed(cfg: DictConfig, saved: DictConfig, overrides: list[str]) -> DictCon
     Raises:
         UserError: an override chooses another group option, or a value that is not in the saved configuration.
     """
-    groups = {"model", "optim", "data", "scale", "trainer", "callbacks", "logger", "experiment", "hparams_search"}
+    groups = {
+        "model",
+        "optim",
+        "data",
+        "scale",
+        "trainer",
+        "callbacks",
+        "logger",
+        "mitigation",
+        "experiment",
+        "hparams_search",
+    }
     merged = saved.copy()
     for override in overrides:
         key = override.lstrip("+~").split("=", 1)[0]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
 
@@ -38,6 +38,7 @@ def summarise(run: Run, *, status: str, reason: str, seconds: float) -> dict[str
         "metrics": run.module.holdout,
         "divergence": lost,
         **_sharpness(run),
+        "rollbacks": [dict(r) for r in run.rollback.done] if run.rollback else [],
         "steps": run.trainer.global_step,
         "examples": run.throughput.examples,
         "bad_rows": getattr(run.datamodule.log, "num_bad_rows", 0),  # only logs from files can hold any
@@ -66,6 +67,7 @@ def never_began(cfg: DictConfig, *, reason: str, seconds: float) -> dict[str, An
         **asked_for(cfg),
         "metrics": {},
         "divergence": dict(NO_DIVERGENCE),
+        "rollbacks": [],
         "steps": 0,
         "examples": 0,
         "bad_rows": 0,
@@ -87,6 +89,7 @@ def asked_for(cfg: DictConfig) -> dict[str, Any]:
     return {
         "model": cfg.model.name,
         "optim": cfg.optim.name,
+        "mitigation": OmegaConf.select(cfg, "mitigation.name", default="none"),  # runs made before there were any
         "data": cfg.data.name,
         "scale": cfg.scale.name,
         "lr": base_lr * cfg.lr_mult,

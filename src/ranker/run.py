@@ -56,6 +56,8 @@ def _train(run: Run) -> float:
         run.watch.judge(run.trainer, run.module)
         if run.watch.detector.status == "diverged":
             status, reason = "diverged", run.watch.detector.reason
+            if run.rollback is not None and run.rollback.done:
+                reason += f"; {len(run.rollback.done)} rollbacks before it did not help for good"
     summary = _finish(run, status, reason, time.monotonic() - start)
     if run.trainer.is_global_zero:
         outcome.show(summary)

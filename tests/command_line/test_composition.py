@@ -16,7 +16,18 @@ from ranker.data.schema import Schema
 from ranker.stability import DetectorSettings
 
 ROOT = Path(__file__).resolve().parents[2]
-GROUPS = ("model", "optim", "data", "scale", "trainer", "callbacks", "logger", "experiment", "hparams_search")
+GROUPS = (
+    "model",
+    "optim",
+    "data",
+    "scale",
+    "trainer",
+    "callbacks",
+    "logger",
+    "mitigation",
+    "experiment",
+    "hparams_search",
+)
 OPTIONS = [(group, path.stem) for group in GROUPS for path in sorted((ROOT / "conf" / group).glob("*.yaml"))]
 
 SCHEMA = Schema.from_dict(

@@ -15,7 +15,7 @@ from ranker.data.eval_loader import EvalLoader
 from ranker.data.loader import WindowedLoader
 from ranker.data.log import Log
 from ranker.data.plain import one_of
-from ranker.data.windows import WindowPlan, parse_window, plan_windows
+from ranker.data.windows import Positions, WindowPlan, parse_window, plan_windows, row_ranges
 from ranker.errors import UserError
 
 
@@ -182,6 +182,10 @@ class RankingDataModule(pl.LightningDataModule):
         self.load_state_dict(state_dict)
         if self._loader is not None:
             self._loader.seek(self.position)
+
+    def row_ranges(self, start: int, stop: int) -> Positions:
+        """Which rows of the log batches start .. stop - 1 hold, over all ranks; see ``windows.row_ranges``."""
+        return row_ranges(self.plan, seed=self._seed, start=start, stop=stop)
 
     def known(self) -> DenseStatistics:
         """What dense features are normalised with at the next batch; of nothing, where they are not."""

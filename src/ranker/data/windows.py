@@ -135,3 +135,29 @@ def permutation(*, seed: int, window: int, rows: int) -> Positions:
 def share(rows: int, *, rank: int, world_size: int) -> tuple[int, int]:
     """A rank's contiguous part of rows 0 .. rows - 1; sizes differ by at most one, and may be 0."""
     return rows * rank // world_size, rows * (rank + 1) // world_size
+
+
+def row_ranges(plan: WindowPlan, *, seed: int, start: int, stop: int) -> Positions:
+    """The log's rows that batches start .. stop - 1 hold, as few ranges as there can be.
+
+    Returns:
+        int64 [N, 2] in increasing order: first row of a range and the one after its last.
+    """
+    ranges = [np.zeros((0, 2), dtype=np.int64)]
+    batch = start
+    while batch < stop:
+        window, place = plan.locate(batch)
+        end = min(place + stop - batch, plan.batches(window))
+        low, high = plan.rows(window)
+        order = permutation(seed=seed, window=window, rows=high - low)
+        rows = np.sort(order[place * plan.batch_size : end * plan.batch_size]) + low
+        breaks = np.flatnonzero(np.diff(rows) != 1)
+        ranges.append(np.stack([rows[np.append(0, breaks + 1)], rows[np.append(breaks, len(rows) - 1)] + 1], axis=1))
+        batch += end - place
+    joined = np.concatenate(ranges)
+    inner = joined[1:, 0] != joined[:-1, 1]  # windows that follow each other are one range
+    return (
+        np.stack([joined[np.append(True, inner), 0], joined[np.append(inner, True), 1]], axis=1)
+        if len(joined)
+        else joined
+    )

@@ -31,9 +31,9 @@ def find_runs(folder: str | Path) -> list[Path]:
 def load_runs(folder: str | Path) -> pl.DataFrame:
     """One row a run: what was asked for, how it ended, and every metric of the hold-out.
 
-    Columns: data, scale, model, optim, lr_mult, seed, lr, status, first_step, micro, steps, examples_per_second,
-    data_wait_fraction, dense_parameters, reason, config_hash, commit, machine (null in runs made before they were
-    recorded), run, and ``<task>/<metric>``.
+    Columns: data, scale, model, optim, mitigation, lr_mult, seed, lr, status, first_step, micro, steps,
+    examples_per_second, data_wait_fraction, dense_parameters, reason, config_hash, commit, machine (null in runs
+    made before they were recorded), run, and ``<task>/<metric>``.
 
     Raises:
         UserError: there is no run.
@@ -54,7 +54,7 @@ def run_row(summary: Mapping[str, Any], name: str) -> dict[str, Any]:
     row = {key: summary[key] for key in (*KEYS, "lr", "status", "steps", "examples_per_second", "data_wait_fraction")}
     row |= {"first_step": summary["divergence"]["first_step"], "micro": summary["divergence"]["micro"]}
     row |= {"dense_parameters": summary["parameters"]["dense"], "run": name}
-    row |= {key: summary.get(key) for key in MADE_WITH}
+    row |= {"mitigation": summary.get("mitigation", "none")} | {key: summary.get(key) for key in MADE_WITH}
     return row | {key.removeprefix("test/"): value for key, value in summary["metrics"].items()}
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytorch_lightning as pl
@@ -24,6 +24,11 @@ class DivergenceWatch(Callback):
         poll_every: steps between two looks at the verdict.
         stop: end training when the model is lost.
         settings: arguments of DivergenceDetector; its defaults hold otherwise.
+
+    Attributes:
+        folder: the run folder; events are not written without one.
+        detector: made when training starts.
+        rescue: called with new events while training goes on, on every rank; True where it has mended the run.
     """
 
     def __init__(self, *, poll_every: int = 10, stop: bool = True, settings: Mapping[str, Any] | None = None) -> None:
@@ -32,6 +37,7 @@ class DivergenceWatch(Callback):
         self._settings = dict(settings or {})
         self._state: dict[str, Any] | None = None
         self.folder: RunFolder | None = None
+        self.rescue: Callable[[pl.Trainer, RankingModule, list[Event]], bool] | None = None
         self.detector: DivergenceDetector | None = None
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -58,7 +64,11 @@ class DivergenceWatch(Callback):
         shared = reduce_signals(signals.losses_T, signals.auc_T, signals.spread_T, signals.nonfinite)
         self.detector.update(step, **shared)
         if step % self._poll_every == 0:
-            self._look(trainer, pl_module)
+            events = self._look(trainer, pl_module)
+            if events and self.rescue is not None and self.rescue(trainer, pl_module, events):
+                return
+            if self.detector.status == "diverged" and self._stop:
+                trainer.should_stop = True
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Judges what is still open when training ends."""
@@ -83,12 +93,12 @@ class DivergenceWatch(Callback):
         """Keeps the state until the detector is made."""
         self._state = state_dict.get("detector")
 
-    def _look(self, trainer: pl.Trainer, module: RankingModule) -> None:
+    def _look(self, trainer: pl.Trainer, module: RankingModule) -> list[Event]:
         assert self.detector is not None
-        for event in self.detector.poll():
+        events = self.detector.poll()
+        for event in events:
             self.report(trainer, module, event)
-        if self.detector.status == "diverged" and self._stop:
-            trainer.should_stop = True
+        return events
 
     def report(self, trainer: pl.Trainer, module: RankingModule, event: Event) -> None:
         """Writes an event to events.jsonl, the tracker, and where the person looks."""

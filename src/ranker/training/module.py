@@ -157,6 +157,28 @@ class RankingModule(pl.LightningModule):
         schedule = LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """The global clip; sparse gradients count by their rows, which Lightning's own clipping cannot read."""
+        sparse = [p for g in optimizer.param_groups for p in g["params"] if p.grad is not None and p.grad.is_sparse]
+        if not gradient_clip_val or not sparse:
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+            return
+        for param in sparse:
+            param.grad = param.grad.coalesce()
+        given = [p.grad for g in optimizer.param_groups for p in g["params"] if p.grad is not None]
+        gradients = [x.values() if x.is_sparse else x for x in given]  # in place
+        if gradient_clip_algorithm == "value":
+            torch._foreach_clamp_min_(gradients, -gradient_clip_val)
+            torch._foreach_clamp_max_(gradients, gradient_clip_val)
+            return
+        norm = nn.utils.get_total_norm(gradients)
+        torch._foreach_mul_(gradients, (gradient_clip_val / (norm + 1e-6)).clamp(max=1.0))
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds what each rank has seen of its own rows; Lightning keeps the state of rank 0 alone."""
         own = self.train_auc.get_extra_state()

@@ -6,7 +6,7 @@ import json
 import math
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ CONFIG, SUMMARY, EVENTS, METRICS, CHECKPOINTS = (
     "metrics.csv",
     "checkpoints",
 )
+SKIPPED_ROWS = "skipped_rows.csv"
 RECORDED_PACKAGES = ("evenkeel", "torch", "pytorch-lightning", "hydra-core", "torchmetrics", "polars", "pyarrow")
 
 
@@ -90,13 +91,23 @@ class RunFolder:
         path = self.path / EVENTS
         if path.is_file():
             lines = path.read_text(encoding="utf-8").splitlines()
-            kept = [line for line in lines if json.loads(line).get("step", 0) <= step]
+            kept = [line for line in lines if _known_at(json.loads(line)) <= step]
             self._replace(EVENTS, "".join(line + "\n" for line in kept))
+
+    def save_skipped_rows(self, rollbacks: Iterable[tuple[int, Iterable[tuple[int, int]]]]) -> None:
+        """Writes skipped_rows.csv: for each rollback the log's rows start .. stop - 1 that it left out."""
+        lines = [f"{number},{start},{stop}\n" for number, ranges in rollbacks for start, stop in ranges]
+        self._replace(SKIPPED_ROWS, "".join(["rollback,start,stop\n", *lines]))
 
     def _replace(self, name: str, text: str) -> None:
         temporary = self.path / f".{name}.{os.getpid()}.tmp"
         temporary.write_text(text, encoding="utf-8")
         temporary.replace(self.path / name)
+
+
+def _known_at(event: Mapping[str, Any]) -> int:
+    """The step at which an event was written down: of a divergence the verdict, which comes after its first step."""
+    return int(event.get("judged_at", event.get("step", 0)))
 
 
 def versions() -> dict[str, str]:

@@ -31,6 +31,7 @@ class SnapshotRing(Callback):
         disk: how many of them, the newest, are also on disk; 0 writes none.
 
     Attributes:
+        every: as given.
         folder: the run folder; nothing is written without one.
         snapshots: oldest first.
 
@@ -44,7 +45,8 @@ class SnapshotRing(Callback):
                 f"callbacks.snapshots: every >= 0, keep >= 1 and 0 <= disk <= keep are needed, got every={every}, "
                 f"keep={keep}, disk={disk}"
             )
-        self._every, self._keep, self._disk = every, keep, disk
+        self.every, self._keep, self._disk = every, keep, disk
+        self._path: Path | None = None
         self._newest_step = -1
         self.folder: RunFolder | None = None
         self.snapshots: list[Snapshot] = []
@@ -53,8 +55,9 @@ class SnapshotRing(Callback):
         """The newest healthy snapshot of a step or an earlier one; None where there is none."""
         return next((s for s in reversed(self.snapshots) if s.step <= until), None)
 
-    def forget_after(self, step: int) -> None:
-        """Drops the snapshots of later steps: a rollback has undone them."""
+    def forget_after(self, step: int, *, now: int) -> None:
+        """Drops the snapshots of later steps: a rollback has undone them, and takes none at the step it does so."""
+        self._newest_step = now
         self.snapshots = [s for s in self.snapshots if s.step <= step]
         self._tidy_disk()
 
@@ -62,7 +65,7 @@ class SnapshotRing(Callback):
         """Reads back what a resumed run left on disk, and takes the first snapshot."""
         self._path = None if self.folder is None else self.folder.path / "snapshots" / f"rank{trainer.global_rank}"
         self._read_back(trainer)
-        if self._every:
+        if self.every and not self.snapshots:  # a resumed run's ring should be that of one that was not interrupted
             self._take(trainer, pl_module)
 
     def on_train_batch_end(
@@ -70,14 +73,12 @@ class SnapshotRing(Callback):
     ) -> None:
         """Takes a snapshot when its time has come."""
         step = trainer.global_step
-        if self._every and step % self._every == 0 and step != self._newest_step:
+        if self.every and step % self.every == 0 and step != self._newest_step:
             self._take(trainer, pl_module)
 
     def _take(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         assert isinstance(module, RankingModule)
         self._newest_step = trainer.global_step
-        if any(s.step == self._newest_step for s in self.snapshots):
-            return
         snapshot = capture(trainer, module)
         if not snapshot.healthy:
             return

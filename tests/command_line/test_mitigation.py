@@ -1,0 +1,59 @@
+"""The paper's ad-hoc mitigations: each states its difference, trains, and is told apart afterwards."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+from ranker.reports.runs import load_runs
+from support import Finished
+
+DIFFERENCES = {
+    "none": {},
+    "warmup": {"train.warmup_steps": 100},
+    "clip_activations": {"model.net.clip_activations": 10.0},
+    "layer_norm": {"model.net.layer_norm": True},
+    "wide_window": {"data.window": 131072},
+    "global_clip": {"trainer.gradient_clip_val": 1.0},
+}
+
+
+@pytest.mark.parametrize("name", DIFFERENCES)
+def test_every_mitigation_trains_and_is_recorded(
+    train_tiny: Callable[..., Finished], tmp_path: Path, name: str
+) -> None:
+    own = [f"{key}={value}" for key, value in DIFFERENCES[name].items() if key == "data.window"]  # over TINY's
+
+    run = train_tiny(tmp_path, f"mitigation={name}", *own, "optim=adagrad", "train.max_steps=3", "train.eval_every=0")
+
+    assert run.summary["mitigation"] == name
+    assert load_runs(tmp_path)["mitigation"].to_list() == [name]
+    cfg = OmegaConf.load(run.folder / "config.yaml")
+    for other, values in DIFFERENCES.items():
+        for key, value in values.items():
+            assert (OmegaConf.select(cfg, key) == value) == (other == name), key
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+def test_the_global_clip_bounds_all_gradients_together_sparse_ones_too(
+    train_tiny: Callable[..., Finished], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sparse: bool
+) -> None:
+    norms = []
+
+    def note(self, optimizer):
+        grads = [
+            p.grad.coalesce().values() if p.grad.is_sparse else p.grad for p in self.parameters() if p.grad is not None
+        ]
+        norms.append(float(sum(g.square().sum() for g in grads)) ** 0.5)
+
+    monkeypatch.setattr("ranker.training.module.RankingModule.on_before_optimizer_step", note)
+    monkeypatch.setattr("ranker.training.module.RankingModule.on_before_zero_grad", note)
+    settings = ("train.max_steps=3", "train.eval_every=0", f"model.net.sparse_embeddings={sparse}")
+
+    train_tiny(tmp_path, "mitigation=global_clip", "trainer.gradient_clip_val=0.01", "optim=adagrad", *settings)
+
+    assert norms
+    assert min(n for n in norms if n) == pytest.approx(0.01, rel=1e-3)

@@ -1,0 +1,109 @@
+"""Rollback as a user gets it: a run that dies of bad rows ends and learns, and resumes exactly."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from ranker.data.synthetic import SyntheticLog
+from support import Finished
+
+Train = Callable[..., Finished]
+
+BATCHES, BAD = 240, (60 * 256, 62 * 256)  # rows of the log whose dense features are infinite
+SETTINGS = (
+    f"data.log.train_rows={BATCHES * 256}",
+    "data.log.rows_per_day=32768",
+    "data.log.eval_rows=8192",
+    "data.window=256",  # rows in time order: the bad ones are batches 60 and 61
+    "train.eval_every=0",
+    "train.progressive=false",
+    "train.checkpoint_every=0",
+    "lr_mult=0.2",
+    "callbacks.early_signs.every=0",
+)
+ROLLBACK = ("callbacks.rollback.tries=2", "callbacks.rollback.back_steps=5", "callbacks.rollback.skip_batches=10")
+RING = ("callbacks.snapshots.every=5", "callbacks.snapshots.disk=6")
+
+
+@pytest.fixture
+def bad_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a broken join upstream does: two batches' worth of features that are not finite."""
+    read = SyntheticLog.read
+
+    def broken(self: SyntheticLog, start: int, stop: int):
+        rows = read(self, start, stop)
+        bad = (rows.row_B >= BAD[0]) & (rows.row_B < BAD[1])
+        return dataclasses.replace(rows, dense_BF=torch.where(bad[:, None], torch.inf, rows.dense_BF))
+
+    monkeypatch.setattr(SyntheticLog, "read", broken)
+
+
+def test_a_run_that_dies_without_rollback_ends_with_it_and_has_learned(
+    train_tiny: Train, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    whole = train_tiny(tmp_path / "whole", *SETTINGS)
+    request.getfixturevalue("bad_rows")
+    lost = train_tiny(tmp_path / "lost", *SETTINGS)
+    saved = train_tiny(tmp_path / "saved", *SETTINGS, *ROLLBACK, *RING)
+
+    assert (whole.summary["status"], lost.summary["status"]) == ("completed", "diverged")
+    assert saved.summary["status"] == "completed"
+    auc = "test/click/auc"
+    assert whole.summary["metrics"][auc] > 0.6
+    assert saved.summary["metrics"][auc] > 0.6
+
+    (rollback,) = saved.summary["rollbacks"]
+    assert rollback["event_step"] == 61
+    assert rollback["to_step"] <= 56
+    assert rollback["skipped_batches"] == [rollback["to_step"], 65]  # ten from 5 before batch 60 on
+    assert lost.summary["rollbacks"] == []
+    events = [json.loads(line) for line in (saved.folder / "events.jsonl").read_text().splitlines()]
+    assert [e["kind"] for e in events] == ["full", "rollback"]
+    with (saved.folder / "metrics.csv").open() as file:
+        steps = [int(row["step"]) for row in csv.DictReader(file)]
+    assert steps == sorted(set(steps))
+    undone = rollback["step"] - rollback["to_step"]
+    assert saved.summary["steps"] == BATCHES - (65 - rollback["to_step"]) + undone
+    listed = np.loadtxt(saved.folder / "skipped_rows.csv", delimiter=",", skiprows=1, ndmin=2, dtype=int)
+    assert listed.tolist() == [[1, rollback["to_step"] * 256, 65 * 256]]
+
+
+def test_the_budget_of_tries_ends_in_a_diverged_run(train_tiny: Train, tmp_path: Path, bad_rows: None) -> None:
+    spent = ("callbacks.rollback.tries=1", "callbacks.rollback.back_steps=10", "callbacks.rollback.skip_batches=0")
+
+    run = train_tiny(tmp_path, *SETTINGS, *RING, *spent, "callbacks.rollback.lr_factor=0.5")
+
+    assert run.summary["status"] == "diverged"
+    assert "1 rollbacks" in run.summary["reason"]
+    (rollback,) = run.summary["rollbacks"]
+    assert rollback["skipped_rows"] == 0
+    assert rollback["lr"] == pytest.approx(0.5 * run.summary["lr"])
+    assert run.summary["divergence"]["first_step"] > rollback["step"], "the same rows again"
+
+
+@pytest.mark.slow
+def test_a_run_interrupted_after_a_rollback_goes_on_as_if_it_had_not_been(
+    train_tiny: Train, command_line: Callable[..., None], tmp_path: Path, bad_rows: None
+) -> None:
+    settings = (*SETTINGS, *RING, *ROLLBACK, "callbacks.rollback.lr_factor=0.5", "train.warmup_steps=150")
+    whole = train_tiny(tmp_path / "whole", *settings)
+    first = train_tiny(tmp_path / "cut", *settings, "train.checkpoint_every=130", "train.max_steps=137")
+    (first.folder / "summary.json").unlink()
+    (first.folder / "checkpoints" / "step=137.ckpt").unlink(missing_ok=True)
+
+    command_line(f"resume={tmp_path / 'cut'}", "train.max_steps=-1", f"hydra.run.dir={tmp_path / 'unused'}")
+
+    resumed = json.loads((tmp_path / "cut" / "summary.json").read_text())
+    assert 61 < resumed["rollbacks"][0]["step"] < 130
+    for name in ("status", "metrics", "rollbacks", "steps", "examples"):
+        assert resumed[name] == whole.summary[name], name
+    for name in ("events.jsonl", "skipped_rows.csv"):
+        assert (tmp_path / "cut" / name).read_text() == (whole.folder / name).read_text()
