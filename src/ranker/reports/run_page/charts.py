@@ -1,0 +1,274 @@
+"""Charts as inline SVG; colours are CSS variables, so that one drawing serves light and dark."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+from ranker.reports.run_page.recorded import Series, thinned
+
+WIDTH, HEIGHT = 460, 230
+LEFT, RIGHT, TOP, BOTTOM = 52, 10, 12, 26
+BINS = 240
+HEAT_COLUMNS = 120
+HEAT_LEVELS = 16
+
+
+class Line(NamedTuple):
+    """A series with its looks: ``style`` is a CSS class, ``s0`` to ``s8`` or ``faint``; ``dots`` for rare points."""
+
+    label: str
+    series: Series
+    style: str
+    dots: bool = False
+
+
+@dataclass(frozen=True)
+class Scale:
+    """From numbers to pixels; a logarithm where numbers lie far apart."""
+
+    low: float
+    high: float
+    start: float
+    stop: float
+    log: bool = False
+
+    def __call__(self, value: float) -> float:
+        """The pixel of a number, held inside the frame."""
+        low, high, x = (
+            (math.log10(v) for v in (self.low, self.high, max(value, self.low)))
+            if self.log
+            else (
+                self.low,
+                self.high,
+                value,
+            )
+        )
+        share = (x - low) / (high - low) if high > low else 0.5
+        return self.start + min(1.0, max(0.0, share)) * (self.stop - self.start)
+
+    def ticks(self) -> list[float]:
+        """A few round numbers inside."""
+        if self.log:
+            first, last = math.ceil(math.log10(self.low) - 1e-9), math.floor(math.log10(self.high) + 1e-9)
+            if last - first >= 1:
+                every = max(1, (last - first + 3) // 4)
+                return [10.0**e for e in range(first, last + 1, every)]
+            # Less than two powers of ten: round numbers as on a linear axis, if not at equal distances.
+        rough = (self.high - self.low) / 4 or 1.0
+        unit = 10.0 ** math.floor(math.log10(rough))
+        step = next(unit * m for m in (1, 2, 2.5, 5, 10) if unit * m >= rough * 0.999)
+        first = math.ceil(self.low / step - 1e-9)
+        return [i * step for i in range(first, math.floor(self.high / step + 1e-9) + 1)]
+
+
+def line_chart(
+    title: str,
+    lines: Sequence[Line],
+    *,
+    last_step: int,
+    events: Sequence[Mapping[str, Any]] = (),
+    log: bool | None = None,
+    reference: tuple[float, str] | None = None,
+    bounds: tuple[float, float] | None = None,
+    note: str = "",
+) -> str:
+    """Lines over steps with the run's events behind them.
+
+    Args:
+        title: what is drawn.
+        lines: nothing is drawn of one without a finite number but its marks.
+        last_step: where the axis of steps ends, the same for all charts of a page.
+        events: lines of events.jsonl.
+        log: whether the vertical axis is logarithmic; None decides by the numbers.
+        reference: a number to draw a line at, and its name.
+        bounds: of the vertical axis; None takes those of the numbers.
+        note: a remark below the title.
+    """
+    y = _vertical(lines, log, reference, bounds)
+    x = Scale(0, last_step, LEFT, WIDTH - RIGHT)
+    parts = [_axes(x, y), _events(events, x)]
+    if reference is not None:
+        at = y(reference[0])
+        parts.append(f'<line class="reference" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{at:.1f}" y2="{at:.1f}"/>')
+        above = at - 4 if at > TOP + 14 else at + 13
+        place = f'x="{WIDTH - RIGHT - 3}" y="{above:.1f}" text-anchor="end"'
+        parts.append(f'<text class="name" {place}>{escape(reference[1])}</text>')
+    parts += [_line(line, x, y) for line in lines]
+    frame = f'data-x="{x.low},{x.high},{x.start},{x.stop}" data-y="{y.low},{y.high},{y.start},{y.stop},{int(y.log)}"'
+    svg = _svg(
+        "line", HEIGHT, title, "".join(parts) + f'<line class="cursor" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>', frame
+    )
+    return _figure(title, svg, legend=[(line.label, line.style) for line in lines], note=note)
+
+
+def heat_map(
+    title: str,
+    rows: Mapping[str, Series],
+    *,
+    last_step: int,
+    diverging: bool = False,
+    floor: float = 1e-3,
+    events: Sequence[Mapping[str, Any]] = (),
+    note: str = "",
+) -> str:
+    """A row a series, a column a stretch of steps; the stronger the colour the further from harmless.
+
+    Args:
+        title: what is drawn.
+        rows: by name, from the top down. A cell shows the smallest number of its stretch.
+        last_step: where the axis of steps ends.
+        diverging: numbers from -1 to 1, both ends coloured; else factors, 1 colourless and ``floor`` or less full.
+        floor: see there.
+        events: lines of events.jsonl.
+        note: a remark below the title.
+    """
+    tall, left = 15, 178
+    width, height = 940, TOP + tall * len(rows) + BOTTOM
+    x = Scale(0, last_step, left, width - RIGHT)
+    parts = []
+    for place, (name, series) in enumerate(rows.items()):
+        top = TOP + tall * place
+        shown = name if len(name) < 30 else "…" + name[-28:]
+        parts.append(f'<text class="row" x="{left - 6}" y="{top + 11}" text-anchor="end">{escape(shown)}</text>')
+        parts += _cells(series, x, top, tall - 1, last_step, diverging, floor)
+    bottom = height - BOTTOM
+    parts.append(_steps_axis(x, bottom))
+    parts.append(_events(events, x, bottom=bottom))
+    return _figure(title, _svg("heat", height, title, "".join(parts), width=width), note=note, wide=True)
+
+
+def number(value: float) -> str:
+    """A number as short as a label must be."""
+    if not math.isfinite(value):
+        return "not finite"
+    if value == 0:
+        return "0"
+    if abs(value) >= 1e5 or abs(value) < 1e-3:
+        mantissa, exponent = f"{value:.1e}".split("e")
+        return f"{mantissa.removesuffix('.0')}e{int(exponent)}"
+    return f"{value:.4g}"
+
+
+def _vertical(
+    lines: Sequence[Line], log: bool | None, reference: tuple[float, str] | None, bounds: tuple[float, float] | None
+) -> Scale:
+    finite = [v for line in lines for v in line.series.values if math.isfinite(v)]
+    if reference is not None:
+        finite.append(reference[0])
+    if bounds is not None:
+        return Scale(*bounds, HEIGHT - BOTTOM, TOP)
+    positive = [v for v in finite if v > 0]
+    if log is None:
+        log = bool(positive) and len(positive) == len(finite) and max(positive) > 30 * min(positive)
+    if log and positive:
+        low, high = max(min(positive), max(positive) * 1e-12), max(positive)
+        return Scale(low / 1.3, high * 1.3, HEIGHT - BOTTOM, TOP, log=True)
+    low, high = (min(finite), max(finite)) if finite else (0.0, 1.0)
+    room = 0.06 * (high - low) or 0.1 * abs(high) or 1.0
+    return Scale(low - room, high + room, HEIGHT - BOTTOM, TOP)
+
+
+def _axes(x: Scale, y: Scale) -> str:
+    parts = []
+    for tick in y.ticks():
+        at = y(tick)
+        parts.append(f'<line class="grid" x1="{x.start}" x2="{x.stop}" y1="{at:.1f}" y2="{at:.1f}"/>')
+        parts.append(f'<text x="{x.start - 6}" y="{at + 4:.1f}" text-anchor="end">{number(round(tick, 12))}</text>')
+    return "".join(parts) + _steps_axis(x, y.start)
+
+
+def _steps_axis(x: Scale, bottom: float) -> str:
+    parts = [f'<line class="axis" x1="{x.start}" x2="{x.stop}" y1="{bottom}" y2="{bottom}"/>']
+    for tick in x.ticks():
+        anchor = "end" if x(tick) > x.stop - 20 else "middle"
+        parts.append(f'<text x="{x(tick):.1f}" y="{bottom + 17}" text-anchor="{anchor}">{tick:,.0f}</text>')
+    return "".join(parts)
+
+
+def _line(line: Line, x: Scale, y: Scale) -> str:
+    """The line, broken where numbers are not finite, with a mark at the upper edge there."""
+    pieces: list[list[str]] = [[]]
+    marks, series = [], thinned(line.series, BINS)
+    for step, value in zip(series.steps, series.values, strict=True):
+        if math.isfinite(value):
+            pieces[-1].append(f"{x(step):.1f},{y(value):.1f}")
+        else:
+            pieces.append([])
+            at = x(step)
+            marks.append(
+                f'<path class="lost" d="M{at - 4:.1f},{TOP - 6}h8l-4,7z"><title>step {step}: {value}</title></path>'
+            )
+    drawn = [f"M{piece[0]}L{' '.join(piece)}" for piece in pieces if piece]
+    curve = f'<path class="line {line.style}" data-label="{escape(line.label)}" d="{"".join(drawn)}"/>' if drawn else ""
+    if line.dots:
+        points = [point.split(",") for piece in pieces for point in piece]
+        curve += "".join(f'<circle class="{line.style}" cx="{a}" cy="{b}" r="2.6"/>' for a, b in points)
+    return curve + "".join(marks)
+
+
+def _cells(series: Series, x: Scale, top: int, tall: int, last_step: int, diverging: bool, floor: float) -> list[str]:
+    lowest: dict[int, float] = {}
+    for step, value in zip(series.steps, series.values, strict=True):
+        column = min(HEAT_COLUMNS - 1, step * HEAT_COLUMNS // (last_step + 1))
+        known = lowest.get(column, math.inf)
+        lowest[column] = math.nan if math.isnan(value) or math.isnan(known) else min(known, value)
+    cells, columns = [], sorted(lowest)
+    for column, following in zip(columns, [*columns[1:], HEAT_COLUMNS], strict=True):
+        value = lowest[column]
+        start, stop = (x(c * (last_step + 1) / HEAT_COLUMNS) for c in (column, min(following, column + _gap(columns))))
+        look = _look(value, diverging, floor)
+        cells.append(
+            f'<rect class="{look}" x="{start:.1f}" y="{top}" width="{max(stop - start, 1):.1f}" height="{tall}">'
+            f"<title>{number(value)}</title></rect>"
+        )
+    return cells
+
+
+def _gap(columns: Sequence[int]) -> int:
+    """How far apart looks usually lie: a look stands until the next one, but not over a hole."""
+    gaps = sorted(b - a for a, b in pairwise(columns))
+    return gaps[len(gaps) // 2] if gaps else HEAT_COLUMNS
+
+
+def _look(value: float, diverging: bool, floor: float) -> str:
+    if not math.isfinite(value):
+        return "unknown"
+    if diverging:
+        return f"{'minus' if value < 0 else 'plus'} h{round(min(1.0, abs(value)) * HEAT_LEVELS)}"
+    strength = math.log(max(value, floor)) / math.log(floor) if value < 1 else 0.0
+    return f"hot h{round(min(1.0, strength) * HEAT_LEVELS)}"
+
+
+def _events(events: Sequence[Mapping[str, Any]], x: Scale, *, bottom: float = HEIGHT - BOTTOM) -> str:
+    parts = []
+    for event in events:
+        kind, step = str(event.get("kind")), event.get("step")
+        if not isinstance(step, int | float):
+            continue
+        start, tip = x(step), escape(f"{kind} at step {step:g}: {event.get('reason') or ''}")
+        end = event.get("to_step") if kind == "rollback" else event.get("recovered_at")
+        if isinstance(end, int | float):
+            low, high = sorted((start, x(end)))
+            band = f'x="{low:.1f}" y="{TOP}" width="{max(high - low, 1):.1f}" height="{bottom - TOP:.1f}"'
+            parts.append(f'<rect class="event {escape(kind)}" {band}><title>{tip}</title></rect>')
+        at = f'x1="{start:.1f}" x2="{start:.1f}" y1="{TOP}" y2="{bottom:.1f}"'
+        parts.append(f'<line class="event {escape(kind)}" {at}><title>{tip}</title></line>')
+    return "".join(parts)
+
+
+def _svg(kind: str, height: float, title: str, body: str, extra: str = "", *, width: int = WIDTH) -> str:
+    box = f'viewBox="0 0 {width} {height:g}" role="img" aria-label="{escape(title)}"'
+    return f'<svg class="chart {kind}" data-chart="{kind}" {box} {extra}>{body}</svg>'
+
+
+def _figure(title: str, svg: str, *, legend: Sequence[tuple[str, str]] = (), note: str = "", wide: bool = False) -> str:
+    names = "".join(f'<span><i class="{style}"></i>{escape(label)}</span>' for label, style in legend)
+    below = f'<p class="note">{escape(note)}</p>' if note else ""
+    legends = f'<p class="legend">{names}</p>' if names else ""
+    head = f"<figure{' class=wide' if wide else ''}><figcaption>{escape(title)}</figcaption>{below}"
+    return f'{head}<div class="scroll">{svg}</div>{legends}</figure>'

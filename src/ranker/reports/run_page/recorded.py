@@ -1,0 +1,138 @@
+"""What a run folder holds, read so that a run still going, killed or lost can be shown as well."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import polars as pl
+import yaml
+
+from ranker.errors import UserError
+from ranker.training.run_folder import CONFIG, EVENTS, METRICS, SUMMARY
+
+
+class Series(NamedTuple):
+    """Numbers over steps, in order; nan and infinities among them."""
+
+    steps: list[int]
+    values: list[float]
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """One run.
+
+    Attributes:
+        folder: the run folder.
+        config: the resolved configuration; empty where it is missing.
+        summary: summary.json; None for a run that is still going, or was killed.
+        events: the lines of events.jsonl, without one that was cut off while it was written.
+        series: every column of metrics.csv by name.
+        age: seconds since the run last wrote something.
+    """
+
+    folder: Path
+    config: dict[str, Any]
+    summary: dict[str, Any] | None
+    events: list[dict[str, Any]]
+    series: dict[str, Series]
+    age: float
+
+    @classmethod
+    def read(cls, folder: str | Path) -> Recorded:
+        """Reads what is there.
+
+        Raises:
+            UserError: nothing that a run writes is there.
+        """
+        folder = Path(folder).resolve()
+        files = [folder / name for name in (CONFIG, SUMMARY, EVENTS, METRICS)]
+        there = [path for path in files if path.is_file()]
+        if not there:
+            names = ", ".join(path.name for path in files)
+            raise UserError(f"report: no run in {folder}: it has none of {names}; give a folder such as runs/NAME")
+        config = yaml.safe_load(files[0].read_text(encoding="utf-8")) if files[0] in there else {}
+        summary = json.loads(files[1].read_text(encoding="utf-8")) if files[1] in there else None
+        return cls(
+            folder=folder,
+            config=config or {},
+            summary=summary,
+            events=list(_lines(files[2])) if files[2] in there else [],
+            series=_series(files[3]) if files[3] in there else {},
+            age=max(0.0, time.time() - max(path.stat().st_mtime for path in there)),
+        )
+
+    @property
+    def last_step(self) -> int:
+        """The last step that anything is known of; at least 1."""
+        recorded = [series.steps[-1] for series in self.series.values() if series.steps]
+        return max(1, int((self.summary or {}).get("steps") or 0), *recorded)
+
+    def matching(self, prefix: str) -> dict[str, Series]:
+        """Columns below a prefix, by the rest of their name, in the file's order."""
+        return {n.removeprefix(prefix): s for n, s in self.series.items() if n.startswith(prefix) and s.steps}
+
+    def callback(self, name: str, setting: str) -> Any:
+        """A setting of a callback of the run; None where the configuration has none."""
+        node = (self.config.get("callbacks") or {}).get(name) or {}
+        return node.get(setting) if isinstance(node, dict) else None
+
+
+def thinned(series: Series, bins: int) -> Series:
+    """At most ``2 * bins`` points that keep every peak: the smallest and the largest of each stretch of steps.
+
+    The points of a stretch that are not finite are kept as one.
+    """
+    if len(series.steps) <= 2 * bins:
+        return series
+    first, width = series.steps[0], max(1, series.steps[-1] - series.steps[0] + 1)
+    stretches: dict[int, list[int]] = {}
+    for i, step in enumerate(series.steps):
+        stretches.setdefault((step - first) * bins // width, []).append(i)
+    kept: list[int] = []
+    for places in stretches.values():
+        finite = [i for i in places if math.isfinite(series.values[i])]
+        chosen = (
+            {min(finite, key=series.values.__getitem__), max(finite, key=series.values.__getitem__)}
+            if finite
+            else set()
+        )
+        chosen |= set([i for i in places if not math.isfinite(series.values[i])][:1])
+        kept += sorted(chosen)
+    return Series([series.steps[i] for i in kept], [series.values[i] for i in kept])
+
+
+def _lines(path: Path) -> Iterator[dict[str, Any]]:
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            yield json.loads(line)
+        except json.JSONDecodeError:
+            continue
+
+
+def _series(path: Path) -> dict[str, Series]:
+    table = pl.read_csv(path, infer_schema=False)
+    if "step" not in table.columns:
+        return {}
+    steps = table["step"].cast(pl.Int64, strict=False)
+    found = {}
+    for name in table.columns:
+        column = table[name]
+        there = column.is_not_null() & (column != "") & steps.is_not_null()
+        if name != "step" and there.any():
+            numbers = [_number(text) for text in column.filter(there)]
+            found[name] = Series(steps.filter(there).to_list(), numbers)
+    return found
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan
