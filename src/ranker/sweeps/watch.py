@@ -106,9 +106,11 @@ def accounted() -> Iterator[None]:
     _SWEEP = None
     try:
         yield
-    except BaseException:
+    except BaseException as error:
         if _SWEEP is not None:
             _close(_SWEEP, broken_off=True)
+            if isinstance(error, KeyboardInterrupt):
+                sys.exit(130)  # as a shell says it; where the launcher was waiting is nobody's concern
         raise
     finally:
         sweep, _SWEEP = _SWEEP, None
