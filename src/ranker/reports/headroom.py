@@ -95,7 +95,8 @@ def report(entries: Sequence[Entry], folder: Path, *, confidence: float, console
         console.print(comparison_table(known, confidence=confidence))
     for entry in entries:
         of = f" of {entry.label}" if entry.label else ""
-        value = "not known, no run ended" if entry.found is None else str(entry.found)
+        unknown = "not known, every run failed" if entry.outcomes else "not known, no round has ended"
+        value = unknown if entry.found is None else str(entry.found)
         console.print(f"lr headroom{of}: {value}", style="bold")
     if not any(entry.outcomes for entry in entries):
         return

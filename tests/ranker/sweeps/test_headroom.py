@@ -111,7 +111,7 @@ def test_where_every_run_fails_nothing_is_claimed(tmp_path: Path, capsys: pytest
     (entry,) = run(Launcher(tmp_path, {"gc": 5.0}, fail=lambda values: True), "optim=gc")
 
     assert entry.found is None
-    assert "lr headroom: not known, no run ended" in capsys.readouterr().out
+    assert "lr headroom: not known, every run failed" in capsys.readouterr().out
     assert not (tmp_path / "headroom.png").exists()
 
 
