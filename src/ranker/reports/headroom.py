@@ -131,7 +131,8 @@ def comparison_table(entries: Sequence[Entry], *, confidence: float) -> Table:
         assert found is not None
         assert first is not None
         sure = not found.beyond and not first.beyond
-        ratio = f"{found.value / first.value:.2f}" if sure else ""
+        times = found.value / first.value
+        ratio = (f"{times:.2f}x" if times < 100 else f"{times:,.0f}x") if sure else ""
         table.add_row(entry.label, str(found), ratio, str(len(entry.outcomes)))
     return table
 

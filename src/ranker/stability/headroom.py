@@ -66,7 +66,8 @@ class Search:
         """What to try next; nothing where the bracket is tight enough, the range is used up, or nothing new is left.
 
         First 1x and up by ``step`` until a rate is lost (down, where 1x is), then between the largest rate that
-        survives (isotonic share of at least half, see ``survival``) and the next one.
+        survives (isotonic share of at least half, see ``survival``) and the next one. Where seeds disagree at the least
+        or at the largest rate tried, one step further out at the end, or the interval would be open there.
         """
         tried = {outcome.rate for outcome in outcomes}
         if not tried:
@@ -74,22 +75,27 @@ class Search:
         levels = survival(outcomes)
         stable = [level.rate for level in levels if level.share >= 0.5]
         lost = [level.rate for level in levels if level.share < 0.5]
+        further_down, further_up = min(tried) / self.step, max(tried) * self.step
         if not stable:
-            wanted = [max(self.lowest, min(tried) / self.step)]
+            wanted = [further_down]
         elif not lost:
-            wanted = [min(self.highest, max(tried) * self.step)]
+            wanted = [further_up]
         elif lost[0] / stable[-1] <= self.tolerance:
-            wanted = []
+            wanted = [further_down] if levels[0].survived < levels[0].runs else []
+            wanted += [further_up] if levels[-1].survived else []
         else:
             ratio = (lost[0] / stable[-1]) ** (1.0 / (self.points + 1))
             wanted = [stable[-1] * ratio**k for k in range(1, self.points + 1)]
-        return [rate for rate in map(rounded, wanted) if rate not in tried]
+        return [rate for rate in map(self._allowed, wanted) if rate not in tried]
 
     def _up_from(self, rate: float) -> list[float]:
         rates = [rate]
         while rates[-1] < self.highest:
-            rates.append(rounded(min(rates[-1] * self.step, self.highest)))
+            rates.append(self._allowed(rates[-1] * self.step))
         return rates
+
+    def _allowed(self, rate: float) -> float:
+        return min(max(rounded(rate), self.lowest), self.highest)
 
 
 @dataclass(frozen=True, kw_only=True)

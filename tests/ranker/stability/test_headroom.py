@@ -151,6 +151,21 @@ def test_the_search_ends_at_the_ends_of_its_range(threshold: float, told: str) -
     assert str(headroom(found)) == told
 
 
+def test_where_seeds_disagree_at_an_end_the_search_looks_once_further() -> None:
+    made = outcomes({0.125: [True, True, False], 0.18: [False] * 3, 1: [False] * 3})
+
+    assert SEARCH.next_rates(made) == []  # 0.125x is as low as it may go
+    lower = dataclasses.replace(SEARCH, lowest=0.01)
+    assert lower.next_rates(made) == [0.0156]
+    assert lower.next_rates([*made, *outcomes({0.0156: [True] * 3})]) == []
+    upper = outcomes({1: [True] * 3, 2: [True] * 3, 2.9: [True, False, False]})
+    assert SEARCH.next_rates(upper) == [23.2]
+
+
+def test_rates_never_leave_the_range_by_rounding() -> None:
+    assert dataclasses.replace(SEARCH, highest=4096.0).next_rates([]) == [1.0, 8.0, 64.0, 512.0, 4096.0]
+
+
 def test_a_search_whose_runs_all_fail_ends() -> None:
     first = SEARCH.next_rates([])
 
