@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ranker.models.mlp import MLP, dense_layer, fused_linear, joined
@@ -67,6 +68,28 @@ class Heads(nn.Module):
         weight_TH, bias_T = joined(layers)
         assert bias_T is not None
         return (h * weight_TH).sum(-1) + bias_T
+
+    def of_mixtures(self, weights_BTE: Tensor, outputs: Sequence[Tensor]) -> Tensor:
+        """Logits of tasks that each read a mixture of its own of the same E outputs.
+
+            h_t = sum_e a_te * o_e;   logit_t = w_t . h_t + b_t = sum_e a_te * (w_t . o_e) + b_t
+
+        A head without a tower is linear, so it may come before the mixture: E products with a matrix of T rows, and
+        [B, T, H], T times as large as an expert's output, never exists. Equal up to rounding.
+
+        Args:
+            weights_BTE: a, what each task takes from each output.
+            outputs: o, E representations [B, H].
+
+        Returns:
+            logits_BT, the tasks in order.
+        """
+        if self.towers is not None:
+            return self(weights_BTE @ torch.stack(list(outputs), dim=1))
+        weight_TH, bias_T = joined(self.linear[key] for key in self.keys)
+        assert bias_T is not None
+        scores_BTE = torch.stack([F.linear(o_BH, weight_TH) for o_BH in outputs], dim=-1)
+        return (weights_BTE * scores_BTE).sum(-1) + bias_T
 
 
 def head_key(task_name: str) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor, nn
 
 from ranker.data.batch import Batch
@@ -67,8 +66,7 @@ class MMoE(Ranker):
     def forward(self, batch: Batch) -> Tensor:
         """Logits_BT."""
         x_BD = self.features(batch)
-        experts_BEH = torch.stack([expert(x_BD) for expert in self.experts], dim=1)
-        return self.heads(self.gate(x_BD) @ experts_BEH)
+        return self.heads.of_mixtures(self.gate(x_BD), [expert(x_BD) for expert in self.experts])
 
     def gate(self, x_BD: Tensor) -> Tensor:
         """What each task takes from each expert, [B, T, E], adding up to 1 over the experts."""

@@ -72,14 +72,15 @@ class ExtractionLayer(nn.Module):
         self.register_buffer("seen_by_task", seen_by_task, persistent=False)
         self.shared_gate = None if last else dense_layer(in_features, everything, bias=False)
 
-    def forward(self, streams: Sequence[Tensor]) -> Tensor:
-        """Mixes the level's experts, all in one product.
+    def forward(self, streams: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        """What the level's experts say, and how the next streams mix it.
 
         Args:
             streams: T task streams, then the shared one, each [B, D].
 
         Returns:
-            The next streams, [B, T + 1, H]; [B, T, H] from the last level.
+            Weights of the experts in the next streams, [B, T + 1, E], [B, T, E] from the last level; and the outputs
+            of all experts, E of [B, H].
         """
         *tasks, shared = streams
         outputs = self.shared(shared)
@@ -89,7 +90,7 @@ class ExtractionLayer(nn.Module):
         if self.shared_gate is not None:
             shared_weights_BE = self.shared_gate(shared).softmax(-1)
             weights_BTE = torch.cat([weights_BTE, shared_weights_BE.unsqueeze(1)], dim=1)
-        return weights_BTE @ torch.stack(outputs, dim=1)
+        return weights_BTE, outputs
 
     def _task_weights(self, tasks: Sequence[Tensor], experts: int) -> Tensor:
         """What each task takes from each expert, [B, T, E]; 0 from those of other tasks."""
@@ -162,10 +163,11 @@ class PLE(Ranker):
         """Logits_BT."""
         x_BD = self.features(batch)
         streams: Sequence[Tensor] = [x_BD] * (len(self.task_names) + 1)
-        for level in self.levels:
-            mixed = level(streams)
-            streams = mixed.unbind(1)
-        return self.heads(mixed)
+        *lower, last = self.levels
+        for level in lower:
+            weights_BTE, outputs = level(streams)
+            streams = (weights_BTE @ torch.stack(outputs, dim=1)).unbind(1)
+        return self.heads.of_mixtures(*last(streams))
 
     def layer_names(self) -> dict[str, str]:
         """As in ``Ranker``."""

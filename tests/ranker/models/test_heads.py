@@ -45,3 +45,31 @@ def test_a_gradient_of_one_task_leaves_the_other_heads_alone():
     heads(torch.randn(4, 2))[:, 1].sum().backward()
     touched = {name.split(".")[1] for name, p in heads.named_parameters() if p.grad is not None and p.grad.any()}
     assert touched == {"task_train"}
+
+
+def test_heads_on_mixtures_give_what_mixing_first_gives_backward_too():
+    for tower in ([], [4, 3]):
+        heads, leaves = Heads(TASKS, 5, tower=tower), [torch.randn(6, 5, requires_grad=True) for _ in range(4)]
+        weights_BTE = torch.randn(6, 3, 4).softmax(-1).requires_grad_()
+        every = [weights_BTE, *leaves, *heads.parameters()]
+        aside = torch.randn(6, 3)
+        logits_BT = heads.of_mixtures(weights_BTE, leaves)
+        mixed_first_BT = heads(
+            torch.stack([sum(weights_BTE[:, t, e, None] * leaves[e] for e in range(4)) for t in range(3)], 1)
+        )
+        torch.testing.assert_close(logits_BT, mixed_first_BT)
+        for have, want in zip(
+            torch.autograd.grad((logits_BT * aside).sum(), every),
+            torch.autograd.grad((mixed_first_BT * aside).sum(), every),
+            strict=True,
+        ):
+            torch.testing.assert_close(have, want)
+
+
+def test_mixing_for_linear_heads_makes_no_tensor_of_a_row_a_task_and_a_unit():
+    heads, sizes = Heads(TASKS, 64), []
+    outputs, weights_BTE = [torch.randn(8, 64, requires_grad=True) for _ in range(2)], torch.rand(8, 3, 2)
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: sizes.append(x.numel()) or x, lambda x: x):
+        heads.of_mixtures(weights_BTE, outputs).sum().backward()
+    assert sizes
+    assert max(sizes) <= 8 * 64
