@@ -1,10 +1,14 @@
 """Training end to end, beside other libraries: python scripts/bench_training.py --source DIR [--json FILE].
 
-The same rows of KuaiRand, the same shared bottom and the same MMoE (widths, embedding size, batch, threads, Adagrad
-with dense gradients), each in a process of its own, in turns: ``train.py`` as a user starts it, DeepCTR-Torch and
-torch-rechub as their examples do (``scripts/training_peers.py``). What is counted favours the others: their time to
-read the files is left out, while train.py reads as it trains; a ratio takes the faster of them, and for memory the
-leaner.
+The same log of KuaiRand's rows, the same shared bottom and the same MMoE (features, widths, embedding size, batch,
+threads, Adagrad with dense gradients, as many parameters), each in a process of its own, in turns: ``train.py`` as a
+user starts it, with its metrics, its divergence watch and its early signs; DeepCTR-Torch and torch-rechub as their
+examples do (``scripts/training_peers.py``). A ratio takes the faster of them, and for memory the leaner.
+
+The log is KuaiRand's training days repeated to ``--rows`` rows (2,000,000; the published KuaiRand-Pure has 1.4
+million), because memory depends on it: the others hold all of it, train.py a window. What is counted favours the
+others: their time to read the files is left out, while train.py reads as it trains. Each process ends after
+``--steps`` steps; memory is at its peak by then, and ``--steps 0`` trains on every row.
 
 Install the others with ``pip install 'evenkeel[bench]' requests`` (DeepCTR-Torch imports requests without saying so),
 or each in an environment of its own, named by ``--deepctr-python`` and ``--rechub-python``.
@@ -104,7 +108,7 @@ def train_evenkeel(root: Path, model: str, given: argparse.Namespace) -> Measure
             "train.progressive=false",
             "train.checkpoint_every=0",
             f"train.threads={given.threads}",
-            f"train.max_steps={given.rows // given.batch_size if given.rows else -1}",
+            f"train.max_steps={given.steps or -1}",
             f"scale.batch_size={given.batch_size}",
             f"scale.eval_batch_size={given.batch_size}",  # the others do not evaluate: it should not set the peak
             f"hydra.run.dir={folder}",
@@ -128,8 +132,8 @@ def train_peer(library: str, python: str, root: Path, model: str, given: argpars
     command = [python, "scripts/training_peers.py", library, "--root", str(root), "--model", model]
     command += ["--hidden", *map(str, MODELS[model][1]), "--experts", str(EXPERTS), "--lr", str(LR)]
     command += ["--batch-size", str(given.batch_size), "--threads", str(given.threads)]
-    if given.rows:
-        command += ["--rows", str(given.rows // given.batch_size * given.batch_size)]
+    if given.steps:
+        command += ["--steps", str(given.steps)]
     printed, peak = run(command, threads=given.threads)
     said = json.loads(printed.splitlines()[-1])
     speed = said["examples"] / said["seconds"]
@@ -183,15 +187,18 @@ def check_installed(library: str, python: str) -> None:
 
 
 @contextmanager
-def prepared(source: Path) -> Iterator[Path]:
-    """KuaiRand prepared into a temporary folder; a folder that is prepared already is taken as it is."""
-    if (source / "schema.yaml").is_file():
-        yield source.resolve()
-        return
+def prepared(source: Path, rows: int) -> Iterator[Path]:
+    """KuaiRand prepared, if it is not yet, and repeated to so many rows, in a temporary folder."""
+    root = source.resolve()
     with tempfile.TemporaryDirectory() as folder:
-        target = Path(folder) / "kuairand"
-        run([sys.executable, "scripts/prepare_data.py", "kuairand", str(source.resolve()), str(target)], threads=2)
-        yield target
+        if not (root / "schema.yaml").is_file():
+            root = Path(folder) / "kuairand"
+            run([sys.executable, "scripts/prepare_data.py", "kuairand", str(source.resolve()), str(root)], threads=2)
+        if rows:
+            long = Path(folder) / "long"
+            run([sys.executable, "scripts/repeat_log.py", str(root), str(long), "--rows", str(rows)], threads=2)
+            root = long
+        yield root
 
 
 def print_lines(lines: Sequence[Line]) -> None:
@@ -212,7 +219,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--source", type=Path, required=True, help="published KuaiRand files, or a prepared folder")
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
-    parser.add_argument("--rows", type=int, help="train on the first rows only; all but the hold-out otherwise")
+    parser.add_argument("--rows", type=int, default=2_000_000, help="training rows of the log; 0: those of the source")
+    parser.add_argument("--steps", type=int, default=150, help="end after so many steps; 0: every row")
     parser.add_argument("--batch-size", type=int, default=1024)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3, help="how often everything is measured")
@@ -225,7 +233,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         for library, python in peers.items():
             check_installed(library, python)
-        with prepared(given.source) as root:
+        with prepared(given.source, given.rows) as root:
             for model in given.models:
                 lines += compare(root, model, peers, given)
     except RuntimeError as error:

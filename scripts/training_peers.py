@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -26,6 +27,7 @@ import torch
 import yaml
 
 Columns = dict[str, npt.NDArray[Any]]
+SKIPPED = 5  # first steps, as ranker.training.throughput leaves out
 
 
 @dataclass
@@ -61,27 +63,53 @@ class Rows:
 def read_rows(root: Path, rows: int | None) -> Rows:
     """Reads the first rows of a prepared log; without a number all but its last file, which is the hold-out.
 
+    A file at a time into arrays of their final size: nothing here should set the peak of a library's memory.
+
     Raises:
         ValueError: a task has labels that are not observed on every row, which these libraries do not know.
     """
     schema = yaml.safe_load((root / "schema.yaml").read_text(encoding="utf-8"))
-    features = [*schema.get("dense", []), *schema.get("categorical", [])]
-    wanted = list(dict.fromkeys(c.get("column", c["name"]) for c in [*features, *schema["tasks"]]))
-    parts: list[pa.Table] = []
-    for path in sorted(root.glob("*.parquet"))[:-1]:
-        if rows is None or sum(map(len, parts)) < rows:
-            parts.append(pq.read_table(path, columns=wanted))
-    table = pa.concat_tables(parts).slice(0, rows).combine_chunks()
-    found = Rows(schema)
-    for dense in schema.get("dense", []):
+    paths = sorted(root.glob("*.parquet"))[:-1]
+    total = sum(pq.read_metadata(path).num_rows for path in paths)
+    total = total if rows is None else min(rows, total)
+    found = Rows(schema, labels=np.empty((total, len(schema["tasks"])), np.float32))
+    start = 0
+    for path in paths:
+        if start < total:
+            table = pq.read_table(path, columns=_columns(schema)).slice(0, total - start).combine_chunks()
+            _read_features(found, table, start, total)
+            found.labels[start : start + len(table)] = _labels(schema, table)
+            start += len(table)
+    return found
+
+
+def _columns(schema: dict[str, Any]) -> list[str]:
+    every = [*schema.get("dense", []), *schema.get("categorical", []), *schema["tasks"]]
+    return list(dict.fromkeys(column.get("column", column["name"]) for column in every))
+
+
+def _read_features(found: Rows, table: pa.Table, start: int, total: int) -> None:
+    """Puts a table's features into the arrays, at row ``start`` of ``total``."""
+    place = slice(start, start + len(table))
+    for dense in found.schema.get("dense", []):
         values = table[dense.get("column", dense["name"])].fill_null(dense.get("fill_null", 0.0))
-        found.dense[dense["name"]] = _transformed(values.to_numpy(), dense)
-    for feature in schema.get("categorical", []):
-        column, owner = table[feature.get("column", feature["name"])].combine_chunks(), _owner(schema, feature)
+        into = found.dense.setdefault(dense["name"], np.empty(total, np.float32))
+        into[place] = _transformed(values.to_numpy(), dense)
+    for feature in found.schema.get("categorical", []):
+        name, owner = feature["name"], _owner(found.schema, feature)
+        column = table[feature.get("column", name)].combine_chunks()
         if feature.get("kind", "one_hot") == "one_hot":
-            found.ids[feature["name"]] = _table_rows(column, owner)
-        else:
-            found.lists[feature["name"]] = _padded(column, owner, feature.get("max_length", 0))
+            found.ids.setdefault(name, np.empty(total, np.int32))[place] = _table_rows(column, owner)
+            continue
+        padded = _padded(column, owner, feature.get("max_length", 0))
+        into = found.lists.get(name, np.zeros((total, 0), np.int32))
+        if into.shape[1] < padded.shape[1]:
+            into = np.pad(into, ((0, 0), (0, padded.shape[1] - into.shape[1])))
+        into[place, : padded.shape[1]] = padded
+        found.lists[name] = into
+
+
+def _labels(schema: dict[str, Any], table: pa.Table) -> npt.NDArray[np.float32]:
     labels = []
     for task in schema["tasks"]:
         column = table[task.get("column", task["name"])]
@@ -89,12 +117,47 @@ def read_rows(root: Path, rows: int | None) -> Rows:
             raise ValueError(f"task '{task['name']}': the other libraries have no mask for labels not observed")
         values = column.to_numpy()
         labels.append(values >= task["at_least"] if "at_least" in task else _transformed(values, task))
-    found.labels = np.stack(labels, axis=1).astype(np.float32)
-    return found
+    return np.stack(labels, axis=1).astype(np.float32)
+
+
+class Enough(Exception):  # noqa: N818 (it is no error)
+    """So many steps were taken."""
+
+
+class Clock:
+    """Times a training loop from its optimizer's steps, without the first ones, and ends it after so many.
+
+    Args:
+        optimizer: the one that the loop uses.
+        steps: when to raise ``Enough``; None for never.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, *, steps: int | None) -> None:
+        self.steps = 0
+        self._most = steps
+        self._started = self._stopped = 0.0
+        optimizer.register_step_post_hook(self._stepped)
+
+    def _stepped(self, *_: object) -> None:
+        self.steps += 1
+        self._stopped = time.perf_counter()
+        if self.steps == SKIPPED:
+            self._started = self._stopped
+        if self.steps == self._most:
+            raise Enough
+
+    def measured(self, rows: Rows, batch_size: int) -> dict[str, float]:
+        """Examples and seconds behind the first steps."""
+        examples = min(self.steps * batch_size, len(rows.labels)) - SKIPPED * batch_size
+        return {"examples": examples, "seconds": self._stopped - self._started}
 
 
 def train_deepctr(rows: Rows, given: argparse.Namespace) -> dict[str, float]:
-    """One epoch of DeepCTR-Torch, by its ``fit``."""
+    """One epoch of DeepCTR-Torch, by its ``fit``.
+
+    It joins all columns into one array of their common type and makes float32 of each batch. Given float32 it needs
+    half the memory that it needs for integers beside float32, and ids here are far below 2**24.
+    """
     from deepctr_torch.inputs import DenseFeat, SparseFeat, VarLenSparseFeat
     from deepctr_torch.models import MMOE, SharedBottom
 
@@ -121,14 +184,22 @@ def train_deepctr(rows: Rows, given: argparse.Namespace) -> dict[str, float]:
     else:
         model = SharedBottom(columns, bottom_dnn_hidden_units=given.hidden, **shared)
     losses = ["binary_crossentropy" if kind == "binary" else "mse" for kind in types]
-    model.compile(torch.optim.Adagrad(model.parameters(), lr=given.lr), losses)
-    start = time.perf_counter()
-    model.fit(rows.features, rows.labels, batch_size=given.batch_size, epochs=1, verbose=0)
-    return _measured(rows, start, model)
+    optimizer = torch.optim.Adagrad(model.parameters(), lr=given.lr)
+    model.compile(optimizer, losses)
+    clock = Clock(optimizer, steps=given.steps)
+    for columns_of in (rows.ids, rows.lists):
+        for name in columns_of:
+            columns_of[name] = columns_of[name].astype(np.float32)
+    with suppress(Enough):
+        model.fit(rows.features, rows.labels, batch_size=given.batch_size, epochs=1, verbose=0)
+    return clock.measured(rows, given.batch_size) | _size(model)
 
 
 def train_rechub(rows: Rows, given: argparse.Namespace) -> dict[str, float]:
-    """One epoch of torch-rechub, by its trainer. Its MLPs normalise each layer by batch and cannot be had without."""
+    """One epoch of torch-rechub, by its trainer. Its MLPs normalise each layer by batch and cannot be had without.
+
+    Its loader runs in line, as in its examples: with a worker process MMoE was slower still on two cores.
+    """
     from torch_rechub.basic.features import DenseFeature, SequenceFeature, SparseFeature
     from torch_rechub.models.multi_task import MMOE, SharedBottom
     from torch_rechub.trainers import MTLTrainer
@@ -156,9 +227,10 @@ def train_rechub(rows: Rows, given: argparse.Namespace) -> dict[str, float]:
     )
     x, y = rows.features, rows.labels
     loader, *_ = DataGenerator(x, y).generate_dataloader(x, y, x, y, batch_size=given.batch_size)
-    start = time.perf_counter()
-    trainer.train_one_epoch(loader)
-    return _measured(rows, start, model)
+    clock = Clock(trainer.optimizer, steps=given.steps)
+    with suppress(Enough):
+        trainer.train_one_epoch(loader)
+    return clock.measured(rows, given.batch_size) | _size(model)
 
 
 LIBRARIES = {"deepctr-torch": train_deepctr, "torch-rechub": train_rechub}
@@ -173,7 +245,8 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, nargs="+", default=[64, 64], help="widths of the bottom, or of an expert")
     parser.add_argument("--experts", type=int, default=4)
     parser.add_argument("--batch-size", type=int, default=1024)
-    parser.add_argument("--rows", type=int, help="train on the first rows only")
+    parser.add_argument("--rows", type=int, help="read the first rows only")
+    parser.add_argument("--steps", type=int, help="end after so many; the whole epoch otherwise")
     parser.add_argument("--lr", type=float, default=0.01)
     parser.add_argument("--threads", type=int, default=2)
     given = parser.parse_args()
@@ -185,10 +258,8 @@ def main() -> None:
     print(json.dumps({"version": version(given.library), "seconds_to_read": reading, **measured}))
 
 
-def _measured(rows: Rows, start: float, model: torch.nn.Module) -> dict[str, float]:
-    seconds = time.perf_counter() - start
-    parameters = sum(p.numel() for p in model.parameters())
-    return {"examples": len(rows.labels), "seconds": seconds, "parameters": parameters}
+def _size(model: torch.nn.Module) -> dict[str, float]:
+    return {"parameters": sum(p.numel() for p in model.parameters())}
 
 
 def _owner(schema: dict[str, Any], feature: dict[str, Any]) -> dict[str, Any]:

@@ -5,6 +5,7 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 
 from ranker.data.columns import Task
 from ranker.data.parquet_log import ParquetLog
@@ -60,6 +61,41 @@ def test_the_other_libraries_get_the_values_that_our_loader_gives(peers, write_l
     assert len(peers.read_rows(root, 24).labels) == 24
 
 
+def test_a_list_column_whose_longest_comes_late_is_padded_to_it(peers, write_log):
+    root = write_log({0: 1, 1: 3, 2: 5}, schema=SCHEMA)  # lists of 0, then of 1, 2 and 3 ids
+    rows = peers.read_rows(root, None)
+    assert rows.lists["tags"].tolist() == padded(ParquetLog(str(root)).read(0, 4).ragged["tags"])
+
+
+def test_a_training_loop_is_timed_without_its_first_steps_and_ended(peers, monkeypatch):
+    weight = torch.nn.Parameter(torch.zeros(1))
+    weight.grad = torch.ones(1)
+    optimizer = torch.optim.SGD([weight], lr=1.0)
+    seconds = iter(range(100))
+    monkeypatch.setattr(peers.time, "perf_counter", lambda: float(next(seconds)))
+    clock = peers.Clock(optimizer, steps=8)
+    for _ in range(7):
+        optimizer.step()
+    with pytest.raises(peers.Enough):
+        optimizer.step()
+    assert weight.item() == -8
+    rows = peers.Rows({}, labels=np.zeros((31, 1), np.float32))
+    assert clock.measured(rows, 4) == {"examples": 31 - 20, "seconds": 3.0}
+    assert peers.Clock(torch.optim.SGD([weight], lr=1.0), steps=None).steps == 0
+
+
+def test_a_log_is_repeated_later_and_later_to_the_rows_asked_for(load_script, write_log, tmp_path):
+    root, long = write_log({0: 20, 1: 17, 2: 5}, schema=SCHEMA), tmp_path / "long"
+    load_script("repeat_log").main([str(root), str(long), "--rows", "90"])
+    short, log = ParquetLog(str(root)), ParquetLog(str(long))
+    assert (log.train_rows, log.num_rows) == (90, 95)
+    every, once = log.read(0, 95), short.read(0, 42)
+    assert bool((every.time_ms_B.diff() >= 0).all())
+    repeated = torch.cat([torch.arange(37), torch.arange(37), torch.arange(16), torch.arange(37, 42)])
+    assert torch.equal(every.onehot_BC, once.onehot_BC[repeated])
+    assert torch.equal(every.labels_BT, once.labels_BT[repeated])
+
+
 def test_ratios_take_the_faster_and_the_leaner_peer_within_a_round(bench):
     def done(ours, one, other):
         return {
@@ -101,7 +137,8 @@ def test_a_missed_target_is_the_exit_status(bench, capsys, write_log, tmp_path, 
     monkeypatch.setattr(bench, "check_installed", lambda *given: None)
     monkeypatch.setattr(bench, "train_evenkeel", lambda *given: measured("evenkeel"))
     monkeypatch.setattr(bench, "train_peer", lambda library, *given: measured(library))
-    arguments = ["--source", str(write_log({0: 20, 1: 5})), "--rounds", "2", "--json", str(tmp_path / "lines.json")]
+    source = str(write_log({0: 20, 1: 5}))
+    arguments = ["--source", source, "--rows", "0", "--rounds", "2", "--json", str(tmp_path / "lines.json")]
     assert bench.main(arguments) == 1
     speeds["evenkeel"] = 20.0
     assert bench.main(arguments) == 0
