@@ -81,9 +81,10 @@ class EarlySigns(Callback):
         self._roles = roles
         self._norms, self._activations, self._sigma = norms, activations, sigma
         self._task_gradients = task_gradients
-        # Hydra's partial walks through every loaded module at each call, 35 ms; Python's does not.
-        hydras = isinstance(what_if, partial)
-        self._what_if = partial(what_if.func, *what_if.args, **what_if.keywords) if hydras else what_if
+        if isinstance(what_if, partial):
+            # Hydra's partial walks through every loaded module at each call, 35 ms; Python's does not.
+            what_if = partial(what_if.func, *what_if.args, **what_if.keywords)
+        self._what_if = what_if
         self._names: dict[str, str] = {}  # of each role's weight
         self._weights: dict[str, nn.Parameter] = {}
         self._shared: nn.Parameter | None = None

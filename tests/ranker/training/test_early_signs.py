@@ -150,3 +150,12 @@ def test_what_cannot_be_looked_at_is_refused_in_a_line() -> None:
         trained(EarlySigns(what_if=partial(optim.what_if, rules={"gc": {"clip_norn": 1.0}})))
     with pytest.raises(UserError, match="every must be 0"):
         EarlySigns(every=-1)
+
+
+def test_a_partial_that_does_work_of_its_own_at_each_call_is_called_without_it():
+    class Watched(partial):  # as Hydra's is
+        def __call__(self, *args, **kwargs):
+            raise AssertionError("the wrapper was called")
+
+    _, recorder = trained(EarlySigns(every=6, what_if=Watched(optim.what_if, rules=["gc"], read=False)))
+    assert any(name.endswith("sigma_gc") for name in signs_of(recorder)[6])
