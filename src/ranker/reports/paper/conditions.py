@@ -88,7 +88,8 @@ def _mitigation_sections(data: Data, found: Found) -> Sections:
             chosen = (f"model={model}", *(o for o in overrides if not o.startswith("lr_mult=")), rate)
             mine = matching(runs, chosen, ("model", "lr_mult", *keys))
             cells = [cell(mine.filter(pl.col("optim") == m), f"{data.auc}/auc") for m in ("adagrad", "clippy")]
-            rows.append([label, *cells])
+            if cells != ["-", "-"]:  # nothing was run yet
+                rows.append([label, *cells])
         made[model] = table([f"{LABELS[model]}, {data.auc} AUC", "naive Adagrad", "Clippy"], rows)
     return made
 

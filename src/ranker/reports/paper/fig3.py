@@ -10,7 +10,7 @@ from pathlib import Path
 
 import polars as pl
 
-from ranker.reports.paper.jobs import Data, Job
+from ranker.reports.paper.jobs import Data, Job, Setting
 from ranker.reports.paper.markdown import table
 from ranker.reports.paper.study import Found, Phase, Sections, Study
 
@@ -33,7 +33,7 @@ def loss(point: tuple[float, float]) -> float:
     return sum(e * w * w for e, w in zip(EIGENVALUES, point, strict=True)) / 2
 
 
-def measure(folder: Path, jobs: Sequence[Job]) -> tuple[pl.DataFrame, list[Job]]:  # noqa: ARG001  (no run is needed)
+def measure(setting: Setting, folder: Path, jobs: Sequence[Job]) -> tuple[pl.DataFrame, list[Job]]:  # noqa: ARG001  (no run is needed)
     """One row a step and rate: x, y, loss."""
     rows = [
         {"lr": lr, "step": step, "x": point[0], "y": point[1], "loss": loss(point)}

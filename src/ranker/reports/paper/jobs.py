@@ -17,9 +17,20 @@ BARE: Job = (
     "train.progressive=false",
     "train.checkpoint_every=0",
     "train.threads=1",
+    "callbacks.early_signs.every=0",
 )
-# A figure needs the loss at every step and the hold-out now and then.
-RECORDED: Job = ("logger=csv", "train.log_every=1", "train.checkpoint_every=0", "train.threads=1")
+# A figure needs the loss at every step and the hold-out now and then, also of a lost run to its end.
+RECORDED: Job = (
+    "logger=csv",
+    "train.log_every=1",
+    "train.eval_every=10",
+    "train.progressive=false",
+    "train.checkpoint_every=0",
+    "train.threads=1",
+    "callbacks.divergence.stop=false",
+)
+UNWATCHED: Job = ("callbacks.early_signs.every=0",)
+WATCHED: Job = ("callbacks.early_signs.every=1", "callbacks.early_signs.task_gradients=0")
 # --quick: long enough for every part to do its work.
 QUICK: Job = ("train.max_steps=60",)
 

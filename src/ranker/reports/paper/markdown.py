@@ -91,7 +91,10 @@ def quote(text: str, root: Path, read: Callable[[Path], str] | None = None) -> s
 def provenance(found: Mapping[str, pl.DataFrame], command: str) -> str:
     """The command, and the commit, machine and seeds that the CSV files name."""
     frames = [runs for runs in found.values() if not runs.is_empty()]
-    lines = [f"Made by `{command}`. Every number below is computed from the CSV files beside this one."]
+    lines = [
+        f"Made by `{command}`. Every number below is computed from the CSV files beside this one;",
+        "± is the standard deviation over seeds, a dash a cell in which no run was made or none completed.",
+    ]
     commits = sorted({c for runs in frames if "commit" in runs.columns for c in runs["commit"].drop_nulls()})
     machines = sorted({m for runs in frames if "machine" in runs.columns for m in runs["machine"].drop_nulls()})
     if commits:

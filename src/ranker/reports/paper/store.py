@@ -15,7 +15,17 @@ from ranker.reports.paper.jobs import Job
 from ranker.training.run_folder import SUMMARY
 
 # Where a run lay, how it was watched and how it was scheduled decides none of its numbers.
-UNRECORDED = ("data.source", "data.cache_dir", "data.root", "logger", "train.threads", "train.checkpoint_every")
+UNRECORDED = (
+    "data.source",
+    "data.cache_dir",
+    "data.root",
+    "logger",
+    "train.threads",
+    "train.checkpoint_every",
+    "train.log_every",
+    "callbacks.early_signs.every",
+    "callbacks.early_signs.task_gradients",
+)
 DEFAULTS = {"scale": "laptop", "lr_mult": "1", "seed": "0"}  # what holds where nothing is said
 STANDARD = ("data", "scale", "model", "optim", "lr_mult", "seed")
 METRICS = ("auc", "ne", "rmse", "calibration")
@@ -34,20 +44,21 @@ def collect(folder: Path, jobs: Sequence[Job]) -> tuple[pl.DataFrame, list[Job]]
     first_step, micro, dense_parameters, run, config_hash, commit, machine, and the hold-out's ``<task>/<metric>``. Runs
     that no job asks for and runs that failed are left out; of two runs of one job the last in name order counts.
     """
-    found = {}
+    found, missing = find(folder, jobs)
+    rows = [row_of(job, *run) for job, run in found]
+    return pl.DataFrame(rows, infer_schema_length=None), missing
+
+
+def find(folder: Path, jobs: Sequence[Job]) -> tuple[list[tuple[Job, tuple[Path, dict[str, Any]]]], list[Job]]:
+    """Run folder and summary of each job, and the jobs without a run."""
+    known = {}
     for path in sorted(Path(folder).rglob(SUMMARY)):
         summary = json.loads(path.read_text(encoding="utf-8"))
         overrides = path.parent / ".hydra" / "overrides.yaml"
         if summary["status"] != "failed" and overrides.is_file():
-            found[identity(yaml.safe_load(overrides.read_text(encoding="utf-8")))] = (path.parent, summary)
-    rows, missing = [], []
-    for job in jobs:
-        run = found.get(identity(job))
-        if run is None:
-            missing.append(job)
-        else:
-            rows.append(_row(job, *run))
-    return pl.DataFrame(rows, infer_schema_length=None), missing
+            known[identity(yaml.safe_load(overrides.read_text(encoding="utf-8")))] = (path.parent, summary)
+    found = [(job, known[identity(job)]) for job in jobs if identity(job) in known]
+    return found, [job for job in jobs if identity(job) not in known]
 
 
 def matching(runs: pl.DataFrame, overrides: Iterable[str], among: Iterable[str]) -> pl.DataFrame:
@@ -83,7 +94,8 @@ def read_runs(path: Path) -> pl.DataFrame:
     return pl.read_csv(path, infer_schema_length=None)
 
 
-def _row(job: Job, folder: Path, summary: dict[str, Any]) -> dict[str, Any]:
+def row_of(job: Job, folder: Path, summary: dict[str, Any]) -> dict[str, Any]:
+    """The row of one run."""
     overrides = dict(override.split("=", 1) for override in job)
     row: dict[str, Any] = {key: summary[key] for key in STANDARD}
     for key, value in overrides.items():

@@ -2,7 +2,17 @@
 
 from __future__ import annotations
 
-from ranker.reports.paper import ablations, conditions, fig3, rates, table1, table2, table3
+from ranker.reports.paper import (
+    ablations,
+    conditions,
+    curve_figures,
+    divergence_figures,
+    fig3,
+    rates,
+    table1,
+    table2,
+    table3,
+)
 from ranker.reports.paper.study import Study
 
 STUDIES: tuple[Study, ...] = (
@@ -10,6 +20,11 @@ STUDIES: tuple[Study, ...] = (
     fig3.STUDY,
     table2.STUDY,
     table3.STUDY,
+    divergence_figures.FIG1,
+    divergence_figures.FIG4,
+    curve_figures.FIG5,
+    curve_figures.FIG6,
+    divergence_figures.FIG8,
     rates.STUDY,
     ablations.RULE,
     ablations.LAMBDA,

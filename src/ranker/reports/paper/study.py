@@ -17,7 +17,7 @@ Found = Mapping[str, pl.DataFrame]
 Sections = dict[str, str]
 """Markdown by name; a name may be quoted by a document: ``<!-- results/FOLDER/STUDY.md#NAME -->``."""
 
-Reader = Callable[[Path, Sequence[Job]], tuple[pl.DataFrame, list[Job]]]
+Reader = Callable[[Setting, Path, Sequence[Job]], tuple[pl.DataFrame, list[Job]]]
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Phase:
 
     name: str
     jobs: Callable[[Setting, Found], list[Job]]
-    read: Reader = collect
+    read: Reader = lambda setting, folder, jobs: collect(folder, jobs)  # noqa: ARG005
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ import torch
 
 from ranker.data.schema import CategoricalFeature, Schema, Task
 from ranker.models import SharedBottom
-from ranker.reports.paper.jobs import Data, Job
+from ranker.reports.paper.jobs import Data, Job, Setting
 from ranker.reports.paper.markdown import table
 from ranker.reports.paper.study import Found, Phase, Sections, Study
 
@@ -60,7 +60,7 @@ def fitting_width(target: float, model: str, *, cross_layers: int = 0) -> int:
     return min((low, high), key=lambda w: abs(parameters(model, width=w, cross_layers=cross_layers) - target))
 
 
-def measure(folder: Path, jobs: Sequence[Job]) -> tuple[pl.DataFrame, list[Job]]:  # noqa: ARG001  (no run is needed)
+def measure(setting: Setting, folder: Path, jobs: Sequence[Job]) -> tuple[pl.DataFrame, list[Job]]:  # noqa: ARG001  (no run is needed)
     """Widths that fit, a row each: Small and Large alone, and Large with Large+DCN for each number of cross layers."""
     rows: list[dict[str, Any]] = []
     for model in ("Small", "Large"):

@@ -162,7 +162,8 @@ def _cost(best: Mapping[Any, pl.DataFrame], models: Sequence[str]) -> str:
     for model in models:
         speeds = [max(best[model, method]["examples_per_second"].to_list()) for method in METHODS]
         rows.append([LABELS[model], *(f"{speed:,.0f}" for speed in speeds)])
-    return table(["model, examples a second (fastest run)", *METHODS], rows)
+    note = "No benchmark: other jobs ran beside these on the same cores. docs/optim-benchmark.md is one.\n\n"
+    return note + table(["model, examples a second (fastest run)", *METHODS], rows)
 
 
 def _by_seed(runs: pl.DataFrame, metric: str) -> dict[int, float]:

@@ -9,7 +9,7 @@ import pytest
 
 from ranker.errors import UserError
 from ranker.reports.paper import fig3, markdown, table1
-from ranker.reports.paper.jobs import DATA
+from ranker.reports.paper.jobs import DATA, Setting
 from ranker.reports.paper.published import differences, publish, render
 from ranker.reports.paper.studies import STUDIES
 
@@ -81,6 +81,6 @@ def test_figure_3_shrinks_below_the_edge_and_grows_above() -> None:
 
 def test_what_was_measured_without_a_run_is_measured_again(tmp_path: Path) -> None:
     for study in (fig3.STUDY, table1.STUDY):
-        runs, _ = study.phases[0].read(tmp_path, [])
+        runs, _ = study.phases[0].read(Setting(DATA["kuairand"]), tmp_path, [])
         published = ROOT / "results" / "no_data" / f"{study.name}.md"
         assert render(study, DATA["kuairand"], {study.name: runs}, "no_data") == published.read_text(encoding="utf-8")
