@@ -12,7 +12,7 @@ from ranker.errors import UserError
 from ranker.reports.comparison import as_markdown
 from ranker.reports.paper.study import Sections
 
-BLOCK = re.compile(r"(<!-- (?P<file>\S+\.md)#(?P<section>[\w-]+) -->\n)(?P<text>.*?)(<!-- end -->)", re.DOTALL)
+BLOCK = re.compile(r"(<!-- (?P<file>\S+\.md)#(?P<section>\S+) -->\n)(?P<text>.*?)(<!-- end -->)", re.DOTALL)
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -57,6 +57,12 @@ def test_a_block_that_names_nothing_is_refused(copy: Path) -> None:
         markdown.quote("<!-- results/no_data/fig9.md#loss -->\n<!-- end -->\n", copy)
 
 
+def test_a_section_may_have_any_name_without_spaces(copy: Path) -> None:
+    block = "<!-- results/x.md#at-0.4x -->\n<!-- end -->\n"
+    quoted = markdown.quote(block, copy, lambda path: "## at-0.4x\n\n| 3 of 3 |\n")
+    assert quoted == "<!-- results/x.md#at-0.4x -->\n| 3 of 3 |\n<!-- end -->\n"
+
+
 def test_table_1_at_a_width_is_the_sum_done_by_hand() -> None:
     d, h = 100, 512
     small = d * h + h + h * h + h + 6 * (h + 1)
