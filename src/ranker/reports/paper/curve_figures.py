@@ -146,7 +146,10 @@ def _last(run: pl.DataFrame) -> float:
 
 
 def _roles(curve: pl.DataFrame) -> list[str]:
-    return [name for name in curve.columns if name in ("dcn", "bottom_first", "bottom_top") or name.startswith("head/")]
+    layers = [
+        name for name in curve.columns if name in ("dcn", "bottom_first", "bottom_top") or name.startswith("head/")
+    ]
+    return [name for name in layers if curve[name].drop_nulls().len()]  # Small has no cross layer
 
 
 FIG5 = Study(

@@ -77,6 +77,6 @@ def test_figure_1_shows_the_completed_run_whose_loss_rose_furthest_beside_a_lost
 
 def test_figure_6_tells_the_median_sigma_early_and_late() -> None:
     sigma = [0.1, 0.1, 0.5, 0.5, 0.5, 0.5, 1.0, 1.0]
-    curve = pl.DataFrame({"step": range(1, 9), "dcn": sigma, "model": "large_dcn", "lr_mult": 2.0})
+    curve = pl.DataFrame({"step": range(1, 9), "dcn": sigma, "bottom_top": None, "model": "large_dcn", "lr_mult": 2.0})
     made = curve_figures.sigma_sections(SETTING.data, {"fig6": curve})
-    assert "| dcn | 0.1 | 0.5 | 75 % |" in made["sigma"]
+    assert made["sigma"].splitlines()[2:] == ["| dcn | 0.1 | 0.5 | 75 % |"]
