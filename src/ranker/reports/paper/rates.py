@@ -57,7 +57,11 @@ def sections(data: Data, found: Found) -> Sections:
             mine = here.filter(pl.col("optim") == method)
             largest = largest_stable(mine)
             beyond = largest is not None and largest == mine["lr_mult"].max()
-            line.append("none tried" if largest is None else f"{largest:g}x" + (" or more" if beyond else ""))
+            line.append(
+                f"below {mine['lr_mult'].min():g}x"
+                if largest is None
+                else f"{largest:g}x" + (" or more" if beyond else "")
+            )
         stable.append(line)
         for multiple in sorted(here["lr_mult"].unique()):
             at = here.filter(pl.col("lr_mult") == multiple)
