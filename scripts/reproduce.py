@@ -18,6 +18,7 @@ from ranker.errors import UserError, suggest
 from ranker.reports.paper.jobs import DATA, QUICK, Data, Setting
 from ranker.reports.paper.launch import launch
 from ranker.reports.paper.published import differences, folder_of, load_found, publish, render
+from ranker.reports.paper.store import write_whole
 from ranker.reports.paper.studies import BY_NAME, STUDIES
 from ranker.reports.paper.study import Study
 
@@ -84,10 +85,10 @@ def make(study: Study, setting: Setting, *, out: Path, results: Path, parallel: 
             print(f"{study.name}: {len(missing)} of {len(jobs)} runs of {phase.name} are missing", file=sys.stderr)
         if runs.is_empty():
             raise UserError(f"{study.name}: no run of {phase.name} in {sweep}")
-        runs.write_csv(folder / f"{phase.name}.csv")
+        write_whole(folder / f"{phase.name}.csv", runs.write_csv())
         found[phase.name] = runs
     path = folder / f"{study.name}.md"
-    path.write_text(render(study, setting.data, load_found(study, STUDIES, folder), name), encoding="utf-8")
+    write_whole(path, render(study, setting.data, load_found(study, STUDIES, folder), name))
     if study.draw is not None:
         study.draw(setting.data, found, folder / study.name)
     print(path, flush=True)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from ranker.errors import UserError
 from ranker.reports.paper.jobs import Job
+from ranker.reports.paper.store import write_whole
 
 JOBS = "jobs.json"
 
@@ -34,7 +35,7 @@ def launch(root: Path, folder: Path, jobs: Sequence[Job], *, parallel: int) -> N
         UserError: the sweep could not begin.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / JOBS).write_text(json.dumps([list(job) for job in jobs], indent=1), encoding="utf-8")
+    write_whole(folder / JOBS, json.dumps([list(job) for job in jobs], indent=1))
     status = subprocess.run(command(root, folder, parallel=parallel), cwd=root, check=False).returncode
     if status not in (0, 1):  # 1: some jobs failed, which the sweep has listed
         raise UserError(f"the sweep in {folder} ended with status {status}; the same command does what is missing")

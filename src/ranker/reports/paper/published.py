@@ -9,7 +9,7 @@ import polars as pl
 
 from ranker.reports.paper import markdown
 from ranker.reports.paper.jobs import DATA, Data
-from ranker.reports.paper.store import read_runs
+from ranker.reports.paper.store import read_runs, write_whole
 from ranker.reports.paper.study import Found, Study
 
 QUOTING = ("README.md", "docs/reproduction.md", "results/README.md")
@@ -74,7 +74,7 @@ def publish(studies: Sequence[Study], root: Path) -> list[Path]:
     changed = []
     for path, expected in published(studies, root / "results"):
         if path.read_text(encoding="utf-8") != expected:
-            path.write_text(expected, encoding="utf-8")
+            write_whole(path, expected)
             changed.append(path)
     for name in QUOTING:
         path = root / name
@@ -82,7 +82,7 @@ def publish(studies: Sequence[Study], root: Path) -> list[Path]:
             text = path.read_text(encoding="utf-8")
             quoted = markdown.quote(text, root)
             if quoted != text:
-                path.write_text(quoted, encoding="utf-8")
+                write_whole(path, quoted)
                 changed.append(path)
     return changed
 

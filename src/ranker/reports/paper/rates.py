@@ -58,7 +58,7 @@ def sections(data: Data, found: Found) -> Sections:
             largest = largest_stable(mine)
             beyond = largest is not None and largest == mine["lr_mult"].max()
             line.append(
-                f"below {mine['lr_mult'].min():g}x"
+                f"below {min(mine['lr_mult'].to_list()):g}x"
                 if largest is None
                 else f"{largest:g}x" + (" or more" if beyond else "")
             )

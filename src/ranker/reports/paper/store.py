@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -81,6 +82,13 @@ def matching(runs: pl.DataFrame, overrides: Iterable[str], among: Iterable[str])
         else:
             runs = runs.filter(column.cast(pl.String) == str(wanted[key]))
     return runs
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a file so that one who is stopped in the middle leaves the old one."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
 
 
 def read_runs(path: Path) -> pl.DataFrame:
