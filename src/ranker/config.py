@@ -187,21 +187,24 @@ def cli(main: Callable[[], None]) -> None:
     """
     wanted = os.environ.get(FULL_ERROR)
     os.environ[FULL_ERROR] = "1"  # else Hydra prints and exits before the error reaches us
-    with _asked_for_stack(wanted == "1"), one_line_errors(), accounted():
+    with _asked_for_stack(wanted == "1"), one_line_errors(outermost=True), accounted():
         main()
 
 
 @contextmanager
-def one_line_errors() -> Iterator[None]:
+def one_line_errors(*, outermost: bool = False) -> Iterator[None]:
     """Ends the process with one line where what is inside raises a mistake of the user's.
 
     Also used inside a job, since Hydra announces an error that leaves a job with lines of its own. A job of a
     multirun lets the error pass, so that the launcher sees which job failed.
+
+    Args:
+        outermost: nothing is around it that the error could be meant for, whatever job ran last in this process.
     """
     try:
         yield
     except (UserError, HydraException, OmegaConfBaseException) as error:
-        if _STACK_WANTED.get() or is_sweep():
+        if _STACK_WANTED.get() or (is_sweep() and not outermost):
             raise
         print(f"error: {one_line(error)}", file=sys.stderr)
         print(f"({FULL_ERROR}=1 shows where)", file=sys.stderr)
