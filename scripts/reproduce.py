@@ -83,7 +83,7 @@ def make(study: Study, setting: Setting, *, out: Path, results: Path, parallel: 
         runs, missing = phase.read(setting, sweep, jobs)
         if missing:
             print(f"{study.name}: {len(missing)} of {len(jobs)} runs of {phase.name} are missing", file=sys.stderr)
-        if runs.is_empty():
+        if jobs and len(missing) == len(jobs):
             raise UserError(f"{study.name}: no run of {phase.name} in {sweep}")
         write_whole(folder / f"{phase.name}.csv", runs.write_csv())
         found[phase.name] = runs

@@ -80,3 +80,12 @@ def test_figure_6_tells_the_median_sigma_early_and_late() -> None:
     curve = pl.DataFrame({"step": range(1, 9), "dcn": sigma, "bottom_top": None, "model": "large_dcn", "lr_mult": 2.0})
     made = curve_figures.sigma_sections(SETTING.data, {"fig6": curve})
     assert made["sigma"].splitlines()[2:] == ["| dcn | 0.1 | 0.5 | 75 % |"]
+
+
+def test_figure_4_says_so_where_no_candidate_was_lost(write_run: Any, tmp_path: Path) -> None:
+    record(write_run("calm", naive(0.1)), [2.0, 1.5, 1.0], {3: 0.6})
+    run, missing = divergence_figures.read_signs(SETTING, tmp_path, [tuple(naive(0.1))], roles=("bottom_top",))
+    assert (run.height, missing) == (0, [])
+    assert "No candidate" in divergence_figures.sign_sections("fig4", SETTING.data, {"fig4": run})["moments"]
+    divergence_figures.draw_signs("fig4", SETTING.data, {"fig4": run}, tmp_path / "fig4")
+    assert not (tmp_path / "fig4.svg").exists()
