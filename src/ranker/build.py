@@ -133,18 +133,7 @@ def build(cfg: DictConfig, folder: RunFolder, checkpoint: Path | None) -> Run:
         progressive=cfg.train.progressive,
         dense_statistics=cfg.data.dense_statistics,
     )
-    net = make_net(cfg, log.schema)
-    module = RankingModule(
-        net,
-        schema=log.schema,
-        optimizer=instantiate(cfg.optim, _convert_="all"),
-        lr=base_lr(cfg) * cfg.lr_mult,
-        warmup_steps=cfg.train.warmup_steps,
-        progressive=cfg.train.progressive,
-        score_rows=cfg.scale.eval_batch_size,
-        log_every=cfg.train.log_every,
-        compile_net=cfg.train.compile,
-    )
+    module = build_module(cfg, log.schema)
     _check_optimizer(module)
     throughput = Throughput()
     datamodule.watch_training = throughput.watch
@@ -180,6 +169,21 @@ def build(cfg: DictConfig, folder: RunFolder, checkpoint: Path | None) -> Run:
         interruption=interruption,
         loggers=loggers,
         checkpoint=checkpoint,
+    )
+
+
+def build_module(cfg: DictConfig, schema: Schema) -> RankingModule:
+    """The model with its losses, metrics and optimizer, freshly drawn."""
+    return RankingModule(
+        make_net(cfg, schema),
+        schema=schema,
+        optimizer=instantiate(cfg.optim, _convert_="all"),
+        lr=base_lr(cfg) * cfg.lr_mult,
+        warmup_steps=cfg.train.warmup_steps,
+        progressive=cfg.train.progressive,
+        score_rows=cfg.scale.eval_batch_size,
+        log_every=cfg.train.log_every,
+        compile_net=cfg.train.compile,
     )
 
 

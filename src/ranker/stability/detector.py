@@ -161,6 +161,14 @@ class DivergenceDetector:
         """Why the status is not healthy, in plain words; empty where it is."""
         return self._judge.reason
 
+    @property
+    def suspicion(self) -> Event | None:
+        """What is open, as the full divergence it would be if it never ended; None while healthy. As of the last poll.
+
+        Its first step tells early which past to hold on to: some verdicts come hundreds of steps later.
+        """
+        return self._judge.suspicion
+
     def summary(self) -> dict[str, Any]:
         """``{"micro": number, "full": whether, "first_step": of the first of them or None}``."""
         judge = self._judge

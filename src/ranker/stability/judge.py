@@ -69,6 +69,30 @@ class Judge:
             return f"training AUC is back at 0.5 since step {self._skill.without.since}"
         return ""
 
+    @property
+    def suspicion(self) -> Event | None:
+        """The divergence it would be if what is open now never ended; None where nothing is."""
+        if self.lost is not None:
+            return self.lost
+        jump, reason = self.jump, self.reason
+        if jump is None and not reason and self._blowup is not None and not self._skill.learned:
+            jump, reason = self._blowup, f"{self._blowup} and nothing has been learned since"
+        elif jump is None and reason:
+            flat = self._flat.length and self._alive
+            jump = Jump(step=(self._flat if flat else self._skill.without).since, task="", depth=1.0, startup=False)
+        if jump is None:
+            return None
+        return Event(
+            kind="full",
+            step=jump.step,
+            task=jump.task,
+            depth=jump.depth,
+            length=self._step - jump.step,
+            recovered_at=None,
+            judged_at=self._step,
+            reason=reason,
+        )
+
     def see(
         self, step: int, losses: Sequence[float], aucs: Sequence[float], spreads: Sequence[float], nonfinite: bool
     ) -> list[Event]:

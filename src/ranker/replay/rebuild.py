@@ -1,0 +1,42 @@
+"""From a configuration to an engine: the same model and optimizer that train.py would build."""
+
+from __future__ import annotations
+
+import pytorch_lightning as pl
+import torch
+from omegaconf import DictConfig, OmegaConf
+
+from ranker.build import build_module
+from ranker.data.schema import Schema
+from ranker.errors import UserError
+from ranker.replay.engine import Engine, Settings
+
+_AUTOCAST = {"32-true": None, "32": None, "bf16-mixed": torch.bfloat16}
+
+
+def build_engine(cfg: DictConfig, schema: Schema, *, device: torch.device | str = "cpu") -> Engine:
+    """A freshly drawn model with its optimizer, in the state of step 0.
+
+    Raises:
+        UserError: the configuration cannot be built, or trains in a precision that replays do not know.
+    """
+    precision = str(cfg.trainer.precision)
+    if precision not in _AUTOCAST:
+        raise UserError(f"trainer.precision {precision} cannot be replayed; known: {', '.join(_AUTOCAST)}")
+    pl.seed_everything(cfg.seed, verbose=False)
+    if cfg.train.threads:
+        torch.set_num_threads(cfg.train.threads)
+    if cfg.trainer.deterministic:
+        torch.use_deterministic_algorithms(True, warn_only=cfg.trainer.deterministic == "warn")
+    watched = OmegaConf.select(cfg, "callbacks.divergence.settings")
+    settings = Settings(
+        accumulate=cfg.trainer.accumulate_grad_batches,
+        clip=cfg.trainer.gradient_clip_val,
+        clip_by_value=cfg.trainer.gradient_clip_algorithm == "value",
+        autocast=_AUTOCAST[precision],
+        detector=dict(watched or {}),
+    )
+    try:
+        return Engine(build_module(cfg, schema), settings, device=device)
+    except (TypeError, ValueError) as error:  # what torch.optim and the optim package raise
+        raise error if isinstance(error, UserError) else UserError(f"optim: {error}") from error
