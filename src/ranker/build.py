@@ -29,6 +29,7 @@ from ranker.data.select import Selected
 from ranker.errors import UserError
 from ranker.models import Ranker
 from ranker.training import trackers
+from ranker.training.capsules import Capsules
 from ranker.training.checkpoints import NewestCheckpoint
 from ranker.training.divergence_watch import DivergenceWatch
 from ranker.training.interruption import Interruption
@@ -56,6 +57,7 @@ class Run:
         trainer: the Lightning trainer.
         throughput: the callback that measures speed.
         watch: the callback that watches for divergence; None where it is switched off.
+        capsules: the callback that writes a divergence down for replay; None where it is switched off.
         rollback: the callback that goes back to before a divergence; None where it is switched off.
         interruption: the callback that ends training when the process is asked to stop.
         loggers: metrics.csv and the tracker.
@@ -69,6 +71,7 @@ class Run:
     trainer: pl.Trainer
     throughput: Throughput
     watch: DivergenceWatch | None
+    capsules: Capsules | None
     rollback: Rollback | None
     interruption: Interruption
     loggers: list[Logger]
@@ -141,9 +144,12 @@ def build(cfg: DictConfig, folder: RunFolder, checkpoint: Path | None) -> Run:
     for node in cfg.callbacks.values():
         callbacks.append(instantiate(node, _convert_="all"))
     watch = next((c for c in callbacks if isinstance(c, DivergenceWatch)), None)
+    capsules = next((c for c in callbacks if isinstance(c, Capsules)), None)
     for callback in callbacks:
-        if isinstance(callback, (DivergenceWatch, SnapshotRing, Rollback)):
+        if isinstance(callback, (DivergenceWatch, SnapshotRing, Capsules, Rollback)):
             callback.folder = folder
+    if capsules is not None:
+        capsules.cfg = cfg
     interruption = Interruption(folder)
     callbacks += [interruption, NewestCheckpoint(folder.checkpoints, every=cfg.train.checkpoint_every)]
     mitigation = [name] if (name := OmegaConf.select(cfg, "mitigation.name", default="none")) != "none" else []
@@ -165,6 +171,7 @@ def build(cfg: DictConfig, folder: RunFolder, checkpoint: Path | None) -> Run:
         trainer=_trainer(cfg, folder, callbacks, loggers),
         throughput=throughput,
         watch=watch,
+        capsules=capsules,
         rollback=next((c for c in callbacks if isinstance(c, Rollback)), None),
         interruption=interruption,
         loggers=loggers,

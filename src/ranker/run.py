@@ -54,6 +54,8 @@ def _train(run: Run) -> float:
     status, reason = "completed", ""
     if run.watch is not None and run.watch.detector is not None:
         run.watch.judge(run.trainer, run.module)
+        if run.capsules is not None:
+            run.capsules.look(run.trainer, run.module)
         if run.watch.detector.status == "diverged":
             status, reason = "diverged", run.watch.detector.reason
             if run.rollback is not None and run.rollback.done:

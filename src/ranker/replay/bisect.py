@@ -22,7 +22,6 @@ from ranker.replay.state import State
 from ranker.replay.trajectory import Trajectory
 from ranker.stability import Event
 
-
 FAR = 2.0  # a value so many times farther from the median than any before is out of the ordinary
 
 

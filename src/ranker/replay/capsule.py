@@ -110,8 +110,9 @@ class Capsule:
             depth = raw["event"]["depth"]
             raw["event"] = Event(**raw["event"] | {"depth": math.inf if depth is None else depth})
             manifest = Manifest(**raw)
-            shares = [read_batches(path / batches_file(rank)) for rank in range(manifest.world_size)]
-            state = State(**torch.load(path / SNAPSHOT, map_location="cpu", weights_only=True))
+            shares, pasts = zip(*(read_share(path / share_file(r)) for r in range(manifest.world_size)), strict=True)
+            plain = torch.load(path / SNAPSHOT, map_location="cpu", weights_only=True)
+            state = State(**plain | {"auc": torch.stack(pasts).sum(0)})
         except (OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
             if isinstance(error, UserError):
                 raise
@@ -125,19 +126,20 @@ class Capsule:
         )
 
 
-def batches_file(rank: int) -> str:
-    """Name of the file with a rank's share of the batches."""
-    return f"batches-rank{rank}.pt"
+def share_file(rank: int) -> str:
+    """Name of the file with what one rank has: its rows, and its past of the training AUC."""
+    return f"rank{rank}.pt"
 
 
-def write_batches(path: Path, batches: Sequence[Batch]) -> None:
+def write_share(path: Path, batches: Sequence[Batch], auc: Tensor) -> None:
     """Writes a rank's share: plain tensors and numbers, loadable with ``weights_only=True``."""
-    torch.save([_plain(batch) for batch in batches], path)
+    torch.save({"batches": [_plain(batch) for batch in batches], "auc": _own(auc)}, path)
 
 
-def read_batches(path: Path) -> list[Batch]:
-    """Reads what ``write_batches`` wrote."""
-    return [_batch(part) for part in torch.load(path, map_location="cpu", weights_only=True)]
+def read_share(path: Path) -> tuple[list[Batch], Tensor]:
+    """Reads what ``write_share`` wrote."""
+    plain = torch.load(path, map_location="cpu", weights_only=True)
+    return [_batch(part) for part in plain["batches"]], plain["auc"]
 
 
 def write_state(path: Path, state: State) -> None:

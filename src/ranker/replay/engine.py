@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 
 from ranker.data.batch import Batch
 from ranker.data.schema import Schema
@@ -97,7 +98,7 @@ class Engine:
             part.to(self.device)
         made = module.configure_optimizers()
         self.optimizer: torch.optim.Optimizer = made["optimizer"] if isinstance(made, Mapping) else made
-        self.schedule = made["lr_scheduler"]["scheduler"] if isinstance(made, Mapping) else None
+        self.schedule: LambdaLR | None = made["lr_scheduler"]["scheduler"] if isinstance(made, Mapping) else None
         self.detector = self._new_detector()
         self._names = {id(p): name for name, p in module.net.named_parameters()}
 
@@ -153,7 +154,7 @@ class Engine:
             tick: called after each batch.
         """
         changes = list(changes)
-        rows, seen, events = [], [], []
+        rows, seen, events, start = [], [], [], self.step
         self.module.net.train()
         self.optimizer.zero_grad()
         for number, (step, parts) in enumerate(zip(steps, batches, strict=True)):
@@ -166,7 +167,9 @@ class Engine:
                     events += self._look(step, row)
             self.step = step
             tick()
-        event = next((e for e in events if e.kind != "shift"), None) or self.detector.suspicion
+        found = [event for event in (*events, self.detector.suspicion) if event is not None]
+        # What began before these batches is none of their doing.
+        event = next((event for event in found if event.kind != "shift" and event.step > start), None)
         signals_SN = torch.stack(rows).cpu() if rows else torch.empty(0, 3 * len(self.module.schema.tasks) + 1)
         return Trajectory(name=name, steps=seen, signals_SN=signals_SN, event=event)
 

@@ -53,9 +53,7 @@ class Recorder:
         return self._bytes
 
     def add(self, step: int, batch: Batch, signals: Tensor) -> None:
-        """Adds the batch just trained on; after going back to an earlier step, what came after it is forgotten."""
-        if self._entries and self._entries[-1].step > step:
-            self._keep(lambda entry: entry.step < step)
+        """Adds the batch just trained on."""
         batch = replace(batch, opening=None)  # it would keep the whole window alive
         self._entries.append(Entry(step, batch, signals, num_bytes(batch)))
         self._bytes += self._entries[-1].size
@@ -71,6 +69,10 @@ class Recorder:
         """Drops what is not held up to a step."""
         if self._entries and self._entries[0].step <= until:
             self._keep(lambda entry: entry.step > until or self._is_held(entry))
+
+    def clear(self) -> None:
+        """Drops everything, and holds on to nothing."""
+        self._entries, self._bytes, self._held = [], 0, (0, -1)
 
     def covers_after(self, until: int) -> int:
         """The smallest step s such that all batches of steps s + 1 .. until are there; until where none is."""

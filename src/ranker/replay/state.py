@@ -17,7 +17,7 @@ class State:
         net: the weights.
         optimizer: its state.
         schedule: that of the learning rate; None where there is none.
-        auc: histograms of the training AUC, of all ranks together.
+        auc: histograms of the training AUC: of one rank while it trains, of all of them together in a replay.
         detector: the divergence detector's state; None starts it anew.
         rng: of torch on the CPU; None leaves it alone.
     """

@@ -1,0 +1,181 @@
+"""A divergence from the run to its capsule and back: bit-equal, another way, and taken apart."""
+
+from __future__ import annotations
+
+import json
+import runpy
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from ranker.data.loader import WindowedLoader
+from ranker.replay.capsule import MANIFEST, SNAPSHOT, share_file
+from support import ROOT, TINY, Finished, finished, train_process
+
+Replay = Callable[..., int]
+Output = pytest.CaptureFixture[str]
+
+# Dies in its first steps.
+LOST = ("optim=adagrad", "lr_mult=300", "data.log.train_rows=25600", "scale.batch_size=128", "train.eval_every=0")
+
+
+@pytest.fixture(scope="module")
+def replay() -> Callable[..., int]:
+    """Runs scripts/replay.py in this process; gives its exit status."""
+
+    def call(*arguments: str) -> int:
+        argv = sys.argv
+        sys.argv = [str(ROOT / "scripts" / "replay.py"), *arguments]
+        try:
+            runpy.run_path(sys.argv[0], run_name="__main__")
+        except SystemExit as end:
+            return int(end.code or 0)
+        finally:
+            sys.argv = argv
+        raise AssertionError("the script ends with a status")
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def lost(train_tiny: Callable[..., Finished], tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    return train_tiny(tmp_path_factory.mktemp("lost"), *LOST, "train.warmup_steps=4", "trainer.gradient_clip_val=50")
+
+
+def capsule_of(run: Finished) -> Path:
+    (folder,) = (run.folder / "capsules").iterdir()
+    return folder
+
+
+def test_a_lost_run_leaves_a_capsule_that_loads_without_unpickling_code(lost: Finished) -> None:
+    folder = capsule_of(lost)
+
+    manifest = json.loads((folder / MANIFEST).read_text())
+    assert lost.summary["status"] == "diverged"
+    assert folder.name == f"step={lost.summary['divergence']['first_step']}"
+    assert manifest["event"]["kind"] == "full"
+    assert manifest["snapshot_step"] == 0
+    assert len(manifest["steps"]) == len(manifest["signals"]) > 20
+    for name in (SNAPSHOT, share_file(0)):
+        assert torch.load(folder / name, weights_only=True)
+
+
+def test_a_replay_reproduces_every_loss_to_the_bit(lost: Finished, replay: Replay, capsys: Output) -> None:
+    assert replay(str(capsule_of(lost))) == 0
+
+    assert "bit-equal over" in capsys.readouterr().out
+
+
+def test_a_replay_that_differs_says_where_and_what_else_does(
+    lost: Finished, replay: Replay, capsys: Output, tmp_path: Path
+) -> None:
+    shutil.copytree(capsule_of(lost), tmp_path / "changed")
+    path = tmp_path / "changed" / MANIFEST
+    manifest = json.loads(path.read_text())
+    manifest["signals"][5][0] = (1.5).hex()
+    manifest["versions"]["torch"] = "0.1"
+    path.write_text(json.dumps(manifest))
+
+    assert replay(str(tmp_path / "changed")) == 1
+
+    said = capsys.readouterr().out
+    assert f"first differs at step {manifest['steps'][5]}" in said
+    assert "differs: torch 0.1 there" in said
+
+
+def test_the_same_minutes_are_trained_another_way(
+    lost: Finished, replay: Replay, capsys: Output, tmp_path: Path
+) -> None:
+    calmer = "optim=clippy lr_mult=0.001"
+    status = replay(str(capsule_of(lost)), "--try", calmer, "--try", "model.net.hidden=[8,8]", "--out", str(tmp_path))
+
+    said = capsys.readouterr().out
+    assert status == 0
+    assert "would have saved this run: optim=clippy lr_mult=0.001" in said
+    table = json.loads((tmp_path / "replay.json").read_text())
+    assert [t["name"] for t in table["trajectories"]] == ["the run", calmer, "model.net.hidden=[8,8]"]
+    assert table["trajectories"][1]["losses"] != table["trajectories"][0]["losses"]
+    assert (tmp_path / "replay.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("override", "line"),
+    [
+        ("optim=clipy", "did you mean 'clippy'"),
+        ("optim.lambda_rell=1", "unknown option 'optim.lambda_rell'"),
+        ("data=kuairand", "'data=kuairand' cannot change in a replay"),
+        ("optim=gc,clippy", "its own --try"),
+    ],
+)
+def test_a_wrong_override_is_one_line(lost: Finished, replay: Replay, capsys: Output, override: str, line: str) -> None:
+    assert replay(str(capsule_of(lost)), override) == 2
+
+    assert line in capsys.readouterr().err.splitlines()[0]
+
+
+def test_a_folder_that_is_no_capsule_is_one_line(replay: Replay, capsys: Output, tmp_path: Path) -> None:
+    assert replay(str(tmp_path)) == 2
+
+    assert f"no {MANIFEST} in {tmp_path}" in capsys.readouterr().err
+
+
+def test_a_bisection_finds_what_was_planted_in_a_run(
+    train_tiny: Callable[..., Finished],
+    replay: Replay,
+    capsys: Output,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    step, places = 70, [5, 50, 77]
+    cut, rows = WindowedLoader._cut, []
+
+    def with_planted_rows(self, future, window, place, number):
+        batch, known = cut(self, future, window, place, number)
+        if number == step - 1:
+            batch.dense_BF[places, 7] = 1e3 * batch.dense_BF[places, 7].abs().clamp(min=1.0)
+            rows[:] = batch.row_B[places].tolist()
+        return batch, known
+
+    monkeypatch.setattr(WindowedLoader, "_cut", with_planted_rows)
+    run = train_tiny(
+        tmp_path,
+        "optim=adagrad",
+        "lr_mult=0.5",
+        "data.log.train_rows=11520",
+        "scale.batch_size=128",
+        "train.eval_every=0",
+        "train.progressive=false",
+        "data.log.difficulty.jump_share=0",
+        "data.log.difficulty.tail=0",
+    )
+
+    assert replay(str(capsule_of(run)), "--bisect", "--lookback", "2", "--horizon", "6") == 0
+
+    found = json.loads((capsule_of(run) / "bisect.json").read_text())
+    print(*found["verdict"], sep="\n")
+    assert found["step"] == found["event"]["step"] == step
+    assert found["features"]["names"] == ["signal_04"]
+    assert found["rows"]["row_ids"] == sorted(rows)
+    assert "at most" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_two_ranks_leave_one_capsule_that_one_process_replays_to_the_bit(
+    replay: Replay, capsys: Output, tmp_path: Path
+) -> None:
+    process = train_process(
+        *TINY, *LOST, "trainer=ddp", "trainer.devices=2", "trainer.accelerator=cpu", f"hydra.run.dir={tmp_path}"
+    )
+    _, errors = process.communicate(timeout=280)
+    assert process.returncode == 0, errors
+    folder = capsule_of(finished(tmp_path))
+
+    assert replay(str(folder)) == 0
+
+    assert json.loads((folder / MANIFEST).read_text())["world_size"] == 2
+    assert "2 ranks replayed one after the other" in (said := capsys.readouterr().out)
+    assert "bit-equal over" in said
