@@ -75,7 +75,7 @@ class Bisection:
         """An upper bound on the number of replays, each of at most lookback + horizon + 1 batches but for the first."""
         limits, schema = self._limits, self._schema
         rows = max(sum(len(part) for part in parts) for parts in self._batches)
-        features = 1 + halve_questions(len(schema.feature_names))
+        features = halve_questions(len(schema.feature_names))
         of_rows = prefix_questions(max(1, rows // 2)) + limits.single_rows + 1
         layers = len(self._layers())
         return 1 + (limits.lookback + 1) + 3 + 1 + features + of_rows + 2 * len(schema.tasks) + 2 * layers + 1
@@ -187,8 +187,8 @@ class Bisection:
             edit = without_features(self._schema, usual, names)
             return not self._moves([Change(at=at, edit=edit)], f"with {_few(names)} at the usual value")
 
-        found = halve(order, enough) if enough(order) else []
-        return Features(names=found, distance={name: far[name] for name in order[:8] if name in far})
+        # All of them at once are not asked about: an input without any information kills the predictions by itself.
+        return Features(names=halve(order, enough), distance={name: far[name] for name in order[:8] if name in far})
 
     # Which rows.
 

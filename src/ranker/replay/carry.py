@@ -133,7 +133,9 @@ def _rates(engine: Engine, step: int, *, factor: float = 1.0) -> list[float]:
     else:
         schedule.base_lrs = [rate * factor for rate in schedule.base_lrs]
         schedule.last_epoch, schedule._step_count = step, step + 1
-        rates = [x * shape(step) / factor for x, shape in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)]
+        rates = [
+            float(x) * shape(step) / factor for x, shape in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)
+        ]
     for group, rate in zip(groups, rates, strict=True):
         group["lr"] = rate * factor
     return rates

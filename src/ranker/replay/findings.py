@@ -14,7 +14,7 @@ class Features:
     """Features without which nothing moves.
 
     Attributes:
-        names: a smallest set found; empty where not even all features at their usual value keep the model calm.
+        names: a smallest set found; empty where no half of the features at the usual value keeps the model calm.
         distance: by dense feature, the farthest value in the batch over the farthest in the calm batches before.
     """
 
@@ -133,7 +133,9 @@ class Findings:
     def _features(self) -> str:
         names = self.features.names
         if not names:
-            return "Feature: none; with all of them at their usual value the losses move all the same."
+            return (
+                "Feature: none in particular; with either half of them at the usual value the losses move all the same."
+            )
         if len(names) > 8:
             return f"Feature: no few of them; {len(names)} together have to be at their usual value."
         far = self.features.distance.get(names[0], 0.0)
@@ -150,21 +152,23 @@ class Findings:
     def _tasks(self, tasks: Tasks) -> str:
         most = max(tasks.share, key=lambda name: tasks.share[name])
         norm = f"{most} has {tasks.share[most]:.0%} of the gradient below the heads"
-        return f"Task: {_through(tasks.needed, tasks.alone, 'gradient')}; {norm}."
+        return f"Task: {_through(tasks.needed, tasks.alone, len(tasks.share), 'gradient')}; {norm}."
 
     def _layers(self, layers: Layers) -> str:
         most = max(layers.step, key=lambda name: layers.step[name])
         moved = f"{most} moves farthest, by {layers.step[most]:.3g}x the size of its weights"
-        return f"Layer: {_through(layers.needed, layers.alone, 'update')}; {moved}."
+        return f"Layer: {_through(layers.needed, layers.alone, len(layers.step), 'update')}; {moved}."
 
 
 def _listed(ids: list[int]) -> str:
     return ", ".join(map(str, ids[:12])) + (", ..." if len(ids) > 12 else "")
 
 
-def _through(needed: list[str], alone: list[str], what: str) -> str:
+def _through(needed: list[str], alone: list[str], of: int, what: str) -> str:
     if needed:
         return f"without the {what} of {', or of '.join(needed)}, nothing moves"
+    if len(alone) == of:
+        return f"all alike; the {what} of any one of them is enough alone"
     if alone:
         return f"none is needed; the {what} of {', '.join(alone)} is enough alone"
     return "it takes several together"

@@ -10,30 +10,30 @@ T = TypeVar("T")
 
 
 def halve(items: Sequence[T], enough: Callable[[Sequence[T]], bool]) -> list[T]:
-    """A small part of the items that is enough, found by halving.
+    """A small part of the items that is enough, found by halving; empty where neither half of them is.
 
-    The first item is tried alone before anything else, so that a good order saves questions. Where neither half is
-    enough, both are needed and the search ends.
+    The first item is tried alone before anything else, so that a good order saves questions. Where neither half of a
+    part that is enough is enough itself, both are needed and the search ends. All items together are not tried.
 
     Args:
-        items: the most suspicious first; all of them together are known to be enough.
+        items: the most suspicious first.
         enough: whether a part is.
     """
-    left = list(items)
-    if len(left) > 1 and enough(left[:1]):
+    left, found = list(items), []
+    if left and enough(left[:1]):
         return left[:1]
     while len(left) > 1:
         middle = (len(left) + 1) // 2
         half = next((part for part in (left[:middle], left[middle:]) if enough(part)), None)
         if half is None:
             break
-        left = half
-    return left
+        left = found = half
+    return found
 
 
 def halve_questions(items: int) -> int:
     """The most questions that ``halve`` asks."""
-    return 1 + 2 * math.ceil(math.log2(items)) if items > 1 else 0
+    return 1 + 2 * math.ceil(math.log2(items)) if items > 1 else 1
 
 
 def smallest_prefix(size: int, enough: Callable[[int], bool]) -> int | None:
