@@ -9,14 +9,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
-from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, MissingConfigException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
@@ -159,59 +155,6 @@ def resumed(cfg: DictConfig, saved: DictConfig, overrides: list[str]) -> DictCon
 def is_sweep() -> bool:
     """Whether what runs now is a job of a multirun."""
     return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
-
-
-# What can change in a replay; the batches, their order and the seed are the capsule's.
-REPLAYABLE = (
-    "model",
-    "optim",
-    "mitigation",
-    "lr_mult",
-    "train.warmup_steps",
-    "trainer.gradient_clip_val",
-    "trainer.gradient_clip_algorithm",
-    "trainer.precision",
-)
-
-
-def altered(saved: DictConfig, overrides: list[str], *, folder: Path) -> DictConfig:
-    """A saved configuration with overrides as train.py takes them: options of groups, then values.
-
-    The overrides are composed with the groups that the saved configuration was made of, so that an unknown name is
-    refused as train.py would, and what they change is put into the saved configuration. An option refers to other
-    values (``${scale.model.large.hidden}``) as they were saved.
-
-    Args:
-        saved: a resolved configuration.
-        overrides: such as ``["optim=clippy", "lr_mult=0.5"]``.
-        folder: the folder of the configuration files.
-
-    Raises:
-        UserError: an override of something that a replay cannot change.
-        HydraException: an override that train.py would refuse.
-    """
-    parsed = OverridesParser.create().parse_overrides(overrides)
-    for override in parsed:
-        key, line = str(override.key_or_group), override.input_line
-        if not any(key == name or key.startswith(f"{name}.") for name in REPLAYABLE):
-            raise UserError(f"'{line}' cannot change in a replay; {suggest(key, REPLAYABLE)}")
-        if override.is_sweep_override() or override.is_delete():
-            raise UserError(f"'{line}': a replay takes one value an override; give each alternative its own --try")
-    groups = [str(o.key_or_group) for o in parsed if (folder / str(o.key_or_group)).is_dir()]
-    chosen = [f"{group}={saved[group].name}" for group in ("scale", "data", "model", "optim") if group not in groups]
-    register()
-    GlobalHydra.instance().clear()
-    with initialize_config_dir(str(folder.resolve()), version_base="1.3"):
-        composed = compose("config", overrides=[*chosen, *overrides])
-    merged = saved.copy()
-    OmegaConf.set_struct(merged, False)
-    for group in groups:
-        merged[group] = composed[group]
-    for key in (str(override.key_or_group) for override in parsed):
-        if key.split(".")[0] not in groups:
-            OmegaConf.update(merged, key, OmegaConf.select(composed, key), force_add=True)
-    check(merged)
-    return merged
 
 
 def one_line(error: BaseException) -> str:

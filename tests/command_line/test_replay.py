@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 
+from ranker.alternatives import altered
 from ranker.data.loader import WindowedLoader
 from ranker.replay.capsule import MANIFEST, SNAPSHOT, share_file
 from support import ROOT, TINY, Finished, finished, train_process
@@ -117,12 +119,30 @@ def test_the_same_minutes_are_trained_another_way(
         ("optim.lambda_rell=1", "unknown option 'optim.lambda_rell'"),
         ("data=kuairand", "'data=kuairand' cannot change in a replay"),
         ("optim=gc,clippy", "its own --try"),
+        ("mitigation=wide_window", "mitigation 'wide_window' changes data.window, which a replay cannot"),
     ],
 )
 def test_a_wrong_override_is_one_line(lost: Finished, replay: Replay, capsys: Output, override: str, line: str) -> None:
     assert replay(str(capsule_of(lost)), override) == 2
 
     assert line in capsys.readouterr().err.splitlines()[0]
+
+
+def test_overrides_are_put_into_the_saved_configuration(lost: Finished) -> None:
+    saved = OmegaConf.load(lost.folder / "config.yaml")
+
+    clipped = altered(saved, ["mitigation=clip_activations", "lr_mult=2"], folder=ROOT / "conf")
+    swapped = altered(saved, ["optim=clippy", "optim.lambda_rel=0.25", "model=large"], folder=ROOT / "conf")
+
+    assert (clipped.model.net.clip_activations, clipped.mitigation.name, clipped.lr_mult) == (
+        10.0,
+        "clip_activations",
+        2,
+    )
+    assert clipped.model.net.hidden == saved.model.net.hidden
+    assert clipped.optim == saved.optim
+    assert (swapped.optim.name, swapped.optim.lambda_rel, swapped.lr_mult) == ("clippy", 0.25, saved.lr_mult)
+    assert swapped.model.net.hidden == saved.scale.model.large.hidden == [16] * 4  # of the run, not of the file
 
 
 def test_a_folder_that_is_no_capsule_is_one_line(replay: Replay, capsys: Output, tmp_path: Path) -> None:

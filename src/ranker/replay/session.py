@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from ranker.config import altered
+from ranker.alternatives import altered
 from ranker.replay.bisect import Bisection, Limits
 from ranker.replay.capsule import Capsule, differences, this_machine
 from ranker.replay.carry import carry

@@ -1,0 +1,94 @@
+"""A saved configuration with overrides: what a replay tries in place of what the run did."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import DictConfig, OmegaConf
+
+from ranker.config import check, register
+from ranker.errors import UserError, suggest
+
+# What can change in a replay; the batches, their order and the seed are the capsule's.
+REPLAYABLE = (
+    "model",
+    "optim",
+    "mitigation",
+    "lr_mult",
+    "train.warmup_steps",
+    "trainer.gradient_clip_val",
+    "trainer.gradient_clip_algorithm",
+    "trainer.precision",
+)
+
+
+def altered(saved: DictConfig, overrides: list[str], *, folder: Path) -> DictConfig:
+    """A saved configuration with overrides as train.py takes them: options of groups, then values.
+
+    The overrides are composed with the groups that the saved configuration was made of, so that an unknown name is
+    refused as train.py would, and what they change is put into the saved configuration. An option refers to other
+    values (``${scale.model.large.hidden}``) as they were saved.
+
+    Args:
+        saved: a resolved configuration.
+        overrides: such as ``["optim=clippy", "lr_mult=0.5"]``.
+        folder: the folder of the configuration files.
+
+    Raises:
+        UserError: an override of something that a replay cannot change.
+        HydraException: an override that train.py would refuse.
+    """
+    parsed = OverridesParser.create().parse_overrides(overrides)
+    for override in parsed:
+        key, line = str(override.key_or_group), override.input_line
+        if not any(key == name or key.startswith(f"{name}.") for name in REPLAYABLE):
+            raise UserError(f"'{line}' cannot change in a replay; {suggest(key, REPLAYABLE)}")
+        if override.is_sweep_override() or override.is_delete():
+            raise UserError(f"'{line}': a replay takes one value an override; give each alternative its own --try")
+    groups = [str(o.key_or_group) for o in parsed if (folder / str(o.key_or_group)).is_dir()]
+    names = {
+        group: OmegaConf.select(saved, f"{group}.name") for group in ("scale", "data", "model", "optim", "mitigation")
+    }
+    chosen = [f"{group}={name}" for group, name in names.items() if name is not None and group not in groups]
+    composed = _composed(folder, [*chosen, *overrides])
+    merged = saved.copy()
+    OmegaConf.set_struct(merged, False)
+    for group in groups:
+        merged[group] = composed[group]
+    if "mitigation" in groups:
+        before = _composed(folder, [*chosen, f"mitigation={names['mitigation'] or 'none'}"])
+        _spread(merged, before, _composed(folder, [*chosen, f"mitigation={composed.mitigation.name}"]))
+    for key in (str(override.key_or_group) for override in parsed):
+        if key.split(".")[0] not in groups:
+            OmegaConf.update(merged, key, OmegaConf.select(composed, key), force_add=True)
+    check(merged)
+    return merged
+
+
+def _composed(folder: Path, overrides: list[str]) -> DictConfig:
+    register()
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(folder.resolve()), version_base="1.3"):
+        return compose("config", overrides=overrides)
+
+
+def _spread(merged: DictConfig, before: DictConfig, after: DictConfig) -> None:
+    """Puts in what an option sets all over the configuration, as those of ``mitigation`` do."""
+    old, new = (dict(_leaves(OmegaConf.to_container(cfg))) for cfg in (before, after))
+    for key in sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name)):
+        if not key.startswith(REPLAYABLE):
+            raise UserError(f"mitigation '{after.mitigation.name}' changes {key}, which a replay cannot")
+        OmegaConf.update(merged, key, new.get(key), force_add=True)
+
+
+def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict):
+        for key, part in value.items():
+            yield from _leaves(part, f"{path}.{key}" if path else str(key))
+    else:
+        yield path, value
