@@ -1,4 +1,4 @@
-"""The comparison of optimizers as a table: a row a model and learning rate, a column an optimizer."""
+"""The comparison of optimizers as a table: a row a model, mitigation and learning rate, a column an optimizer."""
 
 from __future__ import annotations
 
@@ -32,22 +32,23 @@ def comparison(runs: pl.DataFrame, metric: str) -> tuple[list[str], list[list[st
     optims = _ordered(cells["optim"].unique().to_list(), ORDER["optim"])
     found: dict[tuple[Any, ...], dict[str, str]] = {}
     for cell in cells.iter_rows(named=True):
-        key = (cell["data"], cell["scale"], cell["model"], cell["lr_mult"])
+        key = (cell["data"], cell["scale"], cell["model"], cell["mitigation"], cell["lr_mult"])
         found.setdefault(key, {})[cell["optim"]] = _cell(cell, metric)
     rank = {name: i for i, name in enumerate(ORDER["model"])}
-    keys = sorted(found, key=lambda k: (k[0], k[1], rank.get(k[2], len(rank)), k[2], k[3]))
-    several = len({key[:2] for key in keys}) > 1
-    header = [*(["data", "scale"] if several else []), "model", "lr", *optims]
+    # Runs without a mitigation come first: they are what the others are compared with.
+    keys = sorted(found, key=lambda k: (k[0], k[1], rank.get(k[2], len(rank)), k[2], k[3] != "none", *k[3:]))
+    several, mitigated = len({key[:2] for key in keys}) > 1, any(key[3] != "none" for key in keys)
+    header = [*(["data", "scale"] if several else []), "model", *(["mitigation"] if mitigated else []), "lr", *optims]
     rows = []
     for key in keys:
-        names = [*(key[:2] if several else ()), key[2], f"{key[3]:g}x"]
+        names = [*(key[:2] if several else ()), key[2], *(key[3:4] if mitigated else ()), f"{key[4]:g}x"]
         rows.append([*names, *(found[key].get(optim, "") for optim in optims)])
     return header, rows
 
 
 def run_table(runs: pl.DataFrame, metrics: Sequence[str]) -> tuple[list[str], list[list[str]]]:
     """Header and rows with one row a run: what it was, how it ended and why, where its numbers come from."""
-    columns = [*KEYS, "status", "first_step", *metrics, "steps", "run", *MADE_WITH]
+    columns = [*KEYS, "mitigation", "status", "first_step", *metrics, "steps", "run", *MADE_WITH]
     columns = [column for column in columns if column in runs.columns]  # a CSV of before lacks some
     return columns, [[_plain(value) for value in row] for row in runs.select(columns).iter_rows()]
 

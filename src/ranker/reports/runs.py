@@ -13,6 +13,7 @@ from ranker.errors import UserError, suggest
 from ranker.training.run_folder import SUMMARY
 
 KEYS = ("data", "scale", "model", "optim", "lr_mult", "seed")
+CELL = ("data", "scale", "model", "optim", "mitigation", "lr_mult")  # what runs that differ by seed alone share
 MADE_WITH = ("reason", "config_hash", "commit", "machine")
 
 
@@ -64,10 +65,10 @@ def metric_names(runs: pl.DataFrame) -> list[str]:
 
 
 def by_cell(runs: pl.DataFrame, metrics: Sequence[str]) -> pl.DataFrame:
-    """Mean and standard deviation over seeds of each (data, scale, model, optim, lr_mult).
+    """Mean and standard deviation over seeds of each (data, scale, model, optim, mitigation, lr_mult).
 
     Args:
-        runs: from ``load_runs`` (or the CSV it was saved to).
+        runs: from ``load_runs`` (or the CSV it was saved to; one without the column had no mitigation).
         metrics: names such as ``is_click/auc``.
 
     Returns:
@@ -86,4 +87,6 @@ def by_cell(runs: pl.DataFrame, metrics: Sequence[str]) -> pl.DataFrame:
     for metric in metrics:
         cells.append(pl.col(metric).filter(done).mean().alias(f"{metric}/mean"))
         cells.append(pl.col(metric).filter(done).std().alias(f"{metric}/std"))
-    return runs.group_by(KEYS[:-1], maintain_order=True).agg(cells)
+    if "mitigation" not in runs.columns:
+        runs = runs.with_columns(mitigation=pl.lit("none"))
+    return runs.with_columns(pl.col("mitigation").fill_null("none")).group_by(CELL, maintain_order=True).agg(cells)

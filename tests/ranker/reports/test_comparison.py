@@ -11,10 +11,18 @@ from ranker.reports.runs import by_cell, load_runs
 
 
 def write_run(
-    folder: Path, optim: str, seed: int, auc: float | None, *, lr_mult: float = 1.0, status: str = "completed"
+    folder: Path,
+    optim: str,
+    seed: int,
+    auc: float | None,
+    *,
+    lr_mult: float = 1.0,
+    status: str = "completed",
+    **more: str,
 ) -> None:
     folder.mkdir(parents=True)
     summary = {
+        **more,
         "status": status,
         "model": "small",
         "optim": optim,
@@ -58,6 +66,22 @@ def test_lost_runs_are_counted_and_not_averaged(sweep: Path) -> None:
         ["small", "1x", "diverged 1 of 2; 64.00", "67.00 ± 1.41"],
         ["small", "2x", "diverged 1 of 1", ""],
     ]
+
+
+def test_runs_with_a_mitigation_are_rows_of_their_own(sweep: Path) -> None:
+    write_run(sweep / "5", "adagrad", 0, 0.60, mitigation="warmup")
+    runs = load_runs(sweep)
+
+    header, rows = comparison(runs, "is_click/auc")
+
+    assert header == ["model", "mitigation", "lr", "adagrad", "clippy"]
+    assert rows == [
+        ["small", "none", "1x", "diverged 1 of 2; 64.00", "67.00 ± 1.41"],
+        ["small", "none", "2x", "diverged 1 of 1", ""],
+        ["small", "warmup", "1x", "60.00", ""],
+    ]
+    older = runs.filter(mitigation="none").drop("mitigation")  # a CSV of before
+    assert comparison(older, "is_click/auc")[0] == ["model", "lr", "adagrad", "clippy"]
 
 
 def test_markdown_and_csv_hold_the_same_cells() -> None:
