@@ -127,3 +127,18 @@ def test_an_accumulator_changed_from_outside_is_looked_at_again() -> None:
         param.zero_()
     optimizer.step()
     assert (param.abs() <= 1e-2 * (1 + 1e-5)).all()
+
+
+@pytest.mark.parametrize("wild", [1e25, 1e-25])
+def test_lamb_agrees_where_a_gradient_squared_leaves_the_range_of_float32(wild: float) -> None:
+    # The kernels take norm2(r)^2 as the sum of g^2 / G, which is inf / inf for a gradient whose square overflows.
+    weight, grad = torch.randn(100_000), torch.randn(100_000)
+    grad[70_000] = wild
+    results = []
+    for backend in ("auto", "eager"):
+        param = torch.nn.Parameter(weight.clone())
+        param.grad = grad.clone()
+        optim.build_optimizer("lamb", [param], lr=0.5, backend=backend).step()
+        results.append(param.detach())
+    assert results[0].isfinite().all()
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-7)

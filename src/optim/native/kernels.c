@@ -1,11 +1,11 @@
 /* Adagrad's family on the CPU: reduce a list of tensors, then step them. Called from kernels.py through ctypes. */
 
+#include <float.h>
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
 
 #define INLINE static inline __attribute__((always_inline))
-
 typedef struct {
     void *weight;
     const void *grad;
@@ -18,7 +18,7 @@ typedef struct {
 typedef struct {
     double sign, decay, eps, lambda_rel, lambda_abs, lambda_acc;
     int64_t delayed, inside;
-    int64_t grads, weights, updates, overshoot; /* which reductions are wanted */
+    int64_t grads, weights, updates, largest, overshoot; /* which reductions are wanted */
 } Settings;
 
 /* w <- keep * w - rate * r of (seen * g'), G <- G + (fed * g')^2 */
@@ -28,22 +28,34 @@ typedef struct {
 
 enum { GRAD_SQ, WEIGHT_SQ, UPDATE_SQ, UPDATE_MAX, OVERSHOOT, COLUMNS };
 enum { MOVED_SQ, MOVED_MAX, SIZES }; /* of the step taken, lr and sigma included */
-enum { CHUNK = 1 << 16, BLOCK = 512, LANES = 32, WAYS = 4 }; /* a float chunk of w, g and G fits a 1 MiB cache */
+/* A float chunk of w, g and G fits a 1 MiB cache; AHEAD is in bytes. */
+enum { CHUNK = 1 << 16, BLOCK = 512, LANES = 32, WAYS = 4, AHEAD = 1024 };
+
+/* Ask for what a loop will read AHEAD bytes from now; past the end of a tensor this does nothing. */
+INLINE void prefetch(const void *from, int bytes) {
+    for (int line = 0; line < bytes; line += 64) __builtin_prefetch((const void *)((uintptr_t)from + AHEAD + line), 0, 3);
+}
 
 #define REAL float
 #define NAME(x) x##_float
 #define SQRT sqrtf
 #define FABS fabsf
+#define WORD int32_t
+#define EPSILON FLT_EPSILON
 #include "kernels.h"
 #undef REAL
 #undef NAME
 #undef SQRT
 #undef FABS
+#undef WORD
+#undef EPSILON
 
 #define REAL double
 #define NAME(x) x##_double
 #define SQRT sqrt
 #define FABS fabs
+#define WORD int64_t
+#define EPSILON DBL_EPSILON
 #include "kernels.h"
 
 static int64_t chunks(const Tensor *t) { return (t->size + CHUNK - 1) / CHUNK; }

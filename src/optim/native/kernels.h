@@ -14,9 +14,11 @@ INLINE REAL NAME(root)(REAL total, REAL grad, REAL eps, int delayed, int inside)
     return inside ? SQRT(base + eps) : SQRT(base) + eps;
 }
 
-/* From WAYS places of the chunk at once: one core reads several streams faster than one. */
+/* From WAYS places of the chunk at once: one core reads several streams faster than one.
+ * rootless: r^2 = g'^2 / G', where eps vanishes beside the root; square roots would take as long as reading does. */
 INLINE void NAME(norms)(const REAL *restrict w, const REAL *restrict g, const REAL *restrict total, int64_t n,
-                        const Settings *s, double *out, int delayed, int inside, int weights, int updates) {
+                        const Settings *s, double *out, int delayed, int inside, int weights, int updates,
+                        int rootless) {
     const REAL sign = s->sign, decay = s->decay, eps = s->eps;
     REAL grad_sq[LANES] = {0}, weight_sq[LANES] = {0}, update_sq[LANES] = {0}, largest[LANES] = {0};
 #define AT(k)                                                                                \
@@ -25,9 +27,11 @@ INLINE void NAME(norms)(const REAL *restrict w, const REAL *restrict g, const RE
         grad_sq[k] += gi * gi;                                                               \
         if (weights) weight_sq[k] += wi * wi;                                                \
         if (updates) {                                                                       \
-            const REAL size = FABS(gi / NAME(root)(total[i + k], gi, eps, delayed, inside)); \
-            update_sq[k] += size * size;                                                     \
-            largest[k] = size > largest[k] ? size : largest[k];                              \
+            const REAL base = delayed ? total[i + k] : total[i + k] + gi * gi;               \
+            const REAL size = rootless ? 0 : gi / NAME(root)(total[i + k], gi, eps, delayed, inside); \
+            const REAL square = rootless ? gi * gi / base : size * size;                     \
+            update_sq[k] += square;                                                          \
+            if (!rootless) largest[k] = square > largest[k] ? square : largest[k];           \
         }                                                                                    \
     }
     const int64_t part = n / WAYS / LANES * LANES;
@@ -45,7 +49,8 @@ INLINE void NAME(norms)(const REAL *restrict w, const REAL *restrict g, const RE
         out[GRAD_SQ] += grad_sq[k];
         out[WEIGHT_SQ] += weight_sq[k];
         out[UPDATE_SQ] += update_sq[k];
-        if (largest[k] > out[UPDATE_MAX]) out[UPDATE_MAX] = largest[k];
+        const double size = sqrt((double)largest[k]);
+        if (size > out[UPDATE_MAX]) out[UPDATE_MAX] = size;
     }
     if (out[UPDATE_SQ] != out[UPDATE_SQ]) out[UPDATE_MAX] = NAN;
 }
@@ -71,18 +76,29 @@ INLINE REAL NAME(largest_gradient)(const REAL *restrict g, int n) {
 }
 
 /* Whether any coordinate of a block may overshoot by `worst` or more: the comparison of squares, without root or
- * division, which runs as fast as memory delivers. 0.999 keeps rounding on the safe side. */
+ * division. The margin keeps the rounding of the dozen operations on the safe side. NaN compares as "may". */
 INLINE int NAME(may_exceed)(const REAL *restrict w, const REAL *restrict g, const REAL *restrict total, int n,
                             const Settings *s, REAL worst, int delayed) {
     const REAL sign = s->sign, decay = s->decay, relative = s->lambda_rel, absolute = s->lambda_abs;
-    const REAL limit = worst * worst * (REAL)0.999;
-    int hit = 0;
-    for (int i = 0; i < n; i++) {
-        const REAL wi = w[i], gi = sign * g[i] + decay * wi, bound = relative * FABS(wi) + absolute;
-        const REAL square = gi * gi, base = delayed ? total[i] : total[i] + square;
-        hit |= !(square < limit * (bound * bound * base));
+    const REAL limit = worst * worst * (1 - 16 * EPSILON);
+    WORD hit[LANES] = {0};
+#define AT(k)                                                                                               \
+    {                                                                                                       \
+        const REAL wi = w[i + k], gi = sign * g[i + k] + decay * wi, bound = relative * FABS(wi) + absolute; \
+        const REAL square = gi * gi, base = delayed ? total[i + k] : total[i + k] + square;                 \
+        hit[k] |= !(square < limit * (bound * bound * base));                                               \
     }
-    return hit;
+    int i = 0;
+    for (; i + LANES <= n; i += LANES) {
+        prefetch(w + i, LANES * sizeof(REAL)), prefetch(g + i, LANES * sizeof(REAL));
+        prefetch(total + i, LANES * sizeof(REAL));
+        for (int k = 0; k < LANES; k++) AT(k)
+    }
+    for (int k = 0; i + k < n; k++) AT(k)
+#undef AT
+    WORD any = 0;
+    for (int k = 0; k < LANES; k++) any |= hit[k];
+    return any != 0;
 }
 
 /* max |r| / bound of a block, exactly; NaN where a gradient is not finite. */
@@ -118,13 +134,18 @@ INLINE REAL NAME(block_overshoot)(const REAL *restrict w, const REAL *restrict g
 INLINE REAL NAME(overshoot)(const REAL *restrict w, const REAL *restrict g, const REAL *restrict total, int64_t n,
                             const Settings *s, double floor, REAL *worst, int delayed, int inside) {
     REAL raised = 0;
+    int open = 0; /* blocks in a row that their gradients alone did not settle: after a few, ask only now and then */
     for (int64_t i = 0; i < n; i += BLOCK) {
         const int width = n - i < BLOCK ? (int)(n - i) : BLOCK;
-        if (s->decay == 0) {
+        if (s->decay == 0 && (open < 4 || i % (16 * BLOCK) == 0)) {
             const double top = NAME(largest_gradient)(g + i, width);
             const double root = sqrt(delayed ? floor : floor + top * top);
-            if (top * 1.0001 < *worst * s->lambda_abs * root) continue;
+            if (top * 1.0001 < *worst * s->lambda_abs * root) {
+                open = 0;
+                continue;
+            }
         }
+        open++;
         if (!NAME(may_exceed)(w + i, g + i, total + i, width, s, *worst, delayed)) continue;
         const REAL over = NAME(block_overshoot)(w + i, g + i, total + i, width, s, delayed, inside);
         if (over != over) return over;
@@ -153,8 +174,11 @@ INLINE void NAME(step)(REAL *restrict w, const REAL *restrict g, REAL *restrict 
         }                                                                                                       \
     }
     int64_t i = 0;
-    for (; i + LANES <= n; i += LANES)
+    for (; i + LANES <= n; i += LANES) {
+        prefetch(w + i, LANES * sizeof(REAL)), prefetch(g + i, LANES * sizeof(REAL));
+        prefetch(total + i, LANES * sizeof(REAL));
         for (int k = 0; k < LANES; k++) AT(k)
+    }
     for (int k = 0; i + k < n; k++) AT(k)
 #undef AT
     if (!measure) return;
@@ -176,11 +200,17 @@ static void NAME(reduce_chunk)(const Tensor *t, int64_t begin, int64_t n, const 
     const REAL *w = (const REAL *)t->weight + begin, *g = (const REAL *)t->grad + begin;
     const REAL *total = (const REAL *)t->total + begin;
     REAL so_far = *worst;
+    /* Where eps is below the rounding of the smallest root; so is the floor then above 0. */
+    const int rootless = s->updates && !s->largest && s->eps < (s->inside ? t->floor : sqrt(t->floor)) * EPSILON / 4;
 #define CALL(d, i)                                                                               \
     {                                                                                            \
-        if (s->updates) NAME(norms)(w, g, total, n, s, out, d, i, 1, 1);                         \
-        else if (s->weights || s->decay != 0) NAME(norms)(w, g, total, n, s, out, d, i, 1, 0);   \
-        else if (s->grads) NAME(norms)(w, g, total, n, s, out, d, i, 0, 0);                      \
+        if (rootless) NAME(norms)(w, g, total, n, s, out, d, i, 1, 1, 1);                        \
+        const int again = out[UPDATE_SQ] != out[UPDATE_SQ]; /* NaN, or a square that overflowed */ \
+        if (again) memset(out, 0, COLUMNS * sizeof(double));                                     \
+        if (rootless && !again) {                                                                \
+        } else if (s->updates) NAME(norms)(w, g, total, n, s, out, d, i, 1, 1, 0);                 \
+        else if (s->weights || s->decay != 0) NAME(norms)(w, g, total, n, s, out, d, i, 1, 0, 0); \
+        else if (s->grads) NAME(norms)(w, g, total, n, s, out, d, i, 0, 0, 0);                   \
         if (s->overshoot) out[OVERSHOOT] = NAME(overshoot)(w, g, total, n, s, t->floor, &so_far, d, i); \
     }
     DISPATCH(CALL)

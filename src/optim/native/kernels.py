@@ -35,7 +35,8 @@ class _Tensor(ctypes.Structure):
 class _Settings(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_double) for name in ("sign", "decay", "eps", "lambda_rel", "lambda_abs", "lambda_acc")),
-        *((name, ctypes.c_int64) for name in ("delayed", "inside", "grads", "weights", "updates", "overshoot")),
+        *((name, ctypes.c_int64) for name in ("delayed", "inside")),
+        *((name, ctypes.c_int64) for name in ("grads", "weights", "updates", "largest", "overshoot")),
     )
 
 
@@ -144,6 +145,7 @@ def _settings(batch: Batch, reductions: Sequence[Reduction]) -> _Settings:
         grads=GRAD_NORM in reductions,
         weights=WEIGHT_NORM in reductions,
         updates=UPDATE_NORM in reductions or UPDATE_MAX in reductions,
+        largest=UPDATE_MAX in reductions,
         overshoot=OVERSHOOT in reductions,
     )
 
