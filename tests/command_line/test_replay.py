@@ -191,6 +191,39 @@ def test_a_bisection_finds_what_was_planted_in_a_run(
 
 
 @pytest.mark.slow
+def test_before_and_after_a_rollback_each_divergence_has_a_capsule_of_its_own(
+    train_tiny: Callable[..., Finished],
+    replay: Replay,
+    capsys: Output,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cut = WindowedLoader._cut
+
+    def with_a_broken_batch(self, future, window, place, number):
+        batch, known = cut(self, future, window, place, number)
+        if number == 60:
+            batch.dense_BF[:] = torch.inf
+        return batch, known
+
+    monkeypatch.setattr(WindowedLoader, "_cut", with_a_broken_batch)
+    once = ("callbacks.rollback.tries=1", "callbacks.rollback.skip_batches=0", "callbacks.rollback.lr_factor=0.5")
+    run = train_tiny(tmp_path, *CALM, *once, "lr_mult=0.2", "data.log.train_rows=25600", "train.eval_every=0")
+    capsys.readouterr()
+
+    capsules = sorted((run.folder / "capsules").iterdir(), key=lambda path: int(path.name.removeprefix("step=")))
+
+    (rollback,) = run.summary["rollbacks"]
+    steps = [json.loads((folder / MANIFEST).read_text())["snapshot_step"] for folder in capsules]
+    assert len(capsules) == 2
+    assert steps[0] < 61 < rollback["step"] <= steps[1]
+    assert [replay(str(folder)) for folder in capsules] == [0, 0]
+    assert capsys.readouterr().out.count("bit-equal over") == 2
+    assert replay(str(capsules[1]), "optim=gc") == 0
+    assert "learning rate times 0.5, as in the run" in capsys.readouterr().out
+
+
+@pytest.mark.slow
 def test_two_ranks_leave_one_capsule_that_one_process_replays_to_the_bit(
     replay: Replay, capsys: Output, tmp_path: Path
 ) -> None:

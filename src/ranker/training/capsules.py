@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -87,9 +87,10 @@ class Capsules(Callback):
         self._recorder = Recorder(int(max_megabytes * 1e6))
         self._number = -1  # of the last batch trained on
         self._turn = 0  # step at which the run last went on from somewhere else
-        self._turned: list[Snapshot] = []  # where it went on from
+        self._past: list[Snapshot] = []  # the ring's since then; a rollback drops them before its event is written
         self._host: dict[int, Batch] = {}  # batches as the loader gave them, until they have been trained on
         self._seen = self._written = self._step = 0
+        self._held: Snapshot | None = None  # where a capsule of that would begin
         self._since: int | None = None  # first step of what is under suspicion
         self.folder: RunFolder | None = None
         self.cfg: DictConfig | None = None
@@ -116,8 +117,9 @@ class Capsules(Callback):
         assert isinstance(pl_module, RankingModule)
         if batch.number != self._number + 1:
             self._turn = trainer.global_step
-            self._turned = [capture(trainer, pl_module)]
+            self._past = [capture(trainer, pl_module)]
             self._recorder.clear()
+            self._since = None
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Batch, batch_idx: int
@@ -130,10 +132,12 @@ class Capsules(Callback):
         self._step, self._number = trainer.global_step, batch.number
         row = pack(signals.losses_T, signals.auc_T, signals.spread_T, signals.nonfinite)
         self._recorder.add(self._step + (not completed), self._host.pop(batch.number, batch), row)
+        self._follow_ring(trainer)
         self.look(trainer, pl_module)
         # Let go of what no event can need that begins from now on, or is about to be noticed.
-        early = (s.step for s in self._snapshots(trainer) if s.step <= self._step - self._before - _NOTICED)
-        self._recorder.forget(max(early, default=-1))
+        needed = max((s.step for s in self._past if s.step <= self._step - self._before - _NOTICED), default=-1)
+        self._past = [s for s in self._past if s.step >= needed or s is self._held]
+        self._recorder.forget(needed)
 
     def look(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Writes what has become of an event, and holds on to what is under suspicion. All ranks call it."""
@@ -158,23 +162,22 @@ class Capsules(Callback):
         """Goes on counting."""
         self._written = state_dict["written"]
 
+    def _follow_ring(self, trainer: pl.Trainer) -> None:
+        newest = self._past[-1].step if self._past else self._turn - 1
+        if (ring := _callback(trainer, SnapshotRing)) is not None:
+            self._past += [s for s in ring.snapshots if s.step > newest]
+
     def _hold(self, trainer: pl.Trainer, since: int | None) -> None:
-        start = None if since is None else self._start(trainer, since)
-        if since is None or start is None:
+        self._held = None if since is None else self._start(trainer, since)
+        if since is None or self._held is None:
             self._recorder.hold(0, -1)
         else:
-            self._recorder.hold(start.step, since + self._after)
-
-    def _snapshots(self, trainer: pl.Trainer) -> list[Snapshot]:
-        """Those from which the run has come to where it is, oldest first."""
-        ring = _callback(trainer, SnapshotRing)
-        later = [s for s in ring.snapshots if s.step >= self._turn] if ring is not None else []
-        return [s for s in self._turned if not later or s.step < later[0].step] + later
+            self._recorder.hold(self._held.step, since + self._after)
 
     def _start(self, trainer: pl.Trainer, step: int) -> Snapshot | None:
         """The snapshot that a capsule of an event at this step begins with; on all ranks that of the same step."""
         covered = _greatest(trainer, self._recorder.covers_after(min(step, self._step)))
-        there = [s for s in self._snapshots(trainer) if covered <= s.step < step]
+        there = [s for s in self._past if covered <= s.step < step]
         early = [s for s in there if s.step < step - self._before]
         return early[-1] if early else there[0] if there else None
 
@@ -218,13 +221,7 @@ class Capsules(Callback):
             _say(trainer, f"capsule of the {event.kind} divergence; replay it: python scripts/replay.py {final}")
 
     def _write_common(
-        self,
-        trainer: pl.Trainer,
-        module: RankingModule,
-        event: Event,
-        state: State,
-        entries: Sequence[Entry],
-        folder: Path,
+        self, trainer: pl.Trainer, module: RankingModule, event: Event, state: State, entries: list[Entry], folder: Path
     ) -> None:
         assert self.cfg is not None
         note = ""
