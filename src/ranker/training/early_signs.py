@@ -66,7 +66,7 @@ class EarlySigns(Callback):
     def __init__(
         self,
         *,
-        every: int = 10,
+        every: int = 20,
         roles: Sequence[str] | None = None,
         norms: bool = True,
         activations: bool = True,
