@@ -115,8 +115,8 @@ def test_ctrl_c_leaves_a_checkpoint_and_a_summary(tmp_path: Path) -> None:
 def test_two_ddp_processes_train_as_one_on_the_joined_batches(
     train_tiny: Callable[..., Finished], tmp_path: Path
 ) -> None:
-    settings = ("train.max_steps=20", "optim=gc", "lr_mult=0.1", "callbacks.early_signs.task_gradients=1")
-    settings = (*settings, "callbacks.sharpness.every=10")
+    settings = ("train.max_steps=20", "optim=gc", "lr_mult=0.1", "callbacks.early_signs.every=10")
+    settings = (*settings, "callbacks.early_signs.task_gradients=1", "callbacks.sharpness.every=10")
     one = train_tiny(tmp_path / "one", *settings)
     process = train_process(*TINY, *settings, *TWO_RANKS, f"hydra.run.dir={tmp_path / 'two'}")
     _, errors = process.communicate(timeout=200)
