@@ -187,8 +187,14 @@ def cli(main: Callable[[], None]) -> None:
     """
     wanted = os.environ.get(FULL_ERROR)
     os.environ[FULL_ERROR] = "1"  # else Hydra prints and exits before the error reaches us
-    with _asked_for_stack(wanted == "1"), one_line_errors(outermost=True), accounted():
-        main()
+    try:
+        with _asked_for_stack(wanted == "1"), one_line_errors(outermost=True), accounted():
+            main()
+    finally:  # a second call in this process must not take it for the user's wish
+        if wanted is None:
+            os.environ.pop(FULL_ERROR, None)
+        else:
+            os.environ[FULL_ERROR] = wanted
 
 
 @contextmanager
