@@ -133,7 +133,12 @@ class Bisection:
         self.replays += 1
         stretch = slice(self._from, self._until)
         return self._engine.run(
-            self._steps[stretch], self._batches[stretch], first=self._from, changes=changes, tick=self._tick
+            self._steps[stretch],
+            self._batches[stretch],
+            first=self._from,
+            changes=changes,
+            until_moved=self.replays > 1,  # of the run as it was, the whole depth is told
+            tick=self._tick,
         )
 
     def _moves(self, changes: Iterable[Change], question: str) -> bool:

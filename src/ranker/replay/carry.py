@@ -25,6 +25,7 @@ class Carried:
         fresh: names of those the snapshot has not, or in another shape; freshly drawn.
         kept: by name of an optimizer's quantity (``sum`` is Adagrad's), tensors that go on with it.
         reset: the same of those that start at their initial value.
+        untouched: whether the run's optimizer had no state yet.
         lr_factor: of the run's learning rate at the snapshot over that of its configuration, as after a rollback.
     """
 
@@ -32,6 +33,7 @@ class Carried:
     fresh: list[str] = field(default_factory=list)
     kept: dict[str, int] = field(default_factory=dict)
     reset: dict[str, int] = field(default_factory=dict)
+    untouched: bool = False
     lr_factor: float = 1.0
 
     def __str__(self) -> str:
@@ -39,7 +41,9 @@ class Carried:
         said = [f"carried over: {self.weights} weight tensors"]
         said += [f"{quantity} of {count} tensors" for quantity, count in self.kept.items()]
         text = ", ".join(said)
-        if self.reset:
+        if self.untouched:
+            text += "; the optimizer had no state yet"
+        elif self.reset:
             text += "; reset: " + ", ".join(f"{quantity} of {count} tensors" for quantity, count in self.reset.items())
         if self.fresh:
             few = ", ".join(self.fresh[:4]) + (", ..." if len(self.fresh) > 4 else "")
@@ -70,7 +74,14 @@ def carry(state: State, *, run: Engine, other: Engine) -> Carried:
     kept, reset = _carry_optimizer(run, other, quantities)
     _rates(other, state.step, factor=factor)
     other.restore_past(state)
-    return Carried(weights=weights, fresh=fresh, kept=kept, reset=reset, lr_factor=round(factor, 9))
+    return Carried(
+        weights=weights,
+        fresh=fresh,
+        kept=kept,
+        reset=reset,
+        untouched=not state.optimizer["state"],
+        lr_factor=round(factor, 9),
+    )
 
 
 def _carry_weights(run: Engine, other: Engine) -> tuple[int, list[str]]:

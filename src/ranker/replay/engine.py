@@ -141,6 +141,7 @@ class Engine:
         name: str = "",
         first: int = 0,
         changes: Iterable[Change] = (),
+        until_moved: bool = False,
         tick: Callable[[], None] = lambda: None,
     ) -> Trajectory:
         """Trains on batches in order.
@@ -151,10 +152,14 @@ class Engine:
             name: of the trajectory.
             first: place of the first batch, for ``changes``.
             changes: what to do otherwise.
+            until_moved: stop at the first divergence.
             tick: called after each batch.
         """
         changes = list(changes)
-        rows, seen, events, start = [], [], [], self.step
+        rows: list[Tensor] = []
+        seen: list[int] = []
+        events: list[Event] = []
+        start = self.step
         self.module.net.train()
         self.optimizer.zero_grad()
         for number, (step, parts) in enumerate(zip(steps, batches, strict=True)):
@@ -167,9 +172,9 @@ class Engine:
                     events += self._look(step, row)
             self.step = step
             tick()
-        found = [event for event in (*events, self.detector.suspicion) if event is not None]
-        # What began before these batches is none of their doing.
-        event = next((event for event in found if event.kind != "shift" and event.step > start), None)
+            if until_moved and self._moved(events, start):
+                break
+        event = self._moved(events, start)
         signals_SN = torch.stack(rows).cpu() if rows else torch.empty(0, 3 * len(self.module.schema.tasks) + 1)
         return Trajectory(name=name, steps=seen, signals_SN=signals_SN, event=event)
 
@@ -260,6 +265,11 @@ class Engine:
             auc.update(logits_BT, labels_BT, torch.cat([part.mask_BT for part in parts]))
             stats = auc.stats()
             return pack(losses_T, stats.auc_T, stats.spread_T, stats.nonfinite_T.sum() > 0)
+
+    def _moved(self, events: Sequence[Event], start: int) -> Event | None:
+        """The first divergence, settled or open; what began before the start is none of these batches' doing."""
+        found = [event for event in (*events, self.detector.suspicion) if event is not None]
+        return next((event for event in found if event.kind != "shift" and event.step > start), None)
 
     def _look(self, step: int, row: Tensor) -> list[Event]:
         tasks = len(self.module.schema.tasks)

@@ -49,7 +49,9 @@ class Trajectory:
         if event is None:
             return "healthy"
         depth = f"{event.depth:.3g}x" if math.isfinite(event.depth) else "not finite"
-        back = f"came back at step {event.recovered_at}" if event.recovered_at is not None else "did not come back"
+        back = (
+            f"came back at step {event.recovered_at}" if event.recovered_at is not None else "was not back at the end"
+        )
         return f"moved at step {event.step}" + (f" ({depth}), {back}" if event.depth != 1.0 else f", {back}")
 
 

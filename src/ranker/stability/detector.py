@@ -163,7 +163,7 @@ class DivergenceDetector:
 
     @property
     def suspicion(self) -> Event | None:
-        """What is open, as the full divergence it would be if it never ended; None while healthy. As of the last poll.
+        """What is open, as the event it would be if it never ended; None while healthy. As of the last poll.
 
         Its first step tells early which past to hold on to: some verdicts come hundreds of steps later.
         """

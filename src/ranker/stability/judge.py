@@ -71,7 +71,10 @@ class Judge:
 
     @property
     def suspicion(self) -> Event | None:
-        """The divergence it would be if what is open now never ended; None where nothing is."""
+        """What it would be if what is open now never ended; None where nothing is.
+
+        Of kind ``shift``, which is no divergence, for a jump among the first steps that did not blow up.
+        """
         if self.lost is not None:
             return self.lost
         jump, reason = self.jump, self.reason
@@ -82,8 +85,9 @@ class Judge:
             jump = Jump(step=(self._flat if flat else self._skill.without).since, task="", depth=1.0, startup=False)
         if jump is None:
             return None
+        wild = jump.startup and jump.over_first < self._settings.blowup_ratio
         return Event(
-            kind="full",
+            kind="shift" if wild else "full",
             step=jump.step,
             task=jump.task,
             depth=jump.depth,
