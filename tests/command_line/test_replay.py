@@ -183,7 +183,6 @@ def test_a_bisection_finds_what_was_planted_in_a_run(
     assert replay(str(capsule_of(run)), "--bisect", "--lookback", "2", "--horizon", "6") == 0
 
     found = json.loads((capsule_of(run) / "bisect.json").read_text())
-    print(*found["verdict"], sep="\n")
     assert found["step"] == found["event"]["step"] == step
     assert found["features"]["names"] == ["signal_04"]
     assert found["rows"]["row_ids"] == sorted(rows)

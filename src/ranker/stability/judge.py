@@ -78,14 +78,14 @@ class Judge:
         if self.lost is not None:
             return self.lost
         jump, reason = self.jump, self.reason
-        if jump is None and not reason and self._blowup is not None and not self._skill.learned:
-            jump, reason = self._blowup, f"{self._blowup} and nothing has been learned since"
+        wild = jump is not None and jump.startup and jump.over_first < self._settings.blowup_ratio
+        if (wild or not reason) and self._blowup is not None and not self._skill.learned:
+            jump, wild, reason = self._blowup, False, f"{self._blowup} and nothing has been learned since"
         elif jump is None and reason:
             flat = self._flat.length and self._alive
             jump = Jump(step=(self._flat if flat else self._skill.without).since, task="", depth=1.0, startup=False)
         if jump is None:
             return None
-        wild = jump.startup and jump.over_first < self._settings.blowup_ratio
         return Event(
             kind="shift" if wild else "full",
             step=jump.step,

@@ -34,6 +34,35 @@ def test_the_verdict_does_not_depend_on_how_often_it_is_polled(judged: Judged) -
     assert [e.kind for e in kept[0]] == ["micro", "micro", "full"]
 
 
+def test_what_is_under_suspicion_has_the_first_step_of_the_event_it_becomes() -> None:
+    detector, trace, begun = DivergenceDetector(TASKS), eventful(), {}
+    for i in range(len(trace)):
+        feed(detector, trace, i, i + 1)
+        settled, suspicion = detector.poll(), detector.suspicion
+        begun |= {i + 1: suspicion.step} if suspicion else {}
+        for event in settled:
+            assert begun[i] == event.step
+            assert suspicion is None or event.kind == "full"
+    assert min(begun) == 200
+    assert 195 not in begun
+    assert 300 not in begun
+
+
+def test_a_blow_up_in_the_first_steps_stays_under_suspicion_and_a_wild_step_is_no_divergence() -> None:
+    for factor, kind in ((1000.0, "full"), (8.0, "shift")):
+        trace, detector = (
+            traces.spike(healthy(steps=30, seed=5), at=4, length=2, factor=factor),
+            DivergenceDetector(TASKS),
+        )
+        feed(detector, trace, 0, 6)
+        detector.poll()
+        assert detector.suspicion is not None
+        assert (detector.suspicion.step, detector.suspicion.kind) == (4, kind)
+        feed(detector, trace, 6, len(trace))
+        detector.poll()
+        assert (detector.suspicion is not None) == (kind == "full")
+
+
 @pytest.mark.parametrize("stop", [60, 215, 245, 352, 720])
 def test_a_detector_restored_in_the_middle_of_anything_goes_on_as_if_it_had_not_been(stop: int) -> None:
     trace = eventful()
