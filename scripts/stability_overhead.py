@@ -31,10 +31,11 @@ BLOCK = 10
 SHARES = {1: 0.9, 10: 0.04, 20: 0.04, 50: 0.01, 100: 0.005, 200: 0.005}  # of steps, by their longest period
 WARM_UP = 3  # blocks
 TARGET = 0.03
-# Snapshots ask the watch, so that the two are measured together.
+# Snapshots and capsules ask the watch, so that they are measured together with it.
 CONFIGURATIONS = {
     "divergence": ("DivergenceWatch",),
     "divergence, snapshots and rollback": ("DivergenceWatch", "SnapshotRing", "Rollback"),
+    "divergence and capsules": ("DivergenceWatch", "Capsules"),
     "early signs": ("EarlySigns",),
     "sharpness, off": ("SharpnessProbe",),
 }
