@@ -41,7 +41,7 @@ def main() -> None:
         "--results", type=Path, help="where CSV, Markdown and pictures go: results/, or OUT/results if quick"
     )
     parser.add_argument("--no-run", action="store_true", help="only read the runs that are there")
-    options = parser.parse_args()
+    options = parser.parse_intermixed_args()
     if options.what == "check":
         wrong = differences(STUDIES, ROOT)
         sys.exit("\n".join(["published numbers that the runs do not give:", *wrong]) if wrong else 0)
