@@ -3,7 +3,8 @@
 The same log of KuaiRand's rows, the same shared bottom and the same MMoE (features, widths, embedding size, batch,
 threads, Adagrad with dense gradients, as many parameters), each in a process of its own, in turns: ``train.py`` as a
 user starts it, with its metrics, its divergence watch and its early signs; DeepCTR-Torch and torch-rechub as their
-examples do (``scripts/training_peers.py``). A ratio takes the faster of them, and for memory the leaner.
+examples do (``scripts/training_peers.py``). A ratio takes the faster of them, and for memory the leaner. Beside them
+stand the step's matrix products alone (``scripts/training_floor.py``): what no library can surpass.
 
 The log is KuaiRand's training days repeated to ``--rows`` rows (2,000,000; the published KuaiRand-Pure has 1.4
 million), because memory depends on it: the others hold all of it, train.py a window. What is counted favours the
@@ -143,7 +144,9 @@ def train_peer(library: str, python: str, root: Path, model: str, given: argpars
 def compare(root: Path, model: str, peers: Mapping[str, str], given: argparse.Namespace) -> list[Line]:
     """All libraries (names and interpreters) in turns on one model; medians over rounds, of ratios within a round."""
     rounds: list[dict[str, Measured]] = []
+    bounds = []
     for _ in range(given.rounds):
+        bounds.append(products_alone(root, model, given))
         done = {"evenkeel": train_evenkeel(root, model, given)}
         for library, python in peers.items():
             done[library] = train_peer(library, python, root, model, given)
@@ -154,7 +157,13 @@ def compare(root: Path, model: str, peers: Mapping[str, str], given: argparse.Na
         lines.append(Line(name, statistics.median(done[library].speed for done in rounds), "examples/s"))
         lines.append(Line(f"{name}: peak memory", statistics.median(d[library].peak for d in rounds) / MIB, "MiB"))
         lines.append(Line(f"{name}: size", measured.parameters, "parameters"))
-    return lines + ratios(model, rounds)
+    bound = [b / max(d[library].speed for library in peers) for b, d in zip(bounds, rounds, strict=True)]
+    return [
+        *lines,
+        Line(f"{model}: matrix products of a step alone", statistics.median(bounds), "examples/s"),
+        *ratios(model, rounds),
+        Line(f"{model}: what the matrix products alone allow / faster peer", statistics.median(bound), "x"),
+    ]
 
 
 def ratios(model: str, rounds: Sequence[dict[str, Measured]]) -> list[Line]:
@@ -171,6 +180,16 @@ def ratios(model: str, rounds: Sequence[dict[str, Measured]]) -> list[Line]:
         Line(f"{model}: peak memory / leaner peer", peak, "x", "<= 0.5", peak <= 0.5),
         Line(f"{model}: data_wait_fraction", wait, "", "< 0.05", wait < 0.05),
     ]
+
+
+def products_alone(root: Path, model: str, given: argparse.Namespace) -> float:
+    """Examples a second of the step's matrix products and nothing else: no library is faster than that."""
+    name, hidden = MODELS[model]
+    widths = f"scale.model.{name}.{'expert_hidden' if model == 'mmoe' else 'hidden'}={json.dumps(hidden)}"
+    command = [sys.executable, "scripts/training_floor.py", "--root", str(root), "--threads", str(given.threads)]
+    command += [f"model={name}", widths.replace(" ", ""), f"scale.batch_size={given.batch_size}"]
+    command += [f"scale.model.moe.experts={EXPERTS}"] if model == "mmoe" else []
+    return float(json.loads(run(command, threads=given.threads)[0].splitlines()[-1])["examples_per_second"])
 
 
 def check_installed(library: str, python: str) -> None:

@@ -145,3 +145,22 @@ def test_a_missed_target_is_the_exit_status(bench, capsys, write_log, tmp_path, 
     lines = json.loads((tmp_path / "lines.json").read_text())
     assert set(lines[0]) == {"name", "value", "unit", "target", "ok"}
     assert "mmoe: speed / faster peer" in capsys.readouterr().out
+
+
+def test_the_floor_counts_every_matrix_product_of_a_step_and_nothing_else(load_script):
+    floor = load_script("training_floor")
+    net = torch.nn.Sequential(torch.nn.Linear(5, 7), torch.nn.ReLU(), torch.nn.Linear(7, 3))
+    with floor.Products() as products:
+        net(torch.randn(11, 5)).sum().backward()
+    # Forward and the weights' gradient of both layers, the input's gradient of the second.
+    assert products.flops == 2 * 11 * (2 * 5 * 7 + 3 * 7 * 3)
+    assert len(products.calls) == 5
+    for function, operands, out in products.calls:
+        assert function(*operands, out=out).isfinite().all()
+
+
+def test_an_operand_of_the_floor_lies_in_memory_as_the_step_had_it(load_script):
+    floor = load_script("training_floor")
+    tensor = torch.randn(6, 4).t()
+    alike = floor._alike(tensor)
+    assert (alike.shape, alike.stride()) == (tensor.shape, tensor.stride())
