@@ -23,7 +23,7 @@ from ranker.data.schema import SCHEMA_FILE, Schema
 from ranker.errors import UserError
 
 _DAY_MS = 86_400_000
-_KEPT_GROUPS = 3
+_KEPT_GROUPS = 2  # a window that moves on needs the group it leaves and the one it enters
 
 
 class ParquetLog:
