@@ -10,8 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ranker.data.filesystem import open_root
-from ranker.data.inspection import broken_checksums, inspect_log
+from ranker.data.inspection import broken_checksums, inspect_log, out_of_order
 from ranker.data.manifest import MANIFEST_FILE, FileEntry, Manifest
+from ranker.data.parquet_index import constant_columns
 from ranker.data.parquet_log import ParquetLog
 from ranker.errors import UserError
 
@@ -38,8 +39,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("root", metavar="DIR", help="a folder or URL with schema.yaml and Parquet files")
     parser.add_argument("--quick", action="store_true", help="manifest and footers alone, no look at the rows")
     given = parser.parse_args(arguments)
-    logging.basicConfig(format="warning: %(message)s")
     warnings: list[str] = []
+    manifest: Manifest | None = None
     try:
         text = open_root(given.root).read_bytes(MANIFEST_FILE)
         manifest = Manifest.from_json(text, where=f"{given.root}/{MANIFEST_FILE}") if text is not None else None
@@ -49,19 +50,40 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print_files(manifest.files, title=f"{MANIFEST_FILE}: {manifest.rows:,} rows")
         else:
             warnings += broken_checksums(Path(given.root), manifest)
-        log = ParquetLog(given.root, on_bad_rows="drop")
+        log = _opened(given.root)
+        constants = ", ".join(constant_columns(log.index.metadata, log.schema))
+        if constants:
+            warnings.append(f"nothing can be learned from columns that never change: {constants}; drop them")
         if not given.quick:
             findings = inspect_log(log)
             print_files(findings.files, title=f"{log.num_rows:,} rows, of which {findings.bad:,} cannot be used")
             warnings += findings.warnings
     except UserError as error:
+        if manifest is not None and not given.quick:
+            print_files(manifest.files, title=f"{MANIFEST_FILE}: {manifest.rows:,} rows")
+        _print_warnings([*warnings, *out_of_order(manifest.files if manifest is not None else ())])
         print(f"error: {error}", file=sys.stderr)
         return 1
-    for warning in warnings:
-        print(f"warning: {warning}")
+    _print_warnings(warnings)
     if not warnings:
         print("nothing looks wrong")
     return 0
+
+
+def _opened(root: str) -> ParquetLog:
+    """The log, without the warnings of opening it: they are among those that this script prints."""
+    logger = logging.getLogger("ranker.data")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        return ParquetLog(root, on_bad_rows="drop")
+    finally:
+        logger.setLevel(before)
+
+
+def _print_warnings(warnings: Sequence[str]) -> None:
+    for warning in warnings:
+        print(f"warning: {warning}")
 
 
 def _time(time_ms: int | None) -> str:

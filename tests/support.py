@@ -46,9 +46,11 @@ def finished(folder: Path) -> Finished:
     return Finished(folder, json.loads((folder / "summary.json").read_text()))
 
 
-def train_process(*overrides: str, **options: Any) -> subprocess.Popen[str]:
-    """Starts ``python train.py`` as a user would."""
+def train_process(*overrides: str, path: Path | None = None, **options: Any) -> subprocess.Popen[str]:
+    """Starts ``python train.py`` as a user would; ``path`` is a folder to import from."""
     environment = os.environ | {"WANDB_MODE": "offline", "OMP_NUM_THREADS": "1"}
+    if path is not None:
+        environment["PYTHONPATH"] = os.pathsep.join([str(path), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment.pop("HYDRA_FULL_ERROR", None)
     command = [sys.executable, str(ROOT / "train.py"), *overrides]
     return subprocess.Popen(

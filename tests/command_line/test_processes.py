@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import os
 import signal
 import subprocess
@@ -14,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from support import TINY, Finished, finished, train_process
+from support import ROOT, TINY, Finished, finished, train_process
 
 TWO_RANKS = ("trainer=ddp", "trainer.devices=2", "trainer.accelerator=cpu")
 LONGER = ("data.log.train_rows=15360", "train.checkpoint_every=7", "train.eval_every=0")  # 60 steps of 256
@@ -61,6 +62,46 @@ def test_a_run_killed_in_the_middle_of_a_window_ends_as_if_it_had_not_been(
     assert resumed.summary["examples"] == whole.summary["examples"]
     expected, got = weights(whole.folder), weights(resumed.folder)
     assert expected.keys() == got.keys()
+    assert all(torch.equal(expected[name], got[name]) for name in expected)
+
+
+def recording(folder: Path, *, kill_at: int | None = None) -> str:
+    folder.mkdir(exist_ok=True)
+    target = "row_recorder.RowRecorder"
+    return f"+callbacks.rows={{_target_:{target},folder:'{folder}',kill_at:{'null' if kill_at is None else kill_at}}}"
+
+
+def rows_seen(folder: Path) -> dict[int, list[int]]:
+    """By batch, the row ids of the last time it was trained on."""
+    lines = map(json.loads, (folder / "rank0.jsonl").read_text().splitlines())
+    return dict(lines)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("step", [8, 21, 52])  # first of a window, where a checkpoint was just written, in the middle
+def test_the_rows_seen_are_the_same_wherever_a_run_is_killed(
+    command_line: Callable[..., None], train_tiny: Callable[..., Finished], tmp_path: Path, step: int
+) -> None:
+    settings = (*LONGER, "data.num_workers=2")
+    whole = train_tiny(tmp_path / "whole", *settings, recording(tmp_path / "rows"))
+    killed = recording(tmp_path / "rows_killed", kill_at=step)
+    process = train_process(*TINY, *settings, killed, f"hydra.run.dir={tmp_path / 'killed'}", path=ROOT / "tests")
+    process.communicate(timeout=200)
+    assert process.returncode == -signal.SIGKILL
+    before = rows_seen(tmp_path / "rows_killed")
+    assert sorted(before) == list(range(step))
+
+    (tmp_path / "rows_killed" / "rank0.jsonl").unlink()
+    command_line(f"resume={tmp_path / 'killed'}", f"hydra.run.dir={tmp_path / 'unused'}")
+
+    after, everything = rows_seen(tmp_path / "rows_killed"), rows_seen(tmp_path / "rows")
+    first = min(after)
+    assert first == step // 7 * 7, "goes on with the batch after the newest checkpoint"
+    assert {number: before[number] for number in range(first)} | after == everything
+    assert sorted(row for rows in everything.values() for row in rows) == list(range(15360))
+    assert finished(tmp_path / "killed").summary["metrics"] == whole.summary["metrics"]
+    expected, got = weights(whole.folder), weights(tmp_path / "killed")
     assert all(torch.equal(expected[name], got[name]) for name in expected)
 
 

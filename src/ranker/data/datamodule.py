@@ -155,9 +155,14 @@ class RankingDataModule(pl.LightningDataModule):
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps."""
-        if self._past is None:
-            return {"position": self.position}
-        return {"position": self.position, "dense_statistics": self.known().state_dict()}
+        state: dict[str, Any] = {"position": self.position}
+        # Reading threads may add to it meanwhile: a row group counts once, whoever reads it, so more does no harm.
+        bad = list(getattr(self.log, "bad_rows", {}).items())
+        if bad:
+            state["bad_rows"] = [[file, group, rows] for (file, group), rows in bad]
+        if self._past is not None:
+            state["dense_statistics"] = self.known().state_dict()
+        return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Goes on where a checkpoint was written.
@@ -166,6 +171,8 @@ class RankingDataModule(pl.LightningDataModule):
             UserError: it was written with another choice of dense_statistics.
         """
         self.position = int(state_dict["position"])
+        for file, group, rows in state_dict.get("bad_rows", ()):
+            self.log.bad_rows[file, group] = rows  # type: ignore[attr-defined]
         known = state_dict.get("dense_statistics")
         if (known is None) != (self._past is None):
             wrote = "none" if known is None else "past_windows"

@@ -6,6 +6,7 @@ import datetime as dt
 import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +101,14 @@ def missing_days(entries: Sequence[FileEntry]) -> Iterator[str]:
     for day in range(min(seen), max(seen)):
         if day not in seen:
             yield f"no rows on {dt.date(1970, 1, 1) + dt.timedelta(days=day)}"
+
+
+def out_of_order(entries: Sequence[FileEntry]) -> Iterator[str]:
+    """Files that begin before the one before them ends: no log can be read from them."""
+    filled = [entry for entry in entries if entry.time_min_ms is not None and entry.time_max_ms is not None]
+    for before, entry in pairwise(filled):
+        if entry.time_min_ms < before.time_max_ms:  # type: ignore[operator]
+            yield f"{entry.path} begins before {before.path} ends: name the files in the order of time"
 
 
 def leak_suspects(sample: Sequence[Batch], schema: Schema) -> Iterator[str]:

@@ -152,11 +152,15 @@ def _footer(root: Root, name: str) -> pq.FileMetaData:
         ) from error
 
 
-def _warn_of_constants(footers: dict[str, pq.FileMetaData], schema: Schema) -> None:
-    """Warns of a feature or label that has one value in all files, as far as the footers say."""
+def constant_columns(footers: dict[str, pq.FileMetaData], schema: Schema) -> list[str]:
+    """Features and labels that have one value in all files, as far as the footers say, each with that value."""
     lists = {feature.column for feature in schema.ragged}
     found = {name: _constant(footers, name) for name in schema.columns() if name not in lists}
-    columns = ", ".join(f"'{name}' (always {value})" for name, value in found.items() if value is not None)
+    return [f"'{name}' (always {value})" for name, value in found.items() if value is not None]
+
+
+def _warn_of_constants(footers: dict[str, pq.FileMetaData], schema: Schema) -> None:
+    columns = ", ".join(constant_columns(footers, schema))
     if columns:
         _LOGGER.warning("schema '%s' names columns from which nothing can be learned: %s", schema.name, columns)
 

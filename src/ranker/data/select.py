@@ -35,9 +35,14 @@ class Selected:
         return self._log.num_rows
 
     @property
+    def bad_rows(self) -> dict[tuple[str, int], int]:
+        """Rows the source left out because they could not be used, by file and row group; only files can hold such."""
+        return getattr(self._log, "bad_rows", {})
+
+    @property
     def num_bad_rows(self) -> int:
-        """Rows the source left out because they could not be used; only files can hold such."""
-        return getattr(self._log, "num_bad_rows", 0)
+        """How many rows that is in all."""
+        return sum(self.bad_rows.values())
 
     def read(self, start: int, stop: int) -> Batch:
         """Rows start .. stop-1, in the chosen columns."""

@@ -119,6 +119,6 @@ class MLP(nn.Module):
                 x = self.norms[index](x)
             if self.clip_activations is not None:
                 x = x.clamp(-self.clip_activations, self.clip_activations)
-            # In place: no gradient asks for what is overwritten, and memory fresh from the system costs more than a ReLU.
+            # In place: no gradient asks for what is overwritten, and fresh memory costs more than the ReLU itself.
             x = F.relu(x, inplace=True)
         return x

@@ -8,9 +8,11 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from ranker.data.datamodule import RankingDataModule
 from ranker.data.loader import WindowedLoader
 from ranker.data.parquet_log import ParquetLog
 from ranker.data.schema import Task
+from ranker.data.select import Selected
 from ranker.data.windows import plan_windows
 from ranker.errors import UserError
 
@@ -266,6 +268,24 @@ def test_a_run_over_dropped_rows_resumes_exactly(write_log, workers):
 
     whole = batches(0)
     assert all(batches(start) == whole[start:] for start in range(0, 13, 3))
+
+
+@pytest.mark.parametrize("tasks", [None, ["click"]])
+def test_a_resumed_run_knows_the_rows_dropped_before(write_log, tasks):
+    root = str(write_log(DAYS, change=dirty))
+
+    def module():
+        log = ParquetLog(root, on_bad_rows="drop")
+        chosen = log if tasks is None else Selected(log, log.schema.select(tasks=tasks))
+        return RankingDataModule(chosen, batch_size=4, window=16, num_workers=0)
+
+    first, second = module(), module()
+    for batch in first.train_dataloader():
+        first.advance(batch)
+    assert first.log.num_bad_rows == 3
+    second.load_state_dict(first.state_dict())
+    assert list(second.train_dataloader()) == []
+    assert second.log.num_bad_rows == 3
 
 
 def test_quarantined_rows_lie_beside_the_data_with_the_reason(write_log):

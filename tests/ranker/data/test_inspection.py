@@ -120,3 +120,32 @@ def test_the_script_refuses_a_broken_log_with_one_line(write_log, inspect_data, 
     message = capsys.readouterr().err
     assert message.startswith("error: ")
     assert message.count("\n") == 1
+
+
+def test_the_script_lists_constant_columns_among_its_warnings(write_log, inspect_data, capsys):
+    def change(day, columns):
+        columns["price"] = pa.array([2.5] * 40)
+
+    root = write_log(DAYS, change=change)
+    for arguments in ([], ["--quick"]):
+        assert inspect_data([str(root), *arguments]) == 0
+        shown = capsys.readouterr().out
+        assert "warning: nothing can be learned from columns that never change: 'price' (always 2.5)" in shown
+        assert "nothing looks wrong" not in shown
+
+
+def test_days_out_of_order_are_shown_with_what_the_manifest_says(write_log, inspect_data, capsys):
+    root = write_log(DAYS)
+    (root / "day=2022-04-26.parquet").rename(root / "day=2022-04-30.parquet")
+    start = 1_650_844_800_000
+    entries = [
+        FileEntry(path=f"day={day}.parquet", rows=40, time_min_ms=start + k * 86_400_000, time_max_ms=start + k + 1)
+        for day, k in (("2022-04-25", 0), ("2022-04-27", 2), ("2022-04-30", 1))
+    ]
+    entries = [dataclasses.replace(entry, time_max_ms=entry.time_min_ms + 1000) for entry in entries]
+    Manifest(files=tuple(entries)).write(root)
+    assert inspect_data([str(root)]) == 1
+    shown = capsys.readouterr()
+    assert "manifest.json: 120 rows" in shown.out
+    assert "warning: day=2022-04-30.parquet begins before day=2022-04-27.parquet ends" in shown.out
+    assert shown.err.startswith("error: day=2022-04-30.parquet, column 't', row group 0: begins before")

@@ -12,6 +12,7 @@ import torch
 
 from ranker.data.loader import WindowedLoader
 from ranker.data.log import Log
+from ranker.data.parquet_index import ParquetIndex
 from ranker.data.parquet_log import ParquetLog
 from ranker.data.windows import plan_windows
 from ranker.errors import UserError
@@ -125,12 +126,27 @@ def test_a_range_without_rows_is_refused(write_log, days, message):
 def test_the_loader_gives_every_row_once_over_uneven_files(write_log, row_group_size, window):
     log = ParquetLog(str(write_log(UNEVEN, row_group_size=row_group_size)))
     plan = plan_windows(log, window=window, batch_size=4)
-    for workers, world_size in [(0, 1), (3, 1), (1, 3)]:
+    for workers, world_size in [(0, 1), (1, 1), (3, 1), (1, 2), (1, 3), (3, 4)]:
         rows = []
         for rank in range(world_size):
             loader = WindowedLoader(log, plan=plan, seed=1, num_workers=workers, rank=rank, world_size=world_size)
-            rows += [row for batch in loader for row in batch.row_B.tolist()]
+            batches = [batch.row_B.tolist() for batch in loader]
+            assert len(batches) == plan.num_batches, "a rank with fewer would leave the others waiting"
+            rows += [row for batch in batches for row in batch]
         assert sorted(rows) == list(range(log.train_rows))
+
+
+def test_going_on_late_reads_the_row_groups_of_its_window_alone(write_log, monkeypatch):
+    log = ParquetLog(str(write_log(dict.fromkeys(range(30), 20), row_group_size=10)))
+    read = []
+    original = ParquetIndex.read
+    monkeypatch.setattr(
+        ParquetIndex, "read", lambda self, group, names: read.append(group) or original(self, group, names)
+    )
+    plan = plan_windows(log, window=20, batch_size=4)
+    loader = WindowedLoader(log, plan=plan, seed=1, num_workers=0, start_batch=102, max_batches=1)
+    assert [batch.number for batch in loader] == [102]
+    assert read == [40, 41]  # of 60: those of window 20, for which nothing before it was looked at
 
 
 def test_a_row_group_is_decoded_once_however_many_windows_it_spans(write_log, monkeypatch):

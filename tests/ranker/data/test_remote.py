@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import socket
 import threading
 from collections.abc import Iterator
@@ -183,3 +184,9 @@ def test_a_connection_that_always_drops_says_what_failed(s3):
     ) as caught:
         log.read(0, 10)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("huggingface_hub") is not None, reason="the package is there")
+def test_a_file_system_whose_package_is_missing_names_the_package():
+    with pytest.raises(UserError, match=r"^hf://datasets/a/b: Install huggingface_hub to access \w+$"):
+        ParquetLog("hf://datasets/a/b")
