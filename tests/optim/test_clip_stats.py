@@ -246,4 +246,4 @@ def test_no_memory_is_held_that_grows_with_the_steps(name: str, backend: str) ->
     finally:
         tracemalloc.stop()
     assert more == tensors
-    assert still_held - held < 4_000  # of a hundred steps; one tensor a step kept would be ten times that
+    assert still_held - held < 20_000  # of a hundred steps: Python's own caches fill for some hundred steps, then stop

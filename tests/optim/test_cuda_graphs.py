@@ -1,4 +1,4 @@
-"""What a CUDA graph asks of a step: the same kernels on the same memory whatever the numbers are; and a graph itself."""
+"""What a CUDA graph asks of a step: the same kernels on the same memory whatever the numbers; and a graph itself."""
 
 from __future__ import annotations
 
