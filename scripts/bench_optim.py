@@ -135,7 +135,7 @@ def floors(params: list[nn.Parameter], scale: float) -> dict[str, Step]:
 def floor_rows_of(what: str, scale: float, medians: dict[str, float], base: str, limit: float) -> list[Row]:
     """Return what the memory alone costs beside the base, and every method beside its own floor.
 
-    A floor above the limit says that the limit cannot be met on this machine by any code with this traffic.
+    The floor reads its streams plainly: a method that reads several places of one at a time may be faster.
     """
     rows = []
     for label in METHODS:
