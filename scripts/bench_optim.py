@@ -33,6 +33,7 @@ import torch
 from torch import Tensor, nn
 
 import optim
+from bench_floor import floor_rows, floor_step
 
 INPUT = 1628  # inputs of the Large models, so that their parameters come to the paper's 57.0 and 68.0 million
 LAYER = [(4096, 4096), (4096,)]
@@ -51,6 +52,9 @@ PEERS: dict[str, str] = {}  # versions of other people's packages, as they are u
 # Ratios to torch's fused Adagrad on the CPU: 5 streams of memory for Adagrad, 8 for a method that looks first.
 LIMITS = {"small": 1.3, "large": 1.6, "large_dcn": 1.6}
 METHODS = ("clippy", "gc", "agc", "lamb")
+# What a method's first pass must read: the memory alone, without arithmetic, is measured beside it.
+MUST_READ = {"gc": "g", "agc": "w, g", "lamb": "w, g, G"}
+CLIPPY_READS = {1e-3: "g", 1.0: "w, g, G"}  # where the gradient alone settles nearly every block, and where it cannot
 Step = Callable[[], object]
 NOTHING: Step = int  # returns 0
 
@@ -117,6 +121,32 @@ def turn(params: Iterable[nn.Parameter]) -> None:
     torch._foreach_neg_([param.grad for param in params if param.grad is not None])
 
 
+def floor_label(reads: str) -> str:
+    """Return what the tables call the floor of a step whose first pass reads this."""
+    return f"floor: read {reads}; step"
+
+
+def floors(params: list[nn.Parameter], scale: float) -> dict[str, Step]:
+    """Return the memory traffic of the methods' steps, and of a step without a first pass."""
+    wanted = dict.fromkeys(["nothing", CLIPPY_READS[scale], *MUST_READ.values()])
+    return {floor_label(reads): floor_step(params, reads) for reads in wanted}
+
+
+def floor_rows_of(what: str, scale: float, medians: dict[str, float], base: str, limit: float) -> list[Row]:
+    """Return what the memory alone costs beside the base, and every method beside its own floor.
+
+    The floor reads its streams plainly: a method that reads several places of one at a time may be faster.
+    """
+    rows = []
+    for label in METHODS:
+        floor = medians[floor_label(MUST_READ.get(label, CLIPPY_READS[scale]))]
+        rows.append(
+            Row(f"{what}: floor of {label} / {base} (target of {label}: {limit:g})", floor / medians[base], "ratio")
+        )
+        rows.append(Row(f"{what}: {label} / its floor", medians[label] / floor, "ratio"))
+    return rows
+
+
 def fast(params: list[nn.Parameter], device: str, *, everything: bool) -> dict[str, Step]:
     """Return the step that targets are measured by, those they are about, and what else this package offers."""
     form = {"fused": True} if device == "cpu" else {"foreach": True}
@@ -155,11 +185,14 @@ def bench_dense(
     sync: Step = torch.cuda.synchronize if device == "cuda" else NOTHING
 
     everything = scale == SCALES[0]  # what the others cost does not depend on the gradient
-    medians = interleaved(fast(params, device, everything=everything), seconds / 2, sync, lambda: turn(params))
+    steps = fast(params, device, everything=everything) | (floors(params, scale) if device == "cpu" else {})
+    medians = interleaved(steps, seconds / 2, sync, lambda: turn(params))
     if everything:  # apart: page faults of fresh temporaries disturb whoever comes next
         medians |= interleaved(slow(params, device), seconds / 4, sync, lambda: turn(params))
     what, base, limit = f"{name}, gradients ~ {scale:g}", BASE[device], LIMITS[name] if device == "cpu" else 1.0
     rows = [limited(f"{what}: {label} / {base}", medians[label] / medians[base], limit) for label in METHODS]
+    if device == "cpu":
+        rows += floor_rows_of(what, scale, medians, base, limit)
     if device == "cuda" and everything:
         source = torch.empty(sum(param.numel() for param in params), device=device)
         copy = interleaved({"copy": source.clone}, seconds / 4, sync)["copy"]  # two streams; Clippy takes eight
@@ -183,8 +216,9 @@ def bench_tfrs(python: Path, shapes: list[tuple[int, ...]], scale: float, second
 
 
 def bench_sparse(seconds: float, touched: int = 10_000, width: int = 16) -> list[Row]:
-    """Time 10,000 touched rows of a small and of a large table."""
+    """Time 10,000 touched rows of a small and of a large table, and the moves of these rows alone."""
     steps: dict[str, Step] = {}
+    moves: dict[str, Step] = {}
     for rows in (10**4, 10**7):
         table = nn.Parameter(torch.zeros(rows, width))
         index = torch.randperm(rows)[None, :touched]  # as many distinct rows of either table
@@ -196,10 +230,15 @@ def bench_sparse(seconds: float, touched: int = 10_000, width: int = 16) -> list
             optimizer.step()
 
         steps[f"sparse: 10,000 rows of {rows:,}"] = step
-    medians = interleaved(steps, seconds)
-    small, large = medians.values()
+        ordered, totals = grad.coalesce().indices()[0], torch.full_like(table, 0.1)
+        moves[f"sparse: rows there and back, {rows:,}"] = floor_rows(table.detach(), totals, ordered)
+    medians = interleaved(steps | moves, seconds)
+    small, large, small_moves, large_moves = medians.values()
+    # What the ratio would be if nothing but the memory of the rows told the two tables apart.
+    forced = (small + large_moves - small_moves) / small
     return [Row(name, value, "ms") for name, value in medians.items()] + [
-        limited("sparse: large table / small table", large / small, 1.2)
+        Row("sparse: ratio that the rows' memory forces", forced, "ratio"),
+        limited("sparse: large table / small table", large / small, 1.2),
     ]
 
 
@@ -252,7 +291,7 @@ def markdown(where: str, dense: dict[str, dict[str, float]], rows: list[Row]) ->
         lines.append(f"| {label} | {' | '.join(cells)} |")
     lines += ["", "| what | value | unit | target | met |", "|---|---:|---|---|---|"]
     for row in rows:
-        if row.target or ("gradients" not in row.name and row.unit == "ms"):
+        if row.target or row.unit == "ratio" or "gradients" not in row.name:
             met = "" if row.ok is None else "yes" if row.ok else "NO"
             lines.append(f"| {row.name} | {row.value:.3g} | {row.unit} | {row.target} | {met} |")
     return "\n".join(lines) + "\n"

@@ -14,7 +14,7 @@ from optim.batch import Backend, all_finite, choose_sigma, make_batches
 from optim.distributed import local_tensor
 from optim.eager import EAGER
 from optim.hyperparameters import SHARED, check_names
-from optim.native import NATIVE, is_available
+from optim.native.kernels import NATIVE, is_available
 from optim.registry import get_info
 from optim.work import Work, make_work
 
@@ -154,7 +154,7 @@ class SigmaOptimizer(torch.optim.Optimizer):
             keep_state: Whether a fresh parameter keeps the state it is given; False changes nothing at all.
             names: Only parameters of these names; None for all.
         """
-        works = []
+        works, native = [], NATIVE in self.backends
         for group in self.param_groups:
             method = get_info(group["method"])
             for name, param in zip(group["param_names"], group["params"], strict=True):
@@ -165,7 +165,7 @@ class SigmaOptimizer(torch.optim.Optimizer):
                     state = method.update.init(param.detach(), group)
                     if keep_state:
                         self.state[param].update(state)
-                works.append(make_work(name, param, method, group, state))
+                works.append(make_work(name, param, method, group, state, native=native))
         return works
 
     def _check_finite(self, works: list[Work]) -> dict[torch.device, Tensor]:
@@ -181,7 +181,9 @@ class SigmaOptimizer(torch.optim.Optimizer):
             return {}
         counter = self.param_groups[0]
         first = next(iter(ok.values()))
-        counter[SKIPPED] = counter.get(SKIPPED, 0) + first.logical_not().long()
+        if SKIPPED not in counter:
+            counter[SKIPPED] = torch.zeros((), dtype=torch.long, device=first.device)
+        counter[SKIPPED].add_(first.logical_not())  # in place: a CUDA graph knows tensors by their memory
         return ok
 
     def clip_stats(self) -> dict[str, stats.ClipStats]:

@@ -23,6 +23,18 @@ Terms = Callable[[Coordinates, Settings], Mapping[str, Tensor]]
 """The terms that a bound is the sum of, by name."""
 
 
+SUPPORTS: Mapping[str, bool] = {
+    "dense": True,
+    "sparse": True,
+    "foreach": False,
+    "dtensor": True,
+    "closure": True,
+    "tensor_lr": True,
+    "compile": True,
+}
+"""What every method made of an update and a rule can do."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Method:
     """w <- w - lr * sigma * r: which r (the update) and which sigma (the rule).
@@ -40,8 +52,8 @@ class Method:
         binding: The reduction whose largest coordinate decides sigma, for `clip_stats`; None where none does.
         terms: The terms of the bound there.
         idle: Whether these settings can never give a sigma below 1, so that nothing need be reduced.
-        supports: Capabilities, for `get_info`; what is not listed does not hold. There is no "foreach": C kernels on
-            the CPU and torch.compile elsewhere read memory less often than _foreach functions could.
+        supports: Capability to whether it holds, for `get_info`. "foreach" is False: torch's `_foreach` functions would
+            read memory more often than the C kernels on the CPU and torch.compile elsewhere do.
     """
 
     name: str
@@ -56,7 +68,7 @@ class Method:
     binding: Reduction | None = None
     terms: Terms | None = None
     idle: Callable[[Settings], bool] | None = None
-    supports: tuple[str, ...] = ("dense", "sparse", "dtensor", "closure", "tensor_lr", "compile")
+    supports: Mapping[str, bool] = field(default_factory=lambda: dict(SUPPORTS))
 
     @property
     def all_hyperparameters(self) -> dict[str, Hyperparameter]:

@@ -14,8 +14,41 @@ import torch
 from torch import Tensor
 
 from optim.distributed import ProcessGroups, local_gradient, local_tensor, shard_groups
+from optim.native.rows import gather_rows, moves_rows, scatter_rows
 from optim.reductions import Settings
 from optim.registry import Method
+
+
+@dataclass(frozen=True, slots=True)
+class Homes:
+    """Where touched rows go back to: tables, and copies of their rows that a step writes to.
+
+    Attributes:
+        tables: w, and the elementwise state.
+        copies: Their rows `index`, one after the other.
+        index: [rows], int64.
+        native: Whether a C kernel moves them.
+    """
+
+    tables: list[Tensor]
+    copies: list[Tensor]
+    index: Tensor
+    native: bool
+
+    @classmethod
+    def take(cls, tables: list[Tensor], index: Tensor, *, native: bool) -> Homes:
+        """Copy the rows out of their tables."""
+        native = native and moves_rows(tables, index)
+        copies = gather_rows(tables, index) if native else [table.index_select(0, index) for table in tables]
+        return cls(tables, copies, index, native)
+
+    def put_back(self) -> None:
+        """Write the rows back."""
+        if self.native:
+            scatter_rows(self.tables, self.copies, self.index)
+        else:
+            for table, copy in zip(self.tables, self.copies, strict=True):
+                table.index_copy_(0, self.index, copy)
 
 
 @dataclass(slots=True)
@@ -31,7 +64,7 @@ class Work:
         grad: g, as autograd left it; same shape as `weight`.
         state: The update's state, in the same form as `weight`; counts are 0-d.
         kept: The update's state as the optimizer keeps it.
-        homes: Where touched rows go back to: (table, rows of it) pairs; empty for a dense gradient.
+        homes: Where the touched rows go back to; None for a dense gradient.
         rows: Indices of the touched rows in `param`; None for a dense gradient.
         groups: Process groups that hold the other shards of this tensor, with the dimension they split.
     """
@@ -45,7 +78,7 @@ class Work:
     state: dict[str, Tensor]
     kept: dict[str, Tensor]
     rows: Tensor | None
-    homes: list[tuple[Tensor, Tensor]]
+    homes: Homes | None
     groups: ProcessGroups
 
     @property
@@ -65,13 +98,14 @@ class Work:
 
     def write_back(self) -> None:
         """Put touched rows back into their table; dense tensors were written in place."""
-        for table, rows in self.homes:
-            assert self.rows is not None, "only a sparse gradient has rows to put back"
-            table.index_copy_(0, self.rows, rows)
+        if self.homes is not None:
+            self.homes.put_back()
 
 
-def make_work(name: str, param: Tensor, method: Method, settings: dict[str, Any], state: dict[str, Tensor]) -> Work:
-    """Bring one parameter with a gradient to its dense, local form.
+def make_work(
+    name: str, param: Tensor, method: Method, settings: dict[str, Any], state: dict[str, Tensor], *, native: bool
+) -> Work:
+    """Bring one parameter with a gradient to its dense, local form; `native`: whether C kernels may help.
 
     Raises:
         ValueError: a sparse gradient with coupled weight decay (which would touch every row) or sparse in more than
@@ -82,7 +116,7 @@ def make_work(name: str, param: Tensor, method: Method, settings: dict[str, Any]
     groups = shard_groups(param)
     weight = local_tensor(param)
     tensors = {key: local_tensor(value) for key, value in state.items()}
-    rows, homes = None, []
+    rows, homes = None, None
     if grad.is_sparse:
         if settings["weight_decay"]:
             raise ValueError(
@@ -93,8 +127,8 @@ def make_work(name: str, param: Tensor, method: Method, settings: dict[str, Any]
             raise ValueError(f"{name}: gradients must be sparse by rows, got {grad.sparse_dim()} sparse dimensions")
         rows, grad = grad.indices()[0], grad.values()
         tables = [weight, *(value for value in tensors.values() if value.ndim)]
-        homes = [(table, table.index_select(0, rows)) for table in tables]
-        copies = iter([copy for _, copy in homes])
+        homes = Homes.take(tables, rows, native=native)
+        copies = iter(homes.copies)
         weight = next(copies)
         tensors = {key: next(copies) if value.ndim else value for key, value in tensors.items()}
     return Work(name, param, method, settings, weight, grad, tensors, state, rows, homes, groups)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
+import tracemalloc
 from typing import Any
 
 import pytest
@@ -215,3 +217,33 @@ def test_the_state_holds_no_more_after_many_steps() -> None:
     for _ in range(20):
         optimizer.step()
     assert size() == before
+
+
+@pytest.mark.parametrize("backend", ["auto", "eager"])
+@pytest.mark.parametrize("name", ["clippy", "lamb", "clippy_adam"])
+def test_no_memory_is_held_that_grows_with_the_steps(name: str, backend: str) -> None:
+    table, layer = nn.Embedding(9, 3, sparse=True), nn.Linear(3, 2)
+    given = {"collect_stats": True, "on_nonfinite": "skip", "backend": backend, "embedding": {"method": name}}
+    optimizer = optim.build_optimizer(name, nn.ModuleList([table, layer]), lr=0.1, **given)
+
+    def steps(count: int) -> tuple[int, int]:
+        """Take steps; return how many tensors are alive, and the bytes that Python holds."""
+        for _ in range(count):
+            optimizer.zero_grad()
+            layer(table(torch.tensor([1, 1, 4]))).sum().backward()
+            optimizer.step()
+            optimizer.clip_stats()
+        gc.collect()
+        return sum(
+            issubclass(type(thing), torch.Tensor) for thing in gc.get_objects()
+        ), tracemalloc.get_traced_memory()[0]
+
+    tracemalloc.start()
+    try:
+        steps(20)
+        tensors, held = steps(20)
+        more, still_held = steps(100)
+    finally:
+        tracemalloc.stop()
+    assert more == tensors
+    assert still_held - held < 20_000  # of a hundred steps: Python's own caches fill for some hundred steps, then stop

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from torch.optim import lr_scheduler
+from torch._dynamo.testing import CompileCounter
+from torch.optim import lr_scheduler, swa_utils
 
 import optim
 
@@ -106,7 +107,18 @@ SCHEDULERS: dict[str, Callable[[torch.optim.Optimizer], Any]] = {
     ),
     "ChainedScheduler": lambda o: lr_scheduler.ChainedScheduler([lr_scheduler.ConstantLR(o, 0.1)], optimizer=o),
     "ReduceLROnPlateau": lambda o: lr_scheduler.ReduceLROnPlateau(o, patience=0),
+    "SWALR": lambda o: swa_utils.SWALR(o, swa_lr=0.01, anneal_epochs=3),
 }
+
+
+def test_no_schedule_of_torchs_is_forgotten() -> None:
+    public = {name for module in (lr_scheduler, swa_utils) for name in module.__all__ if _is_schedule(module, name)}
+    assert set(SCHEDULERS) == public
+
+
+def _is_schedule(module: Any, name: str) -> bool:
+    known = getattr(module, name)
+    return isinstance(known, type) and issubclass(known, lr_scheduler.LRScheduler) and name != "LRScheduler"
 
 
 @pytest.mark.parametrize("kind", SCHEDULERS)
@@ -256,5 +268,29 @@ def test_the_step_compiles_and_gives_the_same_result(name: str, compiler: str) -
             torch.manual_seed(seed)
             model(torch.randn(8, 4)).square().mean().backward()
             go()
+    for mine, theirs in zip(plain.parameters(), compiled.parameters(), strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch", "ignore::FutureWarning:torch")
+def test_the_step_is_one_graph_that_follows_a_tensor_learning_rate(name: str) -> None:
+    (plain, first), (compiled, second) = make(name), make(name)
+    rates = [torch.tensor(0.1), torch.tensor(0.1)]
+    for (model, optimizer), rate in zip(((plain, first), (compiled, second)), rates, strict=True):
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        train(model, optimizer, 1, seed=1)
+    torch._dynamo.reset()
+    graphs = CompileCounter()
+    step = torch.compile(second.step, backend=graphs, fullgraph=True)
+    for seed, value in ((2, 0.1), (3, 0.3), (4, 0.01)):
+        for model, optimizer, rate, go in ((plain, first, rates[0], first.step), (compiled, second, rates[1], step)):
+            rate.fill_(value)
+            optimizer.zero_grad(set_to_none=False)
+            torch.manual_seed(seed)
+            model(torch.randn(8, 4)).square().mean().backward()
+            go()
+    assert graphs.frame_count == 1  # a number in place of the tensor would be compiled anew for every value
     for mine, theirs in zip(plain.parameters(), compiled.parameters(), strict=True):
         torch.testing.assert_close(mine, theirs)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import optim
-from optim import native
+from optim.native.kernels import is_available
 
 SHAPES = [(300, 301), (17,), ()]
 
@@ -105,7 +105,7 @@ def test_what_the_kernels_skip_never_holds_the_maximum(scale: float, weights: fl
 
 @pytest.mark.skipif(not any(map(shutil.which, ("cc", "gcc", "clang"))), reason="no C compiler")
 def test_the_kernels_compile_where_there_is_a_compiler() -> None:
-    assert native.is_available()
+    assert is_available()
 
 
 def test_an_accumulator_changed_from_outside_is_looked_at_again() -> None:

@@ -33,7 +33,8 @@ enum { CHUNK = 1 << 16, BLOCK = 512, LANES = 32, WAYS = 4, AHEAD = 1024 };
 
 /* Ask for what a loop will read AHEAD bytes from now; past the end of a tensor this does nothing. */
 INLINE void prefetch(const void *from, int bytes) {
-    for (int line = 0; line < bytes; line += 64) __builtin_prefetch((const void *)((uintptr_t)from + AHEAD + line), 0, 3);
+    const uintptr_t ahead = (uintptr_t)from + AHEAD;
+    for (int line = 0; line < bytes; line += 64) __builtin_prefetch((const void *)(ahead + line), 0, 3);
 }
 
 #define REAL float
@@ -69,7 +70,8 @@ static double larger(double a, double b) { return a != a || a > b ? a : b; } /* 
 
 /* parts: [chunks of all tensors, COLUMNS], the reductions of every chunk; out: [count, COLUMNS], of every tensor.
  * The sums run over chunks in order, whatever the number of threads. */
-void optim_reduce(const Tensor *tensors, int64_t count, const Settings *s, double *parts, double *out, int64_t threads) {
+void optim_reduce(const Tensor *tensors, int64_t count, const Settings *s, double *parts, double *out,
+                  int64_t threads) {
     memset(out, 0, count * COLUMNS * sizeof(double));
     for (int64_t t = 0; t < count; t++) {
         const Tensor *tensor = &tensors[t];
@@ -121,6 +123,35 @@ void optim_step(const Tensor *tensors, int64_t count, const Settings *s, const F
             size[MOVED_MAX] = larger(size[MOVED_MAX], parts[c * SIZES + MOVED_MAX]);
         }
     }
+}
+
+/* The rows of one table, and where copies of them lie, one after the other. */
+typedef struct {
+    char *table, *copy;
+    int64_t bytes; /* a row */
+} Rows;
+
+INLINE void move_row(const Rows *r, const int64_t *rows, int64_t i, int64_t soon, int back) {
+    char *there = r->table + rows[i] * r->bytes, *here = r->copy + i * r->bytes;
+    const char *next = r->table + rows[soon] * r->bytes;
+    for (int64_t line = 0; line < r->bytes; line += 64) __builtin_prefetch(next + line, 1, 3);
+    memcpy(back ? there : here, back ? here : there, r->bytes);
+}
+
+/* Copy rows of several tables of one height out of them, or back. Every row is a miss of the cache and of the page
+ * table's: rows are asked for EARLY ahead, of all tables at once, so that the misses overlap. Returns whether an index
+ * is outside of the tables; nothing has been touched then. */
+int64_t optim_move_rows(const Rows *tables, int64_t count, const int64_t *rows, int64_t n, int64_t height, int64_t back,
+                        int64_t threads) {
+    enum { EARLY = 24, WORTH = 2048 };
+    for (int64_t i = 0; i < n; i++)
+        if (rows[i] < 0 || rows[i] >= height) return 1;
+#pragma omp parallel for num_threads(threads) schedule(static) if (n >= WORTH)
+    for (int64_t i = 0; i < n; i++) {
+        const int64_t soon = i + EARLY < n ? i + EARLY : n - 1;
+        for (int64_t t = 0; t < count; t++) move_row(&tables[t], rows, i, soon, back != 0);
+    }
+    return 0;
 }
 
 double optim_minimum(const void *values, int64_t n, int64_t wide) {

@@ -196,7 +196,8 @@ INLINE void NAME(step)(REAL *restrict w, const REAL *restrict g, REAL *restrict 
         if (s->inside) CALL(0, 1) else CALL(0, 0)              \
     }
 
-static void NAME(reduce_chunk)(const Tensor *t, int64_t begin, int64_t n, const Settings *s, double *worst, double *out) {
+static void NAME(reduce_chunk)(const Tensor *t, int64_t begin, int64_t n, const Settings *s, double *worst,
+                               double *out) {
     const REAL *w = (const REAL *)t->weight + begin, *g = (const REAL *)t->grad + begin;
     const REAL *total = (const REAL *)t->total + begin;
     REAL so_far = *worst;

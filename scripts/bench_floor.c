@@ -1,0 +1,96 @@
+/* What the memory of a method costs, and nothing else: benchmark only. Chunks, threads, prefetching and the second
+ * pass's way backwards are those of src/optim/native. Built and called by bench_floor.py. */
+
+#include <stdint.h>
+
+enum { CHUNK = 1 << 16, LANES = 32, AHEAD = 1024 };
+enum { READ_G = 1, READ_W = 2, READ_TOTAL = 4 };
+
+typedef struct {
+    float *weight;
+    const float *grad;
+    float *total;
+    int64_t size;
+} Tensor;
+
+static inline void ask(const float *from) {
+    const uintptr_t ahead = (uintptr_t)from + AHEAD;
+    __builtin_prefetch((const void *)ahead, 0, 3), __builtin_prefetch((const void *)(ahead + 64), 0, 3);
+}
+
+/* One addition a coordinate and stream: less than any rule needs. */
+static float sum(const float *x, int64_t n) {
+    float lanes[LANES] = {0}, result = 0;
+    int64_t i = 0;
+    for (; i + LANES <= n; i += LANES) {
+        ask(x + i);
+        for (int k = 0; k < LANES; k++) lanes[k] += x[i + k];
+    }
+    for (; i < n; i++) result += x[i];
+    for (int k = 0; k < LANES; k++) result += lanes[k];
+    return result;
+}
+
+static float sum3(const float *restrict x, const float *restrict y, const float *restrict z, int64_t n) {
+    float lanes[LANES] = {0}, result = 0;
+    int64_t i = 0;
+    for (; i + LANES <= n; i += LANES) {
+        ask(x + i), ask(y + i), ask(z + i);
+        for (int k = 0; k < LANES; k++) lanes[k] += x[i + k] + y[i + k] + z[i + k];
+    }
+    for (; i < n; i++) result += x[i] + y[i] + z[i];
+    for (int k = 0; k < LANES; k++) result += lanes[k];
+    return result;
+}
+
+static float sum2(const float *restrict x, const float *restrict y, int64_t n) {
+    float lanes[LANES] = {0}, result = 0;
+    int64_t i = 0;
+    for (; i + LANES <= n; i += LANES) {
+        ask(x + i), ask(y + i);
+        for (int k = 0; k < LANES; k++) lanes[k] += x[i + k] + y[i + k];
+    }
+    for (; i < n; i++) result += x[i] + y[i];
+    for (int k = 0; k < LANES; k++) result += lanes[k];
+    return result;
+}
+
+/* With zero = 0, which the compiler does not know, this writes back what it read. */
+static void update(float *restrict w, const float *restrict g, float *restrict total, int64_t n, float zero) {
+    int64_t i = 0;
+    for (; i + LANES <= n; i += LANES) {
+        ask(w + i), ask(g + i), ask(total + i);
+        for (int k = 0; k < LANES; k++) w[i + k] += zero * g[i + k], total[i + k] += zero * g[i + k];
+    }
+    for (; i < n; i++) w[i] += zero * g[i], total[i] += zero * g[i];
+}
+
+/* First pass: read what `reads` names (nothing: no pass); second pass: read w, g, G, write w, G. */
+double floor_step(const Tensor *tensors, int64_t count, int64_t reads, double zero, int64_t threads) {
+    double seen = 0;
+    for (int64_t t = 0; reads && t < count; t++) {
+        const Tensor x = tensors[t];
+        const int64_t chunks = (x.size + CHUNK - 1) / CHUNK;
+#pragma omp parallel for num_threads(threads) schedule(static) reduction(+ : seen) if (chunks > 1)
+        for (int64_t c = 0; c < chunks; c++) {
+            const int64_t at = c * CHUNK, n = x.size - at < CHUNK ? x.size - at : CHUNK;
+            const float *w = x.weight + at, *g = x.grad + at, *total = x.total + at;
+            if (reads == (READ_G | READ_W | READ_TOTAL))
+                seen += sum3(w, g, total, n);
+            else if (reads == (READ_G | READ_W))
+                seen += sum2(w, g, n);
+            else
+                seen += sum(g, n);
+        }
+    }
+    for (int64_t t = count - 1; t >= 0; t--) {
+        const Tensor x = tensors[t];
+        const int64_t chunks = (x.size + CHUNK - 1) / CHUNK;
+#pragma omp parallel for num_threads(threads) schedule(static) if (chunks > 1)
+        for (int64_t b = 0; b < chunks; b++) {
+            const int64_t at = (chunks - 1 - b) * CHUNK, n = x.size - at < CHUNK ? x.size - at : CHUNK;
+            update(x.weight + at, x.grad + at, x.total + at, n, (float)zero);
+        }
+    }
+    return seen;
+}
