@@ -36,6 +36,7 @@ class DivergenceWatch(Callback):
         self._stop = stop
         self._settings = dict(settings or {})
         self._state: dict[str, Any] | None = None
+        self._taken = 0  # optimizer steps
         self.folder: RunFolder | None = None
         self.rescue: Callable[[pl.Trainer, RankingModule, list[Event]], bool] | None = None
         self.detector: DivergenceDetector | None = None
@@ -47,6 +48,10 @@ class DivergenceWatch(Callback):
         if self._state is not None:
             self.detector.load_state_dict(self._state)
 
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Begins where training begins."""
+        self._taken = trainer.global_step
+
     def on_train_batch_end(
         self,
         trainer: pl.Trainer,
@@ -55,15 +60,17 @@ class DivergenceWatch(Callback):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        """Feeds the step; looks at the verdict now and then."""
+        """Feeds the batch under the step it belongs to; looks at the verdict now and then, between two steps."""
         assert isinstance(pl_module, RankingModule)
         assert self.detector is not None
         assert pl_module.signals is not None
         signals = pl_module.signals
-        step = trainer.global_step
+        completed = trainer.global_step != self._taken  # gradients may be accumulated over several batches
+        self._taken = trainer.global_step
+        step = self._taken + (not completed)
         shared = reduce_signals(signals.losses_T, signals.auc_T, signals.spread_T, signals.nonfinite)
         self.detector.update(step, **shared)
-        if step % self._poll_every == 0:
+        if completed and step % self._poll_every == 0:
             events = self._look(trainer, pl_module)
             if events and self.rescue is not None and self.rescue(trainer, pl_module, events):
                 return
