@@ -177,6 +177,23 @@ def test_two_ddp_processes_train_as_one_on_the_joined_batches(
 
 
 @pytest.mark.slow
+def test_the_global_clip_of_two_processes_is_that_of_one(train_tiny: Callable[..., Finished], tmp_path: Path) -> None:
+    settings = ("train.max_steps=20", "mitigation=global_clip", "trainer.gradient_clip_val=0.05", "optim=adagrad")
+    settings = (*settings, "lr_mult=0.1", "train.eval_every=0", "train.checkpoint_every=20")
+    one = train_tiny(tmp_path / "one", *settings)
+    loose = train_tiny(tmp_path / "loose", *settings, "trainer.gradient_clip_val=1e9")
+    process = train_process(*TINY, *settings, *TWO_RANKS, f"hydra.run.dir={tmp_path / 'two'}")
+    _, errors = process.communicate(timeout=200)
+    assert process.returncode == 0, errors
+
+    alone, joined, unclipped = (weights(run) for run in (one.folder, tmp_path / "two", loose.folder))
+    names = [name for name in alone if alone[name].is_floating_point() and name.startswith("net.")]
+    assert names
+    assert all(torch.allclose(alone[name], joined[name], rtol=1e-3, atol=1e-4) for name in names)
+    assert any(not torch.allclose(alone[name], unclipped[name], rtol=1e-3, atol=1e-4) for name in names)
+
+
+@pytest.mark.slow
 def test_a_multirun_of_ddp_jobs_runs_each_job_once(tmp_path: Path) -> None:
     process = train_process(
         "-m",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -82,9 +83,22 @@ class RunFolder:
         self._replace(SUMMARY, json.dumps(plain(summary), indent=2, allow_nan=False) + "\n")
 
     def append_event(self, event: Mapping[str, Any]) -> None:
-        """Adds one line to events.jsonl."""
-        with (self.path / EVENTS).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(plain(event), allow_nan=False) + "\n")
+        """Adds one line to events.jsonl, whole or not at all.
+
+        Raises:
+            UserError: it cannot be written, such as on a full disk.
+        """
+        path = self.path / EVENTS
+        size = path.stat().st_size if path.is_file() else 0
+        try:
+            with path.open("ab") as file:
+                file.write(json.dumps(plain(event), allow_nan=False).encode() + b"\n")
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                os.truncate(path, size)
+            raise UserError(
+                f"{path} cannot be written: {error.strerror}; free space, then go on with resume={self.path}"
+            ) from error
 
     def keep_events_until(self, step: int) -> None:
         """Drops events after a step, when a run goes on from it and will see them again."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from ranker.errors import UserError
 from ranker.training.module import RankingModule
 from ranker.training.run_folder import RunFolder
 from ranker.training.snapshots import Snapshot, capture
+
+logger = logging.getLogger(__name__)
 
 
 class SnapshotRing(Callback):
@@ -84,7 +87,13 @@ class SnapshotRing(Callback):
             return
         self.snapshots = [*self.snapshots, snapshot][-self._keep :]
         if self._disk and self._path is not None:
-            snapshot.save(self._path / f"step={snapshot.step}.pt")
+            path = self._path / f"step={snapshot.step}.pt"
+            try:
+                snapshot.save(path)
+            except (OSError, RuntimeError) as error:  # torch.save raises the latter for a full disk
+                self._disk = 0  # and the older ones go: a rollback needs those in memory alone, a full disk the room
+                reason = " ".join(str(error).split())
+                logger.warning("no more snapshots on disk, %s cannot be written: %s", path, reason)
             self._tidy_disk()
 
     def _read_back(self, trainer: pl.Trainer) -> None:

@@ -50,8 +50,11 @@ class Snapshot:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         fields = {"step": self.step, "position": self.position, "state": self.state, "healthy": self.healthy}
-        torch.save({"format": FORMAT, **fields}, temporary)
-        temporary.replace(path)
+        try:
+            torch.save({"format": FORMAT, **fields}, temporary)
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)  # what a full disk left of it
 
     @classmethod
     def load(cls, path: Path) -> Snapshot:

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import json
 import math
+import resource
+import signal
 from pathlib import Path
 
 import pytest
@@ -57,3 +59,29 @@ def test_a_folder_without_a_run_cannot_be_resumed(tmp_path: Path) -> None:
 
 def test_versions_name_what_decides_the_numbers() -> None:
     assert versions()["torch"].startswith("2.")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device here that is always full")
+def test_an_event_that_cannot_be_written_is_one_line_that_says_how_to_go_on(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    (tmp_path / "events.jsonl").symlink_to("/dev/full")
+
+    with pytest.raises(UserError, match=r"events.jsonl cannot be written: No space left.*resume="):
+        folder.append_event({"step": 1})
+
+
+def test_half_an_event_is_taken_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = RunFolder(tmp_path)
+    folder.append_event({"step": 1})
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    size = (tmp_path / "events.jsonl").stat().st_size
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size + 5, limit[1]))
+    try:
+        with pytest.raises(UserError, match="cannot be written"):
+            folder.append_event({"step": 2, "reason": "long enough"})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        signal.signal(signal.SIGXFSZ, handler)
+
+    assert (tmp_path / "events.jsonl").read_text() == '{"step": 1}\n'

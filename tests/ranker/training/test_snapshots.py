@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import random
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import torch
 from pytorch_lightning.callbacks import Callback
 
 from ranker.errors import UserError
+from ranker.training.run_folder import RunFolder
 from ranker.training.snapshot_ring import SnapshotRing
 from ranker.training.snapshots import Snapshot, capture, restore
 
@@ -132,3 +134,23 @@ def test_the_ring_keeps_the_newest_and_is_bounded(fit):
 def test_numbers_out_of_range_are_refused():
     with pytest.raises(UserError, match="disk"):
         SnapshotRing(keep=2, disk=3)
+
+
+def test_a_full_disk_ends_the_snapshots_on_it_and_not_the_run(fit, tmp_path, monkeypatch, caplog):
+    save = torch.save
+
+    def full_after_some_bytes(fields, path):
+        save(fields, path)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    ring = SnapshotRing(every=10, keep=3, disk=3)
+    ring.folder = RunFolder(tmp_path)
+    monkeypatch.setattr(torch, "save", full_after_some_bytes)
+
+    trainer = fit([ring])
+
+    assert trainer.global_step == 48
+    assert [s.step for s in ring.snapshots][-1] == 40, "those in memory go on"
+    assert [p for p in (tmp_path / "snapshots").rglob("*") if p.is_file()] == []
+    (said,) = [record.getMessage() for record in caplog.records if "no more snapshots" in record.getMessage()]
+    assert "No space left on device" in said
