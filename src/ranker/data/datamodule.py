@@ -171,8 +171,8 @@ class RankingDataModule(pl.LightningDataModule):
             UserError: it was written with another choice of dense_statistics.
         """
         self.position = int(state_dict["position"])
-        for file, group, rows in state_dict.get("bad_rows", ()):
-            self.log.bad_rows[file, group] = rows  # type: ignore[attr-defined]
+        known_bad = getattr(self.log, "bad_rows", {})
+        known_bad.update({(file, group): rows for file, group, rows in state_dict.get("bad_rows", ())})
         known = state_dict.get("dense_statistics")
         if (known is None) != (self._past is None):
             wrote = "none" if known is None else "past_windows"

@@ -101,12 +101,8 @@ def open_root(root: str) -> Root:
         return Root(filesystem=fs.LocalFileSystem(), path=root, url=root)
     try:
         filesystem, path = fs.FileSystem.from_uri(root)
-    except (
-        pa.ArrowInvalid,
-        pa.ArrowNotImplementedError,
-        ValueError,
-        ImportError,
-    ):  # Arrow hands hf:// to fsspec itself
+    # ImportError: Arrow hands hf:// to fsspec by itself.
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, ValueError, ImportError):
         filesystem, path = _from_fsspec(root)
     return Root(filesystem=filesystem, path=path, url=root)
 
