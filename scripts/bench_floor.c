@@ -3,7 +3,7 @@
 
 #include <stdint.h>
 
-enum { CHUNK = 1 << 16, LANES = 32, AHEAD = 1024 };
+enum { CHUNK = 1 << 16, LANES = 32, WAYS = 4, AHEAD = 1024 };
 enum { READ_G = 1, READ_W = 2, READ_TOTAL = 4 };
 
 typedef struct {
@@ -18,42 +18,21 @@ static inline void ask(const float *from) {
     __builtin_prefetch((const void *)ahead, 0, 3), __builtin_prefetch((const void *)(ahead + 64), 0, 3);
 }
 
-/* One addition a coordinate and stream: less than any rule needs. */
-static float sum(const float *x, int64_t n) {
-    float lanes[LANES] = {0}, result = 0;
-    int64_t i = 0;
-    for (; i + LANES <= n; i += LANES) {
-        ask(x + i);
-        for (int k = 0; k < LANES; k++) lanes[k] += x[i + k];
+/* One addition a coordinate and stream: less than any rule needs. From WAYS places at once, as the kernels' norms read. */
+#define SUM(name, streams, value)                                                      \
+    static float name streams {                                                        \
+        float lanes[LANES] = {0}, result = 0;                                          \
+        const int64_t part = n / WAYS / LANES * LANES;                                 \
+        for (int64_t j = 0; j < part; j += LANES)                                      \
+            for (int way = 0; way < WAYS; way++)                                       \
+                for (int64_t k = 0, i = way * part + j; k < LANES; k++, i++) lanes[k] += value; \
+        for (int64_t i = WAYS * part; i < n; i++) result += value;                     \
+        for (int k = 0; k < LANES; k++) result += lanes[k];                            \
+        return result;                                                                 \
     }
-    for (; i < n; i++) result += x[i];
-    for (int k = 0; k < LANES; k++) result += lanes[k];
-    return result;
-}
-
-static float sum3(const float *restrict x, const float *restrict y, const float *restrict z, int64_t n) {
-    float lanes[LANES] = {0}, result = 0;
-    int64_t i = 0;
-    for (; i + LANES <= n; i += LANES) {
-        ask(x + i), ask(y + i), ask(z + i);
-        for (int k = 0; k < LANES; k++) lanes[k] += x[i + k] + y[i + k] + z[i + k];
-    }
-    for (; i < n; i++) result += x[i] + y[i] + z[i];
-    for (int k = 0; k < LANES; k++) result += lanes[k];
-    return result;
-}
-
-static float sum2(const float *restrict x, const float *restrict y, int64_t n) {
-    float lanes[LANES] = {0}, result = 0;
-    int64_t i = 0;
-    for (; i + LANES <= n; i += LANES) {
-        ask(x + i), ask(y + i);
-        for (int k = 0; k < LANES; k++) lanes[k] += x[i + k] + y[i + k];
-    }
-    for (; i < n; i++) result += x[i] + y[i];
-    for (int k = 0; k < LANES; k++) result += lanes[k];
-    return result;
-}
+SUM(sum, (const float *x, int64_t n), x[i])
+SUM(sum2, (const float *x, const float *y, int64_t n), x[i] + y[i])
+SUM(sum3, (const float *x, const float *y, const float *z, int64_t n), x[i] + y[i] + z[i])
 
 /* With zero = 0, which the compiler does not know, this writes back what it read. */
 static void update(float *restrict w, const float *restrict g, float *restrict total, int64_t n, float zero) {
@@ -79,6 +58,8 @@ double floor_step(const Tensor *tensors, int64_t count, int64_t reads, double ze
                 seen += sum3(w, g, total, n);
             else if (reads == (READ_G | READ_W))
                 seen += sum2(w, g, n);
+            else if (reads == (READ_G | READ_TOTAL))
+                seen += sum2(total, g, n);
             else
                 seen += sum(g, n);
         }

@@ -12,7 +12,7 @@ typedef struct {
     void *total;   /* the accumulator G */
     int64_t size;  /* coordinates */
     int64_t wide;  /* double, not float */
-    double floor;  /* no coordinate of G is below */
+    double *floors; /* [chunks]: no coordinate of G in a chunk is below; null: not kept */
 } Tensor;
 
 typedef struct {
@@ -84,9 +84,9 @@ void optim_reduce(const Tensor *tensors, int64_t count, const Settings *s, doubl
             for (int64_t c = 0; c < n; c++) {
                 double *part = parts + c * COLUMNS;
                 if (tensor->wide)
-                    reduce_chunk_double(tensor, c * CHUNK, width(tensor, c), s, &worst, part);
+                    reduce_chunk_double(tensor, c, width(tensor, c), s, &worst, part);
                 else
-                    reduce_chunk_float(tensor, c * CHUNK, width(tensor, c), s, &worst, part);
+                    reduce_chunk_float(tensor, c, width(tensor, c), s, &worst, part);
             }
         }
         double *sum = out + t * COLUMNS;
@@ -113,9 +113,9 @@ void optim_step(const Tensor *tensors, int64_t count, const Settings *s, const F
             const int64_t c = n - 1 - b;
             double *part = parts ? parts + c * SIZES : 0;
             if (tensor->wide)
-                step_chunk_double(tensor, c * CHUNK, width(tensor, c), s, &factors[t], part);
+                step_chunk_double(tensor, c, width(tensor, c), s, &factors[t], part);
             else
-                step_chunk_float(tensor, c * CHUNK, width(tensor, c), s, &factors[t], part);
+                step_chunk_float(tensor, c, width(tensor, c), s, &factors[t], part);
         }
         for (int64_t c = 0; parts && c < n; c++) {
             double *size = out + t * SIZES;
@@ -154,6 +154,12 @@ int64_t optim_move_rows(const Rows *tables, int64_t count, const int64_t *rows, 
     return 0;
 }
 
-double optim_minimum(const void *values, int64_t n, int64_t wide) {
-    return wide ? minimum_double(values, n) : minimum_float(values, n);
+/* out: [chunks], the smallest value of every chunk. */
+void optim_minima(const void *values, int64_t n, int64_t wide, double *out) {
+    const Tensor whole = {.size = n};
+    for (int64_t c = 0; c < chunks(&whole); c++) {
+        const int64_t at = c * CHUNK, count = width(&whole, c);
+        out[c] = wide ? minimum_double((const double *)values + at, count)
+                      : minimum_float((const float *)values + at, count);
+    }
 }

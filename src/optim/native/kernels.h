@@ -76,22 +76,24 @@ INLINE REAL NAME(largest_gradient)(const REAL *restrict g, int n) {
 }
 
 /* Whether any coordinate of a block may overshoot by `worst` or more: the comparison of squares, without root or
- * division. The margin keeps the rounding of the dozen operations on the safe side. NaN compares as "may". */
+ * division. The margin keeps the rounding of the dozen operations on the safe side. NaN compares as "may".
+ * Not weights: as if every weight were 0, whose bound is the least; only without weight decay. */
 INLINE int NAME(may_exceed)(const REAL *restrict w, const REAL *restrict g, const REAL *restrict total, int n,
-                            const Settings *s, REAL worst, int delayed) {
+                            const Settings *s, REAL worst, int delayed, int weights) {
     const REAL sign = s->sign, decay = s->decay, relative = s->lambda_rel, absolute = s->lambda_abs;
     const REAL limit = worst * worst * (1 - 16 * EPSILON);
     WORD hit[LANES] = {0};
-#define AT(k)                                                                                               \
-    {                                                                                                       \
-        const REAL wi = w[i + k], gi = sign * g[i + k] + decay * wi, bound = relative * FABS(wi) + absolute; \
-        const REAL square = gi * gi, base = delayed ? total[i + k] : total[i + k] + square;                 \
-        hit[k] |= !(square < limit * (bound * bound * base));                                               \
+#define AT(k)                                                                               \
+    {                                                                                       \
+        const REAL wi = weights ? w[i + k] : (REAL)0, gi = sign * g[i + k] + decay * wi;    \
+        const REAL bound = relative * FABS(wi) + absolute;                                  \
+        const REAL square = gi * gi, base = delayed ? total[i + k] : total[i + k] + square; \
+        hit[k] |= !(square < limit * (bound * bound * base));                               \
     }
     int i = 0;
     for (; i + LANES <= n; i += LANES) {
-        prefetch(w + i, LANES * sizeof(REAL)), prefetch(g + i, LANES * sizeof(REAL));
-        prefetch(total + i, LANES * sizeof(REAL));
+        if (weights) prefetch(w + i, LANES * sizeof(REAL));
+        prefetch(g + i, LANES * sizeof(REAL)), prefetch(total + i, LANES * sizeof(REAL));
         for (int k = 0; k < LANES; k++) AT(k)
     }
     for (int k = 0; i + k < n; k++) AT(k)
@@ -129,24 +131,33 @@ INLINE REAL NAME(block_overshoot)(const REAL *restrict w, const REAL *restrict g
     return result + nan;
 }
 
-/* The chunk's maximum overshoot where it raises `worst`, else 0. Most blocks are settled by their gradients alone:
- * G >= floor and bound >= lambda_abs limit what the largest of them could do. */
+/* The chunk's maximum overshoot where it raises `worst`, else 0. What reads least settles most blocks: first the
+ * gradients alone (G >= floor and bound >= lambda_abs limit what the largest of them could do), then those and G. A
+ * question that did not settle several blocks in a row is asked only now and then. */
 INLINE REAL NAME(overshoot)(const REAL *restrict w, const REAL *restrict g, const REAL *restrict total, int64_t n,
                             const Settings *s, double floor, REAL *worst, int delayed, int inside) {
+    enum { PATIENCE = 4, PAUSE = 16 };
     REAL raised = 0;
-    int open = 0; /* blocks in a row that their gradients alone did not settle: after a few, ask only now and then */
+    int grads = 0, totals = 0; /* blocks in a row that were not settled by either */
     for (int64_t i = 0; i < n; i += BLOCK) {
-        const int width = n - i < BLOCK ? (int)(n - i) : BLOCK;
-        if (s->decay == 0 && (open < 4 || i % (16 * BLOCK) == 0)) {
+        const int width = n - i < BLOCK ? (int)(n - i) : BLOCK, again = s->decay == 0 && i % (PAUSE * BLOCK) == 0;
+        if (again || (s->decay == 0 && grads < PATIENCE)) {
             const double top = NAME(largest_gradient)(g + i, width);
             const double root = sqrt(delayed ? floor : floor + top * top);
             if (top * 1.0001 < *worst * s->lambda_abs * root) {
-                open = 0;
+                grads = 0;
                 continue;
             }
+            grads++;
         }
-        open++;
-        if (!NAME(may_exceed)(w + i, g + i, total + i, width, s, *worst, delayed)) continue;
+        if (again || (s->decay == 0 && totals < PATIENCE)) {
+            if (!NAME(may_exceed)(w + i, g + i, total + i, width, s, *worst, delayed, 0)) {
+                totals = 0;
+                continue;
+            }
+            totals++;
+        }
+        if (!NAME(may_exceed)(w + i, g + i, total + i, width, s, *worst, delayed, 1)) continue;
         const REAL over = NAME(block_overshoot)(w + i, g + i, total + i, width, s, delayed, inside);
         if (over != over) return over;
         if (over > *worst) raised = *worst = over;
@@ -154,20 +165,23 @@ INLINE REAL NAME(overshoot)(const REAL *restrict w, const REAL *restrict g, cons
     return raised;
 }
 
-/* size: null, or [MOVED_SQ, MOVED_MAX] of the step taken: the memory is read anyway, so measuring here is free. */
-INLINE void NAME(step)(REAL *restrict w, const REAL *restrict g, REAL *restrict total, int64_t n, const Settings *s,
+/* size: null, or [MOVED_SQ, MOVED_MAX] of the step taken: the memory is read anyway, so measuring here is free.
+ * Returns the smallest of the new G, for the same reason. */
+INLINE REAL NAME(step)(REAL *restrict w, const REAL *restrict g, REAL *restrict total, int64_t n, const Settings *s,
                        const Factors *f, double *size, int delayed, int inside, int measure) {
     const REAL sign = s->sign, decay = s->decay, eps = s->eps;
     const REAL keep = f->keep, rate = f->rate, fed = f->fed, seen = f->seen;
-    REAL square[LANES] = {0}, largest[LANES] = {0};
+    REAL square[LANES] = {0}, largest[LANES] = {0}, least[LANES];
+    for (int k = 0; k < LANES; k++) least[k] = INFINITY;
 #define AT(k)                                                                                                   \
     {                                                                                                           \
         const REAL wi = w[i + k], gi = sign * g[i + k] + decay * wi, used = seen * gi, feed = fed * gi;         \
-        const REAL before = total[i + k];                                                                       \
+        const REAL before = total[i + k], after = before + feed * feed;                                                                       \
         /* rate * used first: the order of torch's fused Adagrad, with which this then agrees to the bit. */    \
         const REAL move = rate * used / NAME(root)(before, used, eps, delayed, inside);                         \
         w[i + k] = keep * wi - move;                                                                            \
-        total[i + k] = before + feed * feed;                                                                    \
+        total[i + k] = after;                                                                                   \
+        least[k] = after < least[k] ? after : least[k];                                                         \
         if (measure) {                                                                                          \
             square[k] += move * move;                                                                           \
             largest[k] = FABS(move) > largest[k] ? FABS(move) : largest[k];                                     \
@@ -181,12 +195,14 @@ INLINE void NAME(step)(REAL *restrict w, const REAL *restrict g, REAL *restrict 
     }
     for (int k = 0; i + k < n; k++) AT(k)
 #undef AT
-    if (!measure) return;
+    for (int k = 1; k < LANES; k++) least[0] = least[k] < least[0] ? least[k] : least[0];
+    if (!measure) return least[0];
     for (int k = 0; k < LANES; k++) {
         size[MOVED_SQ] += square[k];
         if (largest[k] > size[MOVED_MAX]) size[MOVED_MAX] = largest[k];
     }
     if (size[MOVED_SQ] != size[MOVED_SQ]) size[MOVED_MAX] = NAN;
+    return least[0];
 }
 
 #define DISPATCH(CALL)                                         \
@@ -196,13 +212,15 @@ INLINE void NAME(step)(REAL *restrict w, const REAL *restrict g, REAL *restrict 
         if (s->inside) CALL(0, 1) else CALL(0, 0)              \
     }
 
-static void NAME(reduce_chunk)(const Tensor *t, int64_t begin, int64_t n, const Settings *s, double *worst,
+static void NAME(reduce_chunk)(const Tensor *t, int64_t chunk, int64_t n, const Settings *s, double *worst,
                                double *out) {
+    const int64_t begin = chunk * CHUNK;
+    const double floor = t->floors ? t->floors[chunk] : 0;
     const REAL *w = (const REAL *)t->weight + begin, *g = (const REAL *)t->grad + begin;
     const REAL *total = (const REAL *)t->total + begin;
     REAL so_far = *worst;
     /* Where eps is below the rounding of the smallest root; so is the floor then above 0. */
-    const int rootless = s->updates && !s->largest && s->eps < (s->inside ? t->floor : sqrt(t->floor)) * EPSILON / 4;
+    const int rootless = s->updates && !s->largest && s->eps < (s->inside ? floor : sqrt(floor)) * EPSILON / 4;
 #define CALL(d, i)                                                                               \
     {                                                                                            \
         if (rootless) NAME(norms)(w, g, total, n, s, out, d, i, 1, 1, 1);                        \
@@ -212,24 +230,27 @@ static void NAME(reduce_chunk)(const Tensor *t, int64_t begin, int64_t n, const 
         } else if (s->updates) NAME(norms)(w, g, total, n, s, out, d, i, 1, 1, 0);                 \
         else if (s->weights || s->decay != 0) NAME(norms)(w, g, total, n, s, out, d, i, 1, 0, 0); \
         else if (s->grads) NAME(norms)(w, g, total, n, s, out, d, i, 0, 0, 0);                   \
-        if (s->overshoot) out[OVERSHOOT] = NAME(overshoot)(w, g, total, n, s, t->floor, &so_far, d, i); \
+        if (s->overshoot) out[OVERSHOOT] = NAME(overshoot)(w, g, total, n, s, floor, &so_far, d, i);    \
     }
     DISPATCH(CALL)
 #undef CALL
     *worst = so_far;
 }
 
-static void NAME(step_chunk)(const Tensor *t, int64_t begin, int64_t n, const Settings *s, const Factors *f,
+static void NAME(step_chunk)(const Tensor *t, int64_t chunk, int64_t n, const Settings *s, const Factors *f,
                              double *size) {
+    const int64_t begin = chunk * CHUNK;
+    REAL least = 0;
     REAL *w = (REAL *)t->weight + begin, *total = (REAL *)t->total + begin;
     const REAL *g = (const REAL *)t->grad + begin;
 #define CALL(d, i)                                               \
     {                                                            \
-        if (size) NAME(step)(w, g, total, n, s, f, size, d, i, 1); \
-        else NAME(step)(w, g, total, n, s, f, size, d, i, 0);    \
+        if (size) least = NAME(step)(w, g, total, n, s, f, size, d, i, 1); \
+        else least = NAME(step)(w, g, total, n, s, f, size, d, i, 0);    \
     }
     DISPATCH(CALL)
 #undef CALL
+    if (t->floors) t->floors[chunk] = least;
 }
 
 static double NAME(minimum)(const void *values, int64_t n) {

@@ -28,7 +28,7 @@ class _Tensor(ctypes.Structure):
         ("total", ctypes.c_void_p),
         ("size", ctypes.c_int64),
         ("wide", ctypes.c_int64),
-        ("floor", ctypes.c_double),
+        ("floors", ctypes.c_void_p),
     )
 
 
@@ -49,8 +49,8 @@ class Native:
     """Dense, contiguous float32 and float64 tensors on the CPU, stepped by Adagrad under the rules of this package."""
 
     def __init__(self) -> None:
-        # By accumulator: its version when last looked at, and a value that none of its coordinates is below. G only
-        # grows, so that a step of ours (which does not count as a version) keeps the value true.
+        # By accumulator: its version when last looked at, and for every chunk a value that none of its coordinates is
+        # below. A step of ours (which does not count as a version) brings the values up to date.
         self._floors = WeakTensorKeyDictionary()
 
     def takes(self, work: Work) -> bool:
@@ -108,24 +108,30 @@ class Native:
 
     def _tensor(self, work: Work) -> _Tensor:
         total, wide = work.state["sum"], work.weight.dtype == torch.float64
+        floors = self._floors_of(work)
         return _Tensor(
-            work.weight.data_ptr(), work.grad.data_ptr(), total.data_ptr(), work.weight.numel(), wide, self._floor(work)
+            weight=work.weight.data_ptr(),
+            grad=work.grad.data_ptr(),
+            total=total.data_ptr(),
+            size=work.weight.numel(),
+            wide=wide,
+            floors=None if floors is None else floors.data_ptr(),
         )
 
-    def _floor(self, work: Work) -> float:
-        """Return a value that no coordinate of G is below; 0 where keeping one is not worth it."""
+    def _floors_of(self, work: Work) -> Tensor | None:
+        """Return, for every chunk, a value that no coordinate of G is below; None where it is not worth keeping."""
         kept, total = work.kept["sum"], work.state["sum"]
         if work.rows is not None or work.groups or total.numel() < CHUNK:
-            return 0.0
-        version, floor = self._floors.get(kept, (-1, 0.0))
+            return None
+        version, floors = self._floors.get(kept, (-1, None))
         if version != kept._version:
             library = load()
             assert library is not None, "takes() said that the kernels are there"
-            library.optim_minimum.restype = ctypes.c_double
-            wide = ctypes.c_int64(total.dtype == torch.float64)
-            floor = library.optim_minimum(ctypes.c_void_p(total.data_ptr()), ctypes.c_int64(total.numel()), wide)
-            self._floors[kept] = (kept._version, floor)
-        return floor
+            floors = torch.empty(-(-total.numel() // CHUNK), dtype=torch.float64)
+            size, wide = ctypes.c_int64(total.numel()), ctypes.c_int64(total.dtype == torch.float64)
+            library.optim_minima(ctypes.c_void_p(total.data_ptr()), size, wide, ctypes.c_void_p(floors.data_ptr()))
+            self._floors[kept] = (kept._version, floors)
+        return floors
 
 
 NATIVE = Native()
