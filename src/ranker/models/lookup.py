@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -22,17 +24,52 @@ def by_bag(
 def by_gather(
     weight: Tensor, rows_BC: Tensor, values_N: Tensor, offsets: Tensor, *, sparse: bool
 ) -> tuple[Tensor, Tensor]:
-    """The same as ``by_bag`` by one gather, for the CPU.
+    """The same as ``by_bag`` for the CPU.
 
-    There the backward passes of the embedding kernels take several times as long as that of ``index_select``, and two
-    of them would each fill a gradient as large as the table.
+    There the backward passes of the embedding kernels take several times as long as ``index_add``, and two of them
+    would each fill a gradient as large as the table.
     """
+    if not sparse and not torch.compiler.is_compiling():
+        one_hot, means = _RowsAndMeans.apply(weight, rows_BC.reshape(-1), values_N, offsets)
+        return one_hot.view(*rows_BC.shape, weight.shape[1]), means
     every = torch.cat([rows_BC.view(-1), values_N])
     found = F.embedding(every, weight, sparse=True) if sparse else weight.index_select(0, every)
     one_hot, items_ND = found.split([rows_BC.numel(), values_N.shape[0]])
+    sums = items_ND.new_zeros(offsets.shape[0] - 1, items_ND.shape[1]).index_add(
+        0, _owners(offsets, values_N), items_ND
+    )
+    return one_hot.view(*rows_BC.shape, weight.shape[1]), sums / _sizes(offsets)
 
+
+class _RowsAndMeans(torch.autograd.Function):
+    """torch's kernel for the means of lists, which never holds the lists' rows, with a backward of our own."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, rows_M: Tensor, values_N: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(rows_M, values_N, offsets)
+        ctx.shape = weight.shape
+        rows_MD = weight.index_select(0, rows_M)
+        if not values_N.shape[0]:
+            return rows_MD, weight.new_zeros(offsets.shape[0] - 1, weight.shape[1])
+        return rows_MD, F.embedding_bag(values_N, weight, offsets, mode="mean", include_last_offset=True)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (rows_M, values_N, offsets), (grad_MD, grad_LD) = ctx.saved_tensors, grads
+        items_ND = (grad_LD / _sizes(offsets)).index_select(0, _owners(offsets, values_N))
+        zeros = grad_MD.new_zeros(ctx.shape)
+        if torch.is_grad_enabled():  # for second derivatives
+            return zeros.index_add(0, rows_M, grad_MD).index_add(0, values_N, items_ND), None, None, None
+        return zeros.index_add_(0, rows_M, grad_MD).index_add_(0, values_N, items_ND), None, None, None
+
+
+def _owners(offsets: Tensor, values_N: Tensor) -> Tensor:
+    """Which list each value belongs to, int64 [N]."""
     lengths = offsets.diff()
     lists = torch.arange(lengths.shape[0], device=offsets.device)
-    owner_N = torch.repeat_interleave(lists, lengths, output_size=items_ND.shape[0])
-    sums = items_ND.new_zeros(lengths.shape[0], items_ND.shape[1]).index_add(0, owner_N, items_ND)
-    return one_hot.view(*rows_BC.shape, weight.shape[1]), sums / lengths.clamp(min=1).unsqueeze(1)
+    return torch.repeat_interleave(lists, lengths, output_size=values_N.shape[0])
+
+
+def _sizes(offsets: Tensor) -> Tensor:
+    """What the sum of each list is divided by, [lists, 1]; 1 where it is empty."""
+    return offsets.diff().clamp(min=1).unsqueeze(1)

@@ -33,3 +33,14 @@ def test_rows_and_means_by_hand():
         one_hot, bags = look_up(weight, torch.tensor([[2], [0]]), values, offsets, sparse=False)
         torch.testing.assert_close(one_hot, torch.tensor([[[4.0, 40.0]], [[1.0, 10.0]]]))
         torch.testing.assert_close(bags, torch.tensor([[3.0, 30.0], [0.0, 0.0], [1.0, 10.0]]))
+
+
+def test_the_lookup_for_a_cpu_has_second_derivatives():
+    weight = torch.randn(6, 3, dtype=torch.float64, requires_grad=True)
+    rows_BC, values, offsets = torch.tensor([[0, 5], [5, 1]]), torch.tensor([4, 4, 0, 2]), torch.tensor([0, 3, 3, 4])
+
+    def squares(weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return tuple(found.square() for found in by_gather(weight, rows_BC, values, offsets, sparse=False))
+
+    assert torch.autograd.gradcheck(squares, weight)
+    assert torch.autograd.gradgradcheck(squares, weight)
