@@ -178,7 +178,7 @@ def main() -> int:
     parser.add_argument("--markdown", type=Path, help="write the tables to this file")
     parser.add_argument("--seeds", type=int, default=20, help="generated runs of each kind (real ones: a fifth)")
     parser.add_argument("--healthy-steps", type=int, default=300_000, help="generated healthy steps")
-    parser.add_argument("--overhead-rounds", type=int, default=25, help="of the callbacks' cost; 0 leaves it out")
+    parser.add_argument("--overhead-rounds", type=int, default=12, help="of the callbacks' cost; 0 leaves it out")
     args = parser.parse_args()
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
