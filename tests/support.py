@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 ROOT = Path(__file__).resolve().parent.parent
 
 # A stream and a model small enough for seconds; the window is smaller than the stream, so that it moves.
@@ -56,3 +58,19 @@ def train_process(*overrides: str, path: Path | None = None, **options: Any) -> 
     return subprocess.Popen(
         command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options
     )
+
+
+def assert_equal(expected: Any, got: Any, where: str = "state") -> None:
+    """Compares nested containers of tensors and plain values, tensors to the bit."""
+    if isinstance(expected, torch.Tensor):
+        assert torch.equal(expected, got), where
+    elif isinstance(expected, dict):
+        assert expected.keys() == got.keys(), where
+        for key, value in expected.items():
+            assert_equal(value, got[key], f"{where}[{key!r}]")
+    elif isinstance(expected, (list, tuple)):
+        assert len(expected) == len(got), where
+        for place, pair in enumerate(zip(expected, got, strict=True)):
+            assert_equal(*pair, f"{where}[{place}]")
+    else:
+        assert expected == got, where

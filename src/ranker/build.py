@@ -39,6 +39,7 @@ from ranker.training.position import DataPosition
 from ranker.training.rollback import Rollback
 from ranker.training.run_folder import RunFolder
 from ranker.training.snapshot_ring import SnapshotRing
+from ranker.training.step_metrics import StepMetrics
 from ranker.training.throughput import Throughput
 
 # Tell the processes that DDP starts which folder theirs is, and the checkpoint that a sweep's job goes on from.
@@ -140,7 +141,7 @@ def build(cfg: DictConfig, folder: RunFolder, checkpoint: Path | None) -> Run:
     _check_optimizer(module)
     throughput = Throughput()
     datamodule.watch_training = throughput.watch
-    callbacks: list[Callback] = [DataPosition(), throughput]
+    callbacks: list[Callback] = [DataPosition(), StepMetrics(), throughput]
     for node in cfg.callbacks.values():
         callbacks.append(instantiate(node, _convert_="all"))
     watch = next((c for c in callbacks if isinstance(c, DivergenceWatch)), None)

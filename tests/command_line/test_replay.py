@@ -80,6 +80,18 @@ def test_a_replay_reproduces_every_loss_to_the_bit(lost: Finished, replay: Repla
     assert "bit-equal over" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("override", ["trainer.precision=bf16-mixed", "trainer.accumulate_grad_batches=3"])
+def test_a_replay_is_bit_equal_in_half_precision_and_with_accumulated_gradients(
+    train_tiny: Callable[..., Finished], replay: Replay, capsys: Output, tmp_path: Path, override: str
+) -> None:
+    run = train_tiny(tmp_path, *LOST, override, "callbacks.divergence.poll_every=1")
+    assert run.summary["status"] == "diverged"
+
+    assert replay(str(capsule_of(run))) == 0
+
+    assert "bit-equal over" in capsys.readouterr().out
+
+
 def test_a_replay_that_differs_says_where_and_what_else_does(
     lost: Finished, replay: Replay, capsys: Output, tmp_path: Path
 ) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytorch_lightning as pl
 from pytorch_lightning.callbacks import ModelCheckpoint
 
 
@@ -24,6 +25,12 @@ class NewestCheckpoint(ModelCheckpoint):
             save_last=False,
             enable_version_counter=False,
         )
+
+    def _save_checkpoint(self, trainer: pl.Trainer, filepath: str) -> None:
+        """Has the loggers write what they hold first: a resumed run goes on behind the checkpoint's step."""
+        for logger in trainer.loggers:
+            logger.save()
+        super()._save_checkpoint(trainer, filepath)
 
     @property
     def state_key(self) -> str:

@@ -115,8 +115,8 @@ class RankingModule(pl.LightningModule):
         self.progressive_metrics.reset()
         self.record(_worth_a_column("progressive", values) | {"window": float(batch.window)})
 
-    def on_train_batch_end(self, outputs: object, batch: Batch, batch_idx: int) -> None:
-        """Writes the step's numbers, now and then: reading them waits for the device."""
+    def record_step(self) -> None:
+        """Writes the numbers of the step just taken, now and then: reading them waits for the device."""
         if self.signals is None or self.global_step % self.log_every:
             return
         losses = self.signals.losses_T.tolist()
