@@ -46,6 +46,7 @@ def _train(run: Run) -> float:
         if run.interruption.stopped:
             raise KeyboardInterrupt
         run.trainer.test(run.module, datamodule=run.datamodule, verbose=False)
+        run.datamodule.join_bad_rows()
     except BaseException as error:
         _finish(run, "failed", _why(error, run), time.monotonic() - start)
         if isinstance(error, KeyboardInterrupt):

@@ -9,7 +9,7 @@ import numpy as np
 import polars as pl
 import pytest
 
-from support import TINY, Finished, finished
+from support import TINY, Finished, finished, train_process
 
 DAY_MS = 86_400_000
 SMALL = tuple(override for override in TINY if not override.startswith("data."))
@@ -78,13 +78,17 @@ def test_a_log_of_ones_own_needs_a_schema_and_no_code(
     assert run.summary["metrics"]["test/click/auc"] > 0.6  # its price tells
 
 
+def copied(log: Path, to: Path) -> Path:
+    to.mkdir()
+    for path in log.iterdir():
+        (to / path.name).write_bytes(path.read_bytes())
+    return to
+
+
 def test_rows_that_cannot_be_used_are_refused_or_left_out_and_counted(
     command_line: Callable[..., None], own_log: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    copy = tmp_path / "log"
-    copy.mkdir()
-    for path in own_log.iterdir():
-        (copy / path.name).write_bytes(path.read_bytes())
+    copy = copied(own_log, tmp_path / "log")
     first = copy / "day=2023-11-14.parquet"
     rows = pl.read_parquet(first).with_columns(
         price=pl.when(pl.int_range(pl.len()) < 7).then(float("inf")).otherwise("price")
@@ -95,18 +99,65 @@ def test_rows_that_cannot_be_used_are_refused_or_left_out_and_counted(
     with pytest.raises(SystemExit):
         command_line(*train, f"hydra.run.dir={tmp_path / 'refused'}")
     assert "'price'" in capsys.readouterr().err
-    command_line(*train, "data.on_bad_rows=drop", "data.tasks=[click]", f"hydra.run.dir={tmp_path / 'dropped'}")
+    for policy in ("drop", "quarantine"):
+        command_line(*train, f"data.on_bad_rows={policy}", "data.tasks=[click]", f"hydra.run.dir={tmp_path / policy}")
+        assert finished(tmp_path / policy).summary["bad_rows"] == 7
+        assert "7 rows could not be used and were left out" in capsys.readouterr().out
+    assert sum(len(pl.read_parquet(path)) for path in (copy / "quarantine").rglob("*.parquet")) == 7
 
-    assert finished(tmp_path / "dropped").summary["bad_rows"] == 7
+
+def test_a_hold_out_without_positives_has_no_auc_and_says_so(
+    command_line: Callable[..., None], own_log: Path, tmp_path: Path
+) -> None:
+    copy = copied(own_log, tmp_path / "log")
+    last = copy / "day=2023-11-16.parquet"
+    pl.read_parquet(last).with_columns(click=pl.lit(0, pl.Int8)).write_parquet(last)
+
+    command_line(
+        *SMALL, "data=parquet", f"data.root={copy}", "scale.batch_size=50", f"hydra.run.dir={tmp_path / 'run'}"
+    )
+
+    run = finished(tmp_path / "run")
+    assert run.summary["status"] == "completed"
+    assert run.summary["metrics"]["test/click/auc"] is None
+    assert run.summary["metrics"]["test/click/observed"] == 1500
+    assert run.summary["metrics"]["test/five_stars/auc"] > 0
+    assert "test/click/auc is undefined: all 1500 observed labels are 0" in (run.folder / "train.log").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_bad_rows_of_the_hold_out_are_counted_whichever_rank_reads_them(own_log: Path, tmp_path: Path) -> None:
+    copy = copied(own_log, tmp_path / "log")
+    last = copy / "day=2023-11-16.parquet"
+    bad = (3, 30, 57, 80)  # of each block of 50 rows, rank 0 reads the first 25 and rank 1 the others
+    rows = pl.read_parquet(last).with_columns(
+        price=pl.when(pl.int_range(pl.len()).is_in(bad)).then(float("inf")).otherwise("price")
+    )
+    rows.write_parquet(last, row_group_size=25)
+
+    process = train_process(
+        *SMALL,
+        "data=parquet",
+        f"data.root={copy}",
+        "data.on_bad_rows=drop",
+        "scale.batch_size=50",
+        "trainer=ddp",
+        "trainer.devices=2",
+        "trainer.accelerator=cpu",
+        "train.eval_every=0",
+        f"hydra.run.dir={tmp_path / 'run'}",
+    )
+    _, errors = process.communicate(timeout=250)
+    assert process.returncode == 0, errors
+
+    assert finished(tmp_path / "run").summary["bad_rows"] == len(bad)
 
 
 def test_a_schema_that_does_not_fit_the_files_is_refused(
     command_line: Callable[..., None], own_log: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    copy = tmp_path / "log"
-    copy.mkdir()
-    for path in own_log.iterdir():
-        (copy / path.name).write_bytes(path.read_bytes())
+    copy = copied(own_log, tmp_path / "log")
     (copy / "schema.yaml").write_text(SCHEMA.replace("column: watch_ms", "column: watch_s"))
 
     with pytest.raises(SystemExit):

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+import torch.distributed as dist
 
 from ranker.data.batch import Batch
 from ranker.data.dense_statistics import MODES, NOTHING, DenseStatistics, Mode, PastWindows
@@ -179,6 +180,16 @@ class RankingDataModule(pl.LightningDataModule):
             raise UserError(f"the checkpoint was written with data.dense_statistics={wrote}; go on with the same")
         if self._past is not None and known is not None:
             self._past.begin(self._window_of(self.position), DenseStatistics.from_state(known))
+
+    def join_bad_rows(self) -> None:
+        """Counts what other ranks dropped too: each reads its own part of the hold-out. All ranks must call it."""
+        if not (dist.is_available() and dist.is_initialized()):
+            return
+        bad = getattr(self.log, "bad_rows", {})
+        by_rank: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(by_rank, dict(bad))
+        for others in by_rank:
+            bad.update(others)
 
     def go_back(self, state_dict: dict[str, Any]) -> None:
         """Goes on from an earlier (or later) state of this run, with the loader in use; what was read ahead is dropped.

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ranker.data.batch import Batch
+from ranker.data.faults import Place
 from ranker.data.hashing import splitmix64
 from ranker.data.manifest import FileEntry, Manifest, sha256_of
 from ranker.data.parquet_log import ParquetLog
@@ -53,19 +54,25 @@ def inspect_log(log: ParquetLog) -> Findings:
     sample: list[Batch] = []
     groups: dict[str, list[Batch]] = {}
     entries: list[FileEntry] = []
-    duplicates = 0
+    duplicates, first_duplicates = 0, ""
     every = max(1, len(log.index.places) // _SAMPLE_GROUPS)
-    for number, (file, batch) in enumerate(_groups(log)):
-        if file not in groups and groups:
+    for number, (place, batch) in enumerate(_groups(log)):
+        if place.file not in groups and groups:
             entries.append(_entry(*groups.popitem(), log.schema))
-        groups.setdefault(file, []).append(_labels_alone(batch))
-        duplicates += _duplicates(batch)
+        groups.setdefault(place.file, []).append(_labels_alone(batch))
+        repeated = _duplicates(batch)
+        if repeated and not duplicates:
+            first_duplicates = f"{place.file}, row group {place.row_group}"
+        duplicates += repeated
         if number % every == 0:
             sample.append(batch)
     entries.append(_entry(*groups.popitem(), log.schema))
     warnings = [*vanished_labels(entries, log.schema), *leak_suspects(sample, log.schema), *missing_days(entries)]
     if duplicates:
-        warnings.append(f"{duplicates:,} rows equal another in time, ids, numbers and labels: are they duplicates?")
+        warnings.append(
+            f"{duplicates:,} rows equal another in time, ids, numbers and labels, the first in {first_duplicates}: "
+            "are they duplicates? Preparing a published log drops them; in a log of your own, drop them yourself"
+        )
     if log.num_bad_rows:
         warnings.append(
             f"{log.num_bad_rows:,} rows cannot be used; on_bad_rows=quarantine writes them out with reasons"
@@ -149,10 +156,10 @@ def _leak(feature: str, task: str, auc: float) -> str:
     return f"feature '{feature}' alone tells task '{task}' (AUC {auc:.3f}): is it known before the label?"
 
 
-def _groups(log: ParquetLog) -> Iterator[tuple[str, Batch]]:
+def _groups(log: ParquetLog) -> Iterator[tuple[Place, Batch]]:
     for group, place in enumerate(log.index.places):
         low, high = (int(log.index.starts[g]) for g in (group, group + 1))
-        yield place.file, log.read(low, high)
+        yield place, log.read(low, high)
 
 
 def _labels_alone(batch: Batch) -> Batch:

@@ -61,6 +61,7 @@ def test_duplicate_and_bad_rows_are_counted(write_log):
     findings = found(write_log(DAYS, change=change))
     assert (findings.duplicates, findings.bad) == (1, 1)
     assert len(findings.warnings) == 2
+    assert "the first in day=2022-04-26.parquet, row group 0: are they" in findings.warnings[0]
 
 
 def test_a_feature_that_knows_the_label_is_suspected(array_log):

@@ -60,3 +60,37 @@ def test_memory_is_bounded_by_the_window_and_not_by_the_log(tmp_path):
     short = peak_kb(write_long_log(tmp_path / "short", 2_000_000))
     long = peak_kb(write_long_log(tmp_path / "long", 20_000_000))
     assert long == pytest.approx(short, rel=0.10)
+
+
+PREPARE_PEAK = """
+import resource, sys
+from ranker.data.prepare import prepare
+
+assert prepare("movielens", sys.argv[1], sys.argv[2]).rows == int(sys.argv[3])
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+def write_ratings(root, rows, *, block=500_000):
+    root.mkdir()
+    (root / "movies.csv").write_text("movieId,title,genres\n" + "".join(f"{i},Film (1999),Drama\n" for i in range(100)))
+    with open(root / "ratings.csv", "w", encoding="utf-8") as file:
+        file.write("userId,movieId,rating,timestamp\n")
+        for start in range(0, rows, block):
+            row = np.arange(start, start + block)
+            time_s = 978_307_200 + row * 7_919 % (30 * 86_400)  # not in order: every bucket gets rows of every block
+            lines = zip(row.tolist(), (row % 100).tolist(), time_s.tolist(), strict=True)
+            file.writelines(f"{user},{film},3.5,{time}\n" for user, film, time in lines)
+    return root
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_preparing_needs_memory_for_a_bucket_and_not_for_the_log(tmp_path):
+    peaks = []
+    for rows in (2_000_000, 20_000_000):
+        source = write_ratings(tmp_path / f"src-{rows}", rows)
+        command = [sys.executable, "-c", PREPARE_PEAK, str(source), str(tmp_path / f"dst-{rows}"), str(rows)]
+        run = subprocess.run(command, check=True, capture_output=True, text=True)
+        peaks.append(int(run.stdout.splitlines()[-1]))
+    assert peaks[1] < 1.5 * peaks[0]  # ten times the rows; Polars' own buffers vary from run to run

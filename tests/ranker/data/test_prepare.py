@@ -155,6 +155,29 @@ def test_a_full_disk_is_said_and_nothing_stays(tmp_path: Path, monkeypatch: pyte
     assert sorted(f.name for f in tmp_path.iterdir()) == [".dst.lock", "src"]
 
 
+def test_a_disk_that_fills_up_while_polars_writes_is_said_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sink = pl.LazyFrame.sink_parquet
+    # The device that is always full: the system's own error, as Polars words it.
+    monkeypatch.setattr(pl.LazyFrame, "sink_parquet", lambda frame, _, **named: sink(frame, "/dev/full", **named))
+    with pytest.raises(UserError, match="the disk is full at"):
+        prepare("movielens", ratings(tmp_path / "src"), tmp_path / "dst")
+    assert sorted(f.name for f in tmp_path.iterdir()) == [".dst.lock", "src"]
+
+
+def test_preparing_shows_how_far_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    monkeypatch.setattr(days, "BUCKET_ROWS", 100)
+    prepare("movielens", ratings(tmp_path / "src", rows=500), tmp_path / "dst", progress=True)
+    shown = capsys.readouterr().err.splitlines()
+    for words, count in (
+        ("reading ratings.csv", "1/1"),
+        ("dealing out by time", "505/505"),
+        ("sorting and", "505/505"),
+    ):
+        assert any(words in line and count in line for line in shown), words
+    prepare("movielens", ratings(tmp_path / "src", rows=90), tmp_path / "dst")
+    assert not capsys.readouterr().err
+
+
 def test_a_folder_with_other_things_is_never_replaced(tmp_path: Path) -> None:
     (tmp_path / "dst").mkdir()
     (tmp_path / "dst" / "thesis.tex").write_text("years of work")
