@@ -42,6 +42,7 @@ INLINE void prefetch(const void *from, int bytes) {
 #define SQRT sqrtf
 #define FABS fabsf
 #define WORD int32_t
+#define MAGNITUDE INT32_MAX
 #define EPSILON FLT_EPSILON
 #include "kernels.h"
 #undef REAL
@@ -49,6 +50,7 @@ INLINE void prefetch(const void *from, int bytes) {
 #undef SQRT
 #undef FABS
 #undef WORD
+#undef MAGNITUDE
 #undef EPSILON
 
 #define REAL double
@@ -56,6 +58,7 @@ INLINE void prefetch(const void *from, int bytes) {
 #define SQRT sqrt
 #define FABS fabs
 #define WORD int64_t
+#define MAGNITUDE INT64_MAX
 #define EPSILON DBL_EPSILON
 #include "kernels.h"
 
