@@ -19,6 +19,7 @@ from optim.work import CHUNK, Work
 
 _COLUMNS = (GRAD_NORM, WEIGHT_NORM, UPDATE_NORM, UPDATE_MAX, OVERSHOOT)
 """In the order of the C code's columns, which hold the squares of norms."""
+_KNOWN = frozenset(_COLUMNS)
 
 
 class _Tensor(ctypes.Structure):
@@ -55,16 +56,20 @@ class Native:
 
     def takes(self, work: Work) -> bool:
         """Whether the kernels can step this tensor."""
-        tensors = (work.weight, work.grad, work.state.get("sum", work.weight))
+        weight, grad = work.weight, work.grad
+        total = work.state.get("sum", weight)
         return (
             work.method.update is ADAGRAD
-            and all(reduction in _COLUMNS for reduction in work.method.reductions)
+            and weight.dtype in (torch.float32, torch.float64)
+            and weight.dtype == grad.dtype == total.dtype
+            and weight.is_cpu
+            and grad.is_cpu
+            and total.is_cpu
+            and weight.is_contiguous()
+            and grad.is_contiguous()
+            and total.is_contiguous()
             and work.unit_dims is None
-            and work.weight.dtype in (torch.float32, torch.float64)
-            and all(
-                tensor.device.type == "cpu" and tensor.dtype == work.weight.dtype and tensor.is_contiguous()
-                for tensor in tensors
-            )
+            and _KNOWN.issuperset(work.method.reductions)
             and not torch.compiler.is_compiling()
             and is_available()
         )
@@ -109,20 +114,17 @@ class Native:
     def _tensor(self, work: Work) -> _Tensor:
         total, wide = work.state["sum"], work.weight.dtype == torch.float64
         floors = self._floors_of(work)
+        pointer = None if floors is None else floors.data_ptr()
         return _Tensor(
-            weight=work.weight.data_ptr(),
-            grad=work.grad.data_ptr(),
-            total=total.data_ptr(),
-            size=work.weight.numel(),
-            wide=wide,
-            floors=None if floors is None else floors.data_ptr(),
+            work.weight.data_ptr(), work.grad.data_ptr(), total.data_ptr(), work.weight.numel(), wide, pointer
         )
 
     def _floors_of(self, work: Work) -> Tensor | None:
         """Return, for every chunk, a value that no coordinate of G is below; None where it is not worth keeping."""
-        kept, total = work.kept["sum"], work.state["sum"]
-        if work.rows is not None or work.groups or total.numel() < CHUNK:
+        total = work.state["sum"]
+        if total.numel() < CHUNK or work.rows is not None or work.groups:
             return None
+        kept = work.kept["sum"]
         version, floors = self._floors.get(kept, (-1, None))
         if version != kept._version:
             library = load()
