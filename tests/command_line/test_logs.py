@@ -130,7 +130,7 @@ def test_a_hold_out_without_positives_has_no_auc_and_says_so(
 def test_bad_rows_of_the_hold_out_are_counted_whichever_rank_reads_them(own_log: Path, tmp_path: Path) -> None:
     copy = copied(own_log, tmp_path / "log")
     last = copy / "day=2023-11-16.parquet"
-    bad = (3, 30, 57, 80)  # of each block of 50 rows, rank 0 reads the first 25 and rank 1 the others
+    bad = (3, 30, 757, 1480)  # of the 1,500 rows rank 0 reads the first half and rank 1 the other
     rows = pl.read_parquet(last).with_columns(
         price=pl.when(pl.int_range(pl.len()).is_in(bad)).then(float("inf")).otherwise("price")
     )

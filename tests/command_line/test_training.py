@@ -202,3 +202,22 @@ def test_a_checkpoint_holds_every_weight_once(completed: Finished) -> None:
 
     weights = [name for name in names if name.endswith("bottom.layers.0.weight")]
     assert len(weights) == 1, list(names)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_compiled_net_is_watched_but_for_what_lies_inside_it(train_tiny: Train, tmp_path: Path) -> None:
+    watched = ("callbacks.early_signs.every=1", "callbacks.sharpness.every=8", "callbacks.rollback.tries=1")
+    plain = train_tiny(tmp_path / "plain", *watched)
+    compiled = train_tiny(tmp_path / "compiled", "train.compile=true", *watched)
+
+    assert compiled.summary["status"] == "completed"
+    assert compiled.summary["sharpness"]["last_ratio"] == pytest.approx(
+        plain.summary["sharpness"]["last_ratio"], rel=0.02
+    )
+    missing = set(metrics(plain)[-1]) - set(metrics(compiled)[-1])
+    assert {name.split("/")[-1] for name in missing if not name.startswith("signs/task_")} == {
+        "dead_relus",
+        "activation_max",
+    }
+    assert "the net is compiled: no dead_relus" in (compiled.folder / "train.log").read_text()

@@ -96,7 +96,8 @@ def draw_auc(data: Data, found: Found, destination: Path) -> None:
     for axes in (left, right):
         axes.axhline(0.5, color="grey", linewidth=0.8, linestyle=":")
         axes.set_xlabel("step")
-        axes.legend(frameon=False, fontsize=8, ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.15))  # clear of the curves
+        # Below: the curves leave no corner free.
+        axes.legend(frameon=False, fontsize=8, ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.15))
     save(picture, destination)
 
 
