@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import subprocess
@@ -46,6 +47,12 @@ class Finished:
 
 def finished(folder: Path) -> Finished:
     return Finished(folder, json.loads((folder / "summary.json").read_text()))
+
+
+def metrics(folder: Path) -> list[dict[str, str]]:
+    """The rows of a run's metrics.csv, without what a row does not hold."""
+    with (folder / "metrics.csv").open(newline="") as file:
+        return [{name: value for name, value in row.items() if value} for row in csv.DictReader(file)]
 
 
 def train_process(*overrides: str, path: Path | None = None, **options: Any) -> subprocess.Popen[str]:

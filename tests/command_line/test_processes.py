@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import os
 import signal
@@ -15,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from support import ROOT, TINY, Finished, assert_equal, finished, train_process
+from support import ROOT, TINY, Finished, assert_equal, finished, metrics, train_process
 
 TWO_RANKS = ("trainer=ddp", "trainer.devices=2", "trainer.accelerator=cpu")
 LONGER = ("data.log.train_rows=15360", "train.checkpoint_every=7", "train.eval_every=0")  # 60 steps of 256
@@ -37,11 +36,6 @@ def assert_same_end(resumed: Finished, whole: Finished) -> None:
     expected, got = newest_checkpoint(whole.folder), newest_checkpoint(resumed.folder)
     for part in ("global_step", "state_dict", "optimizer_states", "train_auc_by_rank"):
         assert_equal(expected[part], got[part], part)
-
-
-def metrics(folder: Path) -> list[dict[str, str]]:
-    with (folder / "metrics.csv").open(newline="") as file:
-        return [{name: value for name, value in row.items() if value} for row in csv.DictReader(file)]
 
 
 def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str], seconds: float = 120) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import os
 import signal
@@ -16,7 +15,7 @@ import torch
 
 from broken_log import BAD, BAD_ROWS, BATCH, BATCHES, RING, ROLLBACK, SETTINGS, write_log
 from rows_seen import OVERRIDE
-from support import ROOT, Finished, assert_equal, finished, train_process
+from support import ROOT, Finished, assert_equal, finished, metrics, train_process
 
 Train = Callable[..., Finished]
 
@@ -60,11 +59,6 @@ def checkpoint_step(folder: Path) -> int:
 def events(folder: Path) -> list[dict[str, Any]]:
     path = folder / "events.jsonl"
     return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
-
-
-def metrics(folder: Path) -> list[dict[str, str]]:
-    with (folder / "metrics.csv").open(newline="") as file:
-        return [{name: value for name, value in row.items() if value} for row in csv.DictReader(file)]
 
 
 def kill_after_rollback(folder: Path, *overrides: str, wait_for_checkpoint: bool, seconds: float = 120) -> int:
