@@ -10,7 +10,6 @@ from concurrent.futures import Future
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 
 from ranker.data.batch import Batch
 from ranker.data.checks import check_sorted
@@ -209,8 +208,6 @@ class ParquetLog:
             bad = bad_rows(faults)
             self.bad_rows[place.file, place.row_group] = len(bad)
             batch = silence(batch, bad)
-        del table
-        pa.default_memory_pool().release_unused()  # else it keeps a row group's worth for the next one
         return batch
 
 
