@@ -206,6 +206,7 @@ def test_a_checkpoint_holds_every_weight_once(completed: Finished) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the compiler's own modules
 def test_a_compiled_net_is_watched_but_for_what_lies_inside_it(train_tiny: Train, tmp_path: Path) -> None:
     watched = ("callbacks.early_signs.every=1", "callbacks.sharpness.every=8", "callbacks.rollback.tries=1")
     plain = train_tiny(tmp_path / "plain", *watched)
