@@ -28,6 +28,7 @@ AUTHOR_SHARE = 10  # items an author
 POSITIVE_RATES = {"click": 0.4, "like": 0.12, "share": 0.04, "follow": 0.012}
 TASKS = (*POSITIVE_RATES, "rating", "watch_time")
 CALIBRATION_BLOCK = 2**31  # no log is that long
+_ONE_THREAD = 2**17  # multiplications; OpenBLAS begins to share at 2**18
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +75,15 @@ class Block:
     rating_observed: NDArray[np.bool_]
 
 
+def product(x_BK: Floats, y_KF: Floats) -> Floats:
+    """``x @ y`` in pieces too small for BLAS to share among threads: their number would change the last bits."""
+    rows = max(1, _ONE_THREAD // y_KF.size)
+    result = np.empty((len(x_BK), y_KF.shape[1]), dtype=np.result_type(x_BK, y_KF))
+    for start in range(0, len(x_BK), rows):
+        np.matmul(x_BK[start : start + rows], y_KF, out=result[start : start + rows])
+    return result
+
+
 def zipf_rank(uniform: NDArray[np.float64], size: int, exponent: float) -> Ints:
     """Ranks 0 .. size-1 whose frequency falls about as ``(1 + rank)^-exponent``: inverse of the continuous law."""
     if exponent == 1.0:
@@ -118,9 +128,9 @@ class World:
         self.item_frequency_K = self._frequencies(rng, FACTORS)
         self.user_activity = np.exp(1.5 * normal(self.num_users) + 3)
         self.user_tenure = rng.random(self.num_users, dtype=np.float32) * 2000
-        self.segment = np.argmax(self.user_UK @ normal(FACTORS, SEGMENTS), axis=1)
-        self.category = np.argmax(self.item_MK @ normal(FACTORS, CATEGORIES), axis=1)
-        tag_affinity = self.item_MK @ normal(FACTORS, TAGS)
+        self.segment = np.argmax(product(self.user_UK, normal(FACTORS, SEGMENTS)), axis=1)
+        self.category = np.argmax(product(self.item_MK, normal(FACTORS, CATEGORIES)), axis=1)
+        tag_affinity = product(self.item_MK, normal(FACTORS, TAGS))
         self.tags = np.argpartition(-tag_affinity, MAX_TAGS, axis=1)[:, :MAX_TAGS].astype(np.int64)
         self.tag_count = rng.integers(0, MAX_TAGS + 1, self.profiles)
         # What a user watched before the log starts: the best liked of a handful of random items.
@@ -219,7 +229,7 @@ class World:
         turn_KT = np.mod(self.weight_phase_KT + days_B.mean() * self.weight_frequency_KT, 1.0)
         weight_KT = self.weight_KT + self.difficulty.drift * np.sin(2 * np.pi * turn_KT).astype(np.float32)
         x_BK = np.concatenate([user_BK, item_BK, user_BK * item_BK], axis=1)
-        return x_BK @ weight_KT * self.score_scale_T + self.intercept_T
+        return product(x_BK, weight_KT) * self.score_scale_T + self.intercept_T
 
     def _labels(self, rng: np.random.Generator, score_BT: Floats) -> tuple[dict[str, Floats], NDArray[np.bool_]]:
         rows = len(score_BT)
@@ -254,7 +264,7 @@ class World:
         """Dense features as they would be logged: raw, heavy-tailed, moving, and now and then at another scale."""
         knobs = self.difficulty
         x_BK = np.concatenate([user_BK, item_BK, user_BK * item_BK], axis=1)
-        z_BF = x_BK @ self.signal_KF + 0.5 * rng.standard_normal((len(user), self.signals), dtype=np.float32)
+        z_BF = product(x_BK, self.signal_KF) + 0.5 * rng.standard_normal((len(user), self.signals), dtype=np.float32)
         z_BF += knobs.drift * np.sin(2 * np.pi * (self.signal_phase_F + self._turns(days_B, self.signal_frequency_F)))
         if knobs.tail > 0:
             z_BF = np.exp(np.clip(knobs.tail * z_BF, -12, 12))

@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import os
 import pickle
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -240,3 +243,23 @@ def test_knobs_out_of_range_are_refused_by_name() -> None:
         Difficulty(jump_share=1.5)
     with pytest.raises(UserError, match="drift_days"):
         Difficulty(drift_days=0)
+
+
+ROWS_OF_A_STREAM = """
+import hashlib
+from ranker.data.synthetic import SyntheticLog
+
+rows = SyntheticLog(train_rows=20_000, eval_rows=1_000).read(0, 20_000)
+parts = (rows.dense_BF, rows.onehot_BC, rows.labels_BT, rows.ragged["tags"].values)
+print(*(hashlib.sha256(part.numpy().tobytes()).hexdigest() for part in parts))
+"""
+
+
+def test_rows_do_not_depend_on_the_number_of_threads():
+    """The libraries read it when they are loaded, so each number needs a process."""
+    seen = set()
+    for threads in ("1", "2", "5"):
+        environment = os.environ | {"OMP_NUM_THREADS": threads, "OPENBLAS_NUM_THREADS": threads}
+        command = [sys.executable, "-c", ROWS_OF_A_STREAM]
+        seen.add(subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout)
+    assert len(seen) == 1
