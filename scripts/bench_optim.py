@@ -24,7 +24,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -34,14 +34,7 @@ from torch import Tensor, nn
 
 import optim
 from bench_floor import floor_rows, floor_step
-
-INPUT = 1628  # inputs of the Large models, so that their parameters come to the paper's 57.0 and 68.0 million
-LAYER = [(4096, 4096), (4096,)]
-SETS: dict[str, list[tuple[int, ...]]] = {
-    "small": [(512, 14136), (512,), (512, 512), (512,), (6, 512), (6,)],
-    "large": [(4096, INPUT), (4096,), *LAYER * 3, (6, 4096), (6,)],
-}
-SETS["large_dcn"] = [*[(INPUT, INPUT), (INPUT,)] * 4, (INPUT,), (INPUT,), *SETS["large"]]
+from bench_tensors import INPUT, SETS, Gradients, tensors, turn
 
 START = time.monotonic()
 ADAGRAD: dict[str, Any] = {"lr": 0.1, "initial_accumulator_value": 0.1}
@@ -105,47 +98,6 @@ def say(text: str) -> None:
     print(f"[{time.monotonic() - START:4.0f} s] {text}", file=sys.stderr, flush=True)
 
 
-def tensors(shapes: Iterable[tuple[int, ...]], device: str) -> list[nn.Parameter]:
-    """Return weights as a network starts with."""
-    generator = torch.Generator(device).manual_seed(0)
-    params = []
-    for shape in shapes:
-        weight = torch.randn(shape, generator=generator, device=device) / max(1, shape[-1]) ** 0.5
-        params.append(nn.Parameter(weight if len(shape) > 1 else torch.zeros(shape, device=device)))
-    return params
-
-
-class Gradients:
-    """Normal gradients of one scale, other ones at every call, at the cost of none.
-
-    The same in every round would drive the weights away, and make all coordinates of r = g / sqrt(G) alike, which no
-    training does. Drawing them anew would take longer than what is measured: each tensor's are a window, somewhere
-    else every time, of numbers drawn once.
-    """
-
-    PLACES, ALIGNED = 4096, 16  # windows, and numbers from one to the next: a cache line
-
-    def __init__(self, params: Sequence[nn.Parameter], scale: float) -> None:
-        generator = torch.Generator(params[0].device).manual_seed(1)
-        spare = self.PLACES * self.ALIGNED
-        self._pools = [
-            torch.randn(param.numel() + spare, generator=generator, device=param.device) * scale for param in params
-        ]
-        self._params, self._draw = params, random.Random(1)
-        self()
-
-    def __call__(self) -> None:
-        """Give every tensor other gradients."""
-        for param, pool in zip(self._params, self._pools, strict=True):
-            begin = self._draw.randrange(self.PLACES) * self.ALIGNED
-            param.grad = pool[begin : begin + param.numel()].view(param.shape)
-
-
-def turn(params: Iterable[nn.Parameter]) -> None:
-    """Turn gradients that a model left: the same in every round would drive the weights away."""
-    torch._foreach_neg_([param.grad for param in params if param.grad is not None])
-
-
 def floor_label(reads: str) -> str:
     """Return what the tables call the floor of a step whose first pass reads this."""
     return f"floor: read {reads}; step"
@@ -160,7 +112,7 @@ def floors(params: list[nn.Parameter], scale: float) -> dict[str, Step]:
 def floor_rows_of(what: str, scale: float, medians: dict[str, float], base: str, limit: float) -> list[Row]:
     """Return what the memory alone costs beside the base, and every method beside its own floor.
 
-    The floor reads its streams plainly: a method that reads several places of one at a time may be faster.
+    A floor above the limit says that no arithmetic, however fast, meets it on this machine with this traffic.
     """
     rows = []
     for label in METHODS:
