@@ -37,6 +37,9 @@ TINY = (
 )
 
 
+TWO_RANKS = ("trainer=ddp", "trainer.devices=2", "trainer.accelerator=cpu")
+
+
 @dataclass(frozen=True)
 class Finished:
     """What a run left: its folder and its summary."""

@@ -9,7 +9,7 @@ import numpy as np
 import polars as pl
 import pytest
 
-from support import TINY, Finished, finished, train_process
+from support import TINY, TWO_RANKS, Finished, finished, train_process
 
 DAY_MS = 86_400_000
 SMALL = tuple(override for override in TINY if not override.startswith("data."))
@@ -142,9 +142,7 @@ def test_bad_rows_of_the_hold_out_are_counted_whichever_rank_reads_them(own_log:
         f"data.root={copy}",
         "data.on_bad_rows=drop",
         "scale.batch_size=50",
-        "trainer=ddp",
-        "trainer.devices=2",
-        "trainer.accelerator=cpu",
+        *TWO_RANKS,
         "train.eval_every=0",
         f"hydra.run.dir={tmp_path / 'run'}",
     )

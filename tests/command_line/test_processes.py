@@ -14,9 +14,8 @@ from typing import Any
 import pytest
 import torch
 
-from support import ROOT, TINY, Finished, assert_equal, finished, metrics, train_process
+from support import ROOT, TINY, TWO_RANKS, Finished, assert_equal, finished, metrics, train_process
 
-TWO_RANKS = ("trainer=ddp", "trainer.devices=2", "trainer.accelerator=cpu")
 LONGER = ("data.log.train_rows=15360", "train.checkpoint_every=7", "train.eval_every=0")  # 60 steps of 256
 
 

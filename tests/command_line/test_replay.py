@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 from ranker.alternatives import altered
 from ranker.data.loader import WindowedLoader
 from ranker.replay.capsule import MANIFEST, SNAPSHOT, share_file
-from support import ROOT, TINY, Finished, finished, train_process
+from support import ROOT, TINY, TWO_RANKS, Finished, finished, train_process
 
 Replay = Callable[..., int]
 Output = pytest.CaptureFixture[str]
@@ -238,9 +238,7 @@ def test_before_and_after_a_rollback_each_divergence_has_a_capsule_of_its_own(
 def test_two_ranks_leave_one_capsule_that_one_process_replays_to_the_bit(
     replay: Replay, capsys: Output, tmp_path: Path
 ) -> None:
-    process = train_process(
-        *TINY, *LOST, "trainer=ddp", "trainer.devices=2", "trainer.accelerator=cpu", f"hydra.run.dir={tmp_path}"
-    )
+    process = train_process(*TINY, *LOST, *TWO_RANKS, f"hydra.run.dir={tmp_path}")
     _, errors = process.communicate(timeout=280)
     assert process.returncode == 0, errors
     folder = capsule_of(finished(tmp_path))

@@ -15,13 +15,12 @@ import torch
 
 from broken_log import BAD, BAD_ROWS, BATCH, BATCHES, RING, ROLLBACK, SETTINGS, write_log
 from rows_seen import OVERRIDE
-from support import ROOT, Finished, assert_equal, finished, metrics, train_process
+from support import ROOT, TWO_RANKS, Finished, assert_equal, finished, metrics, train_process
 
 Train = Callable[..., Finished]
 
 STEPS = 200
 CUT = (f"train.max_steps={STEPS}", "train.log_every=1", "callbacks.rollback.lr_factor=0.5")
-TWO_RANKS = ("trainer=ddp", "trainer.devices=2", "trainer.accelerator=cpu")
 
 
 @pytest.fixture(scope="module")
