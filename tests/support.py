@@ -37,6 +37,7 @@ TINY = (
 )
 
 
+CALM = ("data.log.difficulty.jump_share=0", "data.log.difficulty.tail=0")  # the stream itself has no jumps
 TWO_RANKS = ("trainer=ddp", "trainer.devices=2", "trainer.accelerator=cpu")
 
 

@@ -16,13 +16,12 @@ from omegaconf import OmegaConf
 from ranker.alternatives import altered
 from ranker.data.loader import WindowedLoader
 from ranker.replay.capsule import MANIFEST, SNAPSHOT, share_file
-from support import ROOT, TINY, TWO_RANKS, Finished, finished, train_process
+from support import CALM, ROOT, TINY, TWO_RANKS, Finished, finished, train_process
 
 Replay = Callable[..., int]
 Output = pytest.CaptureFixture[str]
 
 # Dies in its first steps.
-CALM = ("data.log.difficulty.jump_share=0", "data.log.difficulty.tail=0")  # the stream itself has no jumps
 LOST = (
     *CALM,
     "optim=adagrad",

@@ -13,12 +13,13 @@ import pytest
 import torch
 
 from ranker.data.synthetic import SyntheticLog
-from support import Finished
+from support import CALM, Finished
 
 Train = Callable[..., Finished]
 
 BATCHES, BAD = 240, (60 * 256, 62 * 256)  # rows of the log whose dense features are infinite
 SETTINGS = (
+    *CALM,  # every event is one that a test put in
     f"data.log.train_rows={BATCHES * 256}",
     "data.log.rows_per_day=32768",
     "data.log.eval_rows=8192",
