@@ -1,7 +1,10 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import pickle
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -16,7 +19,9 @@ from ranker.data.parquet_index import ParquetIndex
 from ranker.data.parquet_log import ParquetLog
 from ranker.data.windows import plan_windows
 from ranker.errors import UserError
+from support import ROOT
 
+SRC = ROOT / "src"
 DAY_MS = 86_400_000
 START_MS = 1_650_844_800_000
 UNEVEN = {0: 13, 1: 0, 2: 41, 3: 1, 5: 20, 6: 9}
@@ -177,3 +182,19 @@ def test_positions_are_row_ids_where_the_schema_names_none(write_log, log_schema
     schema = dataclasses.replace(log_schema, row_id="")
     log = ParquetLog(str(write_log(UNEVEN)), schema=schema, days=["2022-04-27", None])
     assert torch.equal(log.read(5, 60).row_B, torch.arange(5, 60))
+
+
+@pytest.mark.parametrize(("chosen", "backend"), [(None, "system"), ("mimalloc", "mimalloc")])
+def test_row_groups_are_read_into_memory_that_goes_back_unless_the_environment_says_otherwise(
+    write_log, chosen, backend
+):
+    environment = {k: v for k, v in os.environ.items() if k != "ARROW_DEFAULT_MEMORY_POOL"}
+    environment |= {"ARROW_DEFAULT_MEMORY_POOL": chosen} if chosen else {}
+    code = (
+        "import sys, pyarrow as pa; from ranker.data.parquet_log import ParquetLog; "
+        "log = ParquetLog(sys.argv[1]); log.read(0, log.num_rows); pool = pa.default_memory_pool(); "
+        "print(pool.backend_name, pool.max_memory() > 0)"
+    )
+    command = [sys.executable, "-c", code, str(write_log(UNEVEN))]
+    done = subprocess.run(command, env=environment, cwd=SRC, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [backend, "True"]

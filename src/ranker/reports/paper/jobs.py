@@ -37,8 +37,10 @@ QUICK: Job = ("train.max_steps=60",)
 PAPER_MODELS = ("small", "large", "large_dcn")
 MORE_MODELS = ("moe", "ple")
 METHODS = ("adagrad", "gc", "agc", "lamb", "clippy")
+Grids = Mapping[str, tuple[str, tuple[float, ...]]]
+"""What is searched, by method: the override's key and its values."""
 # The grids of the paper, section 4.1: naive Adagrad and Clippy have nothing to search.
-THRESHOLDS: Mapping[str, tuple[str, tuple[float, ...]]] = {
+THRESHOLDS: Grids = {
     "gc": ("optim.clip_norm", (1e-1, 1e-2, 1e-3)),
     "agc": ("optim.clip_factor", (1e-2, 1e-3, 1e-4)),
     "lamb": ("optim.trust_coefficient", (1e-1, 1e-2, 1e-3)),

@@ -9,6 +9,7 @@ from ranker.reports.paper import (
     divergence_figures,
     fig3,
     rates,
+    searched_clippy,
     table1,
     table2,
     table3,
@@ -33,5 +34,6 @@ STUDIES: tuple[Study, ...] = (
     conditions.WINDOW,
     conditions.MITIGATION,
     table2.MORE,
+    searched_clippy.STUDY,
 )
 BY_NAME = {study.name: study for study in STUDIES}

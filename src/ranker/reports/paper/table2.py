@@ -8,7 +8,7 @@ from typing import NamedTuple
 import polars as pl
 
 from ranker.reports.paper import table2_sections
-from ranker.reports.paper.jobs import BARE, METHODS, MORE_MODELS, PAPER_MODELS, THRESHOLDS, Job, Setting, grid
+from ranker.reports.paper.jobs import BARE, METHODS, MORE_MODELS, PAPER_MODELS, THRESHOLDS, Grids, Job, Setting, grid
 from ranker.reports.paper.study import Found, Phase, Study
 
 RATES = (1, 2)
@@ -26,20 +26,26 @@ class Choice(NamedTuple):
     thresholds: Mapping[int, float | None]
 
 
-def search_jobs(setting: Setting, *, models: Sequence[str] = PAPER_MODELS) -> list[Job]:
+def search_jobs(
+    setting: Setting,
+    *,
+    models: Sequence[str] = PAPER_MODELS,
+    methods: Sequence[str] = METHODS,
+    grids: Grids = THRESHOLDS,
+) -> list[Job]:
     """Phase 1: thresholds and learning rates, evaluated on the validation day."""
     jobs = []
     for model in models[:1] if setting.quick else models:
-        for method in METHODS:
+        for method in methods:
             axes: dict[str, Sequence[object]] = {"model": (model,), "optim": (method,), "lr_mult": RATES}
-            if method in THRESHOLDS:
-                key, values = THRESHOLDS[method]
+            if method in grids:
+                key, values = grids[method]
                 axes[key] = values[:2] if setting.quick else values
             jobs += grid((*setting.common, *BARE, *setting.data.validation), {**axes, "seed": (0,)})
     return jobs
 
 
-def choose(search: pl.DataFrame, metric: str) -> dict[tuple[str, str], Choice]:
+def choose(search: pl.DataFrame, metric: str, *, grids: Grids = THRESHOLDS) -> dict[tuple[str, str], Choice]:
     """Best threshold at each learning rate, and the better rate, by one metric on the validation day.
 
     A run that did not complete is never chosen over one that did; where none completed, the first of the grid is.
@@ -47,12 +53,13 @@ def choose(search: pl.DataFrame, metric: str) -> dict[tuple[str, str], Choice]:
     Args:
         search: runs of phase 1, one a cell.
         metric: larger is better, such as ``is_click/auc``.
+        grids: key and values of what was searched, by method.
     """
     usable = pl.when(pl.col("status") == "completed").then(pl.col(metric)).fill_nan(None).fill_null(-1.0)
     ranked = search.sort(usable, descending=True, maintain_order=True)
     chosen: dict[tuple[str, str], Choice] = {}
     for (model, method), runs in ranked.group_by(["model", "optim"], maintain_order=True):
-        key = THRESHOLDS[str(method)][0] if str(method) in THRESHOLDS else None
+        key = grids[str(method)][0] if str(method) in grids else None
         thresholds: dict[int, float | None] = {}
         for run in runs.iter_rows(named=True):
             thresholds.setdefault(int(run["lr_mult"]), run[key] if key else None)
@@ -60,14 +67,14 @@ def choose(search: pl.DataFrame, metric: str) -> dict[tuple[str, str], Choice]:
     return chosen
 
 
-def final_jobs(setting: Setting, chosen: Mapping[tuple[str, str], Choice]) -> list[Job]:
+def final_jobs(setting: Setting, chosen: Mapping[tuple[str, str], Choice], *, grids: Grids = THRESHOLDS) -> list[Job]:
     """Phase 2: the whole training log and the test day, several seeds, at both learning rates."""
     jobs = []
     for (model, method), choice in sorted(chosen.items()):
         for rate in RATES:
             axes: dict[str, Sequence[object]] = {"model": (model,), "optim": (method,), "lr_mult": (rate,)}
-            if method in THRESHOLDS:
-                axes[THRESHOLDS[method][0]] = (choice.thresholds[rate],)
+            if method in grids:
+                axes[grids[method][0]] = (choice.thresholds[rate],)
             jobs += grid((*setting.common, *BARE), {**axes, "seed": tuple(range(setting.seeds))})
     return jobs
 

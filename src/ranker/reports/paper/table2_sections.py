@@ -65,25 +65,29 @@ def sections(data: Data, runs: pl.DataFrame, chosen: Mapping[tuple[str, str], An
         models: rows, in order.
     """
     models = [model for model in models if model in runs["model"].unique()]
-    best = {
-        (model, method): runs.filter(
-            (pl.col("model") == model)
-            & (pl.col("optim") == method)
-            & (pl.col("lr_mult") == chosen[model, method].lr_mult)
-        )
-        for model in models
-        for method in METHODS
-        if (model, method) in chosen
-    }
+    best = best_runs(runs, chosen, models)
     found = {
         "best": _best(data, best, chosen, models),
         "rates": _rates(data, runs, models),
         "tasks": _tasks(data, best, models),
         "chosen": _chosen(chosen, models),
-        "significance": _significance(data, best, models),
+        "significance": significance(data, best, models),
         "cost": _cost(best, models),
     }
     return found
+
+
+def best_runs(
+    runs: pl.DataFrame, chosen: Mapping[tuple[str, str], Any], models: Sequence[str]
+) -> dict[tuple[str, str], pl.DataFrame]:
+    """The runs at the better learning rate of each model and method, all seeds."""
+    return {
+        (model, method): runs.filter(
+            (pl.col("model") == model) & (pl.col("optim") == method) & (pl.col("lr_mult") == choice.lr_mult)
+        )
+        for (model, method), choice in chosen.items()
+        if model in models
+    }
 
 
 def _best(data: Data, best: Mapping[Any, pl.DataFrame], chosen: Mapping[Any, Any], models: Sequence[str]) -> str:
@@ -138,7 +142,7 @@ def _chosen(chosen: Mapping[Any, Any], models: Sequence[str]) -> str:
     return table(["model", "method", "threshold", "best at 1x", "best at 2x", "better rate"], rows)
 
 
-def _significance(data: Data, best: Mapping[Any, pl.DataFrame], models: Sequence[str]) -> str:
+def significance(data: Data, best: Mapping[Any, pl.DataFrame], models: Sequence[str]) -> str:
     """Clippy against whichever baseline has the best mean on the test day, which favours the baseline."""
     rows = []
     metric = f"{data.auc}/auc"

@@ -24,9 +24,9 @@ def all_jobs(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> dict[str, lis
         for method in ("adagrad", "clippy", *THRESHOLDS)
     }
     chosen = {(m, o): Choice(2, {1: limit, 2: limit}) for m in models for o, limit in first.items()}
-    for module in ("table2.choose", "rates.choices", "curve_figures.choices"):
-        monkeypatch.setattr(f"ranker.reports.paper.{module}", lambda *_: chosen)
-    none = dict.fromkeys(f"{study}_search" for study in ("table2", "table2_soft"))
+    for module in ("table2.choose", "searched_clippy.choose", "rates.choices", "curve_figures.choices"):
+        monkeypatch.setattr(f"ranker.reports.paper.{module}", lambda *_, **__: chosen)
+    none = dict.fromkeys(f"{study}_search" for study in ("table2", "table2_soft", "table2_clippy"))
     return {phase.name: phase.jobs(setting, none) for study in STUDIES for phase in study.phases}
 
 
