@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -53,14 +53,16 @@ class Batch:
         works: The N works.
         backend: What steps them.
         sigma: [N], or shaped to broadcast over the single tensor by unit; None where it is 1 for sure.
-        peaks: By work, the binding reduction piece by piece, so that the coordinate can be found again; None where
-            the tensor was not cut.
+        peaks: Gives by work the binding reduction piece by piece, so that the coordinate can be found again; None where
+            the tensor was not cut. None where no tensor was.
+        prepared: What the backend keeps between its two passes.
     """
 
     works: list[Work]
     backend: Backend
     sigma: Tensor | None = None
-    peaks: list[Tensor | None] = field(default_factory=list)
+    peaks: Callable[[], list[Tensor | None]] | None = None
+    prepared: Any = None
 
     @property
     def method(self) -> Method:

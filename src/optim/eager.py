@@ -33,7 +33,7 @@ class Eager:
         parts = [_reduce(work, reductions) for work in batch.works]
         binding = batch.method.binding
         if binding is not None and binding in reductions and not batch.by_unit:
-            batch.peaks = [part[binding.name] if part[binding.name].ndim else None for part in parts]
+            batch.peaks = lambda: [part[binding.name] if part[binding.name].ndim else None for part in parts]
         if batch.by_unit:
             return parts[0]
         return {

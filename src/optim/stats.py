@@ -179,7 +179,7 @@ def _binding(batch: Batch, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     if batch.method.binding is None or batch.idle:
         nothing = torch.full_like(sigma, -1)
         return nothing, nothing, nothing
-    peaks = batch.peaks or [None] * len(batch.works)
+    peaks = batch.peaks() if batch.peaks else [None] * len(batch.works)
     found = [locate(work, peak) for work, peak in zip(batch.works, peaks, strict=True)]
     groups = [group for group, _ in batch.works[0].groups]
     value = torch.stack([place.value for place in found]).double()

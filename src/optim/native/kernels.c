@@ -17,7 +17,9 @@ typedef struct {
 
 typedef struct {
     double sign, decay, eps, lambda_rel, lambda_abs, lambda_acc;
+    double shrink; /* decoupled weight decay */
     int64_t delayed, inside;
+    int64_t clips_gradient, feeds_clipped; /* r is of sigma * g', and so is what G is fed */
     int64_t grads, weights, updates, largest, overshoot; /* which reductions are wanted */
 } Settings;
 
@@ -100,15 +102,22 @@ void optim_reduce(const Tensor *tensors, int64_t count, const Settings *s, doubl
     }
 }
 
-/* Last tensor and chunk first: what the reduction read last may still be in cache. ok: null, or where to read whether
- * to step at all. parts: null, or room for [chunks of the largest tensor, SIZES]; out is then [count, SIZES], how far
- * every tensor moved. */
-void optim_step(const Tensor *tensors, int64_t count, const Settings *s, const Factors *factors, const uint8_t *ok,
-                double *parts, double *out, int64_t threads) {
+/* Last tensor and chunk first: what the reduction read last may still be in cache. sigma: [count], or null for 1. lr:
+ * where to read it. ok: null, or where to read whether to step at all. parts: null, or room for [chunks of the largest
+ * tensor, SIZES]; out is then [count, SIZES], how far every tensor moved. */
+void optim_step(const Tensor *tensors, int64_t count, const Settings *s, const double *sigma, const double *lr,
+                const uint8_t *ok, double *parts, double *out, int64_t threads) {
     if (parts) memset(out, 0, count * SIZES * sizeof(double));
     if (ok && !*ok) return;
     for (int64_t t = count - 1; t >= 0; t--) {
         const Tensor *tensor = &tensors[t];
+        const double factor = sigma ? sigma[t] : 1;
+        const Factors factors = {
+            .keep = 1 - *lr * s->shrink,
+            .rate = s->clips_gradient ? *lr : *lr * factor,
+            .seen = s->clips_gradient ? factor : 1,
+            .fed = s->feeds_clipped ? factor : 1,
+        };
         const int64_t n = chunks(tensor);
         if (parts) memset(parts, 0, n * SIZES * sizeof(double));
 #pragma omp parallel for num_threads(threads) schedule(static) if (n > 1)
@@ -116,9 +125,9 @@ void optim_step(const Tensor *tensors, int64_t count, const Settings *s, const F
             const int64_t c = n - 1 - b;
             double *part = parts ? parts + c * SIZES : 0;
             if (tensor->wide)
-                step_chunk_double(tensor, c, width(tensor, c), s, &factors[t], part);
+                step_chunk_double(tensor, c, width(tensor, c), s, &factors, part);
             else
-                step_chunk_float(tensor, c, width(tensor, c), s, &factors[t], part);
+                step_chunk_float(tensor, c, width(tensor, c), s, &factors, part);
         }
         for (int64_t c = 0; parts && c < n; c++) {
             double *size = out + t * SIZES;

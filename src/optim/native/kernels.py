@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -36,7 +37,8 @@ class _Tensor(ctypes.Structure):
 class _Settings(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_double) for name in ("sign", "decay", "eps", "lambda_rel", "lambda_abs", "lambda_acc")),
-        *((name, ctypes.c_int64) for name in ("delayed", "inside")),
+        ("shrink", ctypes.c_double),
+        *((name, ctypes.c_int64) for name in ("delayed", "inside", "clips_gradient", "feeds_clipped")),
         *((name, ctypes.c_int64) for name in ("grads", "weights", "updates", "largest", "overshoot")),
     )
 
@@ -80,10 +82,9 @@ class Native:
         counts = [-(-work.weight.numel() // CHUNK) for work in works]
         parts = torch.empty(max(1, sum(counts)), len(_COLUMNS), dtype=torch.float64)
         out = torch.empty(len(works), len(_COLUMNS), dtype=torch.float64)
-        self._call("optim_reduce", batch, _settings(batch, reductions), parts, out)
+        self._call("optim_reduce", batch, reductions, parts, out)
         if OVERSHOOT in reductions:
-            chunks = parts[: sum(counts), _COLUMNS.index(OVERSHOOT)].split(counts)
-            batch.peaks = [peaks if len(peaks) > 1 else None for peaks in chunks]
+            batch.peaks = partial(_peaks, parts, counts)
         columns = dict(zip(_COLUMNS, out.unbind(dim=1), strict=True))
         return {
             reduction.name: columns[reduction].sqrt() if reduction.combine == "norm" else columns[reduction]
@@ -96,17 +97,22 @@ class Native:
         if measure:
             chunks = max(-(-work.weight.numel() // CHUNK) for work in batch.works)
             parts, out = (torch.empty(max(1, rows), 2, dtype=torch.float64) for rows in (chunks, len(batch.works)))
-        self._call("optim_step", batch, _settings(batch, ()), _factors(batch), ok, parts, out)
+        lr = torch.as_tensor(batch.settings["lr"], dtype=torch.float64)
+        sigma = None if batch.sigma is None else batch.sigma.double().contiguous()
+        self._call("optim_step", batch, (), sigma, lr, ok, parts, out)
         # Autograd must know that these were written to, as after any in-place operation.
         torch.autograd.graph.increment_version([work.weight for work in batch.works])
         for work in batch.works:
             work.write_back()
         return None if out is None else Moved(largest=out[:, 1], norm=out[:, 0].sqrt())
 
-    def _call(self, name: str, batch: Batch, settings: _Settings, *arguments: Tensor | None) -> None:
+    def _call(self, name: str, batch: Batch, reductions: Sequence[Reduction], *arguments: Tensor | None) -> None:
         library = load()
         assert library is not None, "takes() said that the kernels are there"
-        tensors = (_Tensor * len(batch.works))(*(self._tensor(work) for work in batch.works))
+        if batch.prepared is None:  # the step asks for no reductions, and does not mind those of the pass before
+            tensors = (_Tensor * len(batch.works))(*map(self._tensor, batch.works))
+            batch.prepared = tensors, _settings(batch, reductions)
+        tensors, settings = batch.prepared
         pointers = [None if given is None else ctypes.c_void_p(given.data_ptr()) for given in arguments]
         count, threads = ctypes.c_int64(len(batch.works)), ctypes.c_int64(torch.get_num_threads())
         getattr(library, name)(tensors, count, ctypes.byref(settings), *pointers, threads)
@@ -148,8 +154,11 @@ def _settings(batch: Batch, reductions: Sequence[Reduction]) -> _Settings:
         lambda_rel=given.get("lambda_rel", 0.0),
         lambda_abs=given.get("lambda_abs", 0.0),
         lambda_acc=given.get("lambda_acc", 0.0),
+        shrink=given["weight_decay"] if given["decoupled_weight_decay"] else 0.0,
         delayed=reads_previous(given),
         inside=epsilon_inside(given),
+        clips_gradient=batch.clips_gradient,
+        feeds_clipped=given.get("clip_accumulator", False),
         grads=GRAD_NORM in reductions,
         weights=WEIGHT_NORM in reductions,
         updates=UPDATE_NORM in reductions or UPDATE_MAX in reductions,
@@ -158,13 +167,7 @@ def _settings(batch: Batch, reductions: Sequence[Reduction]) -> _Settings:
     )
 
 
-def _factors(batch: Batch) -> Tensor:
-    """Return [N, 4]: keep, rate, seen and fed of every tensor, from which the kernel steps; see kernels.c."""
-    given, count = batch.settings, len(batch.works)
-    one = torch.ones(count, dtype=torch.float64)
-    lr = one * given["lr"]
-    keep = one - lr * given["weight_decay"] if given["decoupled_weight_decay"] else one
-    sigma = one if batch.sigma is None else batch.sigma
-    fed = sigma if given.get("clip_accumulator", False) else one
-    rate, seen = (lr, sigma) if batch.clips_gradient else (lr * sigma, one)
-    return torch.stack([keep, rate, seen, fed], dim=1).contiguous()
+def _peaks(parts: Tensor, counts: Sequence[int]) -> list[Tensor | None]:
+    """Return the overshoot chunk by chunk for every tensor; None where there is one chunk."""
+    chunks = parts[: sum(counts), _COLUMNS.index(OVERSHOOT)].split(counts)
+    return [peaks if len(peaks) > 1 else None for peaks in chunks]
