@@ -26,3 +26,24 @@ def test_the_kernels_find_a_maximum_that_is_hardly_above_the_others(accumulator:
             optimizer.step()
         results.append(weight.detach())
     torch.testing.assert_close(*results, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("size", [31, 512, 700, CHUNK, CHUNK + 700])
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_the_kernels_find_the_maximum_wherever_it_lies(size: int, weight_decay: float) -> None:
+    """Blocks are read from several places of a chunk at once, what is left over from one: no coordinate is missed."""
+    places = sorted({p for p in (0, 31, 127, 128, size // 4, size // 2, size - 189, size - 1) if 0 <= p < size})
+    for place in places:
+        sigmas = []
+        for backend in ("native", "eager"):
+            weight = torch.nn.Parameter(torch.full((size,), 0.01))
+            settings = {"lr": 1.0, "weight_decay": weight_decay, "collect_stats": True, "backend": backend}
+            optimizer = optim.build_optimizer("clippy", [("w", weight)], **settings)
+            weight.grad = torch.full((size,), 0.01)
+            weight.grad[place] = 3.0
+            optimizer.step()
+            row = optimizer.clip_stats()["w"]
+            assert row["coordinate"] == place, backend
+            sigmas.append(row["sigma"])
+        assert sigmas[0] == pytest.approx(sigmas[1], rel=1e-5)
+        assert sigmas[0] < 0.02

@@ -55,22 +55,26 @@ INLINE void NAME(norms)(const REAL *restrict w, const REAL *restrict g, const RE
     if (out[UPDATE_SQ] != out[UPDATE_SQ]) out[UPDATE_MAX] = NAN;
 }
 
+/* A block for the search of the maximum is n coordinates at each of `ways` places, `apart` from one another; n is a
+ * multiple of LANES but where ways is 1. */
+
 /* max |g'| of a block; NaN becomes infinity, which no limit lets through. Read as integers, magnitudes keep their order
  * and NaN comes after infinity: half the operations, and none that waits for the one before. */
-INLINE REAL NAME(largest_gradient)(const REAL *restrict g, int n) {
+INLINE REAL NAME(largest_gradient)(const REAL *restrict g, int ways, int64_t apart, int n) {
     typedef WORD __attribute__((may_alias)) Bits;
     const Bits *bits = (const Bits *)g;
     WORD largest[LANES] = {0};
+#define AT(at, k)                                    \
+    {                                                \
+        const WORD size = bits[(at) + k] & MAGNITUDE; \
+        largest[k] = size > largest[k] ? size : largest[k]; \
+    }
     int i = 0;
     for (; i + LANES <= n; i += LANES)
-        for (int k = 0; k < LANES; k++) {
-            const WORD size = bits[i + k] & MAGNITUDE;
-            largest[k] = size > largest[k] ? size : largest[k];
-        }
-    for (int k = 0; i + k < n; k++) {
-        const WORD size = bits[i + k] & MAGNITUDE;
-        largest[k] = size > largest[k] ? size : largest[k];
-    }
+        for (int way = 0; way < ways; way++)
+            for (int k = 0; k < LANES; k++) AT(way * apart + i, k)
+    for (int k = 0; i + k < n; k++) AT(i, k)
+#undef AT
     for (int half = LANES / 2; half; half /= 2)
         for (int k = 0; k < half; k++) largest[k] = largest[k + half] > largest[k] ? largest[k + half] : largest[k];
     REAL result;
@@ -81,25 +85,23 @@ INLINE REAL NAME(largest_gradient)(const REAL *restrict g, int n) {
 /* Whether any coordinate of a block may overshoot by `worst` or more: the comparison of squares, without root or
  * division. The margin keeps the rounding of the dozen operations on the safe side. NaN compares as "may".
  * Not weights: as if every weight were 0, whose bound is the least; only without weight decay. */
-INLINE int NAME(may_exceed)(const REAL *restrict w, const REAL *restrict g, const REAL *restrict total, int n,
-                            const Settings *s, REAL worst, int delayed, int weights) {
+INLINE int NAME(may_exceed)(const REAL *restrict w, const REAL *restrict g, const REAL *restrict total, int ways,
+                            int64_t apart, int n, const Settings *s, REAL worst, int delayed, int weights) {
     const REAL sign = s->sign, decay = s->decay, relative = s->lambda_rel, absolute = s->lambda_abs;
     const REAL limit = worst * worst * (1 - 16 * EPSILON);
     WORD hit[LANES] = {0};
-#define AT(k)                                                                               \
-    {                                                                                       \
-        const REAL wi = weights ? w[i + k] : (REAL)0, gi = sign * g[i + k] + decay * wi;    \
-        const REAL bound = relative * FABS(wi) + absolute;                                  \
-        const REAL square = gi * gi, base = delayed ? total[i + k] : total[i + k] + square; \
-        hit[k] |= !(square < limit * (bound * bound * base));                               \
+#define AT(at, k)                                                                                \
+    {                                                                                            \
+        const REAL wi = weights ? w[(at) + k] : (REAL)0, gi = sign * g[(at) + k] + decay * wi;   \
+        const REAL bound = relative * FABS(wi) + absolute;                                       \
+        const REAL square = gi * gi, base = delayed ? total[(at) + k] : total[(at) + k] + square; \
+        hit[k] |= !(square < limit * (bound * bound * base));                                    \
     }
     int i = 0;
-    for (; i + LANES <= n; i += LANES) {
-        if (weights) prefetch(w + i, LANES * sizeof(REAL));
-        prefetch(g + i, LANES * sizeof(REAL)), prefetch(total + i, LANES * sizeof(REAL));
-        for (int k = 0; k < LANES; k++) AT(k)
-    }
-    for (int k = 0; i + k < n; k++) AT(k)
+    for (; i + LANES <= n; i += LANES)
+        for (int way = 0; way < ways; way++)
+            for (int k = 0; k < LANES; k++) AT(way * apart + i, k)
+    for (int k = 0; i + k < n; k++) AT(i, k)
 #undef AT
     WORD any = 0;
     for (int k = 0; k < LANES; k++) any |= hit[k];
@@ -107,24 +109,26 @@ INLINE int NAME(may_exceed)(const REAL *restrict w, const REAL *restrict g, cons
 }
 
 /* max |r| / bound of a block, exactly; NaN where a gradient is not finite. */
-INLINE REAL NAME(block_overshoot)(const REAL *restrict w, const REAL *restrict g, const REAL *restrict total, int n,
-                                  const Settings *s, int delayed, int inside) {
+INLINE REAL NAME(block_overshoot)(const REAL *restrict w, const REAL *restrict g, const REAL *restrict total, int ways,
+                                  int64_t apart, int n, const Settings *s, int delayed, int inside) {
     const REAL sign = s->sign, decay = s->decay, eps = s->eps;
     const REAL relative = s->lambda_rel, absolute = s->lambda_abs, accumulator = s->lambda_acc;
     REAL largest[LANES] = {0}, poison[LANES] = {0};
-#define AT(k)                                                                                            \
+#define AT(at, k)                                                                                        \
     {                                                                                                    \
-        const REAL wi = w[i + k], gi = sign * g[i + k] + decay * wi;                                     \
+        const REAL wi = w[(at) + k], gi = sign * g[(at) + k] + decay * wi;                               \
         const REAL bound = relative * FABS(wi) + absolute;                                               \
+        const REAL base = NAME(root)(total[(at) + k], gi, eps, delayed, inside);                         \
         /* |r| / (bound + accumulator / root) with one division; 0 / 0 fails every comparison. */        \
-        const REAL over = FABS(gi) / (bound * NAME(root)(total[i + k], gi, eps, delayed, inside) + accumulator); \
+        const REAL over = FABS(gi) / (bound * base + accumulator);                                       \
         largest[k] = over > largest[k] ? over : largest[k];                                              \
         poison[k] += gi - gi;                                                                            \
     }
     int i = 0;
     for (; i + LANES <= n; i += LANES)
-        for (int k = 0; k < LANES; k++) AT(k)
-    for (int k = 0; i + k < n; k++) AT(k)
+        for (int way = 0; way < ways; way++)
+            for (int k = 0; k < LANES; k++) AT(way * apart + i, k)
+    for (int k = 0; i + k < n; k++) AT(i, k)
 #undef AT
     REAL result = 0, nan = 0;
     for (int k = 0; k < LANES; k++) {
@@ -136,35 +140,42 @@ INLINE REAL NAME(block_overshoot)(const REAL *restrict w, const REAL *restrict g
 
 /* The chunk's maximum overshoot where it raises `worst`, else 0. What reads least settles most blocks: first the
  * gradients alone (G >= floor and bound >= lambda_abs limit what the largest of them could do), then those and G. A
- * question that did not settle several blocks in a row is asked only now and then. */
+ * question that did not settle several blocks in a row is asked only now and then. As norms does, a block is read from
+ * WAYS places at once; what is left over, from one. */
 INLINE REAL NAME(overshoot)(const REAL *restrict w, const REAL *restrict g, const REAL *restrict total, int64_t n,
                             const Settings *s, double floor, REAL *worst, int delayed, int inside) {
-    enum { PATIENCE = 4, PAUSE = 16 };
+    enum { PATIENCE = 4, PAUSE = 16, PIECE = BLOCK / WAYS };
+    const int64_t apart = n / BLOCK * PIECE;
     REAL raised = 0;
     int grads = 0, totals = 0; /* blocks in a row that were not settled by either */
-    for (int64_t i = 0; i < n; i += BLOCK) {
-        const int width = n - i < BLOCK ? (int)(n - i) : BLOCK, again = s->decay == 0 && i % (PAUSE * BLOCK) == 0;
-        if (again || (s->decay == 0 && grads < PATIENCE)) {
-            const double top = NAME(largest_gradient)(g + i, width);
-            const double root = sqrt(delayed ? floor : floor + top * top);
-            if (top * 1.0001 < *worst * s->lambda_abs * root) {
-                grads = 0;
-                continue;
-            }
-            grads++;
-        }
-        if (again || (s->decay == 0 && totals < PATIENCE)) {
-            if (!NAME(may_exceed)(w + i, g + i, total + i, width, s, *worst, delayed, 0)) {
-                totals = 0;
-                continue;
-            }
-            totals++;
-        }
-        if (!NAME(may_exceed)(w + i, g + i, total + i, width, s, *worst, delayed, 1)) continue;
-        const REAL over = NAME(block_overshoot)(w + i, g + i, total + i, width, s, delayed, inside);
-        if (over != over) return over;
-        if (over > *worst) raised = *worst = over;
+#define BLOCK_AT(i, ways, width)                                                                             \
+    {                                                                                                        \
+        const int again = s->decay == 0 && (i) % (PAUSE * PIECE) == 0;                                       \
+        if (again || (s->decay == 0 && grads < PATIENCE)) {                                                  \
+            const double top = NAME(largest_gradient)(g + (i), ways, apart, width);                          \
+            const double root = sqrt(delayed ? floor : floor + top * top);                                   \
+            if (top * 1.0001 < *worst * s->lambda_abs * root) {                                              \
+                grads = 0;                                                                                   \
+                continue;                                                                                    \
+            }                                                                                                \
+            grads++;                                                                                         \
+        }                                                                                                    \
+        if (again || (s->decay == 0 && totals < PATIENCE)) {                                                 \
+            if (!NAME(may_exceed)(w + (i), g + (i), total + (i), ways, apart, width, s, *worst, delayed, 0)) { \
+                totals = 0;                                                                                  \
+                continue;                                                                                    \
+            }                                                                                                \
+            totals++;                                                                                        \
+        }                                                                                                    \
+        if (!NAME(may_exceed)(w + (i), g + (i), total + (i), ways, apart, width, s, *worst, delayed, 1)) continue; \
+        const REAL over =                                                                                    \
+            NAME(block_overshoot)(w + (i), g + (i), total + (i), ways, apart, width, s, delayed, inside);    \
+        if (over != over) return over;                                                                       \
+        if (over > *worst) raised = *worst = over;                                                           \
     }
+    for (int64_t i = 0; i < apart; i += PIECE) BLOCK_AT(i, WAYS, PIECE)
+    for (int64_t i = WAYS * apart; i < n; i += BLOCK) BLOCK_AT(i, 1, (int)(n - i))
+#undef BLOCK_AT
     return raised;
 }
 
