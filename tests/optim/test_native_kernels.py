@@ -47,3 +47,23 @@ def test_the_kernels_find_the_maximum_wherever_it_lies(size: int, weight_decay: 
             sigmas.append(row["sigma"])
         assert sigmas[0] == pytest.approx(sigmas[1], rel=1e-5)
         assert sigmas[0] < 0.02
+
+
+@pytest.mark.parametrize("piece", [1, 129, 254, 383, 511, 515, 517])
+def test_a_small_accumulator_is_found_among_large_ones(piece: int) -> None:
+    """The bound of G is kept for every 128 coordinates: that of another place would rule this one out."""
+    size, here = CHUNK + 800, slice(128 * piece, 128 * piece + 128)
+    weight = torch.nn.Parameter(torch.zeros(size))
+    optimizer = optim.build_optimizer("clippy", [("w", weight)], lr=1.0, collect_stats=True, backend="native")
+    weight.grad = torch.full((size,), 10.0)
+    weight.grad[here] = 0.0  # G stays 0.1 here, and becomes 100 elsewhere
+    optimizer.step()
+    with torch.no_grad():
+        weight.zero_()
+    weight.grad = torch.full((size,), 0.05)
+    weight.grad[::CHUNK] = 0.5  # the first coordinate of each chunk raises the maximum to 0.05 at once
+    weight.grad[here.start + 77] = 0.06
+    optimizer.step()
+    row = optimizer.clip_stats()["w"]
+    assert row["coordinate"] == here.start + 77
+    assert row["sigma"] == pytest.approx(0.01 / (0.06 / (0.1 + 0.06**2) ** 0.5), rel=1e-4)

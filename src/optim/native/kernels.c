@@ -12,7 +12,7 @@ typedef struct {
     void *total;   /* the accumulator G */
     int64_t size;  /* coordinates */
     int64_t wide;  /* double, not float */
-    double *floors; /* [chunks]: no coordinate of G in a chunk is below; null: not kept */
+    void *floors;  /* the smallest coordinate of G in every PIECE, in G's type; null: not kept */
 } Tensor;
 
 typedef struct {
@@ -31,7 +31,7 @@ typedef struct {
 enum { GRAD_SQ, WEIGHT_SQ, UPDATE_SQ, UPDATE_MAX, OVERSHOOT, COLUMNS };
 enum { MOVED_SQ, MOVED_MAX, SIZES }; /* of the step taken, lr and sigma included */
 /* A float chunk of w, g and G fits a 1 MiB cache; AHEAD is in bytes. */
-enum { CHUNK = 1 << 16, BLOCK = 512, LANES = 32, WAYS = 4, AHEAD = 1024 };
+enum { CHUNK = 1 << 16, BLOCK = 512, LANES = 32, WAYS = 4, PIECE = BLOCK / WAYS, AHEAD = 1024 };
 
 /* Ask for what a loop will read AHEAD bytes from now; past the end of a tensor this does nothing. */
 INLINE void prefetch(const void *from, int bytes) {
@@ -166,12 +166,10 @@ int64_t optim_move_rows(const Rows *tables, int64_t count, const int64_t *rows, 
     return 0;
 }
 
-/* out: [chunks], the smallest value of every chunk. */
-void optim_minima(const void *values, int64_t n, int64_t wide, double *out) {
-    const Tensor whole = {.size = n};
-    for (int64_t c = 0; c < chunks(&whole); c++) {
-        const int64_t at = c * CHUNK, count = width(&whole, c);
-        out[c] = wide ? minimum_double((const double *)values + at, count)
-                      : minimum_float((const float *)values + at, count);
-    }
+/* out: [n / PIECE, rounded up], the smallest value of every piece, in the type of the values. */
+void optim_minima(const void *values, int64_t n, int64_t wide, void *out) {
+    if (wide)
+        minima_double(values, n, out);
+    else
+        minima_float(values, n, out);
 }

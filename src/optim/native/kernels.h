@@ -14,6 +14,17 @@ INLINE REAL NAME(root)(REAL total, REAL grad, REAL eps, int delayed, int inside)
     return inside ? SQRT(base + eps) : SQRT(base) + eps;
 }
 
+INLINE REAL NAME(smallest)(const REAL *values, int64_t n) {
+    REAL least = INFINITY;
+    for (int64_t i = 0; i < n; i++) least = values[i] < least ? values[i] : least;
+    return least;
+}
+
+/* out: the smallest value of every PIECE; see step. */
+static void NAME(minima)(const REAL *values, int64_t n, REAL *out) {
+    for (int64_t i = 0; i < n; i += PIECE) out[i / PIECE] = NAME(smallest)(values + i, n - i < PIECE ? n - i : PIECE);
+}
+
 /* From WAYS places of the chunk at once: one core reads several streams faster than one.
  * rootless: r^2 = g'^2 / G', where eps vanishes beside the root; square roots would take as long as reading does. */
 INLINE void NAME(norms)(const REAL *restrict w, const REAL *restrict g, const REAL *restrict total, int64_t n,
@@ -143,8 +154,8 @@ INLINE REAL NAME(block_overshoot)(const REAL *restrict w, const REAL *restrict g
  * question that did not settle several blocks in a row is asked only now and then. As norms does, a block is read from
  * WAYS places at once; what is left over, from one. */
 INLINE REAL NAME(overshoot)(const REAL *restrict w, const REAL *restrict g, const REAL *restrict total, int64_t n,
-                            const Settings *s, double floor, REAL *worst, int delayed, int inside) {
-    enum { PATIENCE = 4, PAUSE = 16, PIECE = BLOCK / WAYS };
+                            const Settings *s, const REAL *floors, REAL *worst, int delayed, int inside) {
+    enum { PATIENCE = 4, PAUSE = 16 };
     const int64_t apart = n / BLOCK * PIECE;
     REAL raised = 0;
     int grads = 0, totals = 0; /* blocks in a row that were not settled by either */
@@ -153,7 +164,13 @@ INLINE REAL NAME(overshoot)(const REAL *restrict w, const REAL *restrict g, cons
         const int again = s->decay == 0 && (i) % (PAUSE * PIECE) == 0;                                       \
         if (again || (s->decay == 0 && grads < PATIENCE)) {                                                  \
             const double top = NAME(largest_gradient)(g + (i), ways, apart, width);                          \
-            const double root = sqrt(delayed ? floor : floor + top * top);                                   \
+            REAL floor = floors ? (REAL)INFINITY : 0;                                                        \
+            for (int64_t at = (i) / PIECE; floors && at <= ((i) + width - 1) / PIECE; at++)                  \
+                for (int way = 0; way < ways; way++) {                                                       \
+                    const REAL least = floors[at + way * (apart / PIECE)];                                   \
+                    floor = least < floor ? least : floor;                                                   \
+                }                                                                                            \
+            const double root = sqrt(delayed ? (double)floor : floor + top * top);                           \
             if (top * 1.0001 < *worst * s->lambda_abs * root) {                                              \
                 grads = 0;                                                                                   \
                 continue;                                                                                    \
@@ -180,17 +197,16 @@ INLINE REAL NAME(overshoot)(const REAL *restrict w, const REAL *restrict g, cons
 }
 
 /* size: null, or [MOVED_SQ, MOVED_MAX] of the step taken: the memory is read anyway, so measuring here is free.
- * Returns the smallest of the new G, for the same reason. */
-INLINE REAL NAME(step)(REAL *restrict w, const REAL *restrict g, REAL *restrict total, int64_t n, const Settings *s,
-                       const Factors *f, double *size, int delayed, int inside, int measure) {
+ * floors: null, or where the smallest new G of every PIECE goes, for the same reason. */
+INLINE void NAME(step)(REAL *restrict w, const REAL *restrict g, REAL *restrict total, int64_t n, const Settings *s,
+                       const Factors *f, double *size, REAL *restrict floors, int delayed, int inside, int measure) {
     const REAL sign = s->sign, decay = s->decay, eps = s->eps;
     const REAL keep = f->keep, rate = f->rate, fed = f->fed, seen = f->seen;
-    REAL square[LANES] = {0}, largest[LANES] = {0}, least[LANES];
-    for (int k = 0; k < LANES; k++) least[k] = INFINITY;
+    REAL square[LANES] = {0}, largest[LANES] = {0};
 #define AT(k)                                                                                                   \
     {                                                                                                           \
         const REAL wi = w[i + k], gi = sign * g[i + k] + decay * wi, used = seen * gi, feed = fed * gi;         \
-        const REAL before = total[i + k], after = before + feed * feed;                                                                       \
+        const REAL before = total[i + k], after = before + feed * feed;                                         \
         /* rate * used first: the order of torch's fused Adagrad, with which this then agrees to the bit. */    \
         const REAL move = rate * used / NAME(root)(before, used, eps, delayed, inside);                         \
         w[i + k] = keep * wi - move;                                                                            \
@@ -201,22 +217,26 @@ INLINE REAL NAME(step)(REAL *restrict w, const REAL *restrict g, REAL *restrict 
             largest[k] = FABS(move) > largest[k] ? FABS(move) : largest[k];                                     \
         }                                                                                                       \
     }
-    int64_t i = 0;
-    for (; i + LANES <= n; i += LANES) {
-        prefetch(w + i, LANES * sizeof(REAL)), prefetch(g + i, LANES * sizeof(REAL));
-        prefetch(total + i, LANES * sizeof(REAL));
-        for (int k = 0; k < LANES; k++) AT(k)
+    for (int64_t begin = 0; begin < n; begin += PIECE) {
+        const int64_t end = n - begin < PIECE ? n : begin + PIECE;
+        REAL least[LANES];
+        for (int k = 0; k < LANES; k++) least[k] = INFINITY;
+        int64_t i = begin;
+        for (; i + LANES <= end; i += LANES) {
+            prefetch(w + i, LANES * sizeof(REAL)), prefetch(g + i, LANES * sizeof(REAL));
+            prefetch(total + i, LANES * sizeof(REAL));
+            for (int k = 0; k < LANES; k++) AT(k)
+        }
+        for (int k = 0; i + k < end; k++) AT(k)
+        if (floors) floors[begin / PIECE] = NAME(smallest)(least, LANES);
     }
-    for (int k = 0; i + k < n; k++) AT(k)
 #undef AT
-    for (int k = 1; k < LANES; k++) least[0] = least[k] < least[0] ? least[k] : least[0];
-    if (!measure) return least[0];
+    if (!measure) return;
     for (int k = 0; k < LANES; k++) {
         size[MOVED_SQ] += square[k];
         if (largest[k] > size[MOVED_MAX]) size[MOVED_MAX] = largest[k];
     }
     if (size[MOVED_SQ] != size[MOVED_SQ]) size[MOVED_MAX] = NAN;
-    return least[0];
 }
 
 #define DISPATCH(CALL)                                         \
@@ -229,11 +249,12 @@ INLINE REAL NAME(step)(REAL *restrict w, const REAL *restrict g, REAL *restrict 
 static void NAME(reduce_chunk)(const Tensor *t, int64_t chunk, int64_t n, const Settings *s, double *worst,
                                double *out) {
     const int64_t begin = chunk * CHUNK;
-    const double floor = t->floors ? t->floors[chunk] : 0;
+    const REAL *floors = t->floors ? (const REAL *)t->floors + begin / PIECE : 0;
     const REAL *w = (const REAL *)t->weight + begin, *g = (const REAL *)t->grad + begin;
     const REAL *total = (const REAL *)t->total + begin;
     REAL so_far = *worst;
     /* Where eps is below the rounding of the smallest root; so is the floor then above 0. */
+    const double floor = s->updates && floors ? NAME(smallest)(floors, (n + PIECE - 1) / PIECE) : 0;
     const int rootless = s->updates && !s->largest && s->eps < (s->inside ? floor : sqrt(floor)) * EPSILON / 4;
 #define CALL(d, i)                                                                               \
     {                                                                                            \
@@ -244,7 +265,7 @@ static void NAME(reduce_chunk)(const Tensor *t, int64_t chunk, int64_t n, const 
         } else if (s->updates) NAME(norms)(w, g, total, n, s, out, d, i, 1, 1, 0);                 \
         else if (s->weights || s->decay != 0) NAME(norms)(w, g, total, n, s, out, d, i, 1, 0, 0); \
         else if (s->grads) NAME(norms)(w, g, total, n, s, out, d, i, 0, 0, 0);                   \
-        if (s->overshoot) out[OVERSHOOT] = NAME(overshoot)(w, g, total, n, s, floor, &so_far, d, i);    \
+        if (s->overshoot) out[OVERSHOOT] = NAME(overshoot)(w, g, total, n, s, floors, &so_far, d, i);   \
     }
     DISPATCH(CALL)
 #undef CALL
@@ -254,24 +275,16 @@ static void NAME(reduce_chunk)(const Tensor *t, int64_t chunk, int64_t n, const 
 static void NAME(step_chunk)(const Tensor *t, int64_t chunk, int64_t n, const Settings *s, const Factors *f,
                              double *size) {
     const int64_t begin = chunk * CHUNK;
-    REAL least = 0;
     REAL *w = (REAL *)t->weight + begin, *total = (REAL *)t->total + begin;
+    REAL *floors = t->floors ? (REAL *)t->floors + begin / PIECE : 0;
     const REAL *g = (const REAL *)t->grad + begin;
-#define CALL(d, i)                                               \
-    {                                                            \
-        if (size) least = NAME(step)(w, g, total, n, s, f, size, d, i, 1); \
-        else least = NAME(step)(w, g, total, n, s, f, size, d, i, 0);    \
+#define CALL(d, i)                                                   \
+    {                                                                \
+        if (size) NAME(step)(w, g, total, n, s, f, size, floors, d, i, 1); \
+        else NAME(step)(w, g, total, n, s, f, size, floors, d, i, 0);      \
     }
     DISPATCH(CALL)
 #undef CALL
-    if (t->floors) t->floors[chunk] = least;
-}
-
-static double NAME(minimum)(const void *values, int64_t n) {
-    const REAL *v = values;
-    REAL least = INFINITY;
-    for (int64_t i = 0; i < n; i++) least = v[i] < least ? v[i] : least;
-    return least;
 }
 
 #undef DISPATCH

@@ -21,6 +21,8 @@ from optim.work import CHUNK, Work
 _COLUMNS = (GRAD_NORM, WEIGHT_NORM, UPDATE_NORM, UPDATE_MAX, OVERSHOOT)
 """In the order of the C code's columns, which hold the squares of norms."""
 _KNOWN = frozenset(_COLUMNS)
+PIECE = 128
+"""Coordinates of G that share a lower bound; as in the C code."""
 
 
 class _Tensor(ctypes.Structure):
@@ -52,8 +54,8 @@ class Native:
     """Dense, contiguous float32 and float64 tensors on the CPU, stepped by Adagrad under the rules of this package."""
 
     def __init__(self) -> None:
-        # By accumulator: its version when last looked at, and for every chunk a value that none of its coordinates is
-        # below. A step of ours (which does not count as a version) brings the values up to date.
+        # By accumulator: its version when last looked at, and the smallest coordinate of every PIECE. A step of ours
+        # (which does not count as a version) brings the values up to date.
         self._floors = WeakTensorKeyDictionary()
 
     def takes(self, work: Work) -> bool:
@@ -126,7 +128,7 @@ class Native:
         )
 
     def _floors_of(self, work: Work) -> Tensor | None:
-        """Return, for every chunk, a value that no coordinate of G is below; None where it is not worth keeping."""
+        """Return the smallest coordinate of G in every PIECE; None where it is not worth keeping."""
         total = work.state["sum"]
         if total.numel() < CHUNK or work.rows is not None or work.groups:
             return None
@@ -135,7 +137,7 @@ class Native:
         if version != kept._version:
             library = load()
             assert library is not None, "takes() said that the kernels are there"
-            floors = torch.empty(-(-total.numel() // CHUNK), dtype=torch.float64)
+            floors = torch.empty(-(-total.numel() // PIECE), dtype=total.dtype)
             size, wide = ctypes.c_int64(total.numel()), ctypes.c_int64(total.dtype == torch.float64)
             library.optim_minima(ctypes.c_void_p(total.data_ptr()), size, wide, ctypes.c_void_p(floors.data_ptr()))
             self._floors[kept] = (kept._version, floors)
