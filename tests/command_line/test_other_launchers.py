@@ -97,3 +97,29 @@ def test_submitit_runs_jobs_in_processes_of_their_own_and_only_what_is_missing(
     assert "sweep: 4 of 4 jobs done (1 completed, 2 failed, 1 done before)" in told.out
     assert told.err.count("lr_mult must be a number above 0") == 2
     assert os.listdir(tmp_path / ".submitit")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    "EVENKEEL_RAY_PYTHON" not in os.environ,
+    reason="Ray's launcher needs an environment of its own (docs/sweeps.md): EVENKEEL_RAY_PYTHON names its interpreter",
+)
+def test_ray_runs_only_what_is_missing_and_lists_what_failed(tmp_path: Path) -> None:
+    def sweep(*overrides: str) -> subprocess.CompletedProcess[str]:
+        options = (*TINY, "train.max_steps=2", "train.eval_every=0", f"hydra.sweep.dir={tmp_path}", "train.threads=0")
+        command = [os.environ["EVENKEEL_RAY_PYTHON"], "train.py", "-m", "hydra/launcher=ray", *options, *overrides]
+        return subprocess.run(command, check=False, cwd=ROOT, capture_output=True, text=True, timeout=250)
+
+    done = sweep("seed=0")
+    assert done.returncode == 0, done.stderr
+    (first,) = tmp_path.glob("*/summary.json")
+    before = first.stat().st_mtime_ns
+
+    done = sweep("seed=0,1", "lr_mult=1,-1")
+
+    assert done.returncode == 1
+    statuses = [json.loads(path.read_text())["status"] for path in tmp_path.glob("*/summary.json")]
+    assert sorted(statuses) == ["completed", "completed", "failed", "failed"]
+    assert first.stat().st_mtime_ns == before
+    assert "sweep: 4 of 4 jobs done (1 completed, 2 failed, 1 done before)" in done.stdout
+    assert done.stderr.count("lr_mult must be a number above 0") == 2

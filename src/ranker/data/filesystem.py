@@ -16,6 +16,7 @@ T = TypeVar("T")
 
 _TRIES = 4
 _FIRST_PAUSE_S = 0.5
+_OURS = (UserError, pa.ArrowException, AssertionError)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +67,8 @@ class Root:
         """Does something; where that fails on a remote file system, again after a pause; then says what failed.
 
         Args:
-            action: what to do; an ``OSError`` other than a missing file or a refused permission is worth another try.
+            action: what to do; an ``OSError`` other than a missing file or a refused permission is worth another try,
+                and so is whatever fsspec's file systems raise in its place (``hf://``: the errors of httpx).
             what: names it in the error.
 
         Raises:
@@ -78,7 +80,10 @@ class Root:
                 return action()
             except (FileNotFoundError, PermissionError, NotADirectoryError) as error:
                 raise UserError(f"{what} failed: {one_line(error)}") from error
-            except OSError as error:
+            except Exception as error:
+                foreign = isinstance(self.filesystem, fs.PyFileSystem) and not isinstance(error, _OURS)
+                if not isinstance(error, OSError) and not foreign:
+                    raise
                 if attempt == tries - 1:
                     times = f" {tries} times, last with" if tries > 1 else ""
                     raise UserError(f"{what} failed{times}: {one_line(error)}") from error

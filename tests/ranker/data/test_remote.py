@@ -6,6 +6,7 @@ import socket
 import threading
 from collections.abc import Iterator
 
+import pyarrow as pa
 import pytest
 import torch
 
@@ -60,13 +61,13 @@ def test_a_remote_directory_without_data_is_named(write_log):
 class Flaky:
     """A root whose reads fail so many times."""
 
-    def __init__(self, failures):
-        self.failures = failures
+    def __init__(self, failures, kind=ConnectionResetError):
+        self.failures, self.kind = failures, kind
 
     def __call__(self):
         self.failures -= 1
         if self.failures >= 0:
-            raise ConnectionResetError("connection reset\nby peer")
+            raise self.kind("connection reset\nby peer")
         return "read"
 
 
@@ -75,13 +76,26 @@ def remote_root():
     return filesystem.open_root("memory://bucket/log")
 
 
-def test_a_failure_is_tried_again_a_few_times():
-    assert remote_root().retried(Flaky(3), what="reading x") == "read"
+class ProtocolError(Exception):
+    """As httpx raises, through fsspec: no OSError."""
 
 
-def test_a_failure_that_stays_says_what_failed_and_how_often():
+@pytest.mark.parametrize("kind", [ConnectionResetError, ProtocolError])
+def test_a_failure_is_tried_again_a_few_times(kind):
+    assert remote_root().retried(Flaky(3, kind), what="reading x") == "read"
+
+
+@pytest.mark.parametrize("kind", [ConnectionResetError, ProtocolError])
+def test_a_failure_that_stays_says_what_failed_and_how_often(kind):
     with pytest.raises(UserError, match="reading x failed 4 times, last with: connection reset by peer"):
-        remote_root().retried(Flaky(4), what="reading x")
+        remote_root().retried(Flaky(4, kind), what="reading x")
+
+
+def test_what_is_no_failure_of_the_file_system_is_left_alone(tmp_path):
+    with pytest.raises(pa.ArrowInvalid):  # a damaged file, say
+        remote_root().retried(Flaky(1, pa.ArrowInvalid), what="reading x")
+    with pytest.raises(ProtocolError):  # on a local file system that is a mistake of ours
+        filesystem.open_root(str(tmp_path)).retried(Flaky(1, ProtocolError), what="reading x")
 
 
 def test_a_missing_file_and_a_local_failure_are_not_tried_again(tmp_path):

@@ -40,8 +40,8 @@ def _best(
 ) -> str:
     """Table 2's clipped methods, and beside them Clippy with its lambda_abs searched, each at its better rate."""
     rows = []
-    for (model, method), runs in searched.items():
-        choice = chosen[model, method]
+    for model in (model for model in PAPER_MODELS if (model, "clippy") in searched):
+        runs, choice = searched[model, "clippy"], chosen[model, "clippy"]
         limit = choice.thresholds[choice.lr_mult]
         for metric in (f"{data.auc}/auc", f"{data.rmse}/rmse"):
             task, kind = metric.split("/")
