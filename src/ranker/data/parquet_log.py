@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime as dt
-import os
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -11,7 +10,6 @@ from concurrent.futures import Future
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 
 from ranker.data.batch import Batch
 from ranker.data.checks import check_sorted
@@ -33,10 +31,6 @@ class ParquetLog:
 
     Opening reads the footers alone. Reading decodes whole row groups and keeps the last few, so that windows smaller
     than a row group do not decode it again and again. Safe to read from several threads.
-
-    Opening one makes the system's allocator Arrow's default in this process, unless the environment's
-    ``ARROW_DEFAULT_MEMORY_POOL`` chooses one: row groups are large, short-lived blocks, which Arrow's own allocators
-    keep.
 
     Attributes:
         schema: what the rows hold.
@@ -66,7 +60,6 @@ class ParquetLog:
         Raises:
             UserError: the files do not fit the schema or each other, or there is nothing to train on or to hold out.
         """
-        _choose_allocator()
         self._on_bad_rows: OnBadRows = check_policy(on_bad_rows)
         self._root = open_root(root)
         self.schema = schema if schema is not None else self._read_schema()
@@ -132,7 +125,6 @@ class ParquetLog:
         return {**self.__dict__, "_groups": OrderedDict(), "_times": OrderedDict(), "_lock": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        _choose_allocator()
         self.__dict__.update(state, _lock=threading.Lock())
 
     def _read_schema(self) -> Schema:
@@ -217,12 +209,6 @@ class ParquetLog:
             self.bad_rows[place.file, place.row_group] = len(bad)
             batch = silence(batch, bad)
         return batch
-
-
-def _choose_allocator() -> None:
-    """Readers take Arrow's default pool and can be given no other; mimalloc held 70 MiB more, and was no faster."""
-    if "ARROW_DEFAULT_MEMORY_POOL" not in os.environ:
-        pa.set_memory_pool(pa.system_memory_pool())
 
 
 def _midnight_ms(day: str | dt.date) -> int:

@@ -191,7 +191,7 @@ def test_row_groups_are_read_into_memory_that_goes_back_unless_the_environment_s
     environment = {k: v for k, v in os.environ.items() if k != "ARROW_DEFAULT_MEMORY_POOL"}
     environment |= {"ARROW_DEFAULT_MEMORY_POOL": chosen} if chosen else {}
     code = (
-        "import sys, pyarrow as pa; from ranker.data.parquet_log import ParquetLog; "
+        "import sys; from ranker.data.parquet_log import ParquetLog; import pyarrow as pa; "
         "log = ParquetLog(sys.argv[1]); log.read(0, log.num_rows); pool = pa.default_memory_pool(); "
         "print(pool.backend_name, pool.max_memory() > 0)"
     )
