@@ -13,7 +13,7 @@ from pytorch_lightning.callbacks import Callback
 from ranker.errors import UserError
 from ranker.training.module import RankingModule
 from ranker.training.run_folder import RunFolder
-from ranker.training.snapshots import Snapshot, capture
+from ranker.training.snapshots import Snapshot, capture, is_healthy
 
 logger = logging.getLogger(__name__)
 
@@ -82,10 +82,12 @@ class SnapshotRing(Callback):
     def _take(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         assert isinstance(module, RankingModule)
         self._newest_step = trainer.global_step
-        snapshot = capture(trainer, module)
-        if not snapshot.healthy:
+        if not is_healthy(trainer):
             return
-        self.snapshots = [*self.snapshots, snapshot][-self._keep :]
+        # The oldest goes first, so that memory never holds one more.
+        self.snapshots = self.snapshots[max(0, len(self.snapshots) - self._keep + 1) :]
+        snapshot = capture(trainer, module)
+        self.snapshots = [*self.snapshots, snapshot]
         if self._disk and self._path is not None:
             path = self._path / f"step={snapshot.step}.pt"
             try:

@@ -91,8 +91,14 @@ def capture(trainer: pl.Trainer, module: RankingModule) -> Snapshot:
         "data": datamodule.state_dict(),
         "detector": detector,
     }
-    healthy = watch is None or watch.detector is None or watch.detector.status == "healthy"
-    return Snapshot(step=trainer.global_step, position=datamodule.position, state=_copy(state), healthy=healthy)
+    position, healthy = datamodule.position, is_healthy(trainer)
+    return Snapshot(step=trainer.global_step, position=position, state=_copy(state), healthy=healthy)
+
+
+def is_healthy(trainer: pl.Trainer) -> bool:
+    """Whether the detector has nothing to object to, the step just taken included; True where nothing watches."""
+    watch = _watch(trainer)
+    return watch is None or watch.detector is None or watch.detector.status == "healthy"
 
 
 def restore(

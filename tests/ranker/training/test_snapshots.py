@@ -12,6 +12,7 @@ import torch
 from pytorch_lightning.callbacks import Callback
 
 from ranker.errors import UserError
+from ranker.training import snapshot_ring
 from ranker.training.run_folder import RunFolder
 from ranker.training.snapshot_ring import SnapshotRing
 from ranker.training.snapshots import Snapshot, capture, restore
@@ -129,6 +130,20 @@ def test_the_ring_keeps_the_newest_and_is_bounded(fit):
     assert [s.step for s in ring.snapshots] == [35, 40, 45]
     assert ring.newest(until=44).step == 40
     assert ring.newest(until=34) is None
+
+
+def test_the_oldest_makes_room_before_the_next_is_taken(fit, monkeypatch):
+    ring, held = SnapshotRing(every=5, keep=3), []
+
+    def counted(*given):
+        held.append(len(ring.snapshots))
+        return capture(*given)
+
+    monkeypatch.setattr(snapshot_ring, "capture", counted)
+    fit([ring])
+
+    assert held[:4] == [0, 1, 2, 2]
+    assert max(held) == 2
 
 
 def test_numbers_out_of_range_are_refused():
