@@ -8,7 +8,6 @@ both alike: the loader against a bare pyarrow scan of the same columns, against 
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import math
 import statistics
@@ -17,7 +16,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,10 +24,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch.utils.data import DataLoader, Dataset
 
+from bench_report import Line, report
 from ranker.data.loader import WindowedLoader
 from ranker.data.parquet_log import ParquetLog
 from ranker.data.prepare import prepare
@@ -40,17 +37,6 @@ from ranker.errors import UserError
 BATCH = 1024
 WINDOW = 16 * BATCH
 START_MS = 1_699_920_000_000  # 2023-11-14 00:00 UTC
-
-
-@dataclass(frozen=True)
-class Line:
-    """One number of the table. ``ok`` is None where there is no target."""
-
-    name: str
-    value: float
-    unit: str
-    target: str = ""
-    ok: bool | None = None
 
 
 class RowDataset(Dataset[dict[str, Any]]):
@@ -241,17 +227,6 @@ def without_warnings() -> Iterator[None]:
         logger.setLevel(before)
 
 
-def print_lines(lines: Sequence[Line]) -> None:
-    """Shows the table."""
-    table = Table("what", "value", "unit", "target", "ok")
-    for line in lines:
-        mark = "" if line.ok is None else "yes" if line.ok else "[red]no"
-        table.add_row(
-            line.name, f"{line.value:,.3g}" if line.value < 1000 else f"{line.value:,.0f}", line.unit, line.target, mark
-        )
-    Console().print(table)
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measures, prints the table, and returns 1 where a target is missed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -271,10 +246,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    print_lines(lines)
-    if given.json:
-        given.json.write_text(json.dumps([asdict(line) for line in lines], indent=2) + "\n", encoding="utf-8")
-    return 0 if all(line.ok is not False for line in lines) else 1
+    return report(lines, given.json)
 
 
 if __name__ == "__main__":

@@ -22,33 +22,21 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from hydra import compose, initialize_config_dir
 from rich.console import Console
-from rich.table import Table
 from torch.utils.flop_counter import FlopCounterMode
 
+from bench_report import Line, report
 from ranker import config
 from ranker.build import make_net, open_log
 
 ROOT = Path(__file__).resolve().parents[1]
 PRECISIONS = {"32-true": torch.float32, "bf16-mixed": torch.bfloat16}
 COUNTED = 64  # examples of the batch whose FLOPs are counted; matrix products take FLOPs in proportion to it
-
-
-@dataclass(frozen=True)
-class Line:
-    """One number of the table. Nothing is promised here, so that ``ok`` is None but where a run failed."""
-
-    name: str
-    value: float
-    unit: str
-    target: str = ""
-    ok: bool | None = None
 
 
 def flops_per_example(model: str, scale: str) -> float:
@@ -166,16 +154,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     config.register()
     console = Console(stderr=True)
     lines = measure(given, console)
-    table = Table("what", "value", "unit", title=machine(given.device))
-    for line in lines:
-        table.add_row(line.name, f"{line.value:,.4g}" if line.value < 1000 else f"{line.value:,.0f}", line.unit)
-    out = Console()
-    out.width = max(out.width, 110)
-    out.print(table)
-    if given.json:
-        rows = [Line(f"made on {machine(given.device)}", 1, "machine"), *lines]
-        given.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n", encoding="utf-8")
-    return int(any(line.ok is False for line in lines))
+    where = machine(given.device)
+    return report([Line(f"made on {where}", 1, "machine"), *lines], given.json, title=where)
 
 
 if __name__ == "__main__":

@@ -26,11 +26,10 @@ import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
-from rich.console import Console
-from rich.table import Table
+from bench_report import Line, report
 
 ROOT = Path(__file__).resolve().parent.parent
 # As in conf/scale/laptop.yaml, and the names of the two models in conf/model.
@@ -38,17 +37,6 @@ MODELS = {"shared_bottom": ("small", [64, 64]), "mmoe": ("moe", [256, 256, 256, 
 EXPERTS = 4
 LR = 0.01
 MIB = 2**20
-
-
-@dataclass(frozen=True)
-class Line:
-    """One number of the table. ``ok`` is None where there is no target."""
-
-    name: str
-    value: float
-    unit: str
-    target: str = ""
-    ok: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -220,19 +208,6 @@ def prepared(source: Path, rows: int) -> Iterator[Path]:
         yield root
 
 
-def print_lines(lines: Sequence[Line]) -> None:
-    """Shows the table."""
-    table = Table("what", "value", "unit", "target", "ok")
-    for line in lines:
-        mark = "" if line.ok is None else "yes" if line.ok else "[red]no"
-        value = f"{line.value:,.3g}" if line.value < 1000 else f"{line.value:,.0f}"
-        table.add_row(line.name, value, line.unit, line.target, mark)
-    console = Console()
-    if not console.is_terminal:
-        console.width = max(console.width, 110)
-    console.print(table)
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measures, prints the table, and returns 1 where a target is missed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -258,10 +233,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except RuntimeError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    print_lines(lines)
-    if given.json:
-        given.json.write_text(json.dumps([asdict(line) for line in lines], indent=2) + "\n", encoding="utf-8")
-    return 0 if all(line.ok is not False for line in lines) else 1
+    return report(lines, given.json)
 
 
 if __name__ == "__main__":

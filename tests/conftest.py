@@ -70,6 +70,7 @@ def load_script(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
         assert spec.loader is not None
         module = importlib.util.module_from_spec(spec)
         monkeypatch.setitem(sys.modules, name, module)  # dataclasses look their module up
+        monkeypatch.syspath_prepend(ROOT / "scripts")  # as for a script that is run: it may import its neighbours
         spec.loader.exec_module(module)
         return module
 
