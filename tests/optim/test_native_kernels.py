@@ -67,3 +67,48 @@ def test_a_small_accumulator_is_found_among_large_ones(piece: int) -> None:
     row = optimizer.clip_stats()["w"]
     assert row["coordinate"] == here.start + 77
     assert row["sigma"] == pytest.approx(0.01 / (0.06 / (0.1 + 0.06**2) ** 0.5), rel=1e-4)
+
+
+@pytest.mark.parametrize("tensor_lr", [False, True])
+@pytest.mark.parametrize("place", [5, CHUNK + 3, 2 * CHUNK + 699])
+def test_what_only_just_clips_is_found_and_what_only_just_does_not_leaves_sigma_at_1(
+    place: int, tensor_lr: bool
+) -> None:
+    """Overshoots of up to 1 / lr are not searched for, and chunks where gradients stay far below are not looked into."""
+    lr, size = 0.1, 2 * CHUNK + 700
+    for above, clipped in ((1.0002, True), (0.9998, False)):
+        sigmas = []
+        for backend in ("native", "eager"):
+            weight = torch.nn.Parameter(torch.zeros(size))
+            rate = torch.tensor(lr) if tensor_lr else lr
+            optimizer = optim.build_optimizer("clippy", [("w", weight)], lr=rate, collect_stats=True, backend=backend)
+            weight.grad = torch.full((size,), 1e-4)
+            r = 0.01 / lr * above  # lambda_abs / lr is the largest r that is not clipped
+            weight.grad[place] = r * (0.1 / (1 - r * r)) ** 0.5  # r = g / sqrt(0.1 + g^2)
+            optimizer.step()
+            row = optimizer.clip_stats()["w"]
+            assert row["coordinate"] == (place if clipped else None), backend
+            sigmas.append(row["sigma"])
+        assert sigmas[0] == pytest.approx(sigmas[1], rel=1e-6)
+        assert (sigmas[0] < 1) is clipped
+
+
+@pytest.mark.parametrize("method", ["gc", "lamb", "clippy"])
+def test_a_step_is_the_same_to_the_bit_for_any_number_of_threads(method: str) -> None:
+    """Which thread steps which chunk is decided by their number; what a chunk gives is not."""
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3, 5):
+            torch.set_num_threads(threads)
+            generator = torch.Generator().manual_seed(0)
+            weights = [torch.nn.Parameter(torch.randn(n, generator=generator)) for n in (2 * CHUNK + 5, 3, 4 * CHUNK)]
+            optimizer = optim.build_optimizer(method, weights, lr=0.5, backend="native")
+            for _ in range(3):
+                for weight in weights:
+                    weight.grad = torch.randn(weight.shape, generator=generator)
+                optimizer.step()
+            results.append([weight.detach() for weight in weights])
+    finally:
+        torch.set_num_threads(before)
+    for result in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))

@@ -55,6 +55,7 @@ def overshoot(at: Coordinates, settings: Settings) -> Tensor:
 
 
 OVERSHOOT = Reduction("overshoot", "max", overshoot)
+"""A backend may give any smaller number for one of at most 1 / eta: sigma is 1 either way."""
 
 
 def clippy(reduced: Mapping[str, Tensor], settings: Settings) -> Tensor:

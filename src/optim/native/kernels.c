@@ -4,6 +4,9 @@
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
+#ifdef _OPENMP
+#include <omp.h>
+#endif
 
 #define INLINE static inline __attribute__((always_inline))
 typedef struct {
@@ -32,6 +35,13 @@ enum { GRAD_SQ, WEIGHT_SQ, UPDATE_SQ, UPDATE_MAX, OVERSHOOT, COLUMNS };
 enum { MOVED_SQ, MOVED_MAX, SIZES }; /* of the step taken, lr and sigma included */
 /* A float chunk of w, g and G fits a 1 MiB cache; AHEAD is in bytes. */
 enum { CHUNK = 1 << 16, BLOCK = 512, LANES = 32, WAYS = 4, PIECE = BLOCK / WAYS, AHEAD = 1024 };
+enum { PATIENCE = 4, PAUSE = 16 }; /* a question asked in vain so often in a row is asked once in so many */
+
+/* A thread's search for the largest overshoot: what it may leave out depends on what it has seen. */
+typedef struct {
+    double worst;  /* what is to be surpassed */
+    int unsettled; /* chunks in a row of which the gradients alone said nothing */
+} Search;
 
 /* Ask for what a loop will read AHEAD bytes from now; past the end of a tensor this does nothing. */
 INLINE void prefetch(const void *from, int bytes) {
@@ -71,12 +81,28 @@ static int64_t width(const Tensor *t, int64_t chunk) {
     return left < CHUNK ? left : CHUNK;
 }
 
+/* The part of n chunks that this thread works on, in every pass: what it has just read is in its own cache. */
+typedef struct {
+    int64_t begin, end;
+} Part;
+
+static Part part_of(int64_t n) {
+#ifdef _OPENMP
+    const int64_t threads = omp_get_num_threads(), thread = omp_get_thread_num();
+#else
+    const int64_t threads = 1, thread = 0;
+#endif
+    return (Part){n * thread / threads, n * (thread + 1) / threads};
+}
+
 static double larger(double a, double b) { return a != a || a > b ? a : b; } /* NaN wins from either side */
 
 /* parts: [chunks of all tensors, COLUMNS], the reductions of every chunk; out: [count, COLUMNS], of every tensor.
- * The sums run over chunks in order, whatever the number of threads. */
-void optim_reduce(const Tensor *tensors, int64_t count, const Settings *s, double *parts, double *out,
+ * lr: null, or where to read it: an overshoot of no more than 1 / lr may be given as 0. The sums run over chunks in
+ * order, whatever the number of threads. */
+void optim_reduce(const Tensor *tensors, int64_t count, const Settings *s, const double *lr, double *parts, double *out,
                   int64_t threads) {
+    const double least = lr ? (1 - 1e-6) / *lr : 0; /* below 1 / lr also when rounded to float */
     memset(out, 0, count * COLUMNS * sizeof(double));
     for (int64_t t = 0; t < count; t++) {
         const Tensor *tensor = &tensors[t];
@@ -84,14 +110,14 @@ void optim_reduce(const Tensor *tensors, int64_t count, const Settings *s, doubl
         memset(parts, 0, n * COLUMNS * sizeof(double));
 #pragma omp parallel num_threads(threads) if (n > 1)
         {
-            double worst = 0; /* a thread's own: what it may skip depends on what it has seen */
-#pragma omp for schedule(static)
-            for (int64_t c = 0; c < n; c++) {
+            Search search = {least, 0};
+            const Part mine = part_of(n);
+            for (int64_t c = mine.begin; c < mine.end; c++) {
                 double *part = parts + c * COLUMNS;
                 if (tensor->wide)
-                    reduce_chunk_double(tensor, c, width(tensor, c), s, &worst, part);
+                    reduce_chunk_double(tensor, c, width(tensor, c), s, &search, part);
                 else
-                    reduce_chunk_float(tensor, c, width(tensor, c), s, &worst, part);
+                    reduce_chunk_float(tensor, c, width(tensor, c), s, &search, part);
             }
         }
         double *sum = out + t * COLUMNS;
@@ -120,14 +146,16 @@ void optim_step(const Tensor *tensors, int64_t count, const Settings *s, const d
         };
         const int64_t n = chunks(tensor);
         if (parts) memset(parts, 0, n * SIZES * sizeof(double));
-#pragma omp parallel for num_threads(threads) schedule(static) if (n > 1)
-        for (int64_t b = 0; b < n; b++) {
-            const int64_t c = n - 1 - b;
-            double *part = parts ? parts + c * SIZES : 0;
-            if (tensor->wide)
-                step_chunk_double(tensor, c, width(tensor, c), s, &factors, part);
-            else
-                step_chunk_float(tensor, c, width(tensor, c), s, &factors, part);
+#pragma omp parallel num_threads(threads) if (n > 1)
+        {
+            const Part mine = part_of(n);
+            for (int64_t c = mine.end - 1; c >= mine.begin; c--) {
+                double *part = parts ? parts + c * SIZES : 0;
+                if (tensor->wide)
+                    step_chunk_double(tensor, c, width(tensor, c), s, &factors, part);
+                else
+                    step_chunk_float(tensor, c, width(tensor, c), s, &factors, part);
+            }
         }
         for (int64_t c = 0; parts && c < n; c++) {
             double *size = out + t * SIZES;

@@ -15,9 +15,14 @@ INLINE REAL NAME(root)(REAL total, REAL grad, REAL eps, int delayed, int inside)
 }
 
 INLINE REAL NAME(smallest)(const REAL *values, int64_t n) {
-    REAL least = INFINITY;
-    for (int64_t i = 0; i < n; i++) least = values[i] < least ? values[i] : least;
-    return least;
+    REAL least[LANES], result = INFINITY;
+    for (int k = 0; k < LANES; k++) least[k] = INFINITY;
+    int64_t i = 0;
+    for (; i + LANES <= n; i += LANES)
+        for (int k = 0; k < LANES; k++) least[k] = values[i + k] < least[k] ? values[i + k] : least[k];
+    for (int k = 0; i + k < n; k++) least[k] = values[i + k] < least[k] ? values[i + k] : least[k];
+    for (int k = 0; k < LANES; k++) result = least[k] < result ? least[k] : result;
+    return result;
 }
 
 /* out: the smallest value of every PIECE; see step. */
@@ -149,15 +154,38 @@ INLINE REAL NAME(block_overshoot)(const REAL *restrict w, const REAL *restrict g
     return result + nan;
 }
 
-/* The chunk's maximum overshoot where it raises `worst`, else 0. What reads least settles most blocks: first the
- * gradients alone (G >= floor and bound >= lambda_abs limit what the largest of them could do), then those and G. A
- * question that did not settle several blocks in a row is asked only now and then. As norms does, a block is read from
- * WAYS places at once; what is left over, from one. */
+/* Whether gradients of at most `top` cannot overshoot by `worst`, since G >= floor and bound >= lambda_abs. */
+INLINE int NAME(within)(double top, REAL floor, const Settings *s, REAL worst, int delayed) {
+    const double root = sqrt(delayed ? (double)floor : floor + top * top);
+    return top * 1.0001 < worst * s->lambda_abs * root;
+}
+
+/* Whether the gradients alone say that nothing in the chunk overshoots by `worst`: one look at as little memory as can
+ * be, which is all that a chunk far from clipping needs. */
+INLINE int NAME(chunk_within)(const REAL *restrict g, int64_t n, const Settings *s, const REAL *floors, REAL worst,
+                              int delayed) {
+    const int64_t apart = n / BLOCK * PIECE, rest = WAYS * apart;
+    const REAL most = NAME(largest_gradient)(g, WAYS, apart, (int)apart);
+    const REAL last = NAME(largest_gradient)(g + rest, 1, 0, (int)(n - rest));
+    const REAL floor = NAME(smallest)(floors, (n + PIECE - 1) / PIECE);
+    return NAME(within)(most > last ? most : last, floor, s, worst, delayed);
+}
+
+/* The chunk's maximum overshoot where it raises `worst`, else 0. What reads least settles most: first the gradients
+ * alone, of the chunk and then of a block, then those and G. A question that did not settle several of its kind in a
+ * row is asked only now and then. As norms does, a block is read from WAYS places at once; what is left over, from one. */
 INLINE REAL NAME(overshoot)(const REAL *restrict w, const REAL *restrict g, const REAL *restrict total, int64_t n,
-                            const Settings *s, const REAL *floors, REAL *worst, int delayed, int inside) {
-    enum { PATIENCE = 4, PAUSE = 16 };
+                            int64_t chunk, const Settings *s, const REAL *floors, REAL *worst, int *unsettled,
+                            int delayed, int inside) {
     const int64_t apart = n / BLOCK * PIECE;
     REAL raised = 0;
+    if (s->decay == 0 && floors && (*unsettled < PATIENCE || chunk % PAUSE == 0)) {
+        if (NAME(chunk_within)(g, n, s, floors, *worst, delayed)) {
+            *unsettled = 0;
+            return 0;
+        }
+        ++*unsettled;
+    }
     int grads = 0, totals = 0; /* blocks in a row that were not settled by either */
 #define BLOCK_AT(i, ways, width)                                                                             \
     {                                                                                                        \
@@ -170,8 +198,7 @@ INLINE REAL NAME(overshoot)(const REAL *restrict w, const REAL *restrict g, cons
                     const REAL least = floors[at + way * (apart / PIECE)];                                   \
                     floor = least < floor ? least : floor;                                                   \
                 }                                                                                            \
-            const double root = sqrt(delayed ? (double)floor : floor + top * top);                           \
-            if (top * 1.0001 < *worst * s->lambda_abs * root) {                                              \
+            if (NAME(within)(top, floor, s, *worst, delayed)) {                                              \
                 grads = 0;                                                                                   \
                 continue;                                                                                    \
             }                                                                                                \
@@ -246,13 +273,13 @@ INLINE void NAME(step)(REAL *restrict w, const REAL *restrict g, REAL *restrict 
         if (s->inside) CALL(0, 1) else CALL(0, 0)              \
     }
 
-static void NAME(reduce_chunk)(const Tensor *t, int64_t chunk, int64_t n, const Settings *s, double *worst,
+static void NAME(reduce_chunk)(const Tensor *t, int64_t chunk, int64_t n, const Settings *s, Search *search,
                                double *out) {
     const int64_t begin = chunk * CHUNK;
     const REAL *floors = t->floors ? (const REAL *)t->floors + begin / PIECE : 0;
     const REAL *w = (const REAL *)t->weight + begin, *g = (const REAL *)t->grad + begin;
     const REAL *total = (const REAL *)t->total + begin;
-    REAL so_far = *worst;
+    REAL worst = search->worst;
     /* Where eps is below the rounding of the smallest root; so is the floor then above 0. */
     const double floor = s->updates && floors ? NAME(smallest)(floors, (n + PIECE - 1) / PIECE) : 0;
     const int rootless = s->updates && !s->largest && s->eps < (s->inside ? floor : sqrt(floor)) * EPSILON / 4;
@@ -265,11 +292,13 @@ static void NAME(reduce_chunk)(const Tensor *t, int64_t chunk, int64_t n, const 
         } else if (s->updates) NAME(norms)(w, g, total, n, s, out, d, i, 1, 1, 0);                 \
         else if (s->weights || s->decay != 0) NAME(norms)(w, g, total, n, s, out, d, i, 1, 0, 0); \
         else if (s->grads) NAME(norms)(w, g, total, n, s, out, d, i, 0, 0, 0);                   \
-        if (s->overshoot) out[OVERSHOOT] = NAME(overshoot)(w, g, total, n, s, floors, &so_far, d, i);   \
+        if (s->overshoot)                                                                        \
+            out[OVERSHOOT] =                                                                     \
+                NAME(overshoot)(w, g, total, n, chunk, s, floors, &worst, &search->unsettled, d, i); \
     }
     DISPATCH(CALL)
 #undef CALL
-    *worst = so_far;
+    search->worst = worst;
 }
 
 static void NAME(step_chunk)(const Tensor *t, int64_t chunk, int64_t n, const Settings *s, const Factors *f,

@@ -84,7 +84,9 @@ class Native:
         counts = [-(-work.weight.numel() // CHUNK) for work in works]
         parts = torch.empty(max(1, sum(counts)), len(_COLUMNS), dtype=torch.float64)
         out = torch.empty(len(works), len(_COLUMNS), dtype=torch.float64)
-        self._call("optim_reduce", batch, reductions, parts, out)
+        # What Clippy's rule makes of an overshoot is 1 up to 1 / lr, which spares the search for the largest of those.
+        lr = _lr(batch) if OVERSHOOT in reductions else None
+        self._call("optim_reduce", batch, reductions, lr, parts, out)
         if OVERSHOOT in reductions:
             batch.peaks = partial(_peaks, parts, counts)
         columns = dict(zip(_COLUMNS, out.unbind(dim=1), strict=True))
@@ -99,9 +101,8 @@ class Native:
         if measure:
             chunks = max(-(-work.weight.numel() // CHUNK) for work in batch.works)
             parts, out = (torch.empty(max(1, rows), 2, dtype=torch.float64) for rows in (chunks, len(batch.works)))
-        lr = torch.as_tensor(batch.settings["lr"], dtype=torch.float64)
         sigma = None if batch.sigma is None else batch.sigma.double().contiguous()
-        self._call("optim_step", batch, (), sigma, lr, ok, parts, out)
+        self._call("optim_step", batch, (), sigma, _lr(batch), ok, parts, out)
         # Autograd must know that these were written to, as after any in-place operation.
         torch.autograd.graph.increment_version([work.weight for work in batch.works])
         for work in batch.works:
@@ -145,6 +146,11 @@ class Native:
 
 
 NATIVE = Native()
+
+
+def _lr(batch: Batch) -> Tensor:
+    """Return the learning rate where C can read it, 0-d float64."""
+    return torch.as_tensor(batch.settings["lr"], dtype=torch.float64)
 
 
 def _settings(batch: Batch, reductions: Sequence[Reduction]) -> _Settings:
