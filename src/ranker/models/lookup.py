@@ -8,6 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+_NARROW = 8
+"""Widest rows that are added number by number. 36,864 rows of 8 take 0.20 ms in place of 0.54, of 16 0.35 in place of 0.29."""
+
 
 def by_bag(
     weight: Tensor, rows_BC: Tensor, values_N: Tensor, offsets: Tensor, *, sparse: bool
@@ -60,7 +63,23 @@ class _RowsAndMeans(torch.autograd.Function):
         zeros = grad_MD.new_zeros(ctx.shape)
         if torch.is_grad_enabled():  # for second derivatives
             return zeros.index_add(0, rows_M, grad_MD).index_add(0, values_N, items_ND), None, None, None
-        return zeros.index_add_(0, rows_M, grad_MD).index_add_(0, values_N, items_ND), None, None, None
+        return _add_rows(_add_rows(zeros, rows_M, grad_MD), values_N, items_ND), None, None, None
+
+
+def _add_rows(table: Tensor, rows_N: Tensor, values_ND: Tensor) -> Tensor:
+    """``table.index_add_(0, rows_N, values_ND)``, in the order of the rows.
+
+    On the CPU torch sorts the rows of a matrix first, which takes longer than adding narrow ones. A flat tensor it adds
+    to number by number, as they come; seen as complex numbers, two at a time.
+    """
+    dim = table.shape[1]
+    if dim % 2 or dim > _NARROW or table.dtype != torch.float32 or not table.is_contiguous():
+        return table.index_add_(0, rows_N, values_ND)
+    pairs = dim // 2
+    place_NP = rows_N.unsqueeze(1) * pairs + torch.arange(pairs)
+    flat, added = (torch.view_as_complex(x.view(-1, 2)) for x in (table, values_ND.contiguous()))
+    flat.scatter_add_(0, place_NP.view(-1), added)
+    return table
 
 
 def _owners(offsets: Tensor, values_N: Tensor) -> Tensor:

@@ -6,11 +6,12 @@ import torch
 from ranker.models.lookup import by_bag, by_gather
 
 
+@pytest.mark.parametrize("dim", [2, 3, 8, 10])
 @pytest.mark.parametrize("sparse", [False, True])
 @pytest.mark.parametrize("rows", [3, 0])
 @pytest.mark.parametrize("lists", [[[4, 4, 0], [], [2], []], [[]], []])
-def test_the_lookup_for_a_cpu_equals_torchs_own_kernels(lists, rows, sparse):
-    weight = torch.randn(6, 3)
+def test_the_lookup_for_a_cpu_equals_torchs_own_kernels(lists, rows, sparse, dim):
+    weight = torch.randn(6, dim)
     rows_BC = torch.tensor([[0, 5], [5, 1], [2, 2]])[:rows]
     values = torch.tensor([row for part in lists for row in part], dtype=torch.int64)
     offsets = torch.tensor([0, *(len(part) for part in lists)]).cumsum(0)
@@ -21,7 +22,7 @@ def test_the_lookup_for_a_cpu_equals_torchs_own_kernels(lists, rows, sparse):
         (one_hot.square().sum() + bags.square().sum()).backward()
         assert leaf.grad.is_sparse == sparse
         results.append((one_hot, bags, leaf.grad.to_dense()))
-    assert results[1][1].shape == (len(lists), 3)
+    assert results[1][1].shape == (len(lists), dim)
     for have, want in zip(*results, strict=True):
         torch.testing.assert_close(have, want)
 
