@@ -74,7 +74,7 @@ def test_a_small_accumulator_is_found_among_large_ones(piece: int) -> None:
 def test_what_only_just_clips_is_found_and_what_only_just_does_not_leaves_sigma_at_1(
     place: int, tensor_lr: bool
 ) -> None:
-    """Overshoots of up to 1 / lr are not searched for, and chunks where gradients stay far below are not looked into."""
+    """Overshoots of up to 1 / lr are not searched for, and chunks whose gradients stay far below not looked into."""
     lr, size = 0.1, 2 * CHUNK + 700
     for above, clipped in ((1.0002, True), (0.9998, False)):
         sigmas = []
