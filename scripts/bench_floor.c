@@ -1,6 +1,7 @@
-/* What the memory of a method costs, and nothing else: benchmark only. Chunks, threads, prefetching and the second
- * pass's way backwards are those of src/optim/native. Built and called by bench_floor.py. */
+/* What the memory of a method costs, and nothing else: benchmark only. Chunks, what each thread does, prefetching and
+ * the second pass's way backwards are those of src/optim/native. Built and called by bench_floor.py. */
 
+#include <omp.h>
 #include <stdint.h>
 
 enum { CHUNK = 1 << 16, LANES = 32, WAYS = 4, AHEAD = 1024 };
@@ -44,14 +45,18 @@ static void update(float *restrict w, const float *restrict g, float *restrict t
     for (; i < n; i++) w[i] += zero * g[i], total[i] += zero * g[i];
 }
 
+/* A thread's part of n chunks, in both passes. */
+static int64_t first(int64_t n) { return n * omp_get_thread_num() / omp_get_num_threads(); }
+static int64_t end(int64_t n) { return n * (omp_get_thread_num() + 1) / omp_get_num_threads(); }
+
 /* First pass: read what `reads` names (nothing: no pass); second pass: read w, g, G, write w, G. */
 double floor_step(const Tensor *tensors, int64_t count, int64_t reads, double zero, int64_t threads) {
     double seen = 0;
     for (int64_t t = 0; reads && t < count; t++) {
         const Tensor x = tensors[t];
         const int64_t chunks = (x.size + CHUNK - 1) / CHUNK;
-#pragma omp parallel for num_threads(threads) schedule(static) reduction(+ : seen) if (chunks > 1)
-        for (int64_t c = 0; c < chunks; c++) {
+#pragma omp parallel num_threads(threads) reduction(+ : seen) if (chunks > 1)
+        for (int64_t c = first(chunks); c < end(chunks); c++) {
             const int64_t at = c * CHUNK, n = x.size - at < CHUNK ? x.size - at : CHUNK;
             const float *w = x.weight + at, *g = x.grad + at, *total = x.total + at;
             if (reads == (READ_G | READ_W | READ_TOTAL))
@@ -67,9 +72,9 @@ double floor_step(const Tensor *tensors, int64_t count, int64_t reads, double ze
     for (int64_t t = count - 1; t >= 0; t--) {
         const Tensor x = tensors[t];
         const int64_t chunks = (x.size + CHUNK - 1) / CHUNK;
-#pragma omp parallel for num_threads(threads) schedule(static) if (chunks > 1)
-        for (int64_t b = 0; b < chunks; b++) {
-            const int64_t at = (chunks - 1 - b) * CHUNK, n = x.size - at < CHUNK ? x.size - at : CHUNK;
+#pragma omp parallel num_threads(threads) if (chunks > 1)
+        for (int64_t c = end(chunks) - 1; c >= first(chunks); c--) {
+            const int64_t at = c * CHUNK, n = x.size - at < CHUNK ? x.size - at : CHUNK;
             update(x.weight + at, x.grad + at, x.total + at, n, (float)zero);
         }
     }

@@ -12,7 +12,8 @@ others: their time to read the files is left out, while train.py reads as it tra
 ``--steps`` steps; memory is at its peak by then, and ``--steps 0`` trains on every row.
 
 Install the others with ``pip install 'evenkeel[bench]' requests`` (DeepCTR-Torch imports requests without saying so),
-or each in an environment of its own, named by ``--deepctr-python`` and ``--rechub-python``.
+or each in an environment of its own, named by ``--deepctr-python`` and ``--rechub-python``. ``--evenkeel-python`` names
+one for ``train.py``: where more than ``pip install evenkeel`` brings is installed, torchmetrics imports some of it.
 """
 
 from __future__ import annotations
@@ -103,7 +104,7 @@ def train_evenkeel(root: Path, model: str, given: argparse.Namespace) -> Measure
             f"hydra.run.dir={folder}",
         ]
         overrides += [f"scale.model.moe.experts={EXPERTS}"] if model == "mmoe" else []
-        _, peak = run([sys.executable, "train.py", *overrides], threads=given.threads)
+        _, peak = run([given.evenkeel_python, "train.py", *overrides], threads=given.threads)
         summary = json.loads((Path(folder) / "summary.json").read_text(encoding="utf-8"))
     if summary["status"] != "completed":
         raise RuntimeError(f"train.py: {summary['status']}: {summary['reason']}")
@@ -189,7 +190,7 @@ def check_installed(library: str, python: str) -> None:
     try:
         run([python, "-c", f"from importlib.metadata import version; version({library!r})"], threads=1)
     except (RuntimeError, OSError) as error:
-        option = "--deepctr-python" if library == "deepctr-torch" else "--rechub-python"
+        option = f"--{library.removesuffix('-torch').removeprefix('torch-')}-python"
         raise RuntimeError(f"no {library} for {python}: install it there, or name another with {option}") from error
 
 
@@ -218,6 +219,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--batch-size", type=int, default=1024)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3, help="how often everything is measured")
+    parser.add_argument("--evenkeel-python", default=sys.executable, help="interpreter that has evenkeel")
     parser.add_argument("--deepctr-python", default=sys.executable, help="interpreter that has deepctr-torch")
     parser.add_argument("--rechub-python", default=sys.executable, help="interpreter that has torch-rechub")
     parser.add_argument("--json", type=Path, help="also write the lines to this file")
@@ -225,7 +227,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     peers = {"deepctr-torch": given.deepctr_python, "torch-rechub": given.rechub_python}
     lines: list[Line] = []
     try:
-        for library, python in peers.items():
+        for library, python in {"evenkeel": given.evenkeel_python, **peers}.items():
             check_installed(library, python)
         with prepared(given.source, given.rows) as root:
             for model in given.models:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 _NARROW = 8
-"""Widest rows that are added number by number: 36,864 of 8 take 0.20 ms in place of 0.54, of 16 0.35 in place of 0.29."""
+"""Widest rows that are added number by number: 36,864 of 8 take 0.20 ms, not 0.54, of 16 0.35, not 0.29."""
 
 
 def by_bag(

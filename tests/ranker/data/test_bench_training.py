@@ -120,11 +120,22 @@ def test_a_process_gives_what_it_printed_and_its_peak(bench):
         bench.run([sys.executable, "-c", "raise ValueError('no such column')"], threads=1)
 
 
-def test_a_library_that_is_missing_is_said_before_anything_is_measured(bench, capsys, tmp_path):
-    missing = str(tmp_path / "python")
-    assert bench.main(["--source", str(tmp_path), "--deepctr-python", missing]) == 1
+@pytest.mark.parametrize(
+    ("library", "option"),
+    [
+        ("evenkeel", "--evenkeel-python"),
+        ("deepctr-torch", "--deepctr-python"),
+        ("torch-rechub", "--rechub-python"),
+    ],
+)
+def test_a_library_that_is_missing_is_said_before_anything_is_measured(
+    bench, capsys, tmp_path, monkeypatch, library, option
+):
+    missing, run = str(tmp_path / "python"), bench.run
+    monkeypatch.setattr(bench, "run", lambda command, **given: run(command, **given) if command[0] == missing else None)
+    assert bench.main(["--source", str(tmp_path), option, missing]) == 1
     assert capsys.readouterr().err == (
-        f"error: no deepctr-torch for {missing}: install it there, or name another with --deepctr-python\n"
+        f"error: no {library} for {missing}: install it there, or name another with {option}\n"
     )
 
 
