@@ -25,7 +25,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +33,7 @@ from torch import Tensor, nn
 
 import optim
 from bench_floor import floor_rows, floor_step
+from bench_report import Line, finish, met
 from bench_tensors import INPUT, SETS, Gradients, tensors, turn
 
 START = time.monotonic()
@@ -52,20 +52,9 @@ Step = Callable[[], object]
 NOTHING: Step = int  # returns 0
 
 
-@dataclass(frozen=True)
-class Row:
-    """One measured number: `ok` is None where nothing is promised."""
-
-    name: str
-    value: float
-    unit: str
-    target: str = ""
-    ok: bool | None = None
-
-
-def limited(name: str, value: float, limit: float) -> Row:
+def limited(name: str, value: float, limit: float) -> Line:
     """Return a row of a ratio that is met when it is at most the limit."""
-    return Row(name, value, "ratio", f"<= {limit:g}", value <= limit)
+    return Line(name, value, "ratio", f"<= {limit:g}", value <= limit)
 
 
 def interleaved(
@@ -109,7 +98,7 @@ def floors(params: list[nn.Parameter], scale: float) -> dict[str, Step]:
     return {floor_label(reads): floor_step(params, reads) for reads in wanted}
 
 
-def floor_rows_of(what: str, scale: float, medians: dict[str, float], base: str, limit: float) -> list[Row]:
+def floor_rows_of(what: str, scale: float, medians: dict[str, float], base: str, limit: float) -> list[Line]:
     """Return what the memory alone costs beside the base, and every method beside its own floor.
 
     A floor above the limit says that no arithmetic, however fast, meets it on this machine with this traffic.
@@ -118,9 +107,9 @@ def floor_rows_of(what: str, scale: float, medians: dict[str, float], base: str,
     for label in METHODS:
         floor = medians[floor_label(MUST_READ.get(label, CLIPPY_READS[scale]))]
         rows.append(
-            Row(f"{what}: floor of {label} / {base} (target of {label}: {limit:g})", floor / medians[base], "ratio")
+            Line(f"{what}: floor of {label} / {base} (target of {label}: {limit:g})", floor / medians[base], "ratio")
         )
-        rows.append(Row(f"{what}: {label} / its floor", medians[label] / floor, "ratio"))
+        rows.append(Line(f"{what}: {label} / its floor", medians[label] / floor, "ratio"))
     return rows
 
 
@@ -156,7 +145,7 @@ def slow(params: list[nn.Parameter], device: str) -> dict[str, Step]:
 
 def bench_dense(
     name: str, scale: float, device: str, seconds: float, tfrs: Path | None
-) -> tuple[dict[str, float], list[Row]]:
+) -> tuple[dict[str, float], list[Line]]:
     """Time every candidate on one tensor set; return medians in milliseconds, and rows."""
     params = tensors(SETS[name], device)
     gradients = Gradients(params, scale)
@@ -175,10 +164,10 @@ def bench_dense(
         source = torch.empty(sum(param.numel() for param in params), device=device)
         copy = interleaved({"copy": source.clone}, seconds / 4, sync)["copy"]  # two streams; Clippy takes eight
         share = 8 / 2 * copy / medians["clippy, torch.compile"]
-        rows.append(Row(f"{what}: clippy, share of copy bandwidth", share, "ratio", ">= 0.7", share >= 0.7))
+        rows.append(Line(f"{what}: clippy, share of copy bandwidth", share, "ratio", ">= 0.7", share >= 0.7))
     if tfrs and everything:
         medians[TFRS] = bench_tfrs(tfrs, SETS[name], scale, seconds / 4)
-    return medians, [Row(f"{what}: {label}", value, "ms") for label, value in medians.items()] + rows
+    return medians, [Line(f"{what}: {label}", value, "ms") for label, value in medians.items()] + rows
 
 
 def bench_tfrs(python: Path, shapes: list[tuple[int, ...]], scale: float, seconds: float) -> float:
@@ -193,7 +182,7 @@ def bench_tfrs(python: Path, shapes: list[tuple[int, ...]], scale: float, second
     return float(found["milliseconds"])
 
 
-def bench_sparse(seconds: float, touched: int = 10_000, width: int = 16) -> list[Row]:
+def bench_sparse(seconds: float, touched: int = 10_000, width: int = 16) -> list[Line]:
     """Time 10,000 touched rows of a small and of a large table, and the moves of these rows alone."""
     steps: dict[str, Step] = {}
     moves: dict[str, Step] = {}
@@ -214,13 +203,13 @@ def bench_sparse(seconds: float, touched: int = 10_000, width: int = 16) -> list
     small, large, small_moves, large_moves = medians.values()
     # What the ratio would be if nothing but the memory of the rows told the two tables apart.
     forced = (small + large_moves - small_moves) / small
-    return [Row(name, value, "ms") for name, value in medians.items()] + [
-        Row("sparse: ratio that the rows' memory forces", forced, "ratio"),
+    return [Line(name, value, "ms") for name, value in medians.items()] + [
+        Line("sparse: ratio that the rows' memory forces", forced, "ratio"),
         limited("sparse: large table / small table", large / small, 1.2),
     ]
 
 
-def bench_stats(seconds: float, batch: int) -> list[Row]:
+def bench_stats(seconds: float, batch: int) -> list[Line]:
     """Time what collecting statistics adds to a training step of Large."""
     sizes = [INPUT, 4096, 4096, 4096, 4096]
     layers = [layer for pair in itertools.pairwise(sizes) for layer in (nn.Linear(*pair), nn.ReLU())]
@@ -242,7 +231,7 @@ def bench_stats(seconds: float, batch: int) -> list[Row]:
     off, on = interleaved(steps, seconds / 2, NOTHING, lambda: turn(model.parameters())).values()
     times = {f"forward and backward, batch {batch}": backward, "step without statistics": off, "step with them": on}
     share = (on - off) / (backward + off)
-    return [Row(f"large: {what}", value, "ms") for what, value in times.items()] + [
+    return [Line(f"large: {what}", value, "ms") for what, value in times.items()] + [
         limited("large: statistics, share of a training step", share, 0.03)
     ]
 
@@ -258,7 +247,7 @@ def machine(device: str) -> str:
     return ", ".join(parts + [f"{what} {version}" for what, version in versions.items()])
 
 
-def markdown(where: str, dense: dict[str, dict[str, float]], rows: list[Row]) -> str:
+def markdown(where: str, dense: dict[str, dict[str, float]], rows: list[Line]) -> str:
     """Return the tables: milliseconds of a step with the ratio to the first candidate, and the targets."""
     labels = list(dict.fromkeys(label for medians in dense.values() for label in medians))
     lines = [f"Medians on {where}.", "", f"| milliseconds (ratio) | {' | '.join(dense)} |"]
@@ -270,21 +259,18 @@ def markdown(where: str, dense: dict[str, dict[str, float]], rows: list[Row]) ->
     lines += ["", "| what | value | unit | target | met |", "|---|---:|---|---|---|"]
     for row in rows:
         if row.target or row.unit == "ratio" or "gradients" not in row.name:
-            met = "" if row.ok is None else "yes" if row.ok else "NO"
-            lines.append(f"| {row.name} | {row.value:.3g} | {row.unit} | {row.target} | {met} |")
+            lines.append(f"| {row.name} | {row.value:.3g} | {row.unit} | {row.target} | {met(row)} |")
     return "\n".join(lines) + "\n"
 
 
-def report(where: str, dense: dict[str, dict[str, float]], rows: list[Row], *files: Path | None) -> int:
+def report(where: str, dense: dict[str, dict[str, float]], rows: list[Line], given: argparse.Namespace) -> int:
     """Print the tables, write them and the rows as JSON; return 1 where a target is missed."""
     table = markdown(where, dense, rows)
     print(table, end="")
-    rows = [Row(f"threads on {where}", torch.get_num_threads(), "threads"), *rows]
-    for path, text in zip(files, (json.dumps([asdict(row) for row in rows], indent=1) + "\n", table), strict=True):
-        if path:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(text)
-    return int(any(row.ok is False for row in rows))
+    if given.markdown:
+        given.markdown.parent.mkdir(parents=True, exist_ok=True)
+        given.markdown.write_text(table)
+    return finish([Line(f"threads on {where}", torch.get_num_threads(), "threads"), *rows], given.json)
 
 
 def main() -> int:
@@ -310,7 +296,7 @@ def main() -> int:
         rows += bench_sparse(share / 2)
         say("statistics ...")
         rows += bench_stats(share, given.batch)
-    return report(machine(given.device), dense, rows, given.json, given.markdown)
+    return report(machine(given.device), dense, rows, given)
 
 
 if __name__ == "__main__":

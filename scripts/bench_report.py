@@ -7,9 +7,6 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from rich.console import Console
-from rich.table import Table
-
 
 @dataclass(frozen=True)
 class Line:
@@ -20,6 +17,19 @@ class Line:
     unit: str
     target: str = ""
     ok: bool | None = None
+
+
+def finish(lines: Sequence[Line], path: Path | None) -> int:
+    """Writes the lines as JSON; returns the exit status, 1 where a target is missed."""
+    if path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps([asdict(line) for line in lines], indent=2) + "\n", encoding="utf-8")
+    return int(any(line.ok is False for line in lines))
+
+
+def met(line: Line) -> str:
+    """The last column of a table in Markdown."""
+    return "" if line.ok is None else "yes" if line.ok else "NO"
 
 
 def report(lines: Sequence[Line], path: Path | None, *, title: str = "") -> int:
@@ -33,6 +43,9 @@ def report(lines: Sequence[Line], path: Path | None, *, title: str = "") -> int:
     Returns:
         The exit status: 1 where a target is missed.
     """
+    from rich.console import Console  # here: bench_optim.py also runs where torch is all there is
+    from rich.table import Table
+
     table = Table("what", "value", "unit", "target", "ok", title=title)
     for line in lines:
         mark = "" if line.ok is None else "yes" if line.ok else "[red]no"
@@ -42,6 +55,4 @@ def report(lines: Sequence[Line], path: Path | None, *, title: str = "") -> int:
     if not console.is_terminal:
         console.width = max(console.width, 110)
     console.print(table)
-    if path:
-        path.write_text(json.dumps([asdict(line) for line in lines], indent=2) + "\n", encoding="utf-8")
-    return int(any(line.ok is False for line in lines))
+    return finish(lines, path)

@@ -9,18 +9,18 @@ cost at their defaults (``scripts/stability_overhead.py``, which also runs by it
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import statistics
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from rich.console import Console
 
+from bench_report import Line, finish, met
 from optim import build_optimizer
 from ranker import config
 from ranker.data.synthetic import SyntheticLog
@@ -38,7 +38,7 @@ HEADER = ["what", "value", "unit", "target", "met"]
 
 
 @dataclass(frozen=True)
-class Line:
+class Detection:
     """A row of the table. Latencies in steps: until suspected, and until the verdict; median and largest."""
 
     source: str
@@ -68,7 +68,7 @@ def judge(trace: Trace) -> tuple[list[Event], int | None, DivergenceDetector]:
     return events + detector.finish(trace.eval_auc_T), suspected, detector
 
 
-def score(source: str, name: str, cases: Sequence[Case]) -> Line:
+def score(source: str, name: str, cases: Sequence[Case]) -> Detection:
     """Recall, kinds, false alarms and latency over cases of one sort."""
     found = right = alarms = 0
     suspected, judged = [], []
@@ -82,7 +82,7 @@ def score(source: str, name: str, cases: Sequence[Case]) -> Line:
         judged += [max(e.judged_at - case.at, 0) for e in hits[-1:]]
         if hits and first is not None:
             suspected.append(max(first - case.at, 0))
-    return Line(source, name, len(cases), found, right, alarms, _spread(suspected), _spread(judged))
+    return Detection(source, name, len(cases), found, right, alarms, _spread(suspected), _spread(judged))
 
 
 def costs() -> dict[str, float]:
@@ -125,42 +125,31 @@ def costs() -> dict[str, float]:
     }
 
 
-@dataclass(frozen=True)
-class Figure:
-    """One number of the benchmark. ``ok`` is None where there is no target."""
-
-    name: str
-    value: float
-    unit: str
-    target: str = ""
-    ok: bool | None = None
-
-
-def figures(lines: Sequence[Line], *, alarms: int, healthy_steps: int, cost: dict[str, float]) -> list[Figure]:
+def figures(lines: Sequence[Detection], *, alarms: int, healthy_steps: int, cost: dict[str, float]) -> list[Line]:
     """What the lines and the healthy runs come to, beside the targets."""
     runs, found = sum(x.runs for x in lines), sum(x.found for x in lines)
     rate = 100_000 * alarms / healthy_steps
     share = cost["detector_share_of_step"]
     made = [
-        Figure("events found", found / runs, "ratio", ">= 0.99", found / runs >= 0.99),
-        Figure("events of known kind", runs, "runs"),
-        Figure("kind told right", sum(x.right_kind for x in lines) / runs, "ratio"),
-        Figure("healthy steps", healthy_steps, "steps"),
-        Figure("false alarms", rate, "per 100,000 healthy steps", "<= 1", rate <= 1),
-        Figure("detector, share of a step of Large", share, "ratio", "<= 0.03", share <= 0.03),
+        Line("events found", found / runs, "ratio", ">= 0.99", found / runs >= 0.99),
+        Line("events of known kind", runs, "runs"),
+        Line("kind told right", sum(x.right_kind for x in lines) / runs, "ratio"),
+        Line("healthy steps", healthy_steps, "steps"),
+        Line("false alarms", rate, "per 100,000 healthy steps", "<= 1", rate <= 1),
+        Line("detector, share of a step of Large", share, "ratio", "<= 0.03", share <= 0.03),
     ]
-    made += [Figure(name.replace("_", " "), value, "") for name, value in cost.items() if "share" not in name]
+    made += [Line(name.replace("_", " "), value, "") for name, value in cost.items() if "share" not in name]
     for x in lines:
         event = f"{x.source}: {x.event}"
         made += [
-            Figure(f"{event}: found", x.found / x.runs, "ratio"),
-            Figure(f"{event}: suspected after, median", x.suspected[0], "steps"),
-            Figure(f"{event}: judged after, median", x.judged[0], "steps"),
+            Line(f"{event}: found", x.found / x.runs, "ratio"),
+            Line(f"{event}: suspected after, median", x.suspected[0], "steps"),
+            Line(f"{event}: judged after, median", x.judged[0], "steps"),
         ]
     return [x for x in made if math.isfinite(x.value)]  # no latency of an event that no run showed
 
 
-def table_of(lines: Sequence[Line]) -> tuple[list[str], list[list[str]]]:
+def table_of(lines: Sequence[Detection]) -> tuple[list[str], list[list[str]]]:
     """Header and rows: what was found, and after how many steps (median, and at most)."""
     header = ["runs", "event", "found", "right kind", "false alarms", "suspected after", "judged after"]
     rows = []
@@ -206,27 +195,22 @@ def main() -> int:
     )
     header, rows = table_of(lines)
     console.print(as_rich(header, rows, title="events"))
-    summary = [[x.name, f"{x.value:.4g}", x.unit, x.target, _met(x)] for x in found if ": " not in x.name]
+    summary = [[x.name, f"{x.value:.4g}", x.unit, x.target, met(x)] for x in found if ": " not in x.name]
     console.print(as_rich(HEADER, summary, title="the detector"))
     callbacks = []
     if args.overhead_rounds:
         console.print("what the callbacks cost")
         torch.set_num_threads(threads)
         config.register()
-        callbacks = [Figure(**row) for row in overhead_rows(args.overhead_rounds)]
+        callbacks = [Line(**row) for row in overhead_rows(args.overhead_rounds)]
         found += callbacks
-    costs_of = [[x.name, f"{x.value:.2f}", x.unit, x.target, _met(x)] for x in callbacks]
-    console.print(as_rich(HEADER, costs_of, title="the callbacks"))
+    costs_of = [[x.name, f"{x.value:.2f}", x.unit, x.target, met(x)] for x in callbacks]
+    if callbacks:
+        console.print(as_rich(HEADER, costs_of, title="the callbacks"))
     if args.markdown:
         text = "\n".join((as_markdown(HEADER, summary), as_markdown(header, rows), as_markdown(HEADER, costs_of)))
         args.markdown.write_text(text, encoding="utf-8")
-    if args.json:
-        args.json.write_text(json.dumps([asdict(x) for x in found], indent=2) + "\n", encoding="utf-8")
-    return 0 if all(x.ok is not False for x in found) else 1
-
-
-def _met(figure: Figure) -> str:
-    return "" if figure.ok is None else "yes" if figure.ok else "NO"
+    return finish(found, args.json)
 
 
 def _spread(values: Sequence[float]) -> tuple[float, float]:
