@@ -1,10 +1,10 @@
-/* What the memory of a method costs, and nothing else: benchmark only. Chunks, what each thread does, prefetching and
- * the second pass's way backwards are those of src/optim/native. Built and called by bench_floor.py. */
+/* What the memory of a method costs, and nothing else: benchmark only. Chunks, what each thread does and the
+ * order of tensors are those of src/optim/native. Built and called by bench_floor.py. */
 
 #include <omp.h>
 #include <stdint.h>
 
-enum { CHUNK = 1 << 16, LANES = 32, WAYS = 4, AHEAD = 1024 };
+enum { CHUNK = 1 << 16, LANES = 32, WAYS = 4 };
 enum { READ_G = 1, READ_W = 2, READ_TOTAL = 4 };
 
 typedef struct {
@@ -13,11 +13,6 @@ typedef struct {
     float *total;
     int64_t size;
 } Tensor;
-
-static inline void ask(const float *from) {
-    const uintptr_t ahead = (uintptr_t)from + AHEAD;
-    __builtin_prefetch((const void *)ahead, 0, 3), __builtin_prefetch((const void *)(ahead + 64), 0, 3);
-}
 
 /* One addition a coordinate and stream: less than any rule needs. From WAYS places at once, as the kernels' norms read. */
 #define SUM(name, streams, value)                                                      \
@@ -38,10 +33,8 @@ SUM(sum3, (const float *x, const float *y, const float *z, int64_t n), x[i] + y[
 /* With zero = 0, which the compiler does not know, this writes back what it read. */
 static void update(float *restrict w, const float *restrict g, float *restrict total, int64_t n, float zero) {
     int64_t i = 0;
-    for (; i + LANES <= n; i += LANES) {
-        ask(w + i), ask(g + i), ask(total + i);
+    for (; i + LANES <= n; i += LANES)
         for (int k = 0; k < LANES; k++) w[i + k] += zero * g[i + k], total[i + k] += zero * g[i + k];
-    }
     for (; i < n; i++) w[i] += zero * g[i], total[i] += zero * g[i];
 }
 
@@ -73,7 +66,7 @@ double floor_step(const Tensor *tensors, int64_t count, int64_t reads, double ze
         const Tensor x = tensors[t];
         const int64_t chunks = (x.size + CHUNK - 1) / CHUNK;
 #pragma omp parallel num_threads(threads) if (chunks > 1)
-        for (int64_t c = end(chunks) - 1; c >= first(chunks); c--) {
+        for (int64_t c = first(chunks); c < end(chunks); c++) {
             const int64_t at = c * CHUNK, n = x.size - at < CHUNK ? x.size - at : CHUNK;
             update(x.weight + at, x.grad + at, x.total + at, n, (float)zero);
         }

@@ -15,7 +15,8 @@ typedef struct {
     void *total;   /* the accumulator G */
     int64_t size;  /* coordinates */
     int64_t wide;  /* double, not float */
-    void *floors;  /* the smallest coordinate of G in every PIECE, in G's type; null: not kept */
+    void *floors;  /* G only grows: what was its smallest coordinate in every PIECE once, in G's type; null: not kept */
+    uint8_t *stale; /* of every chunk: whether the next step should bring its floors up to date; null with floors */
 } Tensor;
 
 typedef struct {
@@ -33,7 +34,7 @@ typedef struct {
 
 enum { GRAD_SQ, WEIGHT_SQ, UPDATE_SQ, UPDATE_MAX, OVERSHOOT, COLUMNS };
 enum { MOVED_SQ, MOVED_MAX, SIZES }; /* of the step taken, lr and sigma included */
-/* A float chunk of w, g and G fits a 1 MiB cache; AHEAD is in bytes. */
+/* A float chunk of w, g and G fits a 1 MiB cache. */
 enum { CHUNK = 1 << 16, BLOCK = 512, LANES = 32, WAYS = 4, PIECE = BLOCK / WAYS, AHEAD = 1024 };
 enum { PATIENCE = 4, PAUSE = 16 }; /* a question asked in vain so often in a row is asked once in so many */
 
@@ -128,7 +129,7 @@ void optim_reduce(const Tensor *tensors, int64_t count, const Settings *s, const
     }
 }
 
-/* Last tensor and chunk first: what the reduction read last may still be in cache. sigma: [count], or null for 1. lr:
+/* Last tensor first: what the reduction read last may still be in cache. sigma: [count], or null for 1. lr:
  * where to read it. ok: null, or where to read whether to step at all. parts: null, or room for [chunks of the largest
  * tensor, SIZES]; out is then [count, SIZES], how far every tensor moved. */
 void optim_step(const Tensor *tensors, int64_t count, const Settings *s, const double *sigma, const double *lr,
@@ -149,7 +150,7 @@ void optim_step(const Tensor *tensors, int64_t count, const Settings *s, const d
 #pragma omp parallel num_threads(threads) if (n > 1)
         {
             const Part mine = part_of(n);
-            for (int64_t c = mine.end - 1; c >= mine.begin; c--) {
+            for (int64_t c = mine.begin; c < mine.end; c++) {
                 double *part = parts ? parts + c * SIZES : 0;
                 if (tensor->wide)
                     step_chunk_double(tensor, c, width(tensor, c), s, &factors, part);

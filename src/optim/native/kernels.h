@@ -14,15 +14,37 @@ INLINE REAL NAME(root)(REAL total, REAL grad, REAL eps, int delayed, int inside)
     return inside ? SQRT(base + eps) : SQRT(base) + eps;
 }
 
+/* One number of 32 lanes in few steps that wait for one another: halving over and over takes twice as long. */
+#define BEST_LANE(BEST, lanes)                                                                                    \
+    for (int k = 0; k < 8; k++) eight[k] = BEST(BEST(lanes[k], lanes[k + 8]), BEST(lanes[k + 16], lanes[k + 24])); \
+    for (int k = 0; k < 2; k++)                                                                                   \
+        eight[k] = BEST(BEST(eight[k], eight[k + 2]), BEST(eight[k + 4], eight[k + 6]));
+#define LESS(a, b) ((a) < (b) ? (a) : (b))
+#define MORE(a, b) ((a) > (b) ? (a) : (b))
+
+INLINE REAL NAME(smallest_lane)(const REAL *lanes) {
+    REAL eight[8];
+    BEST_LANE(LESS, lanes)
+    return LESS(eight[0], eight[1]);
+}
+
+INLINE WORD NAME(largest_lane)(const WORD *lanes) {
+    WORD eight[8];
+    BEST_LANE(MORE, lanes)
+    return MORE(eight[0], eight[1]);
+}
+#undef BEST_LANE
+#undef LESS
+#undef MORE
+
 INLINE REAL NAME(smallest)(const REAL *values, int64_t n) {
-    REAL least[LANES], result = INFINITY;
+    REAL least[LANES];
     for (int k = 0; k < LANES; k++) least[k] = INFINITY;
     int64_t i = 0;
     for (; i + LANES <= n; i += LANES)
         for (int k = 0; k < LANES; k++) least[k] = values[i + k] < least[k] ? values[i + k] : least[k];
     for (int k = 0; i + k < n; k++) least[k] = values[i + k] < least[k] ? values[i + k] : least[k];
-    for (int k = 0; k < LANES; k++) result = least[k] < result ? least[k] : result;
-    return result;
+    return NAME(smallest_lane)(least);
 }
 
 /* out: the smallest value of every PIECE; see step. */
@@ -91,10 +113,9 @@ INLINE REAL NAME(largest_gradient)(const REAL *restrict g, int ways, int64_t apa
             for (int k = 0; k < LANES; k++) AT(way * apart + i, k)
     for (int k = 0; i + k < n; k++) AT(i, k)
 #undef AT
-    for (int half = LANES / 2; half; half /= 2)
-        for (int k = 0; k < half; k++) largest[k] = largest[k + half] > largest[k] ? largest[k + half] : largest[k];
+    const WORD most = NAME(largest_lane)(largest);
     REAL result;
-    memcpy(&result, largest, sizeof result);
+    memcpy(&result, &most, sizeof result);
     return result != result ? (REAL)INFINITY : result;
 }
 
@@ -171,21 +192,13 @@ INLINE int NAME(chunk_within)(const REAL *restrict g, int64_t n, const Settings 
     return NAME(within)(most > last ? most : last, floor, s, worst, delayed);
 }
 
-/* The chunk's maximum overshoot where it raises `worst`, else 0. What reads least settles most: first the gradients
- * alone, of the chunk and then of a block, then those and G. A question that did not settle several of its kind in a
- * row is asked only now and then. As norms does, a block is read from WAYS places at once; what is left over, from one. */
+/* The chunk's maximum overshoot where it raises `worst`, else 0. What reads least settles most blocks: first the
+ * gradients alone, then those and G. A question that did not settle several of its kind in a row is asked only now and
+ * then. As norms does, a block is read from WAYS places at once; what is left over, from one. */
 INLINE REAL NAME(overshoot)(const REAL *restrict w, const REAL *restrict g, const REAL *restrict total, int64_t n,
-                            int64_t chunk, const Settings *s, const REAL *floors, REAL *worst, int *unsettled,
-                            int delayed, int inside) {
+                            const Settings *s, const REAL *floors, REAL *worst, int delayed, int inside) {
     const int64_t apart = n / BLOCK * PIECE;
     REAL raised = 0;
-    if (s->decay == 0 && floors && (*unsettled < PATIENCE || chunk % PAUSE == 0)) {
-        if (NAME(chunk_within)(g, n, s, floors, *worst, delayed)) {
-            *unsettled = 0;
-            return 0;
-        }
-        ++*unsettled;
-    }
     int grads = 0, totals = 0; /* blocks in a row that were not settled by either */
 #define BLOCK_AT(i, ways, width)                                                                             \
     {                                                                                                        \
@@ -226,7 +239,8 @@ INLINE REAL NAME(overshoot)(const REAL *restrict w, const REAL *restrict g, cons
 /* size: null, or [MOVED_SQ, MOVED_MAX] of the step taken: the memory is read anyway, so measuring here is free.
  * floors: null, or where the smallest new G of every PIECE goes, for the same reason. */
 INLINE void NAME(step)(REAL *restrict w, const REAL *restrict g, REAL *restrict total, int64_t n, const Settings *s,
-                       const Factors *f, double *size, REAL *restrict floors, int delayed, int inside, int measure) {
+                       const Factors *f, double *size, REAL *restrict floors, int delayed, int inside, int measure,
+                       int keep_floors) {
     const REAL sign = s->sign, decay = s->decay, eps = s->eps;
     const REAL keep = f->keep, rate = f->rate, fed = f->fed, seen = f->seen;
     REAL square[LANES] = {0}, largest[LANES] = {0};
@@ -238,7 +252,7 @@ INLINE void NAME(step)(REAL *restrict w, const REAL *restrict g, REAL *restrict 
         const REAL move = rate * used / NAME(root)(before, used, eps, delayed, inside);                         \
         w[i + k] = keep * wi - move;                                                                            \
         total[i + k] = after;                                                                                   \
-        least[k] = after < least[k] ? after : least[k];                                                         \
+        if (keep_floors) least[k] = after < least[k] ? after : least[k];                                        \
         if (measure) {                                                                                          \
             square[k] += move * move;                                                                           \
             largest[k] = FABS(move) > largest[k] ? FABS(move) : largest[k];                                     \
@@ -250,12 +264,10 @@ INLINE void NAME(step)(REAL *restrict w, const REAL *restrict g, REAL *restrict 
         for (int k = 0; k < LANES; k++) least[k] = INFINITY;
         int64_t i = begin;
         for (; i + LANES <= end; i += LANES) {
-            prefetch(w + i, LANES * sizeof(REAL)), prefetch(g + i, LANES * sizeof(REAL));
-            prefetch(total + i, LANES * sizeof(REAL));
             for (int k = 0; k < LANES; k++) AT(k)
         }
         for (int k = 0; i + k < end; k++) AT(k)
-        if (floors) floors[begin / PIECE] = NAME(smallest)(least, LANES);
+        if (keep_floors) floors[begin / PIECE] = NAME(smallest_lane)(least);
     }
 #undef AT
     if (!measure) return;
@@ -283,6 +295,12 @@ static void NAME(reduce_chunk)(const Tensor *t, int64_t chunk, int64_t n, const 
     /* Where eps is below the rounding of the smallest root; so is the floor then above 0. */
     const double floor = s->updates && floors ? NAME(smallest)(floors, (n + PIECE - 1) / PIECE) : 0;
     const int rootless = s->updates && !s->largest && s->eps < (s->inside ? floor : sqrt(floor)) * EPSILON / 4;
+    int far = 0; /* from clipping */
+    if (s->overshoot && s->decay == 0 && floors && (search->unsettled < PATIENCE || chunk % PAUSE == 0)) {
+        far = NAME(chunk_within)(g, n, s, floors, worst, s->delayed != 0);
+        search->unsettled = far ? 0 : search->unsettled + 1;
+    }
+    if (floors) t->stale[chunk] = s->overshoot ? !far : s->updates && !rootless;
 #define CALL(d, i)                                                                               \
     {                                                                                            \
         if (rootless) NAME(norms)(w, g, total, n, s, out, d, i, 1, 1, 1);                        \
@@ -292,9 +310,7 @@ static void NAME(reduce_chunk)(const Tensor *t, int64_t chunk, int64_t n, const 
         } else if (s->updates) NAME(norms)(w, g, total, n, s, out, d, i, 1, 1, 0);                 \
         else if (s->weights || s->decay != 0) NAME(norms)(w, g, total, n, s, out, d, i, 1, 0, 0); \
         else if (s->grads) NAME(norms)(w, g, total, n, s, out, d, i, 0, 0, 0);                   \
-        if (s->overshoot)                                                                        \
-            out[OVERSHOOT] =                                                                     \
-                NAME(overshoot)(w, g, total, n, chunk, s, floors, &worst, &search->unsettled, d, i); \
+        if (s->overshoot && !far) out[OVERSHOOT] = NAME(overshoot)(w, g, total, n, s, floors, &worst, d, i); \
     }
     DISPATCH(CALL)
 #undef CALL
@@ -305,12 +321,14 @@ static void NAME(step_chunk)(const Tensor *t, int64_t chunk, int64_t n, const Se
                              double *size) {
     const int64_t begin = chunk * CHUNK;
     REAL *w = (REAL *)t->weight + begin, *total = (REAL *)t->total + begin;
-    REAL *floors = t->floors ? (REAL *)t->floors + begin / PIECE : 0;
+    REAL *floors = t->floors && t->stale[chunk] ? (REAL *)t->floors + begin / PIECE : 0;
     const REAL *g = (const REAL *)t->grad + begin;
-#define CALL(d, i)                                                   \
-    {                                                                \
-        if (size) NAME(step)(w, g, total, n, s, f, size, floors, d, i, 1); \
-        else NAME(step)(w, g, total, n, s, f, size, floors, d, i, 0);      \
+#define CALL(d, i)                                                                \
+    {                                                                             \
+        if (size && floors) NAME(step)(w, g, total, n, s, f, size, floors, d, i, 1, 1); \
+        else if (size) NAME(step)(w, g, total, n, s, f, size, 0, d, i, 1, 0);     \
+        else if (floors) NAME(step)(w, g, total, n, s, f, 0, floors, d, i, 0, 1); \
+        else NAME(step)(w, g, total, n, s, f, 0, 0, d, i, 0, 0);                  \
     }
     DISPATCH(CALL)
 #undef CALL

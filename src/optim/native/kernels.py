@@ -21,6 +21,8 @@ from optim.work import CHUNK, Work
 _COLUMNS = (GRAD_NORM, WEIGHT_NORM, UPDATE_NORM, UPDATE_MAX, OVERSHOOT)
 """In the order of the C code's columns, which hold the squares of norms."""
 _KNOWN = frozenset(_COLUMNS)
+_ASKING = frozenset((OVERSHOOT, UPDATE_NORM))
+"""Reductions that are faster where a lower bound of G is known."""
 PIECE = 128
 """Coordinates of G that share a lower bound; as in the C code."""
 
@@ -33,6 +35,7 @@ class _Tensor(ctypes.Structure):
         ("size", ctypes.c_int64),
         ("wide", ctypes.c_int64),
         ("floors", ctypes.c_void_p),
+        ("stale", ctypes.c_void_p),
     )
 
 
@@ -54,8 +57,8 @@ class Native:
     """Dense, contiguous float32 and float64 tensors on the CPU, stepped by Adagrad under the rules of this package."""
 
     def __init__(self) -> None:
-        # By accumulator: its version when last looked at, and the smallest coordinate of every PIECE. A step of ours
-        # (which does not count as a version) brings the values up to date.
+        # By accumulator: its version when last looked at, a lower bound of every PIECE, and of every chunk whether that
+        # is worth renewing. A step of ours (which does not count as a version) makes G larger, never smaller.
         self._floors = WeakTensorKeyDictionary()
 
     def takes(self, work: Work) -> bool:
@@ -122,27 +125,28 @@ class Native:
 
     def _tensor(self, work: Work) -> _Tensor:
         total, wide = work.state["sum"], work.weight.dtype == torch.float64
-        floors = self._floors_of(work)
-        pointer = None if floors is None else floors.data_ptr()
+        bounds = self._bounds_of(work)
+        floors, stale = (None, None) if bounds is None else (kept.data_ptr() for kept in bounds)
         return _Tensor(
-            work.weight.data_ptr(), work.grad.data_ptr(), total.data_ptr(), work.weight.numel(), wide, pointer
+            work.weight.data_ptr(), work.grad.data_ptr(), total.data_ptr(), work.weight.numel(), wide, floors, stale
         )
 
-    def _floors_of(self, work: Work) -> Tensor | None:
-        """Return the smallest coordinate of G in every PIECE; None where it is not worth keeping."""
+    def _bounds_of(self, work: Work) -> tuple[Tensor, Tensor] | None:
+        """Return lower bounds of G, and which are stale; None where they are not worth keeping, or nobody asks."""
         total = work.state["sum"]
-        if total.numel() < CHUNK or work.rows is not None or work.groups:
+        if total.numel() < CHUNK or work.rows is not None or work.groups or _ASKING.isdisjoint(work.method.reductions):
             return None
         kept = work.kept["sum"]
-        version, floors = self._floors.get(kept, (-1, None))
+        version, *bounds = self._floors.get(kept, (-1,))
         if version != kept._version:
             library = load()
             assert library is not None, "takes() said that the kernels are there"
             floors = torch.empty(-(-total.numel() // PIECE), dtype=total.dtype)
             size, wide = ctypes.c_int64(total.numel()), ctypes.c_int64(total.dtype == torch.float64)
             library.optim_minima(ctypes.c_void_p(total.data_ptr()), size, wide, ctypes.c_void_p(floors.data_ptr()))
-            self._floors[kept] = (kept._version, floors)
-        return floors
+            bounds = [floors, torch.zeros(-(-total.numel() // CHUNK), dtype=torch.uint8)]
+            self._floors[kept] = (kept._version, *bounds)
+        return bounds[0], bounds[1]
 
 
 NATIVE = Native()
