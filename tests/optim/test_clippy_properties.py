@@ -97,3 +97,20 @@ def test_where_only_the_bound_is_zero_nothing_moves_and_where_both_are_zero_noth
     after, _ = step_once("clippy", torch.tensor([0.0, 9.0]), torch.tensor([0.0, 1e-3]), **given_)
     assert after[0] == 0
     assert after[1] < 9
+
+
+@pytest.mark.parametrize("backend", ["native", "eager"])
+@pytest.mark.parametrize("accumulator", ["current", "delayed"])
+@pytest.mark.parametrize("tensor_lr", [False, True])
+def test_a_learning_rate_of_0_moves_nothing_even_where_the_bound_is_0(
+    backend: str, accumulator: str, tensor_lr: bool
+) -> None:
+    """A warm-up may begin at 0, and b_i = 0 gives an overshoot of infinity: their product would be NaN."""
+    weight = torch.nn.Parameter(torch.tensor([0.0, 1.0]))
+    lr = torch.tensor(0.0) if tensor_lr else 0.0
+    optimizer = optim.build_optimizer(
+        "clippy", [weight], lr=lr, lambda_abs=0.0, accumulator=accumulator, backend=backend
+    )
+    weight.grad = torch.tensor([1.0, 1.0])
+    optimizer.step()
+    assert weight.tolist() == [0.0, 1.0]

@@ -59,8 +59,14 @@ OVERSHOOT = Reduction("overshoot", "max", overshoot)
 
 
 def clippy(reduced: Mapping[str, Tensor], settings: Settings) -> Tensor:
-    """Return sigma."""
-    return (reduced["overshoot"] * settings["lr"]).clamp(min=1.0).reciprocal()
+    """Return sigma; with eta = 0 nothing moves, and it is 1."""
+    lr = settings["lr"]
+    worst = reduced["overshoot"] * lr
+    if isinstance(lr, Tensor):
+        worst = worst.where(lr != 0, 0.0)  # b_i = 0 makes it infinity * 0
+    elif lr == 0:
+        worst = torch.zeros_like(worst)
+    return worst.clamp(min=1.0).reciprocal()
 
 
 def cannot_clip(settings: Settings) -> bool:

@@ -35,7 +35,7 @@ typedef struct {
 enum { GRAD_SQ, WEIGHT_SQ, UPDATE_SQ, UPDATE_MAX, OVERSHOOT, COLUMNS };
 enum { MOVED_SQ, MOVED_MAX, SIZES }; /* of the step taken, lr and sigma included */
 /* A float chunk of w, g and G fits a 1 MiB cache. */
-enum { CHUNK = 1 << 16, BLOCK = 512, LANES = 32, WAYS = 4, PIECE = BLOCK / WAYS, AHEAD = 1024 };
+enum { CHUNK = 1 << 16, BLOCK = 512, LANES = 32, WAYS = 4, PIECE = BLOCK / WAYS };
 enum { PATIENCE = 4, PAUSE = 16 }; /* a question asked in vain so often in a row is asked once in so many */
 
 /* A thread's search for the largest overshoot: what it may leave out depends on what it has seen. */
@@ -43,12 +43,6 @@ typedef struct {
     double worst;  /* what is to be surpassed */
     int unsettled; /* chunks in a row of which the gradients alone said nothing */
 } Search;
-
-/* Ask for what a loop will read AHEAD bytes from now; past the end of a tensor this does nothing. */
-INLINE void prefetch(const void *from, int bytes) {
-    const uintptr_t ahead = (uintptr_t)from + AHEAD;
-    for (int line = 0; line < bytes; line += 64) __builtin_prefetch((const void *)(ahead + line), 0, 3);
-}
 
 #define REAL float
 #define NAME(x) x##_float
