@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 import optim
 from bench_floor import floor_rows, floor_step
-from bench_report import Line, finish, met
+from bench_report import Line, finish, limited, met
 from bench_tensors import INPUT, SETS, Gradients, tensors, turn
 
 START = time.monotonic()
@@ -50,11 +50,6 @@ MUST_READ = {"gc": "g", "agc": "w, g", "lamb": "w, g, G"}
 CLIPPY_READS = {1e-3: "g", 1.0: "g, G"}  # where the gradient alone settles nearly every block, and where it cannot
 Step = Callable[[], object]
 NOTHING: Step = int  # returns 0
-
-
-def limited(name: str, value: float, limit: float) -> Line:
-    """Return a row of a ratio that is met when it is at most the limit."""
-    return Line(name, value, "ratio", f"<= {limit:g}", value <= limit)
 
 
 def interleaved(

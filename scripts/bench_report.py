@@ -19,6 +19,11 @@ class Line:
     ok: bool | None = None
 
 
+def limited(name: str, value: float, limit: float) -> Line:
+    """A ratio that is met where it is at most the limit."""
+    return Line(name, value, "ratio", f"<= {limit:g}", value <= limit)
+
+
 def finish(lines: Sequence[Line], path: Path | None) -> int:
     """Writes the lines as JSON; returns the exit status, 1 where a target is missed."""
     if path:

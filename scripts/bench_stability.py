@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from bench_report import Line, finish, met
+from bench_report import Line, finish, limited, met
 from optim import build_optimizer
 from ranker import config
 from ranker.data.synthetic import SyntheticLog
@@ -136,7 +136,7 @@ def figures(lines: Sequence[Detection], *, alarms: int, healthy_steps: int, cost
         Line("kind told right", sum(x.right_kind for x in lines) / runs, "ratio"),
         Line("healthy steps", healthy_steps, "steps"),
         Line("false alarms", rate, "per 100,000 healthy steps", "<= 1", rate <= 1),
-        Line("detector, share of a step of Large", share, "ratio", "<= 0.03", share <= 0.03),
+        limited("detector, share of a step of Large", share, 0.03),
     ]
     made += [Line(name.replace("_", " "), value, "") for name, value in cost.items() if "share" not in name]
     for x in lines:

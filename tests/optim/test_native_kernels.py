@@ -112,3 +112,17 @@ def test_a_step_is_the_same_to_the_bit_for_any_number_of_threads(method: str) ->
         torch.set_num_threads(before)
     for result in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
+
+
+def test_an_accumulator_made_smaller_behind_the_optimizers_back_is_noticed() -> None:
+    """Writes through `.data` count as no version: bounds of the G before would rule out what now clips."""
+    size = 2 * CHUNK + 700
+    weight = torch.nn.Parameter(torch.zeros(size))
+    optimizer = optim.build_optimizer("clippy", [("w", weight)], lr=0.1, collect_stats=True, backend="native")
+    optimizer.state[weight] = {"sum": torch.full((size,), 1e4)}
+    for place, accumulator in ((5, 1e4), (CHUNK + 7, 0.1)):
+        optimizer.state[weight]["sum"].data.fill_(accumulator)
+        weight.grad = torch.full((size,), 1e-4)
+        weight.grad[place] = 0.5
+        optimizer.step()
+    assert optimizer.clip_stats()["w"]["coordinate"] == CHUNK + 7

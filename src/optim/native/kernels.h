@@ -288,9 +288,11 @@ INLINE void NAME(step)(REAL *restrict w, const REAL *restrict g, REAL *restrict 
 static void NAME(reduce_chunk)(const Tensor *t, int64_t chunk, int64_t n, const Settings *s, Search *search,
                                double *out) {
     const int64_t begin = chunk * CHUNK;
-    const REAL *floors = t->floors ? (const REAL *)t->floors + begin / PIECE : 0;
+    REAL *floors = t->floors ? (REAL *)t->floors + begin / PIECE : 0;
     const REAL *w = (const REAL *)t->weight + begin, *g = (const REAL *)t->grad + begin;
     const REAL *total = (const REAL *)t->total + begin;
+    /* Somebody has made G smaller, in a way that does not count as a version (`.data`). */
+    if (floors && total[0] < floors[0]) NAME(minima)(total, n, floors);
     REAL worst = search->worst;
     /* Where eps is below the rounding of the smallest root; so is the floor then above 0. */
     const double floor = s->updates && floors ? NAME(smallest)(floors, (n + PIECE - 1) / PIECE) : 0;

@@ -77,7 +77,10 @@ def _add_rows(table: Tensor, rows_N: Tensor, values_ND: Tensor) -> Tensor:
         return table.index_add_(0, rows_N, values_ND)
     pairs = dim // 2
     place_NP = rows_N.unsqueeze(1) * pairs + torch.arange(pairs)
-    flat, added = (torch.view_as_complex(x.view(-1, 2)) for x in (table, values_ND.contiguous()))
+    added = values_ND.contiguous()
+    if added.storage_offset() % 2:  # of a single row, behind others: complex numbers begin at even places
+        added = added.clone()
+    flat, added = (torch.view_as_complex(x.view(-1, 2)) for x in (table, added))
     flat.scatter_add_(0, place_NP.view(-1), added)
     return table
 

@@ -45,3 +45,15 @@ def test_the_lookup_for_a_cpu_has_second_derivatives():
 
     assert torch.autograd.gradcheck(squares, weight)
     assert torch.autograd.gradgradcheck(squares, weight)
+
+
+def test_the_gradient_of_a_single_row_may_begin_anywhere_in_memory():
+    """A batch of one row: what joins its embeddings behind three dense features gives gradients at an odd offset."""
+    weight, joining = torch.randn(6, 8), torch.randn(27, 1)
+    gradients = []
+    for look_up in (by_bag, by_gather):
+        leaf = weight.clone().requires_grad_()
+        one_hot, bags = look_up(leaf, torch.tensor([[0, 5]]), torch.tensor([1]), torch.tensor([0, 1]), sparse=False)
+        (torch.cat([torch.ones(1, 3), one_hot.view(1, 16), bags.view(1, 8)], dim=1) @ joining).sum().backward()
+        gradients.append(leaf.grad)
+    torch.testing.assert_close(*gradients)
