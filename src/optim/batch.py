@@ -30,6 +30,13 @@ class Backend(Protocol):
         """Whether this backend can step this tensor at all."""
         ...
 
+    def renew(self, batch: Batch) -> bool:
+        """Take the parameters' gradients of now into a batch that was stepped before, for the next step.
+
+        Return whether that is all it takes. Where anything else has changed, or may have, the batch is worthless.
+        """
+        ...
+
     def reduce(self, batch: Batch, reductions: Sequence[Reduction]) -> dict[str, Tensor]:
         """Reduce the local parts: to vectors [N], or for a batch by unit to one number a unit."""
         ...
@@ -55,7 +62,7 @@ class Batch:
         sigma: [N], or shaped to broadcast over the single tensor by unit; None where it is 1 for sure.
         peaks: Gives by work the binding reduction piece by piece, so that the coordinate can be found again; None where
             the tensor was not cut. None where no tensor was.
-        prepared: What the backend keeps between its two passes.
+        prepared: What the backend keeps between its two passes, and for the next step.
     """
 
     works: list[Work]

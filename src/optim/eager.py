@@ -28,6 +28,10 @@ class Eager:
         """Return True."""
         return True
 
+    def renew(self, _batch: Batch) -> bool:
+        """Return False: beside these operations, finding out what to do takes no time."""
+        return False
+
     def reduce(self, batch: Batch, reductions: Sequence[Reduction]) -> dict[str, Tensor]:
         """Reduce the local parts."""
         parts = [_reduce(work, reductions) for work in batch.works]

@@ -15,6 +15,7 @@ from optim.distributed import local_tensor
 from optim.eager import EAGER
 from optim.hyperparameters import SHARED, check_names
 from optim.native.kernels import NATIVE, is_available
+from optim.plan import Plan
 from optim.registry import get_info
 from optim.work import Work, make_work
 
@@ -41,6 +42,8 @@ class SigmaOptimizer(torch.optim.Optimizer):
     Raises:
         ValueError, TypeError: as `build_optimizer`.
     """
+
+    _plan: Plan | None = None  # what the last step did; of no use to copies and pickles, which come without
 
     def __init__(
         self,
@@ -131,11 +134,15 @@ class SigmaOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        works = self.gather()
-        if not works:
+        plan, keeps_plan = self._plan, not torch.compiler.is_compiling()
+        if keeps_plan:
+            self._plan = None  # until the step is over: an error must not leave gradients behind
+        if plan is None or not keeps_plan or not plan.renew(self):
+            plan = None
+        batches = make_batches(self.gather(), self.backends) if plan is None else plan.batches
+        if not batches:
             return loss
-        ok = self._check_finite(works)
-        batches = make_batches(works, self.backends)
+        ok = self._check_finite([work for batch in batches for work in batch.works])
         for batch in batches:
             choose_sigma(batch)
             go = ok.get(batch.device)
@@ -145,6 +152,8 @@ class SigmaOptimizer(torch.optim.Optimizer):
                 stats.record(batch, reasons, moved, self.state, go)
             else:
                 batch.backend.apply(batch, go, measure=False)
+        if keeps_plan and (plan := plan or Plan.of(self, batches)) is not None:
+            self._plan = plan.rest()
         return loss
 
     def gather(self, *, keep_state: bool = True, names: Collection[str] | None = None) -> list[Work]:

@@ -5,47 +5,27 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from optim.batch import Batch, Moved
 from optim.methods.clippy import OVERSHOOT
 from optim.native.library import load
-from optim.reductions import GRAD_NORM, UPDATE_MAX, UPDATE_NORM, WEIGHT_NORM, Reduction
+from optim.native.prepared import COLUMNS, Bounds, Prepared, chunks_of
+from optim.reductions import UPDATE_NORM, Reduction
 from optim.updates import ADAGRAD
-from optim.updates.adagrad import epsilon_inside, reads_previous
 from optim.work import CHUNK, Work
 
-_COLUMNS = (GRAD_NORM, WEIGHT_NORM, UPDATE_NORM, UPDATE_MAX, OVERSHOOT)
-"""In the order of the C code's columns, which hold the squares of norms."""
-_KNOWN = frozenset(_COLUMNS)
+_KNOWN = frozenset(COLUMNS)
 _ASKING = frozenset((OVERSHOOT, UPDATE_NORM))
 """Reductions that are faster where a lower bound of G is known."""
 PIECE = 128
 """Coordinates of G that share a lower bound; as in the C code."""
-
-
-class _Tensor(ctypes.Structure):
-    _fields_ = (
-        ("weight", ctypes.c_void_p),
-        ("grad", ctypes.c_void_p),
-        ("total", ctypes.c_void_p),
-        ("size", ctypes.c_int64),
-        ("wide", ctypes.c_int64),
-        ("floors", ctypes.c_void_p),
-        ("stale", ctypes.c_void_p),
-    )
-
-
-class _Settings(ctypes.Structure):
-    _fields_ = (
-        *((name, ctypes.c_double) for name in ("sign", "decay", "eps", "lambda_rel", "lambda_abs", "lambda_acc")),
-        ("shrink", ctypes.c_double),
-        *((name, ctypes.c_int64) for name in ("delayed", "inside", "clips_gradient", "feeds_clipped")),
-        *((name, ctypes.c_int64) for name in ("grads", "weights", "updates", "largest", "overshoot")),
-    )
+_PLAIN = (Tensor, Parameter)
 
 
 def is_available() -> bool:
@@ -81,57 +61,70 @@ class Native:
             and is_available()
         )
 
+    def renew(self, batch: Batch) -> bool:
+        """Take the gradients of the next step into a batch that was stepped before; False where anything else moved."""
+        prepared: Prepared = batch.prepared
+        for work, told, version in zip(batch.works, prepared.tensors, prepared.versions, strict=True):
+            param, grad, total = work.param, work.param.grad, work.state["sum"]
+            if (
+                type(param) not in _PLAIN
+                or type(grad) is not Tensor
+                or not _lies_at(param, told.weight, work)
+                or not _lies_at(total, told.total, work)
+                or total._version != version
+                or grad.layout is not torch.strided
+                or not grad.is_cpu
+                or not _lies_at(grad, at := grad.data_ptr(), work)
+            ):
+                return False
+            told.grad, work.grad = at, grad
+        batch.sigma = batch.peaks = None
+        return True
+
     def reduce(self, batch: Batch, reductions: Sequence[Reduction]) -> dict[str, Tensor]:
         """Reduce the local parts, in float64."""
-        works = batch.works
-        counts = [-(-work.weight.numel() // CHUNK) for work in works]
-        parts = torch.empty(max(1, sum(counts)), len(_COLUMNS), dtype=torch.float64)
-        out = torch.empty(len(works), len(_COLUMNS), dtype=torch.float64)
+        prepared = self._prepare(batch, reductions)
+        out = torch.empty(len(batch.works), len(COLUMNS), dtype=torch.float64)
         # What Clippy's rule makes of an overshoot is 1 up to 1 / lr, which spares the search for the largest of those.
         lr = _lr(batch) if OVERSHOOT in reductions else None
-        self._call("optim_reduce", batch, reductions, lr, parts, out)
+        self._call("optim_reduce", prepared, lr, prepared.parts, out)
         if OVERSHOOT in reductions:
-            batch.peaks = partial(_peaks, parts, counts)
-        columns = dict(zip(_COLUMNS, out.unbind(dim=1), strict=True))
+            batch.peaks = partial(_peaks, prepared.parts, [chunks_of(work) for work in batch.works])
+        columns = {reduction: out[:, COLUMNS.index(reduction)] for reduction in reductions}
         return {
-            reduction.name: columns[reduction].sqrt() if reduction.combine == "norm" else columns[reduction]
-            for reduction in reductions
+            reduction.name: column.sqrt() if reduction.combine == "norm" else column
+            for reduction, column in columns.items()
         }
 
     def apply(self, batch: Batch, ok: Tensor | None, *, measure: bool) -> Moved | None:
         """Take the step."""
+        prepared = batch.prepared or self._prepare(batch, batch.method.reductions)
         parts, out = None, None
         if measure:
-            chunks = max(-(-work.weight.numel() // CHUNK) for work in batch.works)
+            chunks = max(map(chunks_of, batch.works))
             parts, out = (torch.empty(max(1, rows), 2, dtype=torch.float64) for rows in (chunks, len(batch.works)))
         sigma = None if batch.sigma is None else batch.sigma.double().contiguous()
-        self._call("optim_step", batch, (), sigma, _lr(batch), ok, parts, out)
+        self._call("optim_step", prepared, sigma, _lr(batch), ok, parts, out)
         # Autograd must know that these were written to, as after any in-place operation.
         torch.autograd.graph.increment_version([work.weight for work in batch.works])
         for work in batch.works:
             work.write_back()
         return None if out is None else Moved(largest=out[:, 1], norm=out[:, 0].sqrt())
 
-    def _call(self, name: str, batch: Batch, reductions: Sequence[Reduction], *arguments: Tensor | None) -> None:
+    def _prepare(self, batch: Batch, reductions: Sequence[Reduction]) -> Prepared:
+        """Return what the C code is told, made where it is missing or was made for other reductions."""
+        if batch.prepared is None or batch.prepared.reductions != reductions:
+            batch.prepared = Prepared.of(batch, reductions, [self._bounds_of(work) for work in batch.works])
+        return batch.prepared
+
+    def _call(self, name: str, prepared: Prepared, *arguments: Tensor | ctypes.c_double | None) -> None:
         library = load()
         assert library is not None, "takes() said that the kernels are there"
-        if batch.prepared is None:  # the step asks for no reductions, and does not mind those of the pass before
-            tensors = (_Tensor * len(batch.works))(*map(self._tensor, batch.works))
-            batch.prepared = tensors, _settings(batch, reductions)
-        tensors, settings = batch.prepared
-        pointers = [None if given is None else ctypes.c_void_p(given.data_ptr()) for given in arguments]
-        count, threads = ctypes.c_int64(len(batch.works)), ctypes.c_int64(torch.get_num_threads())
-        getattr(library, name)(tensors, count, ctypes.byref(settings), *pointers, threads)
+        tensors, pointers = prepared.tensors, map(_pointer, arguments)
+        count, threads = ctypes.c_int64(len(tensors)), ctypes.c_int64(torch.get_num_threads())
+        getattr(library, name)(tensors, count, ctypes.byref(prepared.settings), *pointers, threads)
 
-    def _tensor(self, work: Work) -> _Tensor:
-        total, wide = work.state["sum"], work.weight.dtype == torch.float64
-        bounds = self._bounds_of(work)
-        floors, stale = (None, None) if bounds is None else (kept.data_ptr() for kept in bounds)
-        return _Tensor(
-            work.weight.data_ptr(), work.grad.data_ptr(), total.data_ptr(), work.weight.numel(), wide, floors, stale
-        )
-
-    def _bounds_of(self, work: Work) -> tuple[Tensor, Tensor] | None:
+    def _bounds_of(self, work: Work) -> Bounds | None:
         """Return lower bounds of G, and which are stale; None where they are not worth keeping, or nobody asks."""
         total = work.state["sum"]
         if total.numel() < CHUNK or work.rows is not None or work.groups or _ASKING.isdisjoint(work.method.reductions):
@@ -152,34 +145,29 @@ class Native:
 NATIVE = Native()
 
 
-def _lr(batch: Batch) -> Tensor:
-    """Return the learning rate where C can read it, 0-d float64."""
-    return torch.as_tensor(batch.settings["lr"], dtype=torch.float64)
-
-
-def _settings(batch: Batch, reductions: Sequence[Reduction]) -> _Settings:
-    given = batch.settings
-    return _Settings(
-        sign=-1.0 if given["maximize"] else 1.0,
-        decay=0.0 if given["decoupled_weight_decay"] else given["weight_decay"],
-        eps=given["eps"],
-        lambda_rel=given.get("lambda_rel", 0.0),
-        lambda_abs=given.get("lambda_abs", 0.0),
-        lambda_acc=given.get("lambda_acc", 0.0),
-        shrink=given["weight_decay"] if given["decoupled_weight_decay"] else 0.0,
-        delayed=reads_previous(given),
-        inside=epsilon_inside(given),
-        clips_gradient=batch.clips_gradient,
-        feeds_clipped=given.get("clip_accumulator", False),
-        grads=GRAD_NORM in reductions,
-        weights=WEIGHT_NORM in reductions,
-        updates=UPDATE_NORM in reductions or UPDATE_MAX in reductions,
-        largest=UPDATE_MAX in reductions,
-        overshoot=OVERSHOOT in reductions,
+def _lies_at(tensor: Tensor, place: int | None, work: Work) -> bool:
+    """Whether a tensor lies there, the way that `takes` asks for, in the shape and type of the work's weight."""
+    return (
+        tensor.data_ptr() == (place or 0)  # ctypes reads a null pointer as None
+        and tensor.is_contiguous()
+        and tensor.shape == work.weight.shape
+        and tensor.dtype is work.weight.dtype
     )
+
+
+def _lr(batch: Batch) -> Tensor | ctypes.c_double:
+    """Return the learning rate where C can read it."""
+    lr = batch.settings["lr"]
+    return lr.to(device="cpu", dtype=torch.float64) if isinstance(lr, Tensor) else ctypes.c_double(lr)
+
+
+def _pointer(given: Tensor | ctypes.c_double | None) -> Any:
+    if isinstance(given, Tensor):
+        return ctypes.c_void_p(given.data_ptr())
+    return None if given is None else ctypes.byref(given)
 
 
 def _peaks(parts: Tensor, counts: Sequence[int]) -> list[Tensor | None]:
     """Return the overshoot chunk by chunk for every tensor; None where there is one chunk."""
-    chunks = parts[: sum(counts), _COLUMNS.index(OVERSHOOT)].split(counts)
+    chunks = parts[: sum(counts), COLUMNS.index(OVERSHOOT)].split(counts)
     return [peaks if len(peaks) > 1 else None for peaks in chunks]
