@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from optim.native.rows import gather_rows, scatter_rows
+from optim.pages import new_state
 
 READS = {"nothing": 0, "g": 1, "w, g": 3, "g, G": 5, "w, g, G": 7}
 """What a first pass reads, and the C code's number for it."""
@@ -48,7 +49,7 @@ def floor_step(params: Sequence[nn.Parameter], reads: str) -> Callable[[], objec
 
     It leaves the weights as they are, and has accumulators of its own, as every optimizer of the benchmark has.
     """
-    totals = [torch.full_like(param, 0.1) for param in params]
+    totals = [new_state(param.detach(), 0.1) for param in params]
     call, mask = _library().floor_step, ctypes.c_int64(READS[reads])
     call.restype = ctypes.c_double
     count, threads = ctypes.c_int64(len(totals)), ctypes.c_int64(torch.get_num_threads())

@@ -35,6 +35,7 @@ import optim
 from bench_floor import floor_rows, floor_step
 from bench_report import Line, finish, limited, met
 from bench_tensors import INPUT, SETS, Gradients, tensors, turn
+from optim.pages import new_state
 
 START = time.monotonic()
 ADAGRAD: dict[str, Any] = {"lr": 0.1, "initial_accumulator_value": 0.1}
@@ -178,11 +179,14 @@ def bench_tfrs(python: Path, shapes: list[tuple[int, ...]], scale: float, second
 
 
 def bench_sparse(seconds: float, touched: int = 10_000, width: int = 16) -> list[Line]:
-    """Time 10,000 touched rows of a small and of a large table, and the moves of these rows alone."""
+    """Time 10,000 touched rows of a small and of a large table, and the moves of these rows alone.
+
+    The large table also as one that its user has put in huge pages, as the accumulators always are.
+    """
     steps: dict[str, Step] = {}
     moves: dict[str, Step] = {}
-    for rows in (10**4, 10**7):
-        table = nn.Parameter(torch.zeros(rows, width))
+    for rows, huge in ((10**4, False), (10**7, False), (10**7, True)):
+        table = nn.Parameter(new_state(torch.empty(rows, width), 0.0) if huge else torch.zeros(rows, width))
         index = torch.randperm(rows)[None, :touched]  # as many distinct rows of either table
         optimizer = optim.build_optimizer("clippy", [table], lr=0.1)
         grad = torch.sparse_coo_tensor(index, torch.randn(touched, width), table.shape, check_invariants=True)
@@ -191,15 +195,17 @@ def bench_sparse(seconds: float, touched: int = 10_000, width: int = 16) -> list
             table.grad = grad.clone()  # not yet coalesced, as autograd leaves it
             optimizer.step()
 
-        steps[f"sparse: 10,000 rows of {rows:,}"] = step
-        ordered, totals = grad.coalesce().indices()[0], torch.full_like(table, 0.1)
-        moves[f"sparse: rows there and back, {rows:,}"] = floor_rows(table.detach(), totals, ordered)
+        label = f"{rows:,}" + (" in huge pages" if huge else "")
+        steps[f"sparse: 10,000 rows of {label}"] = step
+        ordered, totals = grad.coalesce().indices()[0], new_state(table.detach(), 0.1)
+        moves[f"sparse: rows there and back, {label}"] = floor_rows(table.detach(), totals, ordered)
     medians = interleaved(steps | moves, seconds)
-    small, large, small_moves, large_moves = medians.values()
+    small, large, huge_pages, small_moves, large_moves, _ = medians.values()
     # What the ratio would be if nothing but the memory of the rows told the two tables apart.
     forced = (small + large_moves - small_moves) / small
     return [Line(name, value, "ms") for name, value in medians.items()] + [
         Line("sparse: ratio that the rows' memory forces", forced, "ratio"),
+        Line("sparse: large table in huge pages / small table", huge_pages / small, "ratio"),
         limited("sparse: large table / small table", large / small, 1.2),
     ]
 

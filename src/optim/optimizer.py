@@ -15,6 +15,7 @@ from optim.distributed import local_tensor
 from optim.eager import EAGER
 from optim.hyperparameters import SHARED, check_names
 from optim.native.kernels import NATIVE, is_available
+from optim.pages import ask_for_huge_pages
 from optim.plan import Plan
 from optim.registry import get_info
 from optim.work import Work, make_work
@@ -234,8 +235,10 @@ class SigmaOptimizer(torch.optim.Optimizer):
         params = [param for group in self.param_groups for param in group["params"]]
         for key, param in zip(saved, params, strict=True):
             for name, value in state_dict["state"].get(key, {}).items():
-                if isinstance(value, Tensor) and self.state[param][name].dtype != value.dtype:
-                    self.state[param][name] = value.to(device=local_tensor(param).device, copy=True)
+                if isinstance(value, Tensor):
+                    if self.state[param][name].dtype != value.dtype:
+                        self.state[param][name] = value.to(device=local_tensor(param).device, copy=True)
+                    ask_for_huge_pages(self.state[param][name])
 
 
 def _named(params: Any, names: list[str] | None, start: int) -> list[tuple[str, Tensor]]:

@@ -174,17 +174,22 @@ INLINE void move_row(const Rows *r, const int64_t *rows, int64_t i, int64_t soon
 }
 
 /* Copy rows of several tables of one height out of them, or back. Every row is a miss of the cache and of the page
- * table's: rows are asked for EARLY ahead, of all tables at once, so that the misses overlap. Returns whether an index
- * is outside of the tables; nothing has been touched then. */
+ * table's: rows are asked for EARLY ahead, of all tables at once, so that the misses overlap. Back goes backwards: the
+ * rows that came out last are still there, or their pages. Returns whether an index is outside of the tables; nothing
+ * has been touched then. */
 int64_t optim_move_rows(const Rows *tables, int64_t count, const int64_t *rows, int64_t n, int64_t height, int64_t back,
                         int64_t threads) {
     enum { EARLY = 24, WORTH = 2048 };
     for (int64_t i = 0; i < n; i++)
         if (rows[i] < 0 || rows[i] >= height) return 1;
-#pragma omp parallel for num_threads(threads) schedule(static) if (n >= WORTH)
-    for (int64_t i = 0; i < n; i++) {
-        const int64_t soon = i + EARLY < n ? i + EARLY : n - 1;
-        for (int64_t t = 0; t < count; t++) move_row(&tables[t], rows, i, soon, back != 0);
+#pragma omp parallel num_threads(threads) if (n >= WORTH)
+    {
+        const Part mine = part_of(n);
+        const int64_t size = mine.end - mine.begin, first = back ? mine.end - 1 : mine.begin, way = back ? -1 : 1;
+        for (int64_t k = 0; k < size; k++) {
+            const int64_t soon = first + way * (k + EARLY < size ? k + EARLY : size - 1);
+            for (int64_t t = 0; t < count; t++) move_row(&tables[t], rows, first + way * k, soon, back != 0);
+        }
     }
     return 0;
 }

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from optim.hyperparameters import Hyperparameter
+from optim.pages import new_state
 from optim.reductions import Settings
 from optim.updates.base import Direction
 
@@ -48,9 +49,7 @@ class Adagrad:
 
     def init(self, weight: Tensor, settings: Settings) -> dict[str, Tensor]:
         """Return G_0."""
-        dtype = torch.promote_types(weight.dtype, torch.float32)
-        value = settings["initial_accumulator_value"]
-        return {"sum": torch.full_like(weight, value, dtype=dtype, memory_format=torch.preserve_format)}
+        return {"sum": new_state(weight, settings["initial_accumulator_value"])}
 
     def direction(self, grad: Tensor, state: Mapping[str, Tensor], settings: Settings) -> Direction:
         """Return r_t, and G^(-1/2) as its scale."""

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from optim.hyperparameters import Hyperparameter
+from optim.pages import new_state
 from optim.reductions import Settings
 from optim.updates.base import Direction
 
@@ -32,11 +33,10 @@ class Adam:
 
     def init(self, weight: Tensor, _settings: Settings) -> dict[str, Tensor]:
         """Return zero moments and a step count of 0, on the device so that nothing waits for it."""
-        dtype = torch.promote_types(weight.dtype, torch.float32)
         return {
             "step": torch.zeros((), dtype=torch.float32, device=weight.device),
-            "exp_avg": torch.zeros_like(weight, dtype=dtype, memory_format=torch.preserve_format),
-            "exp_avg_sq": torch.zeros_like(weight, dtype=dtype, memory_format=torch.preserve_format),
+            "exp_avg": new_state(weight, 0.0),
+            "exp_avg_sq": new_state(weight, 0.0),
         }
 
     def direction(self, grad: Tensor, state: Mapping[str, Tensor], settings: Settings) -> Direction:
