@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from optim.distributed import combine_max, combine_norm
+from optim.distributed import ProcessGroups, combine_max, combine_norm
 from optim.reductions import Reduction
 from optim.registry import Method
 from optim.work import Work
@@ -39,6 +39,10 @@ class Backend(Protocol):
 
     def reduce(self, batch: Batch, reductions: Sequence[Reduction]) -> dict[str, Tensor]:
         """Reduce the local parts: to vectors [N], or for a batch by unit to one number a unit."""
+        ...
+
+    def finite(self, batch: Batch) -> Tensor:
+        """Return [N] whether all of the local gradients are finite. After `reduce`, much of it may be known."""
         ...
 
     def apply(self, batch: Batch, ok: Tensor | None, *, measure: bool) -> Moved | None:
@@ -128,14 +132,23 @@ def choose_sigma(batch: Batch) -> None:
     batch.sigma = rule(reduced, batch.settings)
 
 
-def all_finite(works: Sequence[Work]) -> dict[torch.device, Tensor]:
-    """Return, on every device in use, whether every gradient of the whole step is finite; on every rank alike."""
-    sharded: dict[object, list[Work]] = defaultdict(list)
-    for work in works:
-        sharded[work.weight.device, work.groups].append(work)
-    bad: dict[torch.device, list[Tensor]] = defaultdict(list)
-    for together in sharded.values():
-        flag = torch.stack([work.is_finite() for work in together]).all().logical_not().float()
-        bad[flag.device].append(combine_max(flag, [group for group, _ in together[0].groups]))
-    worst = [torch.stack(flags).amax() for flags in bad.values()]
-    return {device: torch.stack([flag.to(device, non_blocking=True) for flag in worst]).amax() == 0 for device in bad}
+def all_finite(batches: Sequence[Batch]) -> dict[torch.device, Tensor]:
+    """Return, on every device in use, whether every gradient of the whole step is finite; on every rank alike.
+
+    Best asked once sigma is chosen.
+    """
+    sharded: dict[tuple[torch.device, ProcessGroups], list[Tensor]] = defaultdict(list)
+    for batch in batches:
+        sharded[batch.device, batch.works[0].groups].append(batch.backend.finite(batch).all())
+    flags = []
+    for (_, groups), together in sharded.items():
+        flag = _all(together)
+        if groups:
+            flag = combine_max(flag.logical_not().float(), [group for group, _ in groups]) == 0
+        flags.append(flag)
+    devices = dict.fromkeys(device for device, _ in sharded)
+    return {device: _all([flag.to(device, non_blocking=True) for flag in flags]) for device in devices}
+
+
+def _all(flags: Sequence[Tensor]) -> Tensor:
+    return flags[0] if len(flags) == 1 else torch.stack([*flags]).all()

@@ -45,6 +45,10 @@ class Eager:
             for reduction in reductions
         }
 
+    def finite(self, batch: Batch) -> Tensor:
+        """Look at all gradients."""
+        return torch.stack([work.is_finite() for work in batch.works])
+
     def apply(self, batch: Batch, ok: Tensor | None, *, measure: bool) -> Moved | None:
         """Take the step."""
         if takes_fused(batch):

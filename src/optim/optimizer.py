@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from optim import stats
-from optim.batch import Backend, all_finite, choose_sigma, make_batches
+from optim.batch import Backend, Batch, all_finite, choose_sigma, make_batches
 from optim.distributed import local_tensor
 from optim.eager import EAGER
 from optim.hyperparameters import SHARED, check_names
@@ -143,9 +143,10 @@ class SigmaOptimizer(torch.optim.Optimizer):
         batches = make_batches(self.gather(), self.backends) if plan is None else plan.batches
         if not batches:
             return loss
-        ok = self._check_finite([work for batch in batches for work in batch.works])
         for batch in batches:
             choose_sigma(batch)
+        ok = self._check_finite(batches)
+        for batch in batches:
             go = ok.get(batch.device)
             if self.collect_stats:
                 reasons = stats.explain(batch)  # while the weights are still those that sigma was chosen for
@@ -178,15 +179,15 @@ class SigmaOptimizer(torch.optim.Optimizer):
                 works.append(make_work(name, param, method, group, state, native=native))
         return works
 
-    def _check_finite(self, works: list[Work]) -> dict[torch.device, Tensor]:
+    def _check_finite(self, batches: list[Batch]) -> dict[torch.device, Tensor]:
         """Return by device whether to go on; empty where nobody asked."""
         policy = self.defaults["on_nonfinite"]
         if policy == "propagate":
             return {}
-        ok = all_finite(works)
+        ok = all_finite(batches)
         if policy == "raise":
             if not all(ok.values()):
-                names = [work.name for work in works if not work.is_finite()]
+                names = [work.name for batch in batches for work in batch.works if not work.is_finite()]
                 raise FloatingPointError(f"gradient of {', '.join(names) or 'another rank'} is not finite")
             return {}
         counter = self.param_groups[0]

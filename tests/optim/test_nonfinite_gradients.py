@@ -46,6 +46,57 @@ def test_skip_leaves_parameters_and_state_untouched_by_one_bit_and_counts(name: 
     assert not params[1].equal(before[1])
 
 
+PLACES = (0, 65_535, 65_536, 2 * 65_536 - 400, 2 * 65_536 + 5, -1)  # ends of chunks, of the four ways, what is left
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("scale", [1e-3, 1.0], ids=["hardly clips", "clips hard"])
+@pytest.mark.parametrize("given", [{}, {"weight_decay": 1e-2}, {"lr": 1e-3}], ids=str)
+@pytest.mark.parametrize("name", ["adagrad", "gc", "agc", "lamb", "clippy"])
+def test_skip_sees_one_bad_value_among_many(
+    name: str, given: dict[str, float], scale: float, dtype: torch.dtype
+) -> None:
+    # Where a rule's own look at the gradients shows that they are finite, they are not looked at again.
+    param = torch.nn.Parameter(torch.randn(2 * 65_536 + 777, dtype=dtype))
+    optimizer = optim.build_optimizer(name, [param], **{"lr": 0.1, "on_nonfinite": "skip", **given})
+    for number in range(3):
+        param.grad = scale * torch.randn_like(param)
+        optimizer.step()
+        assert optimizer.skipped_steps == 0, number
+    before = bits([param], optimizer)
+    for number, place in enumerate(PLACES):
+        for count, bad in enumerate(BAD):
+            param.grad = scale * torch.randn_like(param)
+            param.grad[place] = bad
+            optimizer.step()
+            assert optimizer.skipped_steps == number * len(BAD) + count + 1, (place, bad)
+    assert all(now.equal(then) for now, then in zip(bits([param], optimizer), before, strict=True))
+    param.grad = scale * torch.randn_like(param)
+    optimizer.step()
+    assert optimizer.skipped_steps == len(PLACES) * len(BAD)
+    assert not param.equal(before[0])
+
+
+def test_what_the_step_before_knew_of_its_gradients_is_forgotten() -> None:
+    params, optimizer = make("clippy", "skip")
+    fill(params)
+    optimizer.step()
+    optimizer.param_groups[0]["lr"] = 1e-3  # below lambda_abs, where Clippy looks at no gradient
+    fill(params, torch.nan)
+    optimizer.step()
+    assert optimizer.skipped_steps == 1
+
+
+@pytest.mark.parametrize("name", ["adagrad", "gc", "agc", "lamb", "clippy"])
+def test_a_gradient_whose_square_overflows_is_no_reason_to_skip(name: str) -> None:
+    param = torch.nn.Parameter(torch.randn(70_000))
+    optimizer = optim.build_optimizer(name, [param], lr=0.1, on_nonfinite="skip")
+    param.grad = torch.randn_like(param)
+    param.grad[123] = 1e30
+    optimizer.step()
+    assert optimizer.skipped_steps == 0
+
+
 def test_skip_in_the_very_first_step_leaves_a_fresh_state() -> None:
     params, optimizer = make("clippy", "skip")
     before = [param.detach().clone() for param in params]

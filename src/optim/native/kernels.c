@@ -123,6 +123,29 @@ void optim_reduce(const Tensor *tensors, int64_t count, const Settings *s, const
     }
 }
 
+/* out: [count], whether all gradients of a tensor are finite. reduced: null, or what optim_reduce made of the tensors,
+ * with any of its reductions: where that is finite, so are the gradients (a square that overflowed says nothing). */
+void optim_finite(const Tensor *tensors, int64_t count, const Settings *s, const double *reduced, uint8_t *out,
+                  int64_t threads) {
+    const int looked = reduced && (s->grads || s->weights || s->updates || s->overshoot);
+    for (int64_t t = 0; t < count; t++) {
+        const double *sum = looked ? reduced + t * COLUMNS : 0;
+        out[t] = sum && isfinite(sum[GRAD_SQ] + sum[UPDATE_SQ] + sum[OVERSHOOT]);
+        if (out[t]) continue;
+        const Tensor *tensor = &tensors[t];
+        const int64_t n = chunks(tensor);
+        int finite = 1;
+#pragma omp parallel num_threads(threads) if (n > 1) reduction(&& : finite)
+        {
+            const Part mine = part_of(n);
+            for (int64_t c = mine.begin; c < mine.end && finite; c++)
+                finite = tensor->wide ? chunk_finite_double(tensor, c, width(tensor, c))
+                                      : chunk_finite_float(tensor, c, width(tensor, c));
+        }
+        out[t] = finite;
+    }
+}
+
 /* Last tensor first: what the reduction read last may still be in cache. sigma: [count], or null for 1. lr:
  * where to read it. ok: null, or where to read whether to step at all. parts: null, or room for [chunks of the largest
  * tensor, SIZES]; out is then [count, SIZES], how far every tensor moved. */

@@ -181,15 +181,20 @@ INLINE int NAME(within)(double top, REAL floor, const Settings *s, REAL worst, i
     return top * 1.0001 < worst * s->lambda_abs * root;
 }
 
+/* max |g'| of a chunk, as largest_gradient: infinity where one is not finite. */
+INLINE REAL NAME(largest_of_chunk)(const REAL *restrict g, int64_t n) {
+    const int64_t apart = n / BLOCK * PIECE, rest = WAYS * apart;
+    const REAL most = NAME(largest_gradient)(g, WAYS, apart, (int)apart);
+    const REAL last = NAME(largest_gradient)(g + rest, 1, 0, (int)(n - rest));
+    return most > last ? most : last;
+}
+
 /* Whether the gradients alone say that nothing in the chunk overshoots by `worst`: one look at as little memory as can
  * be, which is all that a chunk far from clipping needs. */
 INLINE int NAME(chunk_within)(const REAL *restrict g, int64_t n, const Settings *s, const REAL *floors, REAL worst,
                               int delayed) {
-    const int64_t apart = n / BLOCK * PIECE, rest = WAYS * apart;
-    const REAL most = NAME(largest_gradient)(g, WAYS, apart, (int)apart);
-    const REAL last = NAME(largest_gradient)(g + rest, 1, 0, (int)(n - rest));
     const REAL floor = NAME(smallest)(floors, (n + PIECE - 1) / PIECE);
-    return NAME(within)(most > last ? most : last, floor, s, worst, delayed);
+    return NAME(within)(NAME(largest_of_chunk)(g, n), floor, s, worst, delayed);
 }
 
 /* The chunk's maximum overshoot where it raises `worst`, else 0. What reads least settles most blocks: first the
@@ -317,6 +322,10 @@ static void NAME(reduce_chunk)(const Tensor *t, int64_t chunk, int64_t n, const 
     DISPATCH(CALL)
 #undef CALL
     search->worst = worst;
+}
+
+static int NAME(chunk_finite)(const Tensor *t, int64_t chunk, int64_t n) {
+    return NAME(largest_of_chunk)((const REAL *)t->grad + chunk * CHUNK, n) < INFINITY;
 }
 
 static void NAME(step_chunk)(const Tensor *t, int64_t chunk, int64_t n, const Settings *s, const Factors *f,

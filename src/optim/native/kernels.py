@@ -78,7 +78,7 @@ class Native:
             ):
                 return False
             told.grad, work.grad = at, grad
-        batch.sigma = batch.peaks = None
+        batch.sigma = batch.peaks = prepared.reduced = None
         return True
 
     def reduce(self, batch: Batch, reductions: Sequence[Reduction]) -> dict[str, Tensor]:
@@ -88,6 +88,7 @@ class Native:
         # What Clippy's rule makes of an overshoot is 1 up to 1 / lr, which spares the search for the largest of those.
         lr = _lr(batch) if OVERSHOOT in reductions else None
         self._call("optim_reduce", prepared, lr, prepared.parts, out)
+        prepared.reduced = out
         if OVERSHOOT in reductions:
             batch.peaks = partial(_peaks, prepared.parts, [chunks_of(work) for work in batch.works])
         columns = {reduction: out[:, COLUMNS.index(reduction)] for reduction in reductions}
@@ -95,6 +96,13 @@ class Native:
             reduction.name: column.sqrt() if reduction.combine == "norm" else column
             for reduction, column in columns.items()
         }
+
+    def finite(self, batch: Batch) -> Tensor:
+        """Look at the gradients of those tensors of which the first pass has not shown it."""
+        prepared = batch.prepared or self._prepare(batch, batch.method.reductions)
+        finite = torch.empty(len(batch.works), dtype=torch.bool)
+        self._call("optim_finite", prepared, prepared.reduced, finite)
+        return finite
 
     def apply(self, batch: Batch, ok: Tensor | None, *, measure: bool) -> Moved | None:
         """Take the step."""

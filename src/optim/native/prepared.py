@@ -53,6 +53,7 @@ class Prepared:
         parts: Room for what every chunk is reduced to.
         bounds: Of the accumulators, which `tensors` point to.
         versions: Of the accumulators, when their bounds were taken.
+        reduced: What the first pass of this step made of every tensor; None where there was none.
     """
 
     tensors: ctypes.Array[_Tensor]
@@ -61,6 +62,7 @@ class Prepared:
     parts: Tensor
     bounds: list[Bounds | None]
     versions: list[int]
+    reduced: Tensor | None = None
 
     @classmethod
     def of(cls, batch: Batch, reductions: Sequence[Reduction], bounds: list[Bounds | None]) -> Prepared:
