@@ -171,8 +171,12 @@ def smaller_state_behind_the_scenes(params: list[nn.Parameter], optimizer: optim
 
 
 def state_elsewhere(params: list[nn.Parameter], optimizer: optim.SigmaOptimizer) -> None:
+    for param in params:
+        assert param.grad is not None
+        param.grad.mul_(1e-3)  # of which nothing clips where G is as it was
     total = optimizer.state[params[0]]["sum"]
-    total.data = torch.full(SHAPES[0], 1e-6)
+    total.data = total.data.clone()
+    total.data[1, 100:200] = 1e-9
 
 
 def other_group(_params: list[nn.Parameter], optimizer: optim.SigmaOptimizer) -> None:

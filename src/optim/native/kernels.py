@@ -37,9 +37,9 @@ class Native:
     """Dense, contiguous float32 and float64 tensors on the CPU, stepped by Adagrad under the rules of this package."""
 
     def __init__(self) -> None:
-        # By accumulator: its version when last looked at, a lower bound of every PIECE, and of every chunk whether that
-        # is worth renewing. A step of ours (which does not count as a version) makes G larger, never smaller.
-        self._floors = WeakTensorKeyDictionary()
+        # By accumulator: where it lay and its version when last looked at, a lower bound of every PIECE, and of every
+        # chunk whether that is worth renewing. A step of ours (no version counts it) makes G larger, never smaller.
+        self._bounds = WeakTensorKeyDictionary()
 
     def takes(self, work: Work) -> bool:
         """Whether the kernels can step this tensor."""
@@ -138,15 +138,16 @@ class Native:
         if total.numel() < CHUNK or work.rows is not None or work.groups or _ASKING.isdisjoint(work.method.reductions):
             return None
         kept = work.kept["sum"]
-        version, *bounds = self._floors.get(kept, (-1,))
-        if version != kept._version:
+        now = (total.data_ptr(), kept._version)
+        then, *bounds = self._bounds.get(kept, (None,))
+        if then != now:
             library = load()
             assert library is not None, "takes() said that the kernels are there"
             floors = torch.empty(-(-total.numel() // PIECE), dtype=total.dtype)
             size, wide = ctypes.c_int64(total.numel()), ctypes.c_int64(total.dtype == torch.float64)
             library.optim_minima(ctypes.c_void_p(total.data_ptr()), size, wide, ctypes.c_void_p(floors.data_ptr()))
             bounds = [floors, torch.zeros(-(-total.numel() // CHUNK), dtype=torch.uint8)]
-            self._floors[kept] = (kept._version, *bounds)
+            self._bounds[kept] = (now, *bounds)
         return bounds[0], bounds[1]
 
 
