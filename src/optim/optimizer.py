@@ -135,11 +135,7 @@ class SigmaOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        plan, keeps_plan = self._plan, not torch.compiler.is_compiling()
-        if keeps_plan:
-            self._plan = None  # until the step is over: an error must not leave gradients behind
-        if plan is None or not keeps_plan or not plan.renew(self):
-            plan = None
+        plan = self._take_plan()
         batches = make_batches(self.gather(), self.backends) if plan is None else plan.batches
         if not batches:
             return loss
@@ -154,9 +150,19 @@ class SigmaOptimizer(torch.optim.Optimizer):
                 stats.record(batch, reasons, moved, self.state, go)
             else:
                 batch.backend.apply(batch, go, measure=False)
-        if keeps_plan and (plan := plan or Plan.of(self, batches)) is not None:
+        if not torch.compiler.is_compiling() and (plan := plan or Plan.of(self, batches)) is not None:
             self._plan = plan.rest()
         return loss
+
+    def _take_plan(self) -> Plan | None:
+        """Return the plan of the step before where it holds for this one.
+
+        It is put back when the step is over: one that ended with an error would keep gradients from being freed.
+        """
+        if torch.compiler.is_compiling():
+            return None
+        plan, self._plan = self._plan, None
+        return plan if plan is not None and plan.renew(self) else None
 
     def gather(self, *, keep_state: bool = True, names: Collection[str] | None = None) -> list[Work]:
         """Return what a step has to do: every parameter with a gradient, in its local, dense form.
