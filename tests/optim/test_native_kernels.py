@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import optim
+from optim.native.kernels import NATIVE, PIECE
 from optim.work import CHUNK
 
 
@@ -126,3 +127,45 @@ def test_an_accumulator_made_smaller_behind_the_optimizers_back_is_noticed() -> 
         weight.grad[place] = 0.5
         optimizer.step()
     assert optimizer.clip_stats()["w"]["coordinate"] == CHUNK + 7
+
+
+def test_a_step_that_is_infinite_beside_a_square_that_vanishes_is_found() -> None:
+    sigmas = []
+    for backend in ("native", "eager"):
+        weight = torch.nn.Parameter(torch.zeros(CHUNK))
+        given = {"lr": 1.0, "eps": 0.0, "collect_stats": True, "backend": backend}
+        optimizer = optim.build_optimizer("clippy", [("w", weight)], **given)
+        weight.grad = torch.ones(CHUNK)
+        optimizer.step()
+        optimizer.state[weight]["sum"][777] = 0.0
+        weight.grad = torch.full((CHUNK,), 1e-3)
+        weight.grad[777] = 1e-25  # whose square is 0 in float32, so that r = g / 0
+        optimizer.step()
+        sigmas.append(optimizer.clip_stats()["w"]["sigma"])
+    assert sigmas == [0.0, 0.0]
+
+
+def test_bounds_of_the_accumulator_follow_it_where_gradients_alone_settle_nothing() -> None:
+    weight = torch.nn.Parameter(torch.zeros(2 * CHUNK))
+    optimizer = optim.build_optimizer("clippy", [weight], lr=1.0)
+    for _ in range(5):
+        weight.grad = torch.rand(2 * CHUNK) + 1
+        optimizer.step()
+    total = optimizer.state[weight]["sum"]
+    _, floors, _ = NATIVE._bounds[total]
+    assert floors.equal(total.view(-1, PIECE).amin(dim=1))
+
+
+def test_a_step_that_weight_decay_makes_large_is_found() -> None:
+    sigmas = []
+    for backend in ("native", "eager"):
+        weight = torch.nn.Parameter(torch.zeros(CHUNK + 700))
+        given = {"lr": 20.0, "weight_decay": 0.5, "collect_stats": True, "backend": backend}
+        optimizer = optim.build_optimizer("clippy", [("w", weight)], **given)
+        with torch.no_grad():
+            weight[CHUNK - 777] = 10.0
+        weight.grad = torch.full((CHUNK + 700,), 1e-6)  # of which nothing clips
+        optimizer.step()
+        sigmas.append(optimizer.clip_stats()["w"]["sigma"])
+    assert sigmas[0] < 0.5
+    assert sigmas[0] == pytest.approx(sigmas[1], rel=1e-6)

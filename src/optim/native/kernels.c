@@ -36,13 +36,7 @@ enum { GRAD_SQ, WEIGHT_SQ, UPDATE_SQ, UPDATE_MAX, OVERSHOOT, COLUMNS };
 enum { MOVED_SQ, MOVED_MAX, SIZES }; /* of the step taken, lr and sigma included */
 /* A float chunk of w, g and G fits a 1 MiB cache. */
 enum { CHUNK = 1 << 16, BLOCK = 512, LANES = 32, WAYS = 4, PIECE = BLOCK / WAYS };
-enum { PATIENCE = 4, PAUSE = 16 }; /* a question asked in vain so often in a row is asked once in so many */
-
-/* A thread's search for the largest overshoot: what it may leave out depends on what it has seen. */
-typedef struct {
-    double worst;  /* what is to be surpassed */
-    int unsettled; /* chunks in a row of which the gradients alone said nothing */
-} Search;
+enum { PIECES = CHUNK / PIECE, AHEAD = 8 /* pieces */ };
 
 #define REAL float
 #define NAME(x) x##_float
@@ -51,6 +45,7 @@ typedef struct {
 #define WORD int32_t
 #define MAGNITUDE INT32_MAX
 #define EPSILON FLT_EPSILON
+#define SMALLEST FLT_MIN
 #include "kernels.h"
 #undef REAL
 #undef NAME
@@ -59,6 +54,7 @@ typedef struct {
 #undef WORD
 #undef MAGNITUDE
 #undef EPSILON
+#undef SMALLEST
 
 #define REAL double
 #define NAME(x) x##_double
@@ -67,6 +63,7 @@ typedef struct {
 #define WORD int64_t
 #define MAGNITUDE INT64_MAX
 #define EPSILON DBL_EPSILON
+#define SMALLEST DBL_MIN
 #include "kernels.h"
 
 static int64_t chunks(const Tensor *t) { return (t->size + CHUNK - 1) / CHUNK; }
@@ -105,14 +102,14 @@ void optim_reduce(const Tensor *tensors, int64_t count, const Settings *s, const
         memset(parts, 0, n * COLUMNS * sizeof(double));
 #pragma omp parallel num_threads(threads) if (n > 1)
         {
-            Search search = {least, 0};
+            double worst = least; /* of this thread: what is to be surpassed */
             const Part mine = part_of(n);
             for (int64_t c = mine.begin; c < mine.end; c++) {
                 double *part = parts + c * COLUMNS;
                 if (tensor->wide)
-                    reduce_chunk_double(tensor, c, width(tensor, c), s, &search, part);
+                    reduce_chunk_double(tensor, c, width(tensor, c), s, &worst, part);
                 else
-                    reduce_chunk_float(tensor, c, width(tensor, c), s, &search, part);
+                    reduce_chunk_float(tensor, c, width(tensor, c), s, &worst, part);
             }
         }
         double *sum = out + t * COLUMNS;

@@ -14,28 +14,15 @@ INLINE REAL NAME(root)(REAL total, REAL grad, REAL eps, int delayed, int inside)
     return inside ? SQRT(base + eps) : SQRT(base) + eps;
 }
 
-/* One number of 32 lanes in few steps that wait for one another: halving over and over takes twice as long. */
-#define BEST_LANE(BEST, lanes)                                                                                    \
-    for (int k = 0; k < 8; k++) eight[k] = BEST(BEST(lanes[k], lanes[k + 8]), BEST(lanes[k + 16], lanes[k + 24])); \
-    for (int k = 0; k < 2; k++)                                                                                   \
-        eight[k] = BEST(BEST(eight[k], eight[k + 2]), BEST(eight[k + 4], eight[k + 6]));
-#define LESS(a, b) ((a) < (b) ? (a) : (b))
-#define MORE(a, b) ((a) > (b) ? (a) : (b))
-
+/* In few steps that wait for one another: halving over and over takes twice as long. */
 INLINE REAL NAME(smallest_lane)(const REAL *lanes) {
     REAL eight[8];
-    BEST_LANE(LESS, lanes)
+#define LESS(a, b) ((a) < (b) ? (a) : (b))
+    for (int k = 0; k < 8; k++) eight[k] = LESS(LESS(lanes[k], lanes[k + 8]), LESS(lanes[k + 16], lanes[k + 24]));
+    for (int k = 0; k < 2; k++) eight[k] = LESS(LESS(eight[k], eight[k + 2]), LESS(eight[k + 4], eight[k + 6]));
     return LESS(eight[0], eight[1]);
-}
-
-INLINE WORD NAME(largest_lane)(const WORD *lanes) {
-    WORD eight[8];
-    BEST_LANE(MORE, lanes)
-    return MORE(eight[0], eight[1]);
-}
-#undef BEST_LANE
 #undef LESS
-#undef MORE
+}
 
 INLINE REAL NAME(smallest)(const REAL *values, int64_t n) {
     REAL least[LANES];
@@ -59,18 +46,18 @@ INLINE void NAME(norms)(const REAL *restrict w, const REAL *restrict g, const RE
                         int rootless) {
     const REAL sign = s->sign, decay = s->decay, eps = s->eps;
     REAL grad_sq[LANES] = {0}, weight_sq[LANES] = {0}, update_sq[LANES] = {0}, largest[LANES] = {0};
-#define AT(k)                                                                                \
-    {                                                                                        \
-        const REAL wi = weights ? w[i + k] : (REAL)0, gi = sign * g[i + k] + decay * wi;     \
-        grad_sq[k] += gi * gi;                                                               \
-        if (weights) weight_sq[k] += wi * wi;                                                \
-        if (updates) {                                                                       \
-            const REAL base = delayed ? total[i + k] : total[i + k] + gi * gi;               \
+#define AT(k)                                                                                         \
+    {                                                                                                 \
+        const REAL wi = weights ? w[i + k] : (REAL)0, gi = sign * g[i + k] + decay * wi;              \
+        grad_sq[k] += gi * gi;                                                                        \
+        if (weights) weight_sq[k] += wi * wi;                                                         \
+        if (updates) {                                                                                \
+            const REAL base = delayed ? total[i + k] : total[i + k] + gi * gi;                        \
             const REAL size = rootless ? 0 : gi / NAME(root)(total[i + k], gi, eps, delayed, inside); \
-            const REAL square = rootless ? gi * gi / base : size * size;                     \
-            update_sq[k] += square;                                                          \
-            if (!rootless) largest[k] = square > largest[k] ? square : largest[k];           \
-        }                                                                                    \
+            const REAL square = rootless ? gi * gi / base : size * size;                              \
+            update_sq[k] += square;                                                                   \
+            if (!rootless) largest[k] = square > largest[k] ? square : largest[k];                    \
+        }                                                                                             \
     }
     const int64_t part = n / WAYS / LANES * LANES;
     int64_t i = 0;
@@ -93,79 +80,133 @@ INLINE void NAME(norms)(const REAL *restrict w, const REAL *restrict g, const RE
     if (out[UPDATE_SQ] != out[UPDATE_SQ]) out[UPDATE_MAX] = NAN;
 }
 
-/* A block for the search of the maximum is n coordinates at each of `ways` places, `apart` from one another; n is a
- * multiple of LANES but where ways is 1. */
-
-/* max |g'| of a block; NaN becomes infinity, which no limit lets through. Read as integers, magnitudes keep their order
- * and NaN comes after infinity: half the operations, and none that waits for the one before. */
-INLINE REAL NAME(largest_gradient)(const REAL *restrict g, int ways, int64_t apart, int n) {
+/* max |g'|. Read as integers, magnitudes keep their order, and the compiler may use vectors. NaN comes after infinity,
+ * and out as NaN. */
+INLINE REAL NAME(largest_gradient)(const REAL *g, int64_t n) {
     typedef WORD __attribute__((may_alias)) Bits;
     const Bits *bits = (const Bits *)g;
-    WORD largest[LANES] = {0};
-#define AT(at, k)                                    \
-    {                                                \
-        const WORD size = bits[(at) + k] & MAGNITUDE; \
-        largest[k] = size > largest[k] ? size : largest[k]; \
+    WORD most = 0;
+    for (int64_t i = 0; i < n; i++) {
+        const WORD size = bits[i] & MAGNITUDE;
+        most = size > most ? size : most;
     }
-    int i = 0;
-    for (; i + LANES <= n; i += LANES)
-        for (int way = 0; way < ways; way++)
-            for (int k = 0; k < LANES; k++) AT(way * apart + i, k)
-    for (int k = 0; i + k < n; k++) AT(i, k)
-#undef AT
-    const WORD most = NAME(largest_lane)(largest);
     REAL result;
     memcpy(&result, &most, sizeof result);
-    return result != result ? (REAL)INFINITY : result;
+    return result;
 }
 
-/* Whether any coordinate of a block may overshoot by `worst` or more: the comparison of squares, without root or
- * division. The margin keeps the rounding of the dozen operations on the safe side. NaN compares as "may".
- * Not weights: as if every weight were 0, whose bound is the least; only without weight decay. */
-INLINE int NAME(may_exceed)(const REAL *restrict w, const REAL *restrict g, const REAL *restrict total, int ways,
-                            int64_t apart, int n, const Settings *s, REAL worst, int delayed, int weights) {
+/* out: of WAYS pieces, `apart` from one another, read at once as norms does. Not inlined, and a variable each: of an
+ * array of them, the compiler would make one great shuffle. */
+static __attribute__((noinline)) void NAME(largest_of_pieces)(const REAL *g, int64_t apart, REAL *out) {
+    typedef WORD __attribute__((may_alias)) Bits;
+    const Bits *a = (const Bits *)g, *b = a + apart, *c = b + apart, *d = c + apart;
+    WORD most_a = 0, most_b = 0, most_c = 0, most_d = 0;
+#define AT(way)                                             \
+    {                                                       \
+        const WORD size = way[i] & MAGNITUDE;               \
+        most_##way = size > most_##way ? size : most_##way; \
+    }
+    for (int i = 0; i < PIECE; i++) {
+        AT(a) AT(b) AT(c) AT(d)
+    }
+#undef AT
+    const WORD most[WAYS] = {most_a, most_b, most_c, most_d};
+    memcpy(out, most, sizeof most);
+}
+
+/* The largest g^2 / G that cannot overshoot by `worst` even where the weight is 0, whose bound is the least:
+ * g^2 < L (G + g^2), solved for G. The margin keeps the rounding here and in the exact look on the safe side; it is one
+ * of L, since near r = 1 none of g^2 / G would be enough. */
+INLINE REAL NAME(allowed)(const Settings *s, double worst, int delayed) {
+    const double limit = worst * worst * s->lambda_abs * s->lambda_abs * (1 - 16 * EPSILON);
+    return delayed ? limit : limit < 1 ? limit / (1 - limit) : INFINITY;
+}
+
+/* open: the pieces of a chunk of which the gradients alone, and lower bounds of G, do not say that g^2 / G is allowed;
+ * returns how many. Only without weight decay. NaN, and 0 < 0, say nothing. */
+INLINE int NAME(open_pieces)(const REAL *restrict g, int64_t n, const REAL *restrict floors, REAL allowed,
+                             int16_t *restrict open) {
+    const int64_t apart = n / BLOCK;
+    int count = 0;
+#define OPEN(p, top)                                   \
+    {                                                  \
+        const REAL most = top;                         \
+        open[count] = (int16_t)(p);                    \
+        count += !(most * most < allowed * floors[p]); \
+    }
+    for (int64_t p = 0; p < apart; p++) {
+        REAL tops[WAYS];
+        NAME(largest_of_pieces)(g + p * PIECE, apart * PIECE, tops);
+        for (int way = 0; way < WAYS; way++) OPEN(p + way * apart, tops[way])
+    }
+    for (int64_t p = WAYS * apart; p * PIECE < n; p++)
+        OPEN(p, NAME(largest_gradient)(g + p * PIECE, n - p * PIECE < PIECE ? n - p * PIECE : PIECE))
+#undef OPEN
+    return count;
+}
+
+/* Whether g^2 / G is allowed at every one of n coordinates: two operations a coordinate. NaN, and 0 < 0, say no. */
+INLINE int NAME(totals_allow)(const REAL *restrict g, const REAL *restrict total, int64_t n, REAL allowed) {
+    REAL beyond[LANES] = {0};
+#define AT(k)                                                                                  \
+    {                                                                                          \
+        const REAL by = g[i + k] * g[i + k] + (SMALLEST - allowed * total[i + k]);             \
+        beyond[k] += (REAL)0 > by ? (REAL)0 : by; /* this way round the processor keeps NaN */ \
+    }
+    int64_t i = 0;
+    for (; i + LANES <= n; i += LANES)
+        for (int k = 0; k < LANES; k++) AT(k)
+    for (int k = 0; i + k < n; k++) AT(k)
+#undef AT
+    REAL sum = 0;
+    for (int k = 0; k < LANES; k++) sum += beyond[k];
+    return sum == 0;
+}
+
+/* Whether any of n coordinates may overshoot by `worst` or more: the comparison of squares, without root or division.
+ * The margin keeps the rounding of the dozen operations on the safe side. NaN compares as "may". */
+INLINE int NAME(may_exceed)(const REAL *restrict w, const REAL *restrict g, const REAL *restrict total, int64_t n,
+                            const Settings *s, REAL worst, int delayed) {
     const REAL sign = s->sign, decay = s->decay, relative = s->lambda_rel, absolute = s->lambda_abs;
     const REAL limit = worst * worst * (1 - 16 * EPSILON);
     WORD hit[LANES] = {0};
-#define AT(at, k)                                                                                \
-    {                                                                                            \
-        const REAL wi = weights ? w[(at) + k] : (REAL)0, gi = sign * g[(at) + k] + decay * wi;   \
-        const REAL bound = relative * FABS(wi) + absolute;                                       \
-        const REAL square = gi * gi, base = delayed ? total[(at) + k] : total[(at) + k] + square; \
-        hit[k] |= !(square < limit * (bound * bound * base));                                    \
+#define AT(k)                                                                               \
+    {                                                                                       \
+        const REAL wi = w[i + k], gi = sign * g[i + k] + decay * wi;                        \
+        const REAL bound = relative * FABS(wi) + absolute;                                  \
+        const REAL square = gi * gi, base = delayed ? total[i + k] : total[i + k] + square; \
+        hit[k] |= !(square < limit * (bound * bound * base));                               \
     }
-    int i = 0;
+    int64_t i = 0;
     for (; i + LANES <= n; i += LANES)
-        for (int way = 0; way < ways; way++)
-            for (int k = 0; k < LANES; k++) AT(way * apart + i, k)
-    for (int k = 0; i + k < n; k++) AT(i, k)
+        for (int k = 0; k < LANES; k++) AT(k)
+    for (int k = 0; i + k < n; k++) AT(k)
 #undef AT
     WORD any = 0;
     for (int k = 0; k < LANES; k++) any |= hit[k];
     return any != 0;
 }
 
-/* max |r| / bound of a block, exactly; NaN where a gradient is not finite. */
-INLINE REAL NAME(block_overshoot)(const REAL *restrict w, const REAL *restrict g, const REAL *restrict total, int ways,
-                                  int64_t apart, int n, const Settings *s, int delayed, int inside) {
+/* max |r| / bound of n coordinates, exactly; NaN where a gradient is not finite. */
+INLINE REAL NAME(largest_overshoot)(const REAL *restrict w, const REAL *restrict g, const REAL *restrict total,
+                                    int64_t n, const Settings *s, int delayed, int inside) {
     const REAL sign = s->sign, decay = s->decay, eps = s->eps;
     const REAL relative = s->lambda_rel, absolute = s->lambda_abs, accumulator = s->lambda_acc;
     REAL largest[LANES] = {0}, poison[LANES] = {0};
-#define AT(at, k)                                                                                        \
-    {                                                                                                    \
-        const REAL wi = w[(at) + k], gi = sign * g[(at) + k] + decay * wi;                               \
-        const REAL bound = relative * FABS(wi) + absolute;                                               \
-        const REAL base = NAME(root)(total[(at) + k], gi, eps, delayed, inside);                         \
-        /* |r| / (bound + accumulator / root) with one division; 0 / 0 fails every comparison. */        \
-        const REAL over = FABS(gi) / (bound * base + accumulator);                                       \
-        largest[k] = over > largest[k] ? over : largest[k];                                              \
-        poison[k] += gi - gi;                                                                            \
+#define AT(k)                                                                                     \
+    {                                                                                             \
+        const REAL wi = w[i + k], gi = sign * g[i + k] + decay * wi;                              \
+        const REAL bound = relative * FABS(wi) + absolute;                                        \
+        const REAL base = NAME(root)(total[i + k], gi, eps, delayed, inside);                     \
+        /* |r| / (bound + accumulator / root) with one division; 0 / 0 fails every comparison. */ \
+        const REAL over = FABS(gi) / (bound * base + accumulator);                                \
+        largest[k] = over > largest[k] ? over : largest[k];                                       \
+        poison[k] += gi - gi;                                                                     \
     }
-    int i = 0;
+    int64_t i = 0;
     for (; i + LANES <= n; i += LANES)
-        for (int way = 0; way < ways; way++)
-            for (int k = 0; k < LANES; k++) AT(way * apart + i, k)
-    for (int k = 0; i + k < n; k++) AT(i, k)
+        for (int k = 0; k < LANES; k++) AT(k)
+    for (int k = 0; i + k < n; k++) AT(k)
 #undef AT
     REAL result = 0, nan = 0;
     for (int k = 0; k < LANES; k++) {
@@ -175,69 +216,34 @@ INLINE REAL NAME(block_overshoot)(const REAL *restrict w, const REAL *restrict g
     return result + nan;
 }
 
-/* Whether gradients of at most `top` cannot overshoot by `worst`, since G >= floor and bound >= lambda_abs. */
-INLINE int NAME(within)(double top, REAL floor, const Settings *s, REAL worst, int delayed) {
-    const double root = sqrt(delayed ? (double)floor : floor + top * top);
-    return top * 1.0001 < worst * s->lambda_abs * root;
+INLINE void NAME(ask_for)(const REAL *from) {
+    for (int64_t i = 0; i < PIECE; i += 64 / sizeof(REAL)) __builtin_prefetch(from + i, 0, 3);
 }
 
-/* max |g'| of a chunk, as largest_gradient: infinity where one is not finite. */
-INLINE REAL NAME(largest_of_chunk)(const REAL *restrict g, int64_t n) {
-    const int64_t apart = n / BLOCK * PIECE, rest = WAYS * apart;
-    const REAL most = NAME(largest_gradient)(g, WAYS, apart, (int)apart);
-    const REAL last = NAME(largest_gradient)(g + rest, 1, 0, (int)(n - rest));
-    return most > last ? most : last;
-}
-
-/* Whether the gradients alone say that nothing in the chunk overshoots by `worst`: one look at as little memory as can
- * be, which is all that a chunk far from clipping needs. */
-INLINE int NAME(chunk_within)(const REAL *restrict g, int64_t n, const Settings *s, const REAL *floors, REAL worst,
-                              int delayed) {
-    const REAL floor = NAME(smallest)(floors, (n + PIECE - 1) / PIECE);
-    return NAME(within)(NAME(largest_of_chunk)(g, n), floor, s, worst, delayed);
-}
-
-/* The chunk's maximum overshoot where it raises `worst`, else 0. What reads least settles most blocks: first the
- * gradients alone, then those and G. A question that did not settle several of its kind in a row is asked only now and
- * then. As norms does, a block is read from WAYS places at once; what is left over, from one. */
+/* The chunk's maximum overshoot where it raises `worst`, else 0. What reads least settles most pieces: first the
+ * gradients alone, which leave some open, then those and G, then all three. What is open lies here and there, and is
+ * asked for ahead; the weights where the piece before had needed its own. */
 INLINE REAL NAME(overshoot)(const REAL *restrict w, const REAL *restrict g, const REAL *restrict total, int64_t n,
-                            const Settings *s, const REAL *floors, REAL *worst, int delayed, int inside) {
-    const int64_t apart = n / BLOCK * PIECE;
-    REAL raised = 0;
-    int grads = 0, totals = 0; /* blocks in a row that were not settled by either */
-#define BLOCK_AT(i, ways, width)                                                                             \
-    {                                                                                                        \
-        const int again = s->decay == 0 && (i) % (PAUSE * PIECE) == 0;                                       \
-        if (again || (s->decay == 0 && grads < PATIENCE)) {                                                  \
-            const double top = NAME(largest_gradient)(g + (i), ways, apart, width);                          \
-            REAL floor = floors ? (REAL)INFINITY : 0;                                                        \
-            for (int64_t at = (i) / PIECE; floors && at <= ((i) + width - 1) / PIECE; at++)                  \
-                for (int way = 0; way < ways; way++) {                                                       \
-                    const REAL least = floors[at + way * (apart / PIECE)];                                   \
-                    floor = least < floor ? least : floor;                                                   \
-                }                                                                                            \
-            if (NAME(within)(top, floor, s, *worst, delayed)) {                                              \
-                grads = 0;                                                                                   \
-                continue;                                                                                    \
-            }                                                                                                \
-            grads++;                                                                                         \
-        }                                                                                                    \
-        if (again || (s->decay == 0 && totals < PATIENCE)) {                                                 \
-            if (!NAME(may_exceed)(w + (i), g + (i), total + (i), ways, apart, width, s, *worst, delayed, 0)) { \
-                totals = 0;                                                                                  \
-                continue;                                                                                    \
-            }                                                                                                \
-            totals++;                                                                                        \
-        }                                                                                                    \
-        if (!NAME(may_exceed)(w + (i), g + (i), total + (i), ways, apart, width, s, *worst, delayed, 1)) continue; \
-        const REAL over =                                                                                    \
-            NAME(block_overshoot)(w + (i), g + (i), total + (i), ways, apart, width, s, delayed, inside);    \
-        if (over != over) return over;                                                                       \
-        if (over > *worst) raised = *worst = over;                                                           \
+                            const Settings *s, const int16_t *open, int count, REAL *worst, int delayed, int inside) {
+    REAL raised = 0, allowed = NAME(allowed)(s, *worst, delayed);
+    int weights = s->decay != 0;
+    for (int k = 0; k < count; k++) {
+        if (k + AHEAD < count) {
+            const int64_t soon = (int64_t)open[k + AHEAD] * PIECE;
+            NAME(ask_for)(total + soon);
+            NAME(ask_for)(g + soon);
+            if (weights) NAME(ask_for)(w + soon);
+        }
+        const int64_t i = (int64_t)open[k] * PIECE, size = n - i < PIECE ? n - i : PIECE;
+        weights = s->decay != 0 || !NAME(totals_allow)(g + i, total + i, size, allowed);
+        if (!weights || !NAME(may_exceed)(w + i, g + i, total + i, size, s, *worst, delayed)) continue;
+        const REAL over = NAME(largest_overshoot)(w + i, g + i, total + i, size, s, delayed, inside);
+        if (over != over) return over;
+        if (over > *worst) {
+            raised = *worst = over;
+            allowed = NAME(allowed)(s, over, delayed);
+        }
     }
-    for (int64_t i = 0; i < apart; i += PIECE) BLOCK_AT(i, WAYS, PIECE)
-    for (int64_t i = WAYS * apart; i < n; i += BLOCK) BLOCK_AT(i, 1, (int)(n - i))
-#undef BLOCK_AT
     return raised;
 }
 
@@ -249,19 +255,19 @@ INLINE void NAME(step)(REAL *restrict w, const REAL *restrict g, REAL *restrict 
     const REAL sign = s->sign, decay = s->decay, eps = s->eps;
     const REAL keep = f->keep, rate = f->rate, fed = f->fed, seen = f->seen;
     REAL square[LANES] = {0}, largest[LANES] = {0};
-#define AT(k)                                                                                                   \
-    {                                                                                                           \
-        const REAL wi = w[i + k], gi = sign * g[i + k] + decay * wi, used = seen * gi, feed = fed * gi;         \
-        const REAL before = total[i + k], after = before + feed * feed;                                         \
-        /* rate * used first: the order of torch's fused Adagrad, with which this then agrees to the bit. */    \
-        const REAL move = rate * used / NAME(root)(before, used, eps, delayed, inside);                         \
-        w[i + k] = keep * wi - move;                                                                            \
-        total[i + k] = after;                                                                                   \
-        if (keep_floors) least[k] = after < least[k] ? after : least[k];                                        \
-        if (measure) {                                                                                          \
-            square[k] += move * move;                                                                           \
-            largest[k] = FABS(move) > largest[k] ? FABS(move) : largest[k];                                     \
-        }                                                                                                       \
+#define AT(k)                                                                                                \
+    {                                                                                                        \
+        const REAL wi = w[i + k], gi = sign * g[i + k] + decay * wi, used = seen * gi, feed = fed * gi;      \
+        const REAL before = total[i + k], after = before + feed * feed;                                      \
+        /* rate * used first: the order of torch's fused Adagrad, with which this then agrees to the bit. */ \
+        const REAL move = rate * used / NAME(root)(before, used, eps, delayed, inside);                      \
+        w[i + k] = keep * wi - move;                                                                         \
+        total[i + k] = after;                                                                                \
+        if (keep_floors) least[k] = after < least[k] ? after : least[k];                                     \
+        if (measure) {                                                                                       \
+            square[k] += move * move;                                                                        \
+            largest[k] = FABS(move) > largest[k] ? FABS(move) : largest[k];                                  \
+        }                                                                                                    \
     }
     for (int64_t begin = 0; begin < n; begin += PIECE) {
         const int64_t end = n - begin < PIECE ? n : begin + PIECE;
@@ -283,14 +289,14 @@ INLINE void NAME(step)(REAL *restrict w, const REAL *restrict g, REAL *restrict 
     if (size[MOVED_SQ] != size[MOVED_SQ]) size[MOVED_MAX] = NAN;
 }
 
-#define DISPATCH(CALL)                                         \
-    if (s->delayed) {                                          \
-        if (s->inside) CALL(1, 1) else CALL(1, 0)              \
-    } else {                                                   \
-        if (s->inside) CALL(0, 1) else CALL(0, 0)              \
+#define DISPATCH(CALL)                            \
+    if (s->delayed) {                             \
+        if (s->inside) CALL(1, 1) else CALL(1, 0) \
+    } else {                                      \
+        if (s->inside) CALL(0, 1) else CALL(0, 0) \
     }
 
-static void NAME(reduce_chunk)(const Tensor *t, int64_t chunk, int64_t n, const Settings *s, Search *search,
+static void NAME(reduce_chunk)(const Tensor *t, int64_t chunk, int64_t n, const Settings *s, double *search,
                                double *out) {
     const int64_t begin = chunk * CHUNK;
     REAL *floors = t->floors ? (REAL *)t->floors + begin / PIECE : 0;
@@ -298,34 +304,43 @@ static void NAME(reduce_chunk)(const Tensor *t, int64_t chunk, int64_t n, const 
     const REAL *total = (const REAL *)t->total + begin;
     /* Somebody has made G smaller, in a way that does not count as a version (`.data`). */
     if (floors && total[0] < floors[0]) NAME(minima)(total, n, floors);
-    REAL worst = search->worst;
+    REAL worst = *search;
     /* Where eps is below the rounding of the smallest root; so is the floor then above 0. */
     const double floor = s->updates && floors ? NAME(smallest)(floors, (n + PIECE - 1) / PIECE) : 0;
     const int rootless = s->updates && !s->largest && s->eps < (s->inside ? floor : sqrt(floor)) * EPSILON / 4;
-    int far = 0; /* from clipping */
-    if (s->overshoot && s->decay == 0 && floors && (search->unsettled < PATIENCE || chunk % PAUSE == 0)) {
-        far = NAME(chunk_within)(g, n, s, floors, worst, s->delayed != 0);
-        search->unsettled = far ? 0 : search->unsettled + 1;
-    }
-    if (floors) t->stale[chunk] = s->overshoot ? !far : s->updates && !rootless;
-#define CALL(d, i)                                                                               \
-    {                                                                                            \
-        if (rootless) NAME(norms)(w, g, total, n, s, out, d, i, 1, 1, 1);                        \
-        const int again = out[UPDATE_SQ] != out[UPDATE_SQ]; /* NaN, or a square that overflowed */ \
-        if (again) memset(out, 0, COLUMNS * sizeof(double));                                     \
-        if (rootless && !again) {                                                                \
-        } else if (s->updates) NAME(norms)(w, g, total, n, s, out, d, i, 1, 1, 0);                 \
-        else if (s->weights || s->decay != 0) NAME(norms)(w, g, total, n, s, out, d, i, 1, 0, 0); \
-        else if (s->grads) NAME(norms)(w, g, total, n, s, out, d, i, 0, 0, 0);                   \
-        if (s->overshoot && !far) out[OVERSHOOT] = NAME(overshoot)(w, g, total, n, s, floors, &worst, d, i); \
+    int16_t open[PIECES + 1]; /* without bounds, or with weight decay: all */
+    int count = 0;
+    if (s->overshoot && s->decay == 0 && floors)
+        count = NAME(open_pieces)(g, n, floors, NAME(allowed)(s, worst, s->delayed != 0), open);
+    else if (s->overshoot)
+        for (; count * PIECE < n; count++) open[count] = (int16_t)count;
+    if (floors) t->stale[chunk] = s->overshoot ? count > 0 : s->updates && !rootless;
+#define CALL(d, i)                                                                                              \
+    {                                                                                                           \
+        if (rootless) NAME(norms)(w, g, total, n, s, out, d, i, 1, 1, 1);                                       \
+        const int again = out[UPDATE_SQ] != out[UPDATE_SQ]; /* NaN, or a square that overflowed */              \
+        if (again) memset(out, 0, COLUMNS * sizeof(double));                                                    \
+        if (rootless && !again) {                                                                               \
+        } else if (s->updates) NAME(norms)(w, g, total, n, s, out, d, i, 1, 1, 0);                              \
+        else if (s->weights || (s->grads && s->decay != 0)) NAME(norms)(w, g, total, n, s, out, d, i, 1, 0, 0); \
+        else if (s->grads) NAME(norms)(w, g, total, n, s, out, d, i, 0, 0, 0);                                  \
+        if (s->overshoot) out[OVERSHOOT] = NAME(overshoot)(w, g, total, n, s, open, count, &worst, d, i);       \
     }
     DISPATCH(CALL)
 #undef CALL
-    search->worst = worst;
+    *search = worst;
 }
 
 static int NAME(chunk_finite)(const Tensor *t, int64_t chunk, int64_t n) {
-    return NAME(largest_of_chunk)((const REAL *)t->grad + chunk * CHUNK, n) < INFINITY;
+    const REAL *g = (const REAL *)t->grad + chunk * CHUNK;
+    const int64_t apart = n / BLOCK * PIECE;
+    REAL tops[WAYS];
+    for (int64_t i = 0; i < apart; i += PIECE) {
+        NAME(largest_of_pieces)(g + i, apart, tops);
+        for (int way = 0; way < WAYS; way++)
+            if (!(tops[way] < INFINITY)) return 0;
+    }
+    return NAME(largest_gradient)(g + WAYS * apart, n - WAYS * apart) < INFINITY;
 }
 
 static void NAME(step_chunk)(const Tensor *t, int64_t chunk, int64_t n, const Settings *s, const Factors *f,
@@ -334,12 +349,12 @@ static void NAME(step_chunk)(const Tensor *t, int64_t chunk, int64_t n, const Se
     REAL *w = (REAL *)t->weight + begin, *total = (REAL *)t->total + begin;
     REAL *floors = t->floors && t->stale[chunk] ? (REAL *)t->floors + begin / PIECE : 0;
     const REAL *g = (const REAL *)t->grad + begin;
-#define CALL(d, i)                                                                \
-    {                                                                             \
+#define CALL(d, i)                                                                      \
+    {                                                                                   \
         if (size && floors) NAME(step)(w, g, total, n, s, f, size, floors, d, i, 1, 1); \
-        else if (size) NAME(step)(w, g, total, n, s, f, size, 0, d, i, 1, 0);     \
-        else if (floors) NAME(step)(w, g, total, n, s, f, 0, floors, d, i, 0, 1); \
-        else NAME(step)(w, g, total, n, s, f, 0, 0, d, i, 0, 0);                  \
+        else if (size) NAME(step)(w, g, total, n, s, f, size, 0, d, i, 1, 0);           \
+        else if (floors) NAME(step)(w, g, total, n, s, f, 0, floors, d, i, 0, 1);       \
+        else NAME(step)(w, g, total, n, s, f, 0, 0, d, i, 0, 0);                        \
     }
     DISPATCH(CALL)
 #undef CALL
