@@ -56,8 +56,6 @@ double floor_step(const Tensor *tensors, int64_t count, int64_t reads, double ze
                 seen += sum3(w, g, total, n);
             else if (reads == (READ_G | READ_W))
                 seen += sum2(w, g, n);
-            else if (reads == (READ_G | READ_TOTAL))
-                seen += sum2(total, g, n);
             else
                 seen += sum(g, n);
         }

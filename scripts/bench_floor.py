@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from optim.native.rows import gather_rows, scatter_rows
 from optim.pages import new_state
 
-READS = {"nothing": 0, "g": 1, "w, g": 3, "g, G": 5, "w, g, G": 7}
+READS = {"nothing": 0, "g": 1, "w, g": 3, "w, g, G": 7}
 """What a first pass reads, and the C code's number for it."""
 
 

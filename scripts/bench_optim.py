@@ -46,9 +46,9 @@ PEERS: dict[str, str] = {}  # versions of other people's packages, as they are u
 # Ratios to torch's fused Adagrad on the CPU: 5 streams of memory for Adagrad, 8 for a method that looks first.
 LIMITS = {"small": 1.3, "large": 1.6, "large_dcn": 1.6}
 METHODS = ("clippy", "gc", "agc", "lamb")
-# What a method's first pass must read: the memory alone, without arithmetic, is measured beside it.
-MUST_READ = {"gc": "g", "agc": "w, g", "lamb": "w, g, G"}
-CLIPPY_READS = {1e-3: "g", 1.0: "g, G"}  # where the gradient alone settles nearly every block, and where it cannot
+# What a method's first pass must read: the memory alone, without arithmetic, is measured beside it. Clippy's reads G,
+# too, where the gradient alone settles nothing.
+MUST_READ = {"clippy": "g", "gc": "g", "agc": "w, g", "lamb": "w, g, G"}
 Step = Callable[[], object]
 NOTHING: Step = int  # returns 0
 
@@ -88,20 +88,20 @@ def floor_label(reads: str) -> str:
     return f"floor: read {reads}; step"
 
 
-def floors(params: list[nn.Parameter], scale: float) -> dict[str, Step]:
+def floors(params: list[nn.Parameter]) -> dict[str, Step]:
     """Return the memory traffic of the methods' steps, and of a step without a first pass."""
-    wanted = dict.fromkeys(["nothing", CLIPPY_READS[scale], *MUST_READ.values()])
+    wanted = dict.fromkeys(["nothing", *MUST_READ.values()])
     return {floor_label(reads): floor_step(params, reads) for reads in wanted}
 
 
-def floor_rows_of(what: str, scale: float, medians: dict[str, float], base: str, limit: float) -> list[Line]:
+def floor_rows_of(what: str, medians: dict[str, float], base: str, limit: float) -> list[Line]:
     """Return what the memory alone costs beside the base, and every method beside its own floor.
 
     A floor above the limit says that no arithmetic, however fast, meets it on this machine with this traffic.
     """
     rows = []
     for label in METHODS:
-        floor = medians[floor_label(MUST_READ.get(label, CLIPPY_READS[scale]))]
+        floor = medians[floor_label(MUST_READ[label])]
         rows.append(
             Line(f"{what}: floor of {label} / {base} (target of {label}: {limit:g})", floor / medians[base], "ratio")
         )
@@ -148,14 +148,14 @@ def bench_dense(
     sync: Step = torch.cuda.synchronize if device == "cuda" else NOTHING
 
     everything = scale == SCALES[0]  # what the others cost does not depend on the gradient
-    steps = fast(params, device, everything=everything) | (floors(params, scale) if device == "cpu" else {})
+    steps = fast(params, device, everything=everything) | (floors(params) if device == "cpu" else {})
     medians = interleaved(steps, seconds / 2, sync, gradients)
     if everything:  # apart: page faults of fresh temporaries disturb whoever comes next
         medians |= interleaved(slow(params, device), seconds / 4, sync, gradients)
     what, base, limit = f"{name}, gradients ~ {scale:g}", BASE[device], LIMITS[name] if device == "cpu" else 1.0
     rows = [limited(f"{what}: {label} / {base}", medians[label] / medians[base], limit) for label in METHODS]
     if device == "cpu":
-        rows += floor_rows_of(what, scale, medians, base, limit)
+        rows += floor_rows_of(what, medians, base, limit)
     if device == "cuda" and everything:
         source = torch.empty(sum(param.numel() for param in params), device=device)
         copy = interleaved({"copy": source.clone}, seconds / 4, sync)["copy"]  # two streams; Clippy takes eight
