@@ -17,11 +17,14 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from bench_report import Line
 from optim.native.rows import gather_rows, scatter_rows
 from optim.pages import new_state
 
 READS = {"nothing": 0, "g": 1, "w, g": 3, "w, g, G": 7}
 """What a first pass reads, and the C code's number for it."""
+MUST_READ = {"clippy": "g", "gc": "g", "agc": "w, g", "lamb": "w, g, G"}
+"""By method. Clippy's first pass reads G, too, where the gradient alone settles nothing."""
 
 
 class _Tensor(ctypes.Structure):
@@ -72,3 +75,29 @@ def floor_rows(weight: Tensor, total: Tensor, rows: Tensor) -> Callable[[], obje
         scatter_rows(tables, gather_rows(tables, rows), rows)
 
     return move
+
+
+def _label(reads: str) -> str:
+    """Return what the tables call the floor of a step whose first pass reads this."""
+    return f"floor: read {reads}; step"
+
+
+def floors(params: list[nn.Parameter]) -> dict[str, Callable[[], object]]:
+    """Return the memory traffic of the methods' steps, and of a step without a first pass."""
+    wanted = dict.fromkeys(["nothing", *MUST_READ.values()])
+    return {_label(reads): floor_step(params, reads) for reads in wanted}
+
+
+def floors_beside(what: str, medians: dict[str, float], base: str, limit: float) -> list[Line]:
+    """Return what the memory alone costs beside the base, and every method beside its own floor.
+
+    A floor above the limit says that no arithmetic, however fast, meets it on this machine with this traffic.
+    """
+    rows = []
+    for label, reads in MUST_READ.items():
+        floor = medians[_label(reads)]
+        rows.append(
+            Line(f"{what}: floor of {label} / {base} (target of {label}: {limit:g})", floor / medians[base], "ratio")
+        )
+        rows.append(Line(f"{what}: {label} / its floor", medians[label] / floor, "ratio"))
+    return rows

@@ -32,7 +32,7 @@ import torch
 from torch import Tensor, nn
 
 import optim
-from bench_floor import floor_rows, floor_step
+from bench_floor import floor_rows, floors, floors_beside
 from bench_report import Line, finish, limited, met
 from bench_tensors import INPUT, SETS, Gradients, tensors, turn
 from optim.pages import new_state
@@ -46,9 +46,6 @@ PEERS: dict[str, str] = {}  # versions of other people's packages, as they are u
 # Ratios to torch's fused Adagrad on the CPU: 5 streams of memory for Adagrad, 8 for a method that looks first.
 LIMITS = {"small": 1.3, "large": 1.6, "large_dcn": 1.6}
 METHODS = ("clippy", "gc", "agc", "lamb")
-# What a method's first pass must read: the memory alone, without arithmetic, is measured beside it. Clippy's reads G,
-# too, where the gradient alone settles nothing.
-MUST_READ = {"clippy": "g", "gc": "g", "agc": "w, g", "lamb": "w, g, G"}
 Step = Callable[[], object]
 NOTHING: Step = int  # returns 0
 
@@ -81,32 +78,6 @@ def interleaved(
 def say(text: str) -> None:
     """Print a line of progress."""
     print(f"[{time.monotonic() - START:4.0f} s] {text}", file=sys.stderr, flush=True)
-
-
-def floor_label(reads: str) -> str:
-    """Return what the tables call the floor of a step whose first pass reads this."""
-    return f"floor: read {reads}; step"
-
-
-def floors(params: list[nn.Parameter]) -> dict[str, Step]:
-    """Return the memory traffic of the methods' steps, and of a step without a first pass."""
-    wanted = dict.fromkeys(["nothing", *MUST_READ.values()])
-    return {floor_label(reads): floor_step(params, reads) for reads in wanted}
-
-
-def floor_rows_of(what: str, medians: dict[str, float], base: str, limit: float) -> list[Line]:
-    """Return what the memory alone costs beside the base, and every method beside its own floor.
-
-    A floor above the limit says that no arithmetic, however fast, meets it on this machine with this traffic.
-    """
-    rows = []
-    for label in METHODS:
-        floor = medians[floor_label(MUST_READ[label])]
-        rows.append(
-            Line(f"{what}: floor of {label} / {base} (target of {label}: {limit:g})", floor / medians[base], "ratio")
-        )
-        rows.append(Line(f"{what}: {label} / its floor", medians[label] / floor, "ratio"))
-    return rows
 
 
 def fast(params: list[nn.Parameter], device: str, *, everything: bool) -> dict[str, Step]:
@@ -155,7 +126,7 @@ def bench_dense(
     what, base, limit = f"{name}, gradients ~ {scale:g}", BASE[device], LIMITS[name] if device == "cpu" else 1.0
     rows = [limited(f"{what}: {label} / {base}", medians[label] / medians[base], limit) for label in METHODS]
     if device == "cpu":
-        rows += floor_rows_of(what, medians, base, limit)
+        rows += floors_beside(what, medians, base, limit)
     if device == "cuda" and everything:
         source = torch.empty(sum(param.numel() for param in params), device=device)
         copy = interleaved({"copy": source.clone}, seconds / 4, sync)["copy"]  # two streams; Clippy takes eight

@@ -27,21 +27,21 @@ class _Group:
         names: Of all its entries but the learning rate, which every step reads anew.
         values: These entries.
         params: What its list of parameters held.
-        idle: Those of them that had no gradient.
+        resting: Those of them that had no gradient.
     """
 
     settings: Mapping[str, Any]
     names: tuple[str, ...]
     values: tuple[Any, ...]
     params: tuple[Tensor, ...]
-    idle: tuple[Tensor, ...]
+    resting: tuple[Tensor, ...]
 
     @classmethod
     def of(cls, settings: Mapping[str, Any]) -> _Group:
         names = tuple(name for name in settings if name != "lr")
         params = tuple(settings["params"])
-        idle = tuple(param for param in params if param.grad is None)
-        return cls(settings, names, tuple(settings[name] for name in names), params, idle)
+        resting = tuple(param for param in params if param.grad is None)
+        return cls(settings, names, tuple(settings[name] for name in names), params, resting)
 
     def is_still(self, settings: Mapping[str, Any]) -> bool:
         params = settings["params"]
@@ -51,7 +51,7 @@ class _Group:
             and all(map(is_, map(settings.get, self.names), self.values))
             and len(params) == len(self.params)
             and all(map(is_, params, self.params))
-            and all(param.grad is None for param in self.idle)
+            and all(param.grad is None for param in self.resting)
         )
 
 
