@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from optim.batch import Batch, Moved
@@ -25,7 +24,6 @@ _ASKING = frozenset((OVERSHOOT, UPDATE_NORM))
 """Reductions that are faster where a lower bound of G is known."""
 PIECE = 128
 """Coordinates of G that share a lower bound; as in the C code."""
-_PLAIN = (Tensor, Parameter)
 
 
 def is_available() -> bool:
@@ -67,8 +65,7 @@ class Native:
         for work, told, version in zip(batch.works, prepared.tensors, prepared.versions, strict=True):
             param, grad, total = work.param, work.param.grad, work.state["sum"]
             if (
-                type(param) not in _PLAIN
-                or type(grad) is not Tensor
+                type(grad) is not Tensor  # none, or a DTensor
                 or not _lies_at(param, told.weight, work)
                 or not _lies_at(total, told.total, work)
                 or total._version != version
