@@ -5,7 +5,7 @@ from __future__ import annotations
 import hydra
 from omegaconf import DictConfig
 
-from ranker import config
+from ranker import cli, config
 
 config.register()
 
@@ -13,7 +13,7 @@ config.register()
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
 def main(cfg: DictConfig) -> float | None:
     """Builds, trains and evaluates one run; returns the metric a sweep maximises."""
-    with config.one_line_errors():
+    with cli.one_line_errors():
         if config.is_sweep():
             from ranker.sweeps.job import run_job
 
@@ -25,4 +25,4 @@ def main(cfg: DictConfig) -> float | None:
 
 
 if __name__ == "__main__":
-    config.cli(main)
+    cli.run(main)

@@ -15,9 +15,9 @@ from typing import Any
 import yaml
 from rich.console import Console
 
-from ranker.data.plain import build as from_mapping
+from ranker.data.from_dict import build as from_mapping
 from ranker.errors import UserError, suggest
-from ranker.export.folder import refuse_existing, write_json
+from ranker.export.bundle import refuse_existing, write_json
 from ranker.export.show import counted
 from ranker.stability.gate import GateSettings, Verdict
 
@@ -61,8 +61,8 @@ def _export(given: argparse.Namespace, settings: GateSettings, destination: Path
     # Imported late: Lightning and torch's exporter cost seconds that --help need not wait for.
     from ranker.build import make_net, open_log
     from ranker.export.candidate import Candidate, Weights
-    from ranker.export.hand_out import hand_out
-    from ranker.training.run_folder import RunFolder, versions
+    from ranker.export.release import hand_out
+    from ranker.runs.run_folder import RunFolder, versions
 
     folder = RunFolder.existing(given.run)
     cfg = folder.load_config()

@@ -10,7 +10,7 @@ from pathlib import Path
 from ranker.errors import UserError
 from ranker.reports.curves import plot_training
 from ranker.reports.runs import find_runs
-from ranker.training.run_folder import SUMMARY
+from ranker.runs.run_folder import SUMMARY
 
 
 def main() -> None:

@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from ranker.config import one_line_errors
+from ranker.cli import one_line_errors
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
 

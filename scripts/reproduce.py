@@ -15,12 +15,12 @@ from pathlib import Path
 import polars as pl
 
 from ranker.errors import UserError, suggest
-from ranker.reports.paper.jobs import DATA, QUICK, Data, Setting
-from ranker.reports.paper.launch import launch
-from ranker.reports.paper.published import differences, folder_of, load_found, publish, render
-from ranker.reports.paper.store import write_whole
-from ranker.reports.paper.studies import BY_NAME, STUDIES
-from ranker.reports.paper.study import Study
+from ranker.paper.jobs import DATA, QUICK, Data, Setting
+from ranker.paper.launch import launch
+from ranker.paper.published import differences, folder_of, load_found, publish, render
+from ranker.paper.store import write_whole
+from ranker.paper.studies import BY_NAME, STUDIES
+from ranker.paper.study import Study
 
 ROOT = Path(__file__).resolve().parents[1]
 SLICE = "kuairand_pure_slice"

@@ -28,7 +28,7 @@ from pytorch_lightning.callbacks import Callback
 
 from ranker import config
 from ranker.build import build
-from ranker.training.run_folder import RunFolder
+from ranker.runs.run_folder import RunFolder
 
 ROOT = Path(__file__).resolve().parent.parent
 BLOCK = 20  # steps; every block has a step of the early signs

@@ -1,7 +1,7 @@
 """``hydra/sweeper=headroom``: looks for the largest stable learning rate, in rounds, with whichever launcher there is.
 
 Hydra takes sweepers from the namespace package ``hydra_plugins`` alone and imports all of it at every start, so this
-module is no more than the plugin; what it does is in ``ranker.sweeps.headroom``. Options: conf/hydra/sweeper.
+module is no more than the plugin; what it does is in ``ranker.sweeps.headroom_search``. Options: conf/hydra/sweeper.
 """
 
 from pathlib import Path
@@ -18,7 +18,7 @@ class HeadroomSweeper(Sweeper):
     """Hands rounds of short runs to the launcher until each combination's learning rate is bracketed.
 
     Args:
-        options: as in ``ranker.sweeps.headroom.Options``.
+        options: as in ``ranker.sweeps.headroom_search.Options``.
     """
 
     def __init__(self, **options: Any) -> None:
@@ -34,7 +34,7 @@ class HeadroomSweeper(Sweeper):
 
     def sweep(self, arguments: list[str]) -> Any:
         """Runs the search for every combination of the comma-separated values on the command line."""
-        from ranker.sweeps.headroom import Options, search
+        from ranker.sweeps.headroom_search import Options, search
 
         assert self.config is not None
         assert self._launcher is not None

@@ -28,8 +28,9 @@ from ranker.data.schema import Schema
 from ranker.data.select import Selected
 from ranker.errors import UserError
 from ranker.models import Ranker
+from ranker.runs.run_folder import RunFolder
 from ranker.training import trackers
-from ranker.training.capsules import Capsules
+from ranker.training.capsule_writer import Capsules
 from ranker.training.checkpoints import NewestCheckpoint
 from ranker.training.divergence_watch import DivergenceWatch
 from ranker.training.interruption import Interruption
@@ -37,7 +38,6 @@ from ranker.training.metrics_csv import MetricsCsv
 from ranker.training.module import RankingModule
 from ranker.training.position import DataPosition
 from ranker.training.rollback import Rollback
-from ranker.training.run_folder import RunFolder
 from ranker.training.snapshot_ring import SnapshotRing
 from ranker.training.step_metrics import StepMetrics
 from ranker.training.throughput import Throughput

@@ -1,32 +1,22 @@
-"""The typed root of the configuration, and errors in it said in one line."""
+"""The typed root of the configuration: its checks, the base learning rate, and errors in it as one line."""
 
 from __future__ import annotations
 
 import math
-import os
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException, MissingConfigException
+from hydra.errors import MissingConfigException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ranker.errors import UserError, suggest
-from ranker.sweeps import config_hash
-from ranker.sweeps.watch import accounted
+from ranker.runs import config_identity
 
-FULL_ERROR = "HYDRA_FULL_ERROR"
-config_hash.register()  # at import, since a worker of a parallel sweep imports this module and calls nothing
-_STACK_WANTED: ContextVar[bool] = ContextVar(
-    "stack wanted by the user", default=False
-)  # the process sets it for itself
+config_identity.register()  # at import, since a worker of a parallel sweep imports this module and calls nothing
 
 
 @dataclass
@@ -178,49 +168,3 @@ def one_line(error: BaseException) -> str:
     detail = [line.strip() for line in str(root).splitlines() if line.strip()] if root is not error else []
     told = [line for line in (*lines[:1], *detail[:1], *lines[1:2]) if not line.startswith("Set the environment")]
     return "; ".join(dict.fromkeys(told)) or type(error).__name__
-
-
-def cli(main: Callable[[], None]) -> None:
-    """Runs a Hydra main so that a mistake of the user's ends in one line and exit status 2.
-
-    The stack is shown with HYDRA_FULL_ERROR=1, as Hydra's own users expect.
-    """
-    wanted = os.environ.get(FULL_ERROR)
-    os.environ[FULL_ERROR] = "1"  # else Hydra prints and exits before the error reaches us
-    try:
-        with _asked_for_stack(wanted == "1"), one_line_errors(outermost=True), accounted():
-            main()
-    finally:  # a second call in this process must not take it for the user's wish
-        if wanted is None:
-            os.environ.pop(FULL_ERROR, None)
-        else:
-            os.environ[FULL_ERROR] = wanted
-
-
-@contextmanager
-def one_line_errors(*, outermost: bool = False) -> Iterator[None]:
-    """Ends the process with one line where what is inside raises a mistake of the user's.
-
-    Also used inside a job, since Hydra announces an error that leaves a job with lines of its own. A job of a
-    multirun lets the error pass, so that the launcher sees which job failed.
-
-    Args:
-        outermost: nothing is around it that the error could be meant for, whatever job ran last in this process.
-    """
-    try:
-        yield
-    except (UserError, HydraException, OmegaConfBaseException) as error:
-        if _STACK_WANTED.get() or (is_sweep() and not outermost):
-            raise
-        print(f"error: {one_line(error)}", file=sys.stderr)
-        print(f"({FULL_ERROR}=1 shows where)", file=sys.stderr)
-        sys.exit(2)
-
-
-@contextmanager
-def _asked_for_stack(wanted: bool) -> Iterator[None]:
-    token = _STACK_WANTED.set(wanted)
-    try:
-        yield
-    finally:
-        _STACK_WANTED.reset(token)

@@ -8,9 +8,10 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from ranker import outcome
+from ranker import run_summary
 from ranker.build import Run, build, open_folder, own_process_environment
-from ranker.training import provenance, trackers
+from ranker.runs import provenance
+from ranker.training import trackers
 
 
 def run(cfg: DictConfig, checkpoint: Path | None = None) -> float:
@@ -63,12 +64,12 @@ def _train(run: Run) -> float:
                 reason += f"; {len(run.rollback.done)} rollbacks before it did not help for good"
     summary = _finish(run, status, reason, time.monotonic() - start)
     if run.trainer.is_global_zero:
-        outcome.show(summary)
-    return outcome.objective(summary, run.cfg.objective)
+        run_summary.show(summary)
+    return run_summary.objective(summary, run.cfg.objective)
 
 
 def _finish(run: Run, status: str, reason: str, seconds: float) -> dict[str, object]:
-    summary = outcome.summarise(run, status=status, reason=reason, seconds=seconds)
+    summary = run_summary.summarise(run, status=status, reason=reason, seconds=seconds)
     if run.trainer.is_global_zero:
         run.folder.save_summary(summary)
         trackers.write_summary(run.loggers, summary)

@@ -106,7 +106,7 @@ def predictions(run: Path, shop: Path) -> np.ndarray:
     from ranker.build import make_net
     from ranker.data.datamodule import RankingDataModule
     from ranker.data.parquet_log import ParquetLog
-    from ranker.training.run_folder import RunFolder
+    from ranker.runs.run_folder import RunFolder
 
     folder = RunFolder.existing(run)
     checkpoint = torch.load(folder.newest_checkpoint(), weights_only=True)
@@ -202,7 +202,7 @@ def test_a_broken_model_is_refused_with_reasons_and_leaves_nothing(
 def test_a_program_that_disagrees_is_refused_and_the_draft_is_gone(
     export: Callable[..., int], run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("ranker.export.hand_out.difference", lambda *given: 0.5)
+    monkeypatch.setattr("ranker.export.release.difference", lambda *given: 0.5)
     before = sorted(run.rglob("*"))
 
     assert export(run, *LENIENT) == 2

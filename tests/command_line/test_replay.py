@@ -13,9 +13,9 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from ranker.alternatives import altered
+from ranker.capsules.capsule import MANIFEST, SNAPSHOT, share_file
+from ranker.config_overrides import altered
 from ranker.data.loader import WindowedLoader
-from ranker.replay.capsule import MANIFEST, SNAPSHOT, share_file
 from support import CALM, ROOT, TINY, TWO_RANKS, Finished, finished, train_process
 
 Replay = Callable[..., int]

@@ -9,7 +9,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from ranker.data.decode import is_string
-from ranker.data.faults import Place
+from ranker.data.row_faults import Place
 from ranker.data.schema import TIME_UNITS, CategoricalFeature, Schema
 from ranker.errors import UserError, suggest
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from ranker.data.plain import one_of
+from ranker.data.from_dict import one_of
 from ranker.errors import UserError
 
 Transform = Literal["none", "log1p"]

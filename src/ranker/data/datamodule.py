@@ -13,9 +13,9 @@ import torch.distributed as dist
 from ranker.data.batch import Batch
 from ranker.data.dense_statistics import MODES, NOTHING, DenseStatistics, Mode, PastWindows
 from ranker.data.eval_loader import EvalLoader
+from ranker.data.from_dict import one_of
 from ranker.data.loader import WindowedLoader
 from ranker.data.log import Log
-from ranker.data.plain import one_of
 from ranker.data.windows import Positions, WindowPlan, parse_window, plan_windows, row_ranges
 from ranker.errors import UserError
 

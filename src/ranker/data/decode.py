@@ -13,8 +13,8 @@ import pyarrow.compute as pc
 import torch
 
 from ranker.data.batch import Batch, Ragged
-from ranker.data.faults import Fault, Place
 from ranker.data.hashing import hash_bytes, splitmix64
+from ranker.data.row_faults import Fault, Place
 from ranker.data.schema import TIME_UNITS, CategoricalFeature, DenseFeature, Schema, Task, Transform
 
 Ints = npt.NDArray[np.int64]

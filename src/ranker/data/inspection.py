@@ -14,10 +14,10 @@ import numpy as np
 import numpy.typing as npt
 
 from ranker.data.batch import Batch
-from ranker.data.faults import Place
 from ranker.data.hashing import splitmix64
 from ranker.data.manifest import FileEntry, Manifest, sha256_of
 from ranker.data.parquet_log import ParquetLog
+from ranker.data.row_faults import Place
 from ranker.data.schema import Schema
 
 _SAMPLE_GROUPS = 8

@@ -15,9 +15,9 @@ import pyarrow.parquet as pq
 
 from ranker.data.checks import check_columns, check_groups_in_order, check_same_types, check_time_unit
 from ranker.data.decode import times_ms
-from ranker.data.faults import Place
 from ranker.data.filesystem import Root, one_line
 from ranker.data.manifest import Manifest
+from ranker.data.row_faults import Place
 from ranker.data.schema import Schema
 from ranker.errors import UserError
 

@@ -14,11 +14,11 @@ import numpy as np
 from ranker.data.batch import Batch
 from ranker.data.checks import check_sorted
 from ranker.data.decode import decode, times_ms
-from ranker.data.faults import OnBadRows, bad_rows, check_policy, raise_first, silence
 from ranker.data.filesystem import open_root
 from ranker.data.manifest import MANIFEST_FILE, Manifest
 from ranker.data.parquet_index import ParquetIndex, build_index
 from ranker.data.quarantine import write_quarantine
+from ranker.data.row_faults import OnBadRows, bad_rows, check_policy, raise_first, silence
 from ranker.data.schema import SCHEMA_FILE, Schema
 from ranker.errors import UserError
 

@@ -9,8 +9,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import fs
 
-from ranker.data.faults import Fault, Place, bad_rows
 from ranker.data.filesystem import Root, one_line
+from ranker.data.row_faults import Fault, Place, bad_rows
 from ranker.errors import UserError
 
 QUARANTINE_DIR = "quarantine"

@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from ranker.data.columns import CategoricalFeature, DenseFeature, Task, Transform
-from ranker.data.plain import build, one_of, without_defaults
+from ranker.data.from_dict import build, one_of, without_defaults
 from ranker.errors import UserError, suggest
 
 __all__ = ["SCHEMA_FILE", "TIME_UNITS", "CategoricalFeature", "DenseFeature", "Schema", "Task", "Transform"]

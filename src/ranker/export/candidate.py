@@ -22,8 +22,8 @@ from ranker.data.schema import Schema
 from ranker.errors import UserError
 from ranker.export.show import unseen
 from ranker.metrics import TaskMetrics
+from ranker.runs.run_folder import METRICS, SUMMARY
 from ranker.stability.gate import Evidence
-from ranker.training.run_folder import METRICS, SUMMARY
 
 _WEIGHTS = "net."  # where the training module's state holds the ranker's
 

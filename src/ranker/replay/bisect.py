@@ -12,13 +12,13 @@ from dataclasses import dataclass
 
 import torch
 
+from ranker.capsules.training_state import State
 from ranker.data.batch import Batch
 from ranker.errors import UserError
-from ranker.replay.edits import Usual, share_key, without_features, without_rows
+from ranker.replay.counterfactuals import Usual, share_key, without_features, without_rows
 from ranker.replay.engine import Change, Engine
 from ranker.replay.findings import Features, Findings, Layers, Rows, Tasks
 from ranker.replay.search import halve, halve_questions, prefix_questions, smallest_prefix
-from ranker.replay.state import State
 from ranker.replay.trajectory import Trajectory
 from ranker.stability import Event
 

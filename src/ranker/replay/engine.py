@@ -13,14 +13,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
+from ranker.capsules.training_state import State
 from ranker.data.batch import Batch
 from ranker.data.schema import Schema
 from ranker.losses import MultitaskLoss
 from ranker.metrics import StreamingAUC
-from ranker.replay.state import State
 from ranker.replay.trajectory import Trajectory
 from ranker.stability import DivergenceDetector, Event
-from ranker.stability.signals import pack
+from ranker.stability.step_signals import pack
 
 
 class Trainable(Protocol):

@@ -14,15 +14,16 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from ranker.alternatives import altered
+from ranker.capsules.capsule import Capsule, differences
+from ranker.config_overrides import altered
 from ranker.replay.bisect import Bisection, Limits
-from ranker.replay.capsule import Capsule, differences, this_machine
-from ranker.replay.carry import carry
 from ranker.replay.engine import Engine
 from ranker.replay.rebuild import build_engine
+from ranker.replay.replay_picture import plot_replays, table_of_replays
 from ranker.replay.trajectory import Trajectory, first_difference, largest_difference
-from ranker.reports.replays import plot_replays, table_of_replays
-from ranker.training.run_folder import versions
+from ranker.replay.transfer_state import carry
+from ranker.runs.provenance import arithmetic
+from ranker.runs.run_folder import versions
 
 ROUNDING = 1e-3  # relative; replays of several ranks, or on other versions, may differ by so much
 PICTURE, TABLE, BISECTION = "replay.png", "replay.json", "bisect.json"
@@ -113,7 +114,7 @@ class Session:
         self.console.print(f"snapshot at step {first}, {len(manifest.steps)} batches up to step {last}{ranks}")
         if manifest.note:
             self.console.print(manifest.note, style="yellow")
-        for difference in differences(manifest, versions(), this_machine(self.device)):
+        for difference in differences(manifest, versions(), arithmetic(self.device)):
             self.console.print(f"differs: {difference}; the last bits of the losses may too", style="yellow")
 
     def _compare(self, replayed: Trajectory) -> bool:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import polars as pl
 
 from ranker.errors import UserError
-from ranker.training.run_folder import METRICS
+from ranker.runs.run_folder import METRICS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

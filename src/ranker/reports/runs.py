@@ -10,7 +10,7 @@ from typing import Any
 import polars as pl
 
 from ranker.errors import UserError, suggest
-from ranker.training.run_folder import SUMMARY
+from ranker.runs.run_folder import SUMMARY
 
 KEYS = ("data", "scale", "model", "optim", "lr_mult", "seed")
 CELL = ("data", "scale", "model", "optim", "mitigation", "lr_mult")  # what runs that differ by seed alone share

@@ -3,13 +3,13 @@
 from ranker.stability.activations import Activations, LayerActivations, infinity_norm
 from ranker.stability.dead_relus import DeadReluShare
 from ranker.stability.detector import DivergenceDetector
+from ranker.stability.detector_settings import DetectorSettings
 from ranker.stability.early_signs import LayerSigns, TaskGradients, layer_signs, task_gradients
-from ranker.stability.events import Event
+from ranker.stability.event import Event
 from ranker.stability.lanczos import Ritz, largest_eigenvalue
 from ranker.stability.preconditioner import Preconditioner, step_preconditioner
-from ranker.stability.settings import DetectorSettings
 from ranker.stability.sharpness import Sharpness, adagrad_preconditioner, hessian_product, measure_sharpness
-from ranker.stability.signals import reduce_signals
+from ranker.stability.step_signals import reduce_signals
 
 __all__ = [
     "Activations",

@@ -7,7 +7,7 @@ from bisect import bisect_left, insort
 from collections import deque
 from typing import Any
 
-from ranker.stability.settings import DetectorSettings
+from ranker.stability.detector_settings import DetectorSettings
 
 _FEW = 16  # values that make a level
 

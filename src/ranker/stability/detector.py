@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from ranker.errors import UserError
-from ranker.stability.events import Event, Status
-from ranker.stability.judge import Judge
-from ranker.stability.settings import DetectorSettings
-from ranker.stability.signals import SignalBuffer, pack
+from ranker.stability.detector_settings import DetectorSettings
+from ranker.stability.divergence_classifier import Judge
+from ranker.stability.event import Event, Status
+from ranker.stability.step_signals import SignalBuffer, pack
 
 _MOST_UNREAD = 4096  # steps; 3 T + 1 numbers each
 

@@ -13,13 +13,14 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from ranker import config, outcome
+from ranker import config, run_summary
 from ranker.errors import UserError
-from ranker.sweeps import earlier
-from ranker.sweeps.config_hash import config_hash
+from ranker.runs.config_identity import config_hash
+from ranker.runs.provenance import cores
+from ranker.runs.run_folder import SUMMARY, RunFolder
+from ranker.sweeps import previous_runs
 from ranker.sweeps.journal import BEFORE, Journal, duration
-from ranker.sweeps.launchers import cores, is_parallel, jobs_at_a_time
-from ranker.training.run_folder import SUMMARY, RunFolder
+from ranker.sweeps.launchers import is_parallel, jobs_at_a_time
 
 OUTPUT, TRACEBACK = "output.txt", "traceback.txt"
 
@@ -37,20 +38,20 @@ def run_job(cfg: DictConfig) -> float | None:
     hydra = HydraConfig.get()
     job, folder, sweep_dir = hydra.job.num, Path(hydra.runtime.output_dir), Path(hydra.sweep.dir)
     journal, mark = Journal(sweep_dir), config_hash(cfg)
-    with earlier.alone(folder):
-        found = [] if cfg.resume else earlier.attempts(sweep_dir, mark)
-        done = next(((run, summary) for run, summary in found if summary["status"] in earlier.FINISHED), None)
+    with previous_runs.alone(folder):
+        found = [] if cfg.resume else previous_runs.attempts(sweep_dir, mark)
+        done = next(((run, summary) for run, summary in found if summary["status"] in previous_runs.FINISHED), None)
         if done and not cfg.force:
             run, summary = done
             journal.add(job, BEFORE, run=run)
             print(f"job {job}: done before, {summary['status']}, in {run} (force=true does it again)", flush=True)
-            return outcome.objective(summary, cfg.objective)
+            return run_summary.objective(summary, cfg.objective)
         journal.add(job, "started", run=folder)
         start = time.monotonic()
         try:
-            checkpoint = None if cfg.resume or cfg.force else earlier.left_off_at(folder, mark)
+            checkpoint = None if cfg.resume or cfg.force else previous_runs.left_off_at(folder, mark)
             if cfg.resume is None and checkpoint is None:
-                earlier.make_room(folder, mark, [run for run, _ in found])
+                previous_runs.make_room(folder, mark, [run for run, _ in found])
             summary, value = _train(cfg, folder, checkpoint)
         except Exception as error:
             reason = _write_failure(cfg, folder, mark, error, time.monotonic() - start)
@@ -106,5 +107,5 @@ def _write_failure(cfg: DictConfig, folder: Path, mark: str, error: Exception, s
         (folder / TRACEBACK).write_text("".join(traceback.format_exception(error)), encoding="utf-8")
     if cfg.resume is None and not (folder / SUMMARY).exists():  # a summary that exists is the run's own, or another's
         run.save_config(cfg)
-        run.save_summary(outcome.never_began(cfg, reason=reason, seconds=seconds) | {"config_hash": mark})
+        run.save_summary(run_summary.never_began(cfg, reason=reason, seconds=seconds) | {"config_hash": mark})
     return reason

@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import os
-
 from omegaconf import DictConfig
 
-
-def cores() -> int:
-    """CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+from ranker.runs.provenance import cores
 
 
 def is_parallel(launcher: DictConfig) -> bool:

@@ -9,10 +9,10 @@ from typing import Any
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import Callback
 
+from ranker.runs.run_folder import RunFolder
 from ranker.stability import DivergenceDetector, Event, reduce_signals
 from ranker.training.module import RankingModule
 from ranker.training.progress import TrainingProgress
-from ranker.training.run_folder import RunFolder
 
 
 class DivergenceWatch(Callback):

@@ -12,7 +12,7 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import Callback
 
-from ranker.training.run_folder import RunFolder
+from ranker.runs.run_folder import RunFolder
 
 
 class Interruption(Callback):

@@ -8,13 +8,13 @@ import pytorch_lightning as pl
 from pytorch_lightning.callbacks import Callback
 
 from ranker.data.datamodule import RankingDataModule
-from ranker.data.plain import one_of
+from ranker.data.from_dict import one_of
 from ranker.errors import UserError
+from ranker.runs.run_folder import RunFolder
 from ranker.stability import Event
 from ranker.training.divergence_watch import DivergenceWatch
 from ranker.training.module import RankingModule
 from ranker.training.progress import TrainingProgress
-from ranker.training.run_folder import RunFolder
 from ranker.training.snapshot_ring import SnapshotRing
 from ranker.training.snapshots import Snapshot, restore
 

@@ -11,8 +11,8 @@ import torch.distributed as dist
 from pytorch_lightning.callbacks import Callback
 
 from ranker.errors import UserError
+from ranker.runs.run_folder import RunFolder
 from ranker.training.module import RankingModule
-from ranker.training.run_folder import RunFolder
 from ranker.training.snapshots import Snapshot, capture, is_healthy
 
 logger = logging.getLogger(__name__)

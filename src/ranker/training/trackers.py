@@ -15,8 +15,8 @@ from pytorch_lightning.loggers.logger import Logger
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
 from ranker.errors import UserError, suggest
+from ranker.runs.run_folder import METRICS, RunFolder
 from ranker.training.metrics_csv import MetricsCsv
-from ranker.training.run_folder import METRICS, RunFolder
 
 KINDS = ("wandb", "csv", "tensorboard", "none")
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from ranker.data.decode import decode
-from ranker.data.faults import Place
 from ranker.data.hashing import collision_rate, hash_bytes, splitmix64
+from ranker.data.row_faults import Place
 from ranker.data.schema import CategoricalFeature, DenseFeature, Schema, Task
 
 TASKS = (Task(name="y"),)

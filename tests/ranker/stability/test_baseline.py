@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from ranker.stability.baseline import Baseline
-from ranker.stability.settings import DetectorSettings
+from ranker.stability.detector_settings import DetectorSettings
 
 SETTINGS = DetectorSettings()
 

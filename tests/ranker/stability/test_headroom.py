@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 import pytest
 
 from ranker.errors import UserError
-from ranker.stability.headroom import Outcome, Search, headroom, isotonic, settled, survival, wilson
+from ranker.stability.lr_headroom import Outcome, Search, headroom, isotonic, settled, survival, wilson
 
 SEARCH = Search(lowest=0.125, highest=64.0, step=8.0, tolerance=1.5, points=1)
 

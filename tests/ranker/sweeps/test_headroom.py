@@ -13,7 +13,7 @@ from hydra.core.utils import JobReturn
 from omegaconf import OmegaConf
 
 from ranker.errors import UserError
-from ranker.sweeps.headroom import Options, search
+from ranker.sweeps.headroom_search import Options, search
 
 OPTIONS = Options(lowest=0.125, highest=64, step=8, tolerance=1.5, points=1, seeds=2, confidence=0.9, min_auc=0.52)
 

@@ -4,8 +4,9 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
+from ranker.runs.provenance import cores
 from ranker.sweeps.journal import Account, Journal, duration
-from ranker.sweeps.launchers import cores, is_parallel, jobs_at_a_time
+from ranker.sweeps.launchers import is_parallel, jobs_at_a_time
 
 
 def test_the_account_is_the_latest_word_of_each_job(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import optim
 from lightning_support import ADAGRAD_ON_TABLES, LOG, Recorder, trained
 from ranker.errors import UserError
 from ranker.models import SharedBottom
-from ranker.training.early_signs import EarlySigns
+from ranker.training.early_signs_callback import EarlySigns
 
 TASKS = LOG.schema.task_names
 RULES = {"gc": {"clip_norm": 0.1}, "mild": {"method": "clippy", "lambda_rel": 2.0}}

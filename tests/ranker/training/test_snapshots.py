@@ -12,8 +12,8 @@ import torch
 from pytorch_lightning.callbacks import Callback
 
 from ranker.errors import UserError
+from ranker.runs.run_folder import RunFolder
 from ranker.training import snapshot_ring
-from ranker.training.run_folder import RunFolder
 from ranker.training.snapshot_ring import SnapshotRing
 from ranker.training.snapshots import Snapshot, capture, restore
 

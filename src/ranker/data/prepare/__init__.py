@@ -7,12 +7,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from ranker.data.manifest import Manifest
+from ranker.data.prepare.atomic_dir import locked, made_whole, refuse_foreign
 from ranker.data.prepare.days import write_days
 from ranker.data.prepare.kuairand import kuairand_files, kuairand_recipe
 from ranker.data.prepare.movielens import movielens_files, movielens_recipe
-from ranker.data.prepare.place import locked, made_whole, refuse_foreign
 from ranker.data.prepare.recipe import CODE_VERSION, Recipe, fingerprint
-from ranker.data.prepare.show import print_summary, steps
+from ranker.data.prepare.report import print_summary, steps
 from ranker.data.schema import SCHEMA_FILE
 from ranker.errors import UserError, suggest
 

@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 from ranker.data.manifest import FileEntry
 from ranker.data.prepare.day_files import DayFiles
 from ranker.data.prepare.recipe import TIME, Recipe
-from ranker.data.prepare.show import Step
+from ranker.data.prepare.report import Step
 from ranker.errors import UserError
 
 SLOT_MS = 60_000  # exact duplicates have the same time, so any cut by time keeps them together

@@ -14,7 +14,7 @@ import polars as pl
 import yaml
 
 from ranker.errors import UserError
-from ranker.training.run_folder import CONFIG, EVENTS, METRICS, SUMMARY
+from ranker.runs.run_folder import CONFIG, EVENTS, METRICS, SUMMARY
 
 
 class Series(NamedTuple):

@@ -1,0 +1,193 @@
+"""A capsule: a divergence on disk, with all that is needed to train its minutes again."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ranker.capsules.training_state import State
+from ranker.data.batch import Batch, Ragged
+from ranker.data.schema import SCHEMA_FILE, Schema
+from ranker.errors import UserError
+from ranker.stability import Event
+
+FORMAT = 1
+MANIFEST, CONFIG, SNAPSHOT = "capsule.json", "config.yaml", "snapshot.pt"
+_TENSORS = ("dense_BF", "onehot_BC", "labels_BT", "mask_BT", "time_ms_B", "row_B")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """What ``capsule.json`` says.
+
+    Numbers of steps are those of the optimizer: after step s it has taken s steps, and the first batch after the
+    snapshot belongs to step ``snapshot_step + 1``. Where gradients are accumulated, several batches belong to a step.
+
+    Attributes:
+        event: the divergence.
+        snapshot_step: steps taken when the snapshot was made.
+        steps: of each batch in order, the step it belongs to.
+        numbers: of each batch, its place in the training order (``Batch.number``).
+        signals: of each batch, the recorded signals in the order of ``ranker.stability.step_signals.pack``, float32,
+            written as hexadecimal floats, hence exact: losses [T], training AUCs [T], spreads [T], whether not finite.
+        tasks: names of the tasks.
+        world_size: ranks, each with a file of batches.
+        accumulate: batches a step.
+        seed: of the run.
+        versions: of Python and packages.
+        machine: what else decides bits: processor, threads, device.
+        note: what could not be kept, in plain words; empty where all was.
+        format: version of these files.
+    """
+
+    event: Event
+    snapshot_step: int
+    steps: Sequence[int]
+    numbers: Sequence[int]
+    signals: Sequence[Sequence[str]]
+    tasks: Sequence[str]
+    world_size: int
+    accumulate: int
+    seed: int
+    versions: Mapping[str, str]
+    machine: Mapping[str, Any]
+    note: str = ""
+    format: int = FORMAT
+
+    def signals_SN(self) -> Tensor:  # noqa: N802
+        """The recorded signals, float32 [S, 3 T + 1]."""
+        return torch.tensor([[float.fromhex(x) for x in row] for row in self.signals], dtype=torch.float32)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Capsule:
+    """A capsule that has been read.
+
+    Attributes:
+        path: its folder.
+        manifest: what it is of.
+        schema: features and tasks of the log.
+        batches: by batch, the shares of the ranks.
+        state: the snapshot.
+    """
+
+    path: Path
+    manifest: Manifest
+    schema: Schema
+    batches: list[list[Batch]]
+    state: State
+
+    @property
+    def config(self) -> Path:
+        """The run's resolved configuration."""
+        return self.path / CONFIG
+
+    @classmethod
+    def load(cls, path: str | Path) -> Capsule:
+        """Reads a capsule, without running any code from it.
+
+        Raises:
+            UserError: there is none, it is incomplete, or of a later format.
+        """
+        path = Path(path)
+        if not (path / MANIFEST).is_file():
+            raise UserError(f"no {MANIFEST} in {path}; give a folder such as runs/NAME/capsules/step=120")
+        try:
+            raw = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+            if raw["format"] > FORMAT:
+                raise UserError(
+                    f"{path} has format {raw['format']}, this version reads up to {FORMAT}; update evenkeel"
+                )
+            depth = raw["event"]["depth"]
+            raw["event"] = Event(**raw["event"] | {"depth": math.inf if depth is None else depth})
+            manifest = Manifest(**raw)
+            shares, pasts = zip(*(read_share(path / share_file(r)) for r in range(manifest.world_size)), strict=True)
+            plain = torch.load(path / SNAPSHOT, map_location="cpu", weights_only=True)
+            state = State(**plain | {"auc": torch.stack(pasts).sum(0)})
+        except (OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
+            if isinstance(error, UserError):
+                raise
+            raise UserError(f"{path} cannot be read as a capsule: {' '.join(str(error).split())}") from error
+        return cls(
+            path=path,
+            manifest=manifest,
+            schema=Schema.from_yaml(path / SCHEMA_FILE),
+            batches=[list(parts) for parts in zip(*shares, strict=True)],
+            state=state,
+        )
+
+
+def share_file(rank: int) -> str:
+    """Name of the file with what one rank has: its rows, and its past of the training AUC."""
+    return f"rank{rank}.pt"
+
+
+def write_share(path: Path, batches: Sequence[Batch], auc: Tensor) -> None:
+    """Writes a rank's share: plain tensors and numbers, loadable with ``weights_only=True``."""
+    torch.save({"batches": [_plain(batch) for batch in batches], "auc": _own(auc)}, path)
+
+
+def read_share(path: Path) -> tuple[list[Batch], Tensor]:
+    """Reads what ``write_share`` wrote."""
+    plain = torch.load(path, map_location="cpu", weights_only=True)
+    return [_batch(part) for part in plain["batches"]], plain["auc"]
+
+
+def write_state(path: Path, state: State) -> None:
+    """Writes the snapshot: plain tensors, numbers, strings, lists and dicts."""
+    torch.save(vars(state), path)
+
+
+def write_manifest(path: Path, manifest: Manifest) -> None:
+    """Writes ``capsule.json``: last of all, since its presence says that the capsule is whole."""
+    plain = asdict(manifest) | {"event": manifest.event.to_dict()}
+    temporary = path / f".{MANIFEST}.{os.getpid()}.tmp"
+    temporary.write_text(json.dumps(plain, indent=1) + "\n", encoding="utf-8")
+    temporary.replace(path / MANIFEST)
+
+
+def hexadecimal(rows_SN: Tensor) -> list[list[str]]:
+    """Signals as exact text."""
+    return [[x.hex() for x in row] for row in rows_SN.double().tolist()]
+
+
+def differences(capsule: Manifest, versions: Mapping[str, str], machine: Mapping[str, Any]) -> list[str]:
+    """In what this process differs from the one that wrote a capsule, such as ``torch 2.13.0 there, 2.14.0 here``."""
+    found = []
+    for then, now in ((capsule.versions, versions), (capsule.machine, machine)):
+        for name in dict.fromkeys([*then, *now]):
+            there, here = then.get(name, "none"), now.get(name, "none")
+            if there != here:
+                found.append(f"{name} {there} there, {here} here")
+    return found
+
+
+def num_bytes(batch: Batch) -> int:
+    """Bytes of a batch's tensors."""
+    lists = [t for ragged in batch.ragged.values() for t in (ragged.values, ragged.offsets)]
+    return sum(t.nbytes for t in (*(getattr(batch, name) for name in _TENSORS), *lists))
+
+
+def _plain(batch: Batch) -> dict[str, Any]:
+    plain: dict[str, Any] = {name: _own(getattr(batch, name)) for name in _TENSORS}
+    plain["ragged"] = {name: [_own(lists.values), _own(lists.offsets)] for name, lists in batch.ragged.items()}
+    return plain | {"window": batch.window, "number": batch.number}
+
+
+def _batch(plain: Mapping[str, Any]) -> Batch:
+    ragged = {name: Ragged(values, offsets) for name, (values, offsets) in plain["ragged"].items()}
+    return Batch(**{**plain, "ragged": ragged})
+
+
+def _own(tensor: Tensor) -> Tensor:
+    """The tensor alone: torch.save would write all of the memory that a view looks into."""
+    tensor = tensor.detach().cpu()
+    return tensor.clone() if tensor.untyped_storage().nbytes() > tensor.nbytes else tensor

@@ -1,0 +1,191 @@
+"""Figures 5 and 6: hold-out AUC over time by method and rate, and where Clippy clips."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import polars as pl
+
+from ranker.paper.jobs import (
+    METHODS,
+    PAPER_MODELS,
+    RECORDED,
+    THRESHOLDS,
+    UNWATCHED,
+    WATCHED,
+    Data,
+    Job,
+    Setting,
+)
+from ranker.paper.jobs import grid as combinations
+from ranker.paper.markdown import table
+from ranker.paper.recorded import curves
+from ranker.paper.study import Found, Phase, Sections, Study
+from ranker.paper.table2 import RATES, Choice, choices
+from ranker.paper.table2_sections import LABELS
+from ranker.reports.curves import COLOURS
+
+WIDEST = "large_dcn"
+CLIPPED = {"optim": "clippy", "lr_mult": 2}  # the run of figure 6
+SMOOTH = 10  # steps of the running mean in figure 6
+
+
+def auc_jobs(setting: Setting, chosen: Mapping[tuple[str, str], Choice]) -> list[Job]:
+    """Every method at both rates on Large+DCN; GC and Clippy at their better rate on the other two."""
+    widest = PAPER_MODELS[0] if setting.quick else WIDEST
+    made = [job for method in METHODS for rate in RATES for job in _job(setting, widest, method, rate, chosen)]
+    for model in PAPER_MODELS:
+        if model != widest and (model, "gc") in chosen:
+            for method in ("gc", "clippy"):
+                made += _job(setting, model, method, chosen[model, method].lr_mult, chosen)
+    return made
+
+
+def sigma_jobs(setting: Setting) -> list[Job]:
+    """Clippy at 2x on Large+DCN, watched at every step; one of the runs of figure 5."""
+    return _job(setting, PAPER_MODELS[0] if setting.quick else WIDEST, "clippy", 2, {})
+
+
+def _job(setting: Setting, model: str, method: str, rate: int, chosen: Mapping[tuple[str, str], Choice]) -> list[Job]:
+    axes: dict[str, Sequence[object]] = {"model": (model,), "optim": (method,), "lr_mult": (rate,)}
+    if method in THRESHOLDS:
+        axes[THRESHOLDS[method][0]] = (chosen[model, method].thresholds[rate],)
+    watched = WATCHED if (method, rate) == (CLIPPED["optim"], CLIPPED["lr_mult"]) else UNWATCHED
+    return combinations((*setting.common, *RECORDED, *watched), {**axes, "seed": (0,)})
+
+
+def auc_sections(data: Data, found: Found) -> Sections:  # noqa: ARG001  (the same for all data)
+    """AUC at a quarter, half and the whole of training."""
+    rows = []
+    for (model, method, rate), run in _runs(found["fig5"]):
+        points = run.drop_nulls("auc")
+        last = int(points["step"].max())  # type: ignore[arg-type]
+        cells = []
+        for share in (0.25, 0.5, 1):
+            before = points.filter(pl.col("step") <= share * last)
+            cells.append(f"{100 * before['auc'][-1]:.2f}" if before.height else "-")
+        rows.append([LABELS[model], method, f"{rate:g}x", *cells, str(run["status"][0])])
+    header = ["model", "method", "lr", "AUC at 1/4", "at 1/2", "at the end", "status"]
+    return {"auc": table(header, rows)}
+
+
+def draw_auc(data: Data, found: Found, destination: Path) -> None:
+    """Left: all methods on the widest model, 1x dashed and 2x solid. Right: Clippy against GC on every model."""
+    from ranker.paper.pictures import figure, save
+
+    picture, (left, right) = figure(columns=2, width=11, height=4.2, sharey=True)
+    widest = found["fig5"]["model"][0]
+    for (model, method, rate), run in _runs(found["fig5"]):
+        points = run.drop_nulls("auc")
+        line = {"color": COLOURS[method], "linewidth": 1.4, "linestyle": "-" if rate == 2 else "--"}
+        if model == widest:
+            left.plot(points["step"], points["auc"], label=f"{method} {rate:g}x", **line)
+    styles = dict(zip(PAPER_MODELS, (":", "--", "-"), strict=True))
+    compared = [(key, run) for key, run in _runs(found["fig5"]) if key[1] in ("gc", "clippy")]
+    best = {key: _last(run) for key, run in compared}
+    for (model, method, rate), run in compared:
+        rival = [value for (m, o, _), value in best.items() if (m, o) == (model, method)]
+        if best[model, method, rate] == max(rival):
+            points = run.drop_nulls("auc")
+            line = {"color": COLOURS[method], "linestyle": styles[model], "linewidth": 1.4}
+            right.plot(points["step"], points["auc"], label=f"{LABELS[model]} {method} {rate:g}x", **line)
+    left.set_title(f"{LABELS[widest]}, every method", loc="left", fontsize=10)
+    right.set_title("Clippy and GC, three models", loc="left", fontsize=10)
+    left.set_ylabel(f"{data.auc} AUC on the hold-out")
+    for axes in (left, right):
+        axes.axhline(0.5, color="grey", linewidth=0.8, linestyle=":")
+        axes.set_xlabel("step")
+        # Below: the curves leave no corner free.
+        axes.legend(frameon=False, fontsize=8, ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.15))
+    save(picture, destination)
+
+
+def sigma_sections(data: Data, found: Found) -> Sections:  # noqa: ARG001  (the same for all data)
+    """Median sigma of each layer, in the first quarter of training and after it."""
+    curve = found["fig6"]
+    last = int(curve["step"].max())  # type: ignore[arg-type]
+    early, late = curve.filter(pl.col("step") <= last / 4), curve.filter(pl.col("step") > last / 4)
+    rows = []
+    for role in _roles(curve):
+        clipped = (curve[role].drop_nulls() < 1).mean()
+        medians = [float(part[role].median()) for part in (early, late)]  # type: ignore[arg-type]
+        rows.append([role, *(f"{m:.2g}" for m in medians), f"{100 * float(clipped):.0f} %"])  # type: ignore[arg-type]
+    return {
+        "sigma": table(
+            ["layer, from the input upward", "median sigma, first quarter", "after it", "steps clipped"], rows
+        )
+    }
+
+
+def draw_sigma(data: Data, found: Found, destination: Path) -> None:  # noqa: ARG001  (the same for all data)
+    """Running mean of log sigma by layer."""
+    from ranker.paper.pictures import figure, save
+
+    curve = found["fig6"]
+    picture, axes = figure(width=7.5, height=4.2)
+    for role in _roles(curve):
+        shown = curve.select("step", pl.col(role).log10().rolling_mean(SMOOTH, min_samples=1)).drop_nulls()
+        axes.plot(shown["step"], 10 ** shown[role], label=role, linewidth=1.3)
+    axes.set_yscale("log")
+    axes.set_xlabel("step")
+    axes.set_ylabel(f"sigma, running mean of {SMOOTH} steps")
+    title = f"{LABELS[curve['model'][0]]}, Clippy at {curve['lr_mult'][0]:g}x: the smaller, the more is clipped"
+    axes.set_title(title, loc="left", fontsize=10)
+    axes.legend(frameon=False, fontsize=8)
+    save(picture, destination)
+
+
+def _runs(curve: pl.DataFrame) -> list[tuple[tuple[str, str, float], pl.DataFrame]]:
+    keys = ["model", "optim", "lr_mult"]
+    return [((str(m), str(o), float(str(r))), run) for (m, o, r), run in curve.group_by(keys, maintain_order=True)]
+
+
+def _last(run: pl.DataFrame) -> float:
+    points = run["auc"].drop_nulls()
+    return float(points[-1]) if len(points) else 0.0
+
+
+def _roles(curve: pl.DataFrame) -> list[str]:
+    layers = [
+        name for name in curve.columns if name in ("dcn", "bottom_first", "bottom_top") or name.startswith("head/")
+    ]
+    return [name for name in layers if curve[name].drop_nulls().len()]  # Small has no cross layer
+
+
+FIG5 = Study(
+    name="fig5",
+    title="Figure 5, hold-out AUC while training",
+    phases=(
+        Phase(
+            "fig5",
+            lambda setting, found: auc_jobs(setting, choices(setting, found)),
+            read=lambda setting, folder, jobs: curves(
+                folder, jobs, {"loss": "train/loss", "auc": f"val/{setting.data.auc}/auc"}, every=5
+            ),
+        ),
+    ),
+    sections=auc_sections,
+    draw=draw_auc,
+    needs=("table2",),
+)
+
+
+def _sigma_columns(data: Data) -> dict[str, str]:
+    roles = ("dcn", "bottom_first", "bottom_top", f"head/{data.auc}", f"head/{data.rmse}")
+    return {role: f"signs/{role}/sigma" for role in roles}
+
+
+FIG6 = Study(
+    name="fig6",
+    title="Figure 6, Clippy's sigma by layer",
+    phases=(
+        Phase(
+            "fig6",
+            lambda setting, _: sigma_jobs(setting),
+            read=lambda setting, folder, jobs: curves(folder, jobs, _sigma_columns(setting.data)),
+        ),
+    ),
+    sections=sigma_sections,
+    draw=draw_sigma,
+)

@@ -1,0 +1,263 @@
+"""Figures 1, 4 and 8: naive runs that jump and recover, or are lost, and what moved before the loss did."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import polars as pl
+
+from ranker.paper.jobs import RECORDED, WATCHED, Data, Job, Setting, grid
+from ranker.paper.markdown import table
+from ranker.paper.recorded import curves
+from ranker.paper.study import Found, Phase, Sections, Study
+from ranker.paper.table2_sections import LABELS
+
+# Below 1x a naive run jumps in its first steps, and recovers or not. Under warm-up it learns first and jumps later.
+PLAIN: dict[str, tuple[float, ...]] = {"small": (0.25, 0.35, 0.5), "large_dcn": (0.05, 0.1, 0.15)}
+WARMED: dict[str, tuple[float, ...]] = {"small": (1, 4, 16), "large_dcn": (0.5, 2)}
+WARMUP = 100  # steps
+SIGNS = {
+    "grad_norm": "norm2(g)",
+    "grad_over_weight": "norm2(g) / norm2(w)",
+    "update_max": "infinity norm of r",
+    "sigma_gc": "sigma GC would take",
+    "sigma_agc": "sigma AGC would take",
+    "sigma_clippy": "sigma Clippy would take",
+}
+TOP = "bottom_top"
+KEYS = ("model", "lr_mult", "seed", "train.warmup_steps")
+BEFORE = 10  # steps from moment a to moment b: the model still looks healthy
+AFTER = 50  # steps from b within which c, the highest loss, is looked for
+
+
+class Moments(NamedTuple):
+    """Steps of figure 4.
+
+    Attributes:
+        a: healthy, some steps before b.
+        b: the loss begins to move: first step of the detector's event.
+        c: lost: the highest loss soon after b.
+    """
+
+    a: int
+    b: int
+    c: int
+
+
+def jobs(setting: Setting) -> list[Job]:
+    """Candidates, of which each figure takes the one that shows best what it is about."""
+    made = []
+    for warmup, candidates in ((None, PLAIN), (WARMUP, WARMED)):
+        for model, rates in candidates.items():
+            axes: dict[str, Sequence[object]] = {
+                "train.warmup_steps": (warmup,),
+                "model": (model,),
+                "optim": ("adagrad",),
+            }
+            axes |= {"lr_mult": rates[:1] if setting.quick else rates, "seed": (0,)}
+            made += grid((*setting.common, *RECORDED, *WATCHED), axes)
+    return made
+
+
+def moments(first_step: int, curve: pl.DataFrame) -> Moments:
+    """The three moments of a run that was lost.
+
+    Args:
+        first_step: of the detector's event.
+        curve: with step and loss.
+    """
+    after = curve.filter(pl.col("step").is_between(first_step, first_step + AFTER) & pl.col("loss").is_finite())
+    lost = after.sort("loss", descending=True, maintain_order=True)["step"]
+    return Moments(max(1, first_step - BEFORE), first_step, int(lost[0]) if len(lost) else first_step)
+
+
+def read_losses(setting: Setting, folder: Path, jobs: Sequence[Job]) -> tuple[pl.DataFrame, list[Job]]:
+    """Loss and hold-out AUC of two runs: one that recovered and one that was lost, in column ``kind``."""
+    runs, missing = curves(folder, jobs, {"loss": "train/loss", "auc": f"val/{setting.data.auc}/auc"})
+    if runs.is_empty():
+        return runs, missing
+    parts = [_split(runs, _recovered(runs), "micro"), _split(runs, _lost(runs), "full")]
+    return pl.concat([part for part in parts if part is not None] or [runs.clear()]), missing
+
+
+def read_signs(
+    setting: Setting, folder: Path, jobs: Sequence[Job], *, roles: Sequence[str]
+) -> tuple[pl.DataFrame, list[Job]]:
+    """Signs of some layers of the lost run, with its moments in column ``moment``.
+
+    Columns: ``<role>/<sign>``.
+    """
+    names = {f"{role}/{sign}": f"signs/{role}/{sign}" for role in roles for sign in SIGNS}
+    columns = {"loss": "train/loss", "auc": f"val/{setting.data.auc}/auc", **names}
+    runs, missing = curves(folder, jobs, columns)
+    which = _lost(runs) if not runs.is_empty() else None
+    if which is None:
+        return runs.clear(), missing
+    run = _split(runs, which, "full")
+    assert run is not None
+    when = moments(int(run["first_step"][0]), run)._asdict()
+    moment = pl.col("step").replace_strict(
+        {step: name for name, step in when.items()}, default=None, return_dtype=pl.String
+    )
+    present = [name for name in run.columns if run[name].null_count() < run.height]
+    return run.select(present).with_columns(moment.alias("moment")), missing
+
+
+def loss_sections(data: Data, found: Found) -> Sections:  # noqa: ARG001  (the same for all data)
+    """First loss, highest loss, last AUC of both runs."""
+    rows = []
+    for (kind,), run in found["fig1"].group_by("kind", maintain_order=True):
+        losses, aucs = run["loss"].drop_nulls(), run["auc"].drop_nulls()
+        peak = run.sort("loss", descending=True, nulls_last=True, maintain_order=True)
+        cells = [f"{losses[0]:.3g}", f"{peak['loss'][0]:.3g} at step {peak['step'][0]}", f"{losses[-1]:.3g}"]
+        rows.append([str(kind), _label(run), *cells, f"{100 * aucs[-1]:.2f}", str(run["status"][0])])
+    return {"runs": table(["divergence", "run", "first loss", "highest", "last", "last AUC", "verdict"], rows)}
+
+
+def draw_losses(data: Data, found: Found, destination: Path) -> None:
+    """Loss above AUC, the recovered run left and the lost one right."""
+    from ranker.paper.pictures import figure, save
+
+    picture, axes = figure(rows=2, columns=2, width=10, height=5, sharex="col", sharey="row")
+    titles = {"micro": "micro: it comes back", "full": "full: it is lost"}
+    for column, kind in enumerate(("micro", "full")):
+        run = found["fig1"].filter(pl.col("kind") == kind)
+        upper, lower = axes[0][column], axes[1][column]
+        if run.is_empty():
+            continue
+        losses, aucs = run.drop_nulls("loss"), run.drop_nulls("auc")
+        upper.plot(losses["step"], losses["loss"], color="#c0392b", linewidth=1.2)
+        upper.set_yscale("log")
+        upper.set_title(f"{titles[kind]}\n{_label(run)}", loc="left", fontsize=9)
+        lower.plot(aucs["step"], aucs["auc"], color="#1a5276", marker="o", markersize=3, linewidth=1.2)
+        lower.axhline(0.5, color="grey", linewidth=0.8, linestyle=":")
+        lower.set_xlabel("step")
+    axes[0][0].set_ylabel("training loss")
+    axes[1][0].set_ylabel(f"{data.auc} AUC, hold-out")
+    save(picture, destination)
+
+
+def sign_sections(name: str, data: Data, found: Found) -> Sections:  # noqa: ARG001  (the same for all data)
+    """Every sign at the three moments."""
+    run = found[name]
+    if run.is_empty():
+        return {"moments": "No candidate was lost after its first step.\n"}
+    at = {m: run.filter(pl.col("moment") == m) for m in ("a", "b", "c")}
+    rows = [["training loss", *(_value(at[m], "loss") for m in at)]]
+    for role in _roles(run):
+        for sign, label in SIGNS.items():
+            rows.append([f"{role}: {label}", *(_value(at[m], f"{role}/{sign}") for m in at)])
+    steps = [f"{m}, step {at[m]['step'][0]}" if at[m].height else m for m in at]
+    return {"run": _label(run) + "\n", "moments": table(["sign", *steps], rows)}
+
+
+def draw_signs(name: str, data: Data, found: Found, destination: Path) -> None:  # noqa: ARG001
+    """Loss, the three signs and the three sigmas around the moments; a column a layer."""
+    from ranker.paper.pictures import figure, save
+
+    run = found[name]
+    if run.is_empty():
+        return
+    when = {str(m): int(s) for m, s in run.drop_nulls("moment").select("moment", "step").iter_rows()}
+    around = run.filter(pl.col("step").is_between(max(1, when.get("a", 1) - 10), when.get("c", run.height) + 15))
+    roles = _roles(run)
+    picture, axes = figure(
+        rows=3, columns=len(roles), width=max(6.0, 3.6 * len(roles)), height=7, sharex=True, squeeze=False
+    )
+    for column, role in enumerate(roles):
+        top, middle, bottom = (axes[row][column] for row in range(3))
+        top.plot(around["step"], around["loss"], color="black", linewidth=1.2)
+        top.set_title(f"{role}" if len(roles) > 1 else f"{_label(run)}: {role}", loc="left", fontsize=9)
+        for sign, label in list(SIGNS.items())[:3]:
+            middle.plot(around["step"], around[f"{role}/{sign}"], label=label, linewidth=1.2)
+        for sign, colour in (("sigma_gc", "#d68910"), ("sigma_agc", "#7d6608"), ("sigma_clippy", "#1a5276")):
+            bottom.plot(around["step"], around[f"{role}/{sign}"], label=SIGNS[sign], color=colour, linewidth=1.2)
+        for each in (top, middle, bottom):
+            each.set_yscale("log")
+            for moment, step in when.items():
+                each.axvline(step, color="grey", linewidth=0.8, linestyle=":")
+                if each is top:
+                    each.annotate(f" {moment}", (step, 0.9), xycoords=("data", "axes fraction"), fontsize=9)
+        bottom.set_xlabel("step")
+    axes[0][0].set_ylabel("training loss")
+    axes[1][-1].legend(frameon=False, fontsize=8)
+    axes[2][-1].legend(frameon=False, fontsize=8)
+    save(picture, destination)
+
+
+def _value(run: pl.DataFrame, column: str) -> str:
+    known = run[column].drop_nulls() if column in run.columns else pl.Series([], dtype=pl.Float64)
+    return f"{known[0]:.3g}" if len(known) else "-"
+
+
+def _label(run: pl.DataFrame) -> str:
+    warmed = f", warm-up over {WARMUP} steps" if run["train.warmup_steps"][0] else ""
+    return f"{LABELS[run['model'][0]]}, naive Adagrad at {run['lr_mult'][0]:g}x{warmed}"
+
+
+def _roles(run: pl.DataFrame) -> list[str]:
+    return list(dict.fromkeys(name.rpartition("/")[0] for name in run.columns if name.endswith("/grad_norm")))
+
+
+def _split(runs: pl.DataFrame, which: dict[str, Any] | None, kind: str) -> pl.DataFrame | None:
+    if which is None:
+        return None
+    chosen = runs.filter(*(pl.col(key).eq_missing(pl.lit(which[key])) for key in KEYS))
+    return chosen.with_columns(pl.lit(kind).alias("kind"))
+
+
+def _lost(runs: pl.DataFrame) -> dict[str, Any] | None:
+    """Of the runs that were lost, the one that was healthy longest."""
+    lost = runs.filter(pl.col("status") == "diverged").unique(KEYS, maintain_order=True)
+    return next(iter(lost.sort("first_step", descending=True, maintain_order=True).to_dicts()), None)
+
+
+def _recovered(runs: pl.DataFrame) -> dict[str, Any] | None:
+    """Of the runs that completed, one with a micro divergence, or else the one whose loss rose furthest.
+
+    The detector forgives what happens in a run's first steps.
+    """
+    completed = runs.filter(pl.col("status") == "completed").group_by(KEYS, maintain_order=True)
+    rise = completed.agg(pl.col("micro").first(), (pl.col("loss").max() / pl.col("loss").first()).alias("rise"))
+    return next(iter(rise.sort("micro", "rise", descending=True, maintain_order=True).to_dicts()), None)
+
+
+def _other_layers(data: Data) -> tuple[str, ...]:
+    return ("dcn", "bottom_first", f"head/{data.auc}", f"head/{data.rmse}")
+
+
+FIG1 = Study(
+    name="fig1",
+    title="Figure 1, a micro and a full divergence of naive Adagrad",
+    phases=(Phase("fig1", lambda setting, _: jobs(setting), read=read_losses),),
+    sections=loss_sections,
+    draw=draw_losses,
+)
+FIG4 = Study(
+    name="fig4",
+    title="Figure 4, what moves before the loss does, top shared layer",
+    phases=(
+        Phase(
+            "fig4",
+            lambda setting, _: jobs(setting),
+            read=lambda setting, folder, jobs: read_signs(setting, folder, jobs, roles=(TOP,)),
+        ),
+    ),
+    sections=lambda data, found: sign_sections("fig4", data, found),
+    draw=lambda data, found, destination: draw_signs("fig4", data, found, destination),
+)
+FIG8 = Study(
+    name="fig8",
+    title="Figure 8, as figure 4 for the other layers",
+    phases=(
+        Phase(
+            "fig8",
+            lambda setting, _: jobs(setting),
+            read=lambda setting, folder, jobs: read_signs(setting, folder, jobs, roles=_other_layers(setting.data)),
+        ),
+    ),
+    sections=lambda data, found: sign_sections("fig8", data, found),
+    draw=lambda data, found, destination: draw_signs("fig8", data, found, destination),
+)

@@ -1,0 +1,152 @@
+"""The same minutes another way: what another model and optimizer can take over from a snapshot."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ranker.capsules.training_state import State
+from ranker.replay.engine import Engine
+
+_REPORTS = ("clip_stats",)  # optimizer state that only reports; it starts anew
+
+
+@dataclass(frozen=True, kw_only=True)
+class Carried:
+    """What was taken over.
+
+    Attributes:
+        weights: tensors taken over.
+        fresh: names of those the snapshot has not, or in another shape; freshly drawn.
+        kept: by name of an optimizer's quantity (``sum`` is Adagrad's), tensors that go on with it.
+        reset: the same of those that start at their initial value.
+        untouched: whether the run's optimizer had no state yet.
+        lr_factor: of the run's learning rate at the snapshot over that of its configuration, as after a rollback.
+    """
+
+    weights: int
+    fresh: list[str] = field(default_factory=list)
+    kept: dict[str, int] = field(default_factory=dict)
+    reset: dict[str, int] = field(default_factory=dict)
+    untouched: bool = False
+    lr_factor: float = 1.0
+
+    def __str__(self) -> str:
+        """In plain words."""
+        said = [f"carried over: {self.weights} weight tensors"]
+        said += [f"{quantity} of {count} tensors" for quantity, count in self.kept.items()]
+        text = ", ".join(said)
+        if self.untouched:
+            text += "; the optimizer had no state yet"
+        elif self.reset:
+            text += "; reset: " + ", ".join(f"{quantity} of {count} tensors" for quantity, count in self.reset.items())
+        if self.fresh:
+            few = ", ".join(self.fresh[:4]) + (", ..." if len(self.fresh) > 4 else "")
+            text += f"; drawn anew: {len(self.fresh)} tensors that the snapshot has not in this shape ({few})"
+        if self.lr_factor != 1.0:
+            text += f"; learning rate times {self.lr_factor:g}, as in the run"
+        return text
+
+
+def carry(state: State, *, run: Engine, other: Engine) -> Carried:
+    """Puts another engine where the run stood at its snapshot, as far as that fits.
+
+    Weights are matched by name and shape. A tensor's optimizer state is taken over where the new optimizer keeps the
+    same quantities in the same shapes (Adagrad, GC, AGC, LAMB and Clippy all keep ``sum``) and starts anew otherwise.
+    The learning rate is that of the new configuration at this step, warm-up included.
+
+    Args:
+        state: the snapshot.
+        run: the engine of the run as it was; it is put into the snapshot's state.
+        other: the engine to be put there.
+    """
+    configured = _rates(run, state.step)
+    run.restore(state)
+    actual = [float(group["lr"]) for group in run.optimizer.param_groups]
+    factor = actual[0] / configured[0] if configured[0] else 1.0
+    quantities = _quantities(other)
+    weights, fresh = _carry_weights(run, other)
+    kept, reset = _carry_optimizer(run, other, quantities)
+    _rates(other, state.step, factor=factor)
+    other.restore_past(state)
+    return Carried(
+        weights=weights,
+        fresh=fresh,
+        kept=kept,
+        reset=reset,
+        untouched=not state.optimizer["state"],
+        lr_factor=round(factor, 9),
+    )
+
+
+def _carry_weights(run: Engine, other: Engine) -> tuple[int, list[str]]:
+    old, new = run.module.net.state_dict(), other.module.net.state_dict()
+    fits = {name: old[name] for name, value in new.items() if name in old and old[name].shape == value.shape}
+    other.module.net.load_state_dict(fits, strict=False)
+    return len(fits), [name for name in new if name not in fits]
+
+
+def _carry_optimizer(
+    run: Engine, other: Engine, quantities: Mapping[str, Mapping[str, torch.Size]]
+) -> tuple[dict[str, int], dict[str, int]]:
+    old = {name: _state_of(run, param) for name, param in run.module.net.named_parameters()}
+    kept: Counter[str] = Counter()
+    reset: Counter[str] = Counter()
+    for name, param in other.module.net.named_parameters():
+        wanted, there = quantities.get(name, {}), old.get(name, {})
+        fits = bool(wanted) and all(key in there and there[key].shape == shape for key, shape in wanted.items())
+        if fits:
+            other.optimizer.state[param] = {key: there[key].clone() for key in wanted}
+        (kept if fits else reset).update(wanted.keys())
+    return dict(kept), dict(reset)
+
+
+def _quantities(engine: Engine) -> dict[str, dict[str, torch.Size]]:
+    """What the engine's optimizer keeps of each parameter, seen after a step with gradients of 0 that is undone."""
+    before = {name: value.clone() for name, value in engine.module.net.state_dict().items()}
+    made = engine.module.configure_optimizers()
+    optimizer = made["optimizer"] if isinstance(made, Mapping) else made
+    named = dict(engine.module.net.named_parameters())
+    for param in named.values():
+        param.grad = torch.zeros_like(param)
+    optimizer.step()
+    found = {
+        name: {
+            key: value.shape
+            for key, value in optimizer.state[param].items()
+            if isinstance(value, Tensor) and key not in _REPORTS
+        }
+        for name, param in named.items()
+        if param in optimizer.state
+    }
+    for param in named.values():
+        param.grad = None
+    engine.module.net.load_state_dict(before)
+    return found
+
+
+def _state_of(engine: Engine, param: Tensor) -> dict[str, Tensor]:
+    state: Mapping[str, Any] = engine.optimizer.state.get(param, {})
+    return {key: value for key, value in state.items() if isinstance(value, Tensor)}
+
+
+def _rates(engine: Engine, step: int, *, factor: float = 1.0) -> list[float]:
+    """Sets the learning rates that the configuration gives after so many steps, times a factor; returns them."""
+    schedule = engine.schedule
+    groups = engine.optimizer.param_groups
+    if schedule is None:
+        rates = [float(group["lr"]) for group in groups]
+    else:
+        schedule.base_lrs = [rate * factor for rate in schedule.base_lrs]
+        schedule.last_epoch, schedule._step_count = step, step + 1
+        rates = [
+            float(x) * shape(step) / factor for x, shape in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)
+        ]
+    for group, rate in zip(groups, rates, strict=True):
+        group["lr"] = rate * factor
+    return rates

@@ -1,0 +1,219 @@
+"""What a search for the largest stable learning rate found: lines, tables, a picture, and files to go on with."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from ranker.reports.curves import COLOURS
+from ranker.runs.run_folder import plain
+from ranker.stability.lr_headroom import Headroom, Level, Outcome, headroom, survival
+
+JSON, CSV, PICTURE = "headroom.json", "headroom.csv", "headroom.png"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One model and optimizer.
+
+    Attributes:
+        label: what tells it from the others; empty where it is alone.
+        overrides: of all its runs.
+        outcomes: how they ended.
+        summaries: the runs' own, in the same order.
+        levels: the survival curve.
+        found: how many times 1x it survives; None where no run ended either way.
+    """
+
+    label: str
+    overrides: Sequence[str]
+    outcomes: Sequence[Outcome]
+    summaries: Sequence[Mapping[str, Any]]
+    levels: Sequence[Level]
+    found: Headroom | None
+
+    @classmethod
+    def of(
+        cls,
+        label: str,
+        overrides: Sequence[str],
+        outcomes: Sequence[Outcome],
+        summaries: Sequence[Mapping[str, Any]],
+        *,
+        confidence: float,
+    ) -> Entry:
+        """Judges the outcomes."""
+        levels = survival(outcomes, confidence=confidence)
+        return cls(label, overrides, outcomes, summaries, levels, headroom(outcomes, confidence=confidence))
+
+    @property
+    def failures(self) -> list[Outcome]:
+        """Runs that say nothing."""
+        return [outcome for outcome in self.outcomes if outcome.survived is None]
+
+    def notes(self) -> list[str]:
+        """What a person should know beside the number, a line each."""
+        notes = []
+        if self.found is not None and not self.found.monotone:
+            notes.append("some learning rate survived more often than a lower one: more seeds would tell")
+        if self.found is not None and self.found.beyond == "above":
+            notes.append("most runs survive at the highest rate tried, too: raise headroom.highest")
+        if self.found is not None and self.found.beyond == "below":
+            notes.append("most runs are lost at the lowest rate tried, too: lower headroom.lowest")
+        if self.failures:
+            first = self.failures[0]
+            notes.append(f"{len(self.failures)} runs failed and say nothing, the first: {first.reason}")
+        return notes
+
+
+def report(entries: Sequence[Entry], folder: Path, *, confidence: float, console: Console | None = None) -> None:
+    """Prints curves and numbers, and writes headroom.json, headroom.csv and headroom.png where there is any run.
+
+    Args:
+        entries: what was compared.
+        folder: where the files go.
+        confidence: of the intervals.
+        console: where to print; standard output where left out.
+    """
+    console = console or Console(soft_wrap=True, highlight=False)
+    known = [entry for entry in entries if entry.found is not None]
+    for entry in entries:
+        if entry.levels:
+            console.print(curve_table(entry))
+        for note in entry.notes():
+            console.print(f"{entry.label + ': ' if entry.label else ''}{note}", style="yellow")
+    if len(entries) > 1 and known:
+        console.print(comparison_table(known, confidence=confidence))
+    for entry in entries:
+        of = f" of {entry.label}" if entry.label else ""
+        unknown = "not known, every run failed" if entry.outcomes else "not known, no round has ended"
+        value = unknown if entry.found is None else str(entry.found)
+        console.print(f"lr headroom{of}: {value}", style="bold")
+    if not any(entry.outcomes for entry in entries):
+        return
+    _write(folder / JSON, json.dumps(plain(as_dict(entries, confidence=confidence)), indent=2) + "\n")
+    write_runs(entries, folder / CSV)
+    names = [CSV, JSON]
+    if known:
+        plot(known, folder / PICTURE, confidence=confidence)
+        names.append(PICTURE)
+    console.print(f"{folder}: {', '.join(names)}")
+
+
+def curve_table(entry: Entry) -> Table:
+    """The survival curve of one entry."""
+    table = Table(title=f"survival {entry.label}".strip(), title_justify="left")
+    for name in ("lr", "survived", "share", "interval of the share"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for level in entry.levels:
+        interval = f"{level.low:.2f} to {level.high:.2f}"
+        table.add_row(f"{level.rate:g}x", f"{level.survived} of {level.runs}", f"{level.share:.2f}", interval)
+    return table
+
+
+def comparison_table(entries: Sequence[Entry], *, confidence: float) -> Table:
+    """One row an entry, the first one as the measure."""
+    table = Table(title=f"lr headroom, {100 * confidence:g} % intervals", title_justify="left")
+    for name in ("", "headroom", "beside the first", "runs"):
+        table.add_column(name, justify="left" if not name else "right", no_wrap=True)
+    first = entries[0].found
+    for entry in entries:
+        found = entry.found
+        assert found is not None
+        assert first is not None
+        sure = not found.beyond and not first.beyond
+        times = found.value / first.value
+        ratio = (f"{times:.2f}x" if times < 100 else f"{times:,.0f}x") if sure else ""
+        table.add_row(entry.label, str(found), ratio, str(len(entry.outcomes)))
+    return table
+
+
+def as_dict(entries: Sequence[Entry], *, confidence: float) -> dict[str, Any]:
+    """Everything found, as plain data."""
+    return {
+        "confidence": confidence,
+        "entries": [
+            {
+                "label": entry.label,
+                "overrides": list(entry.overrides),
+                "headroom": None if entry.found is None else asdict(entry.found),
+                "notes": entry.notes(),
+                "levels": [asdict(level) for level in entry.levels],
+                "runs": [
+                    {**asdict(outcome), "steps": summary.get("steps"), "run": summary.get("run")}
+                    for outcome, summary in zip(entry.outcomes, entry.summaries, strict=True)
+                ],
+            }
+            for entry in entries
+        ],
+    }
+
+
+def write_runs(entries: Sequence[Entry], path: Path) -> None:
+    """One row a run."""
+    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with draft.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["label", "lr_mult", "seed", "outcome", "auc", "steps", "reason", "run"])
+        for entry in entries:
+            for outcome, summary in zip(entry.outcomes, entry.summaries, strict=True):
+                word = {True: "survived", False: "lost", None: "failed"}[outcome.survived]
+                auc = "" if math.isnan(outcome.auc) else outcome.auc
+                row = [outcome.rate, outcome.seed, word, auc, summary.get("steps"), outcome.reason, summary.get("run")]
+                writer.writerow([entry.label, *row])
+    draft.replace(path)
+
+
+def plot(entries: Sequence[Entry], path: Path, *, confidence: float) -> None:
+    """Share of runs that survive over the learning rate, with the headroom and its interval."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7.5, 4.2))
+    others = iter(["#1e8449", "#2e4053", "#af601a", "#884ea0", "#148f77"])
+    for place, entry in enumerate(entries):
+        assert entry.found is not None
+        rates = [level.rate for level in entry.levels]
+        name = next((word.split("=", 1)[1] for word in entry.overrides if word.startswith("optim=")), "")
+        colour = COLOURS.get(name) or next(others, None)
+        shift = 1.0 + 0.02 * place  # so that bars of several entries do not hide each other
+        at = [rate * shift for rate in rates]
+        shares = [level.survived / level.runs for level in entry.levels]
+        below = [share - level.low for share, level in zip(shares, entry.levels, strict=True)]
+        above = [level.high - share for share, level in zip(shares, entry.levels, strict=True)]
+        axes.errorbar(at, shares, [below, above], fmt="o", color=colour, capsize=2, linewidth=0.8, markersize=4)
+        label = f"{entry.label}: {entry.found}" if entry.label else str(entry.found)
+        axes.plot(rates, [level.share for level in entry.levels], color=colour, label=label)
+        axes.axvline(entry.found.value, color=colour, linestyle=":", linewidth=1.0)
+        low = max(entry.found.low, min(rates))
+        axes.axvspan(low, min(entry.found.high, max(rates)), color=colour, alpha=0.08, linewidth=0)
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}x")
+    axes.set_ylim(-0.04, 1.04)
+    axes.set_xlabel("learning rate, in multiples of 1x")
+    axes.set_ylabel("share of runs that survive")
+    axes.set_title(f"lr headroom, {100 * confidence:g} % intervals", loc="left")
+    axes.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2)  # clear of the curves
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.tight_layout()
+    draft = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    figure.savefig(draft, dpi=150)
+    pyplot.close(figure)
+    draft.replace(path)
+
+
+def _write(path: Path, text: str) -> None:
+    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    draft.write_text(text, encoding="utf-8")
+    draft.replace(path)

@@ -1,0 +1,156 @@
+"""How a run ended: summary.json, and the table a person reads."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+from rich.table import Table
+
+from ranker import config
+from ranker.errors import UserError
+from ranker.runs import provenance
+from ranker.runs.config_identity import config_hash
+from ranker.runs.run_folder import versions
+
+if TYPE_CHECKING:  # a sweep reads summaries of runs done before without waiting for Lightning
+    from ranker.build import Run
+
+NO_DIVERGENCE = {"micro": 0, "full": False, "first_step": None}
+
+
+def summarise(run: Run, *, status: str, reason: str, seconds: float) -> dict[str, Any]:
+    """What summary.json says.
+
+    Args:
+        run: the run.
+        status: ``completed``, ``diverged`` or ``failed``.
+        reason: why it is not completed, in plain words; empty where it is.
+        seconds: wall-clock time of training and evaluation.
+    """
+    lost = run.watch.detector.summary() if run.watch and run.watch.detector else dict(NO_DIVERGENCE)
+    return {
+        "status": status,
+        "reason": reason,
+        **asked_for(run.cfg),
+        "metrics": run.module.holdout,
+        "divergence": lost,
+        **_sharpness(run),
+        "rollbacks": [dict(r) for r in run.rollback.done] if run.rollback else [],
+        "steps": run.trainer.global_step,
+        "examples": run.throughput.examples,
+        "bad_rows": getattr(run.datamodule.log, "num_bad_rows", 0),  # only logs from files can hold any
+        "examples_per_second": round(run.throughput.examples_per_second, 1),
+        "data_wait_fraction": round(run.throughput.data_wait_fraction, 4),
+        "seconds": round(seconds, 1),
+        "world_size": run.trainer.world_size,
+        "parameters": run.module.net.count_parameters(),  # type: ignore[operator]
+        **made_with(run.cfg),
+    }
+
+
+def _sharpness(run: Run) -> dict[str, Any]:
+    from ranker.training.sharpness_probe import SharpnessProbe
+
+    probe = next((c for c in run.trainer.callbacks if isinstance(c, SharpnessProbe)), None)  # type: ignore[attr-defined]
+    looked = probe.summary() if probe else None
+    return {"sharpness": looked} if looked else {}
+
+
+def never_began(cfg: DictConfig, *, reason: str, seconds: float) -> dict[str, Any]:
+    """The summary of a run that failed before anything was built, such as a job of a sweep with a wrong value."""
+    return {
+        "status": "failed",
+        "reason": reason,
+        **asked_for(cfg),
+        "metrics": {},
+        "divergence": dict(NO_DIVERGENCE),
+        "rollbacks": [],
+        "steps": 0,
+        "examples": 0,
+        "bad_rows": 0,
+        "examples_per_second": 0.0,
+        "data_wait_fraction": 0.0,
+        "seconds": round(seconds, 1),
+        "world_size": 0,
+        "parameters": {"embedding": None, "dense": None},
+        **made_with(cfg),
+    }
+
+
+def asked_for(cfg: DictConfig) -> dict[str, Any]:
+    """The choices that a comparison of runs is made by."""
+    try:
+        base_lr = config.base_lr(cfg)
+    except UserError:  # the reason for which a run never began
+        base_lr = math.nan
+    return {
+        "model": cfg.model.name,
+        "optim": cfg.optim.name,
+        "mitigation": OmegaConf.select(cfg, "mitigation.name", default="none"),  # runs made before there were any
+        "data": cfg.data.name,
+        "scale": cfg.scale.name,
+        "lr": base_lr * cfg.lr_mult,
+        "base_lr": base_lr,
+        "lr_mult": cfg.lr_mult,
+        "seed": cfg.seed,
+        "batch_size": cfg.scale.batch_size,
+    }
+
+
+def made_with(cfg: DictConfig) -> dict[str, Any]:
+    """What another person needs to get the same numbers: the configuration's hash, the code, the machine."""
+    return {
+        "config_hash": config_hash(cfg),
+        "commit": provenance.commit(),
+        "machine": provenance.machine(),
+        "versions": versions(),
+    }
+
+
+def show(summary: dict[str, Any], console: Console | None = None) -> None:
+    """Prints the hold-out's metrics by task, and how the run ended."""
+    console = console or Console()
+    if not console.is_terminal:
+        console.width = max(console.width, 110)  # a log file has no edge that the table must not cross
+    metrics = summary["metrics"]
+    names = list(dict.fromkeys(key.split("/")[2] for key in metrics))
+    if not any(value for key, value in metrics.items() if key.endswith("/nonfinite")):
+        names = [name for name in names if name != "nonfinite"]
+    table = Table(title="hold-out, at the end of training", title_justify="left")
+    table.add_column("task", no_wrap=True)
+    for name in names:
+        table.add_column(name, justify="right", no_wrap=True)
+    for task in dict.fromkeys(key.split("/")[1] for key in metrics):
+        table.add_row(task, *(_cell(name, metrics.get(f"test/{task}/{name}")) for name in names))
+    if names:
+        console.print(table)
+    verdict = f"{summary['status']}: {summary['reason']}" if summary["reason"] else summary["status"]
+    console.print(verdict, soft_wrap=True, style="yellow" if summary["reason"] else "green", highlight=False)
+    if summary["bad_rows"]:
+        console.print(f"{summary['bad_rows']:,} rows could not be used and were left out", style="yellow")
+    console.print(
+        f"{summary['steps']:,} steps, {summary['examples']:,} examples, "
+        f"{summary['examples_per_second']:,.0f} examples/s, "
+        f"{100 * summary['data_wait_fraction']:.1f} % waiting for data",
+        soft_wrap=True,
+        highlight=False,
+    )
+
+
+def objective(summary: dict[str, Any], name: str | None) -> float:
+    """The number a sweep maximises; 0 where it is undefined, as it may be for a lost model."""
+    metrics = summary["metrics"]
+    chosen = name or next((key for key in metrics if key.endswith("/auc")), None)
+    value = metrics.get(chosen) if chosen else None
+    return value if value is not None and math.isfinite(value) else 0.0  # None: a NaN read back from summary.json
+
+
+def _cell(name: str, value: float | None) -> str:
+    if value is None:
+        return ""
+    if math.isnan(value):
+        return "undefined"
+    return f"{value:,.0f}" if name in ("observed", "nonfinite") else f"{value:.4f}"

@@ -1,0 +1,76 @@
+"""The jobs of every study are runs that train.py takes."""
+
+from __future__ import annotations
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+
+from ranker import config
+from ranker.paper.conditions import mitigation_jobs
+from ranker.paper.jobs import DATA, QUICK, THRESHOLDS, Job, Setting, grid
+from ranker.paper.store import identity
+from ranker.paper.studies import STUDIES
+from ranker.paper.table2 import Choice
+from ranker.paper.table3 import rows
+from support import ROOT
+
+
+def all_jobs(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> dict[str, list[Job]]:
+    """By phase; as if the search had chosen the first threshold everywhere."""
+    models = ("small", "large", "large_dcn", "moe", "ple")
+    first = {
+        method: THRESHOLDS[method][1][0] if method in THRESHOLDS else None
+        for method in ("adagrad", "clippy", *THRESHOLDS)
+    }
+    chosen = {(m, o): Choice(2, {1: limit, 2: limit}) for m in models for o, limit in first.items()}
+    for module in ("table2.choose", "searched_clippy.choose", "rates.choices", "curve_figures.choices"):
+        monkeypatch.setattr(f"ranker.paper.{module}", lambda *_, **__: chosen)
+    none = dict.fromkeys(f"{study}_search" for study in ("table2", "table2_soft", "table2_clippy"))
+    return {phase.name: phase.jobs(setting, none) for study in STUDIES for phase in study.phases}
+
+
+@pytest.mark.parametrize(("name", "phases"), [("kuairand", None), ("synthetic", ("table2_search", "table3"))])
+def test_jobs_compose_to_legal_configurations(
+    name: str, phases: tuple[str, ...] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jobs = all_jobs(Setting(DATA[name], extra=("data.source=/nowhere",) if name == "kuairand" else ()), monkeypatch)
+    kinds = {}  # one job for each set of keys
+    for job in (job for phase in phases or jobs for job in jobs[phase]):
+        kinds[tuple(sorted(override.split("=", 1)[0] for override in job))] = job
+    config.register()
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        for job in kinds.values():
+            config.check(compose("config", overrides=list(job)))
+
+
+def test_no_phase_asks_for_the_same_run_twice_and_names_of_phases_are_unique(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = [phase.name for study in STUDIES for phase in study.phases]
+    assert len(names) == len(set(names))
+    for phase, jobs in all_jobs(Setting(DATA["kuairand"]), monkeypatch).items():
+        assert len({identity(job) for job in jobs}) == len(jobs), phase
+
+
+def test_quick_asks_for_few_and_short_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    setting = Setting(DATA["kuairand"], seeds=1, quick=True, extra=QUICK)
+    jobs = {identity(job) for phase in all_jobs(setting, monkeypatch).values() for job in phase}
+    assert len(jobs) < 250
+    assert all(("train.max_steps", "60") in job for job in jobs)
+
+
+def test_a_grid_is_every_combination_and_leaves_out_what_is_none() -> None:
+    jobs = grid(("a=1",), {"x": (1, 0.001), "y": (None, "z")})
+    assert jobs == [("a=1", "x=1"), ("a=1", "x=1", "y=z"), ("a=1", "x=0.001"), ("a=1", "x=0.001", "y=z")]
+
+
+def test_table_3_takes_away_tasks_and_features_that_the_data_have() -> None:
+    made = rows(DATA["kuairand"])
+    assert len(made) == 7
+    two = made["two tasks fewer (is_comment, watch_time)"][1]
+    assert two == "data.tasks=[is_click,long_view,is_like,is_follow,is_profile_enter]"
+
+
+def test_a_mitigation_that_is_a_rate_replaces_the_rate() -> None:
+    for job in mitigation_jobs(Setting(DATA["kuairand"])):
+        assert sum(override.startswith("lr_mult=") for override in job) == 1

@@ -1,0 +1,39 @@
+"""A published cell, run again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import polars as pl
+import pytest
+
+from ranker.paper.store import read_runs
+from support import ROOT, finished
+
+
+@pytest.mark.slow
+def test_a_cell_of_table_2_comes_out_again(
+    command_line: Callable[..., None], kuairand_source: Path, tmp_path: Path
+) -> None:
+    runs = read_runs(ROOT / "results" / "kuairand_laptop" / "table2_final.csv")
+    cell = runs.filter(pl.col("model") == "small", pl.col("optim") == "agc", pl.col("lr_mult") == 2)
+    (factor,) = cell["optim.clip_factor"].unique()
+    command_line(
+        "data=kuairand",
+        f"data.source={kuairand_source}",
+        f"data.cache_dir={tmp_path / 'cache'}",
+        "model=small",
+        "optim=agc",
+        f"optim.clip_factor={factor}",
+        "lr_mult=2",
+        "logger=none",
+        "train.eval_every=0",
+        "train.progressive=false",
+        "callbacks.early_signs.every=0",
+        f"hydra.run.dir={tmp_path / 'run'}",
+    )
+    auc = finished(tmp_path / "run").summary["metrics"]["test/is_click/auc"]
+    published = cell["is_click/auc"]
+    assert len(published) >= 3
+    assert abs(auc - published.mean()) <= 3 * published.std()  # type: ignore[operator]
