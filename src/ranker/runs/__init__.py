@@ -1,0 +1,1 @@
+"""What identifies a run and what it leaves: its folder, its configuration's identity, its provenance."""

@@ -1,0 +1,43 @@
+"""Names of the metrics that a run writes: one home for what writers, reports and studies must agree on.
+
+A name is a path. ``train/loss``, ``train/<task>/<metric>``, ``val/<task>/<metric>``, ``test/<task>/<metric>``,
+``progressive/<task>/<metric>``, ``signs/<role>/<sign>``, ``sigma/<parameter>``, ``sharpness/<quantity>``,
+``divergence/<kind>``, and ``lr`` and ``window`` alone.
+"""
+
+from __future__ import annotations
+
+TRAIN, VAL, TEST, PROGRESSIVE = "train", "val", "test", "progressive"
+TRAIN_LOSS, LEARNING_RATE, WINDOW = "train/loss", "lr", "window"
+SIGNS, SIGMA, SHARPNESS, DIVERGENCE = "signs/", "sigma/", "sharpness/", "divergence/"
+TASK_NORM, TASK_COSINE = "signs/task_norm/", "signs/task_cosine/"
+
+
+def task_metric(phase: str, task: str, metric: str) -> str:
+    """Name of a metric of a task in a phase (``TRAIN``, ``VAL``, ``TEST``, ``PROGRESSIVE``)."""
+    return f"{phase}/{task}/{metric}"
+
+
+def sign(role: str, name: str) -> str:
+    """Name of an early sign of a layer, by the layer's role in ``Ranker.layer_names``."""
+    return f"{SIGNS}{role}/{name}"
+
+
+def sigma(parameter: str) -> str:
+    """Name of the clipping factor of a parameter."""
+    return f"{SIGMA}{parameter}"
+
+
+def sharpness(quantity: str) -> str:
+    """Name of a quantity that the sharpness probe measures."""
+    return f"{SHARPNESS}{quantity}"
+
+
+def divergence(kind: str) -> str:
+    """Name under which an event of a kind is logged; its value is the step of the event."""
+    return f"{DIVERGENCE}{kind}"
+
+
+def without_phase(name: str) -> str:
+    """``test/click/auc`` as ``click/auc``: the form of published tables."""
+    return name.split("/", 1)[1]
