@@ -7,8 +7,8 @@ from ranker.stability.detector_settings import DetectorSettings
 from ranker.stability.early_signs import LayerSigns, TaskGradients, layer_signs, task_gradients
 from ranker.stability.event import Event
 from ranker.stability.lanczos import Ritz, largest_eigenvalue
-from ranker.stability.preconditioner import Preconditioner, step_preconditioner
-from ranker.stability.sharpness import Sharpness, adagrad_preconditioner, hessian_product, measure_sharpness
+from ranker.stability.optimizer_state import Preconditioner, ReportsSteps, step_preconditioner
+from ranker.stability.sharpness import Sharpness, hessian_product, measure_sharpness
 from ranker.stability.step_signals import reduce_signals
 
 __all__ = [
@@ -20,10 +20,10 @@ __all__ = [
     "LayerActivations",
     "LayerSigns",
     "Preconditioner",
+    "ReportsSteps",
     "Ritz",
     "Sharpness",
     "TaskGradients",
-    "adagrad_preconditioner",
     "hessian_product",
     "infinity_norm",
     "largest_eigenvalue",

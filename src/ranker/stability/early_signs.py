@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ranker.stability.activations import infinity_norm
+from ranker.stability.optimizer_state import adagrad_denominator, group_by_parameter
 
 
 class LayerSigns(NamedTuple):
@@ -56,11 +57,7 @@ def layer_signs(
 
     Source: Tang et al. (2023), Figure 4.
     """
-    eps = (
-        {id(p): group.get("eps") or 0.0 for group in optimizer.param_groups for p in group["params"]}
-        if optimizer
-        else {}
-    )
+    groups = group_by_parameter(optimizer) if optimizer else {}
     signs = {}
     for name, p in named_parameters:
         g = p.grad
@@ -68,10 +65,10 @@ def layer_signs(
             continue
         grad_norm = torch.linalg.vector_norm(g)
         state = optimizer.state.get(p, {}) if optimizer else {}
+        denominator = adagrad_denominator(state, groups.get(id(p), {}), g)
         update_max = grad_norm.new_full((), torch.nan)
-        if "sum" in state:
-            total = torch.addcmul(state["sum"], g, g).sqrt_().add_(eps.get(id(p), 0.0))
-            update_max = infinity_norm(torch.div(g, total, out=total))
+        if denominator is not None:
+            update_max = infinity_norm(torch.div(g, denominator, out=denominator))
         signs[name] = LayerSigns(grad_norm, grad_norm / torch.linalg.vector_norm(p), update_max)
     return signs
 

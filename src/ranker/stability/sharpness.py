@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -85,7 +84,7 @@ def measure_sharpness(
         loss: scalar with its graph, of a probe batch; ReLU and the log loss can be differentiated twice.
         parameters: that are looked at. Dense gradients only: embedding tables of sparse gradients must stay out.
         lr: learning rate, per step.
-        preconditioner: the diagonal of P by parameter, all above 0 (``adagrad_preconditioner``); None for 1.
+        preconditioner: the diagonal of P by parameter, all above 0 (``step_preconditioner``); None for 1.
         max_products: at most so many Hessian-vector products.
         tolerance: of the eigenvalue, relative.
         seed: of the starting vector.
@@ -102,30 +101,6 @@ def measure_sharpness(
     return Sharpness(
         value=ritz.value, error=ritz.error, edge=edge, ratio=lr / edge if curved_up else 0.0, products=ritz.products
     )
-
-
-def adagrad_preconditioner(
-    optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor], *, sigma: Mapping[Tensor, float] | None = None
-) -> list[Tensor]:
-    """The diagonal sigma * (sqrt(G) + eps)^(-1) of an Adagrad-like optimizer, from its state, after a step.
-
-    Args:
-        optimizer: holds G as ``state[p]["sum"]``, as torch.optim.Adagrad and this project's optimizers do.
-        parameters: for which it is wanted.
-        sigma: factor of the last step by parameter, for a clipped method; 1 where it is not given.
-
-    Raises:
-        UserError: a parameter has no accumulator, before the first step or with another kind of optimizer.
-    """
-    eps = {id(p): float(group.get("eps", 0.0) or 0.0) for group in optimizer.param_groups for p in group["params"]}
-    diagonals = []
-    for p in parameters:
-        state: Mapping[str, Any] = optimizer.state.get(p, {})
-        if "sum" not in state:
-            raise UserError("sharpness: a parameter has no Adagrad accumulator; take a step first, or use None")
-        factor = 1.0 if sigma is None else sigma.get(p, 1.0)
-        diagonals.append(factor / (state["sum"].sqrt() + eps.get(id(p), 0.0)))
-    return diagonals
 
 
 def _largest(

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from ranker.data.batch import Batch
 from ranker.errors import UserError, suggest
-from ranker.stability import LayerActivations, layer_signs, task_gradients
+from ranker.stability import LayerActivations, ReportsSteps, layer_signs, task_gradients
 from ranker.training.module import RankingModule
 
 log = logging.getLogger(__name__)
@@ -230,7 +230,7 @@ class EarlySigns(Callback):
         return seen
 
     def _others_sigma(self, optimizer: Optimizer, *, names: Sequence[str]) -> dict[str, Tensor]:
-        if self._what_if is None or not hasattr(optimizer, "last_step"):
+        if self._what_if is None or not isinstance(optimizer, ReportsSteps):
             return {}
         found = self._what_if(optimizer, names=names)
         return {
@@ -242,7 +242,7 @@ class EarlySigns(Callback):
 
     def _step_signs(self, optimizer: Optimizer) -> dict[str, Tensor]:
         """What the optimizer says of its own step; its r is exact whatever its update."""
-        if not hasattr(optimizer, "last_step"):
+        if not isinstance(optimizer, ReportsSteps):
             return {}
         steps = optimizer.last_step()
         seen = {}

@@ -17,8 +17,7 @@ from torch.distributed.tensor import DTensor
 
 from ranker.data.batch import Batch
 from ranker.errors import UserError
-from ranker.stability import measure_sharpness
-from ranker.stability.preconditioner import Preconditioner, step_preconditioner
+from ranker.stability import Preconditioner, ReportsSteps, measure_sharpness, step_preconditioner
 from ranker.training.module import RankingModule
 
 log = logging.getLogger(__name__)
@@ -174,7 +173,7 @@ class SharpnessProbe(Callback):
 
 def _sigma(optimizer: torch.optim.Optimizer, named: list[tuple[str, torch.nn.Parameter]]) -> dict[Tensor, float]:
     """Of the last step, where the optimizer tells; by unit or row the smallest."""
-    if not hasattr(optimizer, "last_step"):
+    if not isinstance(optimizer, ReportsSteps):
         return {}
     steps = optimizer.last_step()
     known = [(p, steps[name].sigma) for name, p in named if name in steps and steps[name].clipped]
