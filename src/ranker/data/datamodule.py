@@ -30,7 +30,6 @@ class RankingDataModule(pl.LightningDataModule):
     Attributes:
         log: the log; opened on first use where a factory was given.
         position: number of the next batch to train on, counted over all ranks from the start of the run.
-        watch_training: wraps the training loader, for example to time it; nothing by default.
     """
 
     def __init__(
@@ -46,6 +45,7 @@ class RankingDataModule(pl.LightningDataModule):
         progressive: bool = False,
         pin_memory: bool | None = None,
         dense_statistics: Mode = "none",
+        wrap_training: Callable[[Iterable[Batch]], Iterable[Batch]] = lambda loader: loader,
     ) -> None:
         """Reads nothing yet.
 
@@ -61,6 +61,7 @@ class RankingDataModule(pl.LightningDataModule):
             pin_memory: pin batches; None does where the trainer uses a GPU.
             dense_statistics: ``past_windows`` normalises dense features with mean and spread of the windows before the
                 one that is trained on; evaluations use what is known before the window of the next batch.
+            wrap_training: wraps the training loader, for example to time it.
 
         Raises:
             UserError: a number is out of range, or the window is neither rows nor hours.
@@ -83,7 +84,7 @@ class RankingDataModule(pl.LightningDataModule):
         self._past = PastWindows() if dense_statistics == "past_windows" else None
         self._loader: WindowedLoader | None = None
         self.position = 0
-        self.watch_training: Callable[[Iterable[Batch]], Iterable[Batch]] = lambda loader: loader
+        self._wrap_training = wrap_training
 
     @cached_property
     def log(self) -> Log:
@@ -140,7 +141,7 @@ class RankingDataModule(pl.LightningDataModule):
             pin_memory=self._pinned(),
             past=self._past,
         )
-        return self.watch_training(self._loader)
+        return self._wrap_training(self._loader)
 
     def val_dataloader(self) -> EvalLoader:
         """Part of the hold-out, spread evenly over it, kept in memory."""

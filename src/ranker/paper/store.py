@@ -13,20 +13,11 @@ import yaml
 
 from ranker.errors import UserError
 from ranker.paper.jobs import Job
+from ranker.runs.config_identity import NOT_IDENTIFYING, is_below
 from ranker.runs.run_folder import SUMMARY
 
-# Where a run lay, how it was watched and how it was scheduled decides none of its numbers.
-UNRECORDED = (
-    "data.source",
-    "data.cache_dir",
-    "data.root",
-    "logger",
-    "train.threads",
-    "train.checkpoint_every",
-    "train.log_every",
-    "callbacks.early_signs.every",
-    "callbacks.early_signs.task_gradients",
-)
+# Settings that do not identify a published run. Where the data lie does not matter, because the data set has a name.
+UNRECORDED = (*NOT_IDENTIFYING, "data.source", "data.root")
 DEFAULTS = {"scale": "laptop", "lr_mult": "1", "seed": "0"}  # what holds where nothing is said
 STANDARD = ("data", "scale", "model", "optim", "lr_mult", "seed")
 METRICS = ("auc", "ne", "rmse", "calibration")
@@ -35,7 +26,7 @@ METRICS = ("auc", "ne", "rmse", "calibration")
 def identity(overrides: Iterable[str]) -> frozenset[tuple[str, str]]:
     """What makes two jobs the same: their overrides, in whatever order and however a number was written."""
     said = DEFAULTS | dict(override.split("=", 1) for override in overrides)
-    return frozenset((key, _plain(value)) for key, value in said.items() if key not in UNRECORDED)
+    return frozenset((key, _plain(value)) for key, value in said.items() if not is_below(key, UNRECORDED))
 
 
 def collect(folder: Path, jobs: Sequence[Job]) -> tuple[pl.DataFrame, list[Job]]:
@@ -107,7 +98,7 @@ def row_of(job: Job, folder: Path, summary: dict[str, Any]) -> dict[str, Any]:
     overrides = dict(override.split("=", 1) for override in job)
     row: dict[str, Any] = {key: summary[key] for key in STANDARD}
     for key, value in overrides.items():
-        if key not in row and key not in UNRECORDED:
+        if key not in row and not is_below(key, UNRECORDED):
             row[key] = _number(value)
     row |= {key: summary[key] for key in ("lr", "status", "steps", "examples_per_second", "seconds")}
     row |= {"first_step": summary["divergence"]["first_step"], "micro": summary["divergence"]["micro"]}

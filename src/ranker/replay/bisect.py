@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ranker.capsules.training_state import State
+from ranker.capsules.training_state import TrainingState
 from ranker.data.batch import Batch
 from ranker.errors import UserError
 from ranker.replay.counterfactuals import Usual, share_key, without_features, without_rows
@@ -56,7 +56,7 @@ class Bisection:
     def __init__(
         self,
         engine: Engine,
-        state: State,
+        state: TrainingState,
         steps: Sequence[int],
         batches: Sequence[Sequence[Batch]],
         *,

@@ -10,15 +10,20 @@ from collections import deque
 from typing import Any
 
 import pytorch_lightning as pl
-import torch
 from pytorch_lightning.callbacks import Callback
+import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from ranker.data.batch import Batch
 from ranker.errors import UserError
+from ranker.runs import metric_names as names
 from ranker.stability import Preconditioner, ReportsSteps, measure_sharpness, step_preconditioner
-from ranker.training.module import RankingModule
+from ranker.training.module import Fit, RankingModule
+
+HESSIAN, PRECONDITIONED, RATIO, ERROR, SECONDS = map(
+    names.sharpness, ("hessian", "preconditioned", "ratio", "error", "seconds")
+)
 
 log = logging.getLogger(__name__)
 
@@ -79,9 +84,7 @@ class SharpnessProbe(Callback):
         if self._every and any(isinstance(p, DTensor) for p in pl_module.parameters()):
             raise UserError("callbacks.sharpness cannot look at sharded parameters; use trainer=ddp, or every=0")
 
-    def on_train_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
         """Starts the clock of the step."""
         self._started = time.perf_counter()
 
@@ -95,7 +98,6 @@ class SharpnessProbe(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Looks, when a look is due."""
-        assert isinstance(pl_module, RankingModule)
         stepped, self._stepped = self._stepped, False
         if not self._every or not trainer.is_global_zero or not stepped:
             return
@@ -103,8 +105,8 @@ class SharpnessProbe(Callback):
         self._step_seconds.append(start - self._started)
         if trainer.global_step % self._every:
             return
-        self._last = self.measure(pl_module, trainer.optimizers[0], batch)
-        seconds = self._last["sharpness/seconds"] = time.perf_counter() - start
+        self._last = self.measure(Fit(trainer).module, trainer.optimizers[0], batch)
+        seconds = self._last[SECONDS] = time.perf_counter() - start
         self._looks += 1
         self._look_seconds += seconds
         if self._looks == 1:
@@ -114,7 +116,7 @@ class SharpnessProbe(Callback):
                 "time. The step is taken as %s",
                 *(seconds, seconds / step, self._every, 100 * seconds / step / self._every, self._kind),
             )
-        pl_module.record(self._last)
+        Fit(trainer).module.record(self._last)
 
     def measure(self, module: RankingModule, optimizer: torch.optim.Optimizer, batch: Batch) -> dict[str, float]:
         """The numbers of one look, by name; nan where loss, weights or steps are not finite."""
@@ -136,17 +138,17 @@ class SharpnessProbe(Callback):
             net.train(training)
 
     def _eigenvalues(self, loss: Tensor, step: Preconditioner) -> dict[str, float]:
-        found = dict.fromkeys(("sharpness/hessian", "sharpness/preconditioned", "sharpness/ratio"), math.nan)
+        found = dict.fromkeys((HESSIAN, PRECONDITIONED, RATIO), math.nan)
         if not self._hessian:
-            del found["sharpness/hessian"]
-        found["sharpness/error"] = math.nan
+            del found[HESSIAN]
+        found[ERROR] = math.nan
         if not step.parameters:
             return found
         try:
             if self._hessian or step.is_identity:
                 plain = measure_sharpness(loss, step.parameters, lr=step.lr, **self._lanczos)  # type: ignore[arg-type]
                 if self._hessian:
-                    found["sharpness/hessian"] = plain.value
+                    found[HESSIAN] = plain.value
             if not step.is_identity:
                 plain = measure_sharpness(
                     loss,
@@ -158,15 +160,15 @@ class SharpnessProbe(Callback):
         except UserError as error:  # a lost model: its Hessian is not finite
             log.debug("%s", error)
             return found
-        found["sharpness/preconditioned"], found["sharpness/ratio"] = plain.value, plain.ratio
-        found["sharpness/error"] = plain.error / abs(plain.value) if plain.value else 0.0
+        found[PRECONDITIONED], found[RATIO] = plain.value, plain.ratio
+        found[ERROR] = plain.error / abs(plain.value) if plain.value else 0.0
         return found
 
     def summary(self) -> dict[str, Any] | None:
         """What summary.json says of the looks; None where there were none."""
         if not self._looks:
             return None
-        last = {name.removeprefix("sharpness/"): value for name, value in self._last.items()}
+        last = {name.removeprefix(names.SHARPNESS): value for name, value in self._last.items()}
         cost = {"looks": self._looks, "seconds": round(self._look_seconds, 1), "step_taken_as": self._kind}
         return cost | {f"last_{name}": last[name] for name in ("hessian", "preconditioned", "ratio") if name in last}
 
