@@ -41,7 +41,7 @@ def summarise(run: Run, *, status: str, reason: str, seconds: float) -> dict[str
         "rollbacks": [dict(r) for r in run.rollback.done] if run.rollback else [],
         "steps": run.trainer.global_step,
         "examples": run.throughput.examples,
-        "bad_rows": getattr(run.datamodule.log, "num_bad_rows", 0),  # only logs from files can hold any
+        "bad_rows": run.datamodule.log.num_bad_rows,
         "examples_per_second": round(run.throughput.examples_per_second, 1),
         "data_wait_fraction": round(run.throughput.data_wait_fraction, 4),
         "seconds": round(seconds, 1),

@@ -74,6 +74,8 @@ class RankingDataModule(pl.LightningDataModule):
             raise UserError(f"num_workers must be 0 or more, got {num_workers}")
         one_of(dense_statistics, MODES, "data.dense_statistics")
         parse_window(window)
+        if not (isinstance(log, Log) or callable(log)):
+            raise UserError(f"data.log: {type(log).__name__} is not a log; make it a subclass of ranker.data.log.Log")
         self._log = log
         self._batch_size, self._eval_batch_size = batch_size, eval_batch_size or batch_size
         self._window, self._seed = window, seed
@@ -158,7 +160,7 @@ class RankingDataModule(pl.LightningDataModule):
         """What a checkpoint keeps."""
         state: dict[str, Any] = {"position": self.position}
         # Reading threads may add to it meanwhile: a row group counts once, whoever reads it, so more does no harm.
-        bad = list(getattr(self.log, "bad_rows", {}).items())
+        bad = list(self.log.bad_rows.items())
         if bad:
             state["bad_rows"] = [[file, group, rows] for (file, group), rows in bad]
         if self._past is not None:
@@ -172,7 +174,7 @@ class RankingDataModule(pl.LightningDataModule):
             UserError: it was written with another choice of dense_statistics.
         """
         self.position = int(state_dict["position"])
-        known_bad = getattr(self.log, "bad_rows", {})
+        known_bad = self.log.bad_rows
         known_bad.update({(file, group): rows for file, group, rows in state_dict.get("bad_rows", ())})
         known = state_dict.get("dense_statistics")
         if (known is None) != (self._past is None):
@@ -185,7 +187,7 @@ class RankingDataModule(pl.LightningDataModule):
         """Counts what other ranks dropped too: each reads its own part of the hold-out. All ranks must call it."""
         if not (dist.is_available() and dist.is_initialized()):
             return
-        bad = getattr(self.log, "bad_rows", {})
+        bad = self.log.bad_rows
         by_rank: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(by_rank, dict(bad))
         for others in by_rank:

@@ -15,6 +15,7 @@ from ranker.data.batch import Batch
 from ranker.data.checks import check_sorted
 from ranker.data.decode import decode, times_ms
 from ranker.data.filesystem import open_root
+from ranker.data.log import Log
 from ranker.data.manifest import MANIFEST_FILE, Manifest
 from ranker.data.parquet_index import ParquetIndex, build_index
 from ranker.data.quarantine import write_quarantine
@@ -26,7 +27,7 @@ _DAY_MS = 86_400_000
 _KEPT_GROUPS = 2  # a window that moves on needs the group it leaves and the one it enters
 
 
-class ParquetLog:
+class ParquetLog(Log):
     """Rows of a directory with a schema and Parquet files, in the order of file names, which is that of time.
 
     Opening reads the footers alone. Reading decodes whole row groups and keeps the last few, so that windows smaller
@@ -35,7 +36,6 @@ class ParquetLog:
     Attributes:
         schema: what the rows hold.
         index: the row groups.
-        bad_rows: by file and row group, how many rows were dropped there so far.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class ParquetLog:
         text = self._root.read_bytes(MANIFEST_FILE)
         manifest = Manifest.from_json(text, where=f"{root}/{MANIFEST_FILE}") if text is not None else None
         self.index: ParquetIndex = build_index(self._root, schema=self.schema, manifest=manifest)
-        self.bad_rows: dict[tuple[str, int], int] = {}
+        self._bad_rows: dict[tuple[str, int], int] = {}
         self._groups: OrderedDict[int, Future[Batch]] = OrderedDict()
         self._times: OrderedDict[int, np.ndarray[Any, np.dtype[np.int64]]] = OrderedDict()
         self._lock = threading.Lock()
@@ -85,9 +85,9 @@ class ParquetLog:
         return self._train_rows
 
     @property
-    def num_bad_rows(self) -> int:
-        """Rows dropped so far because they could not be used."""
-        return sum(self.bad_rows.values())
+    def bad_rows(self) -> dict[tuple[str, int], int]:
+        """By file and row group, the number of rows dropped there so far because they cannot be used."""
+        return self._bad_rows
 
     def read(self, start: int, stop: int) -> Batch:
         """Rows start .. stop-1 in time order.
@@ -206,7 +206,7 @@ class ParquetLog:
             if self._on_bad_rows == "quarantine":
                 write_quarantine(self._root, place, table, faults)
             bad = bad_rows(faults)
-            self.bad_rows[place.file, place.row_group] = len(bad)
+            self._bad_rows[place.file, place.row_group] = len(bad)
             batch = silence(batch, bad)
         return batch
 

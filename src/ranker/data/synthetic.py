@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ranker.data.batch import Batch, Ragged
+from ranker.data.log import Log
 from ranker.data.schema import CategoricalFeature, DenseFeature, Schema, Task
 from ranker.data.synthetic_world import (
     AUTHOR_SHARE,
@@ -80,8 +81,8 @@ def synthetic_schema(*, num_users: int, num_items: int, signals: int, embedding_
     )
 
 
-class SyntheticLog:
-    """A log whose rows are generated when they are read; satisfies :class:`ranker.data.log.Log`.
+class SyntheticLog(Log):
+    """A log whose rows are generated when they are read; implements :class:`ranker.data.log.Log`.
 
     Row i is a function of the arguments and of i alone. The training days come first, each of rows_per_day rows
     spread evenly; the hold-out is the whole of the day after the last of them.

@@ -10,9 +10,9 @@ import torch
 
 from ranker.data.datamodule import RankingDataModule
 from ranker.data.loader import WindowedLoader
+from ranker.data.log import Selected
 from ranker.data.parquet_log import ParquetLog
 from ranker.data.schema import Task
-from ranker.data.select import Selected
 from ranker.data.windows import plan_windows
 from ranker.errors import UserError
 
