@@ -8,8 +8,7 @@ import pytorch_lightning as pl
 from pytorch_lightning.callbacks import Callback
 
 from ranker.data.datamodule import RankingDataModule
-from ranker.data.from_dict import one_of
-from ranker.errors import UserError
+from ranker.errors import UserError, one_of
 from ranker.runs.run_folder import RunFolder
 from ranker.stability import Event
 from ranker.training.divergence_watch import DivergenceWatch

@@ -6,8 +6,7 @@ from itertools import chain, islice
 import pytest
 import torch
 
-from ranker.data.eval_loader import EvalLoader
-from ranker.data.loader import WindowedLoader
+from ranker.data.loader import EvalLoader, WindowedLoader
 from ranker.data.windows import plan_windows
 
 ROWS = 103

@@ -7,7 +7,7 @@ from itertools import count, islice
 
 import pytest
 
-from ranker.data.prefetch import Inline, in_order
+from ranker.data.loader import Inline, in_order
 
 
 @pytest.mark.parametrize("workers", [0, 1, 4])
