@@ -164,9 +164,7 @@ def test_a_time_in_another_unit_is_recognised(write_log, factor, unit):
     def change(day, columns):
         columns["t"] = pa.array((columns["t"].to_numpy() * factor).astype(np.int64))
 
-    refused(
-        write_log(DAYS, change=change), "column 't'", "is not in 1990 .. 2100 in 'ms'", f"set time_unit: {unit}"
-    )
+    refused(write_log(DAYS, change=change), "column 't'", "is not in 1990 .. 2100 in 'ms'", f"set time_unit: {unit}")
 
 
 def test_small_made_up_times_are_accepted(write_log):
