@@ -201,7 +201,7 @@ def _mean_by_id(ids: npt.NDArray[np.int64], positive: npt.NDArray[np.bool_]) -> 
 
 
 def _auc(scores: npt.NDArray[Any], positive: npt.NDArray[np.bool_]) -> float:
-    """Probability that a positive has a higher score than a negative, ties counting half. 0.5 if one class is missing."""
+    """Probability that a positive scores higher than a negative, ties counting half. 0.5 if one class is missing."""
     count = int(positive.sum())
     if count in (0, len(positive)):
         return 0.5
