@@ -23,9 +23,8 @@ from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
 from ranker.config import base_lr, resumed
 from ranker.data.datamodule import RankingDataModule
-from ranker.data.log import Log
+from ranker.data.log import Log, Selected
 from ranker.data.schema import Schema
-from ranker.data.select import Selected
 from ranker.errors import UserError
 from ranker.models import Ranker
 from ranker.runs.run_folder import GLOBAL_STEP, RunFolder

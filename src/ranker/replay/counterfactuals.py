@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ranker.data.batch import Batch, Ragged
-from ranker.data.row_faults import silence
+from ranker.data.row_faults import drop_rows
 from ranker.data.schema import Schema
 
 Edit = Callable[[Batch], Batch]
@@ -69,7 +69,7 @@ def without_rows(rows: Mapping[int, Collection[int]]) -> Edit:
 
     def edit(batch: Batch) -> Batch:
         places = sorted(rows.get(share_key(batch), ()))
-        return silence(batch, np.array(places, dtype=np.int64)) if places else batch
+        return drop_rows(batch, np.array(places, dtype=np.int64)) if places else batch
 
     return edit
 

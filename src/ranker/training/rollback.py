@@ -7,8 +7,7 @@ from typing import Any, Literal
 from torch.optim import Optimizer
 
 from ranker.capsules.training_state import TrainingState
-from ranker.data.from_dict import one_of
-from ranker.errors import UserError
+from ranker.errors import UserError, one_of
 from ranker.runs import metric_names
 from ranker.runs.run_folder import RunFolder
 from ranker.stability import DivergenceDetector, Event

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor, nn
 
-from ranker.models.mlp import MLP
+from ranker.models.layers import MLP
 from ranker.stability import LayerActivations, activations, infinity_norm
 
 

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ranker.models.mlp import MLP
+from ranker.models.layers import MLP
 from ranker.stability import DeadReluShare
 
 

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from ranker.errors import UserError
-from ranker.models.mlp import MLP
+from ranker.models.layers import MLP
 from ranker.stability import hessian_product, largest_eigenvalue, measure_sharpness, step_preconditioner
 
 

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import torch
 
-from ranker.models.heads import Heads
+from ranker.models.ranker_base import Heads
 
 TASKS = ["keys", "train", "click"]  # names that torch.nn.Module and ModuleDict use themselves
 
