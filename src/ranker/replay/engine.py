@@ -19,8 +19,7 @@ from ranker.data.schema import Schema
 from ranker.losses import MultitaskLoss
 from ranker.metrics import StreamingAUC
 from ranker.replay.trajectory import Trajectory
-from ranker.stability import DivergenceDetector, Event
-from ranker.stability.step_signals import pack
+from ranker.stability import DivergenceDetector, Event, pack
 
 
 class Trainable(Protocol):

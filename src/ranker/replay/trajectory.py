@@ -19,7 +19,7 @@ class Trajectory:
     Attributes:
         name: what to call it.
         steps: of each batch, the step it belongs to.
-        signals_SN: float32 [S, 3 T + 1], in the order of ``ranker.stability.step_signals.pack``.
+        signals_SN: float32 [S, 3 T + 1], in the order of ``ranker.stability.pack``.
         event: the first divergence that the detector saw in it: one it settled, or else one still open at its end.
     """
 

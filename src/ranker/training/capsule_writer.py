@@ -23,8 +23,7 @@ from ranker.data.schema import SCHEMA_FILE
 from ranker.errors import UserError, suggest
 from ranker.runs.provenance import arithmetic
 from ranker.runs.run_folder import RunFolder, versions
-from ranker.stability import Event
-from ranker.stability.step_signals import pack
+from ranker.stability import Event, pack
 from ranker.training.divergence_watch import DivergenceWatch
 from ranker.training.module import RankingModule
 from ranker.training.progress import TrainingProgress

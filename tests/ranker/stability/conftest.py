@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 
 from ranker.stability import DivergenceDetector, Event
-from ranker.stability.traces import TASKS, Trace
+from signal_traces import TASKS, Trace
 
 Outcome = tuple[DivergenceDetector, list[Event]]
 

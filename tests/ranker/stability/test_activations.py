@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from ranker.models.mlp import MLP
-from ranker.stability import LayerActivations, activations, infinity_norm
+from ranker.stability import early_signs
+from ranker.stability.early_signs import LayerActivations, infinity_norm
 
 
 class Net(nn.Module):
@@ -74,6 +75,6 @@ def test_over_ranks_the_largest_counts_and_nan_as_infinite(monkeypatch) -> None:
         all_reduce=all_reduce,
         ReduceOp=SimpleNamespace(MAX="max"),
     )
-    monkeypatch.setattr(activations, "dist", ranks)
-    joined = activations.largest_over_ranks([torch.tensor([1.0, 2.0]), torch.tensor([math.nan])])
+    monkeypatch.setattr(early_signs, "dist", ranks)
+    joined = early_signs.max_over_ranks([torch.tensor([1.0, 2.0]), torch.tensor([math.nan])])
     assert [row.tolist() for row in joined] == [[5.0, 2.0], [math.inf]]

@@ -5,14 +5,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ranker.models.mlp import MLP
-from ranker.stability import DeadReluShare
+from ranker.stability.early_signs import ReluPeaks, dead_share
 
 
 def measured(net: nn.Module, x: Tensor) -> dict[str, float]:
-    share = DeadReluShare(net)
-    with share.measuring():
+    relus = ReluPeaks(net)
+    with relus.measuring():
         net(x)
-    return {name: float(value) for name, value in share.compute().items()}
+    return {name: float(dead_share(peak_H)) for name, peak_H in relus.peaks.items()}
 
 
 def test_the_share_of_dead_units_is_exact_by_layer() -> None:
@@ -39,19 +39,19 @@ def test_modules_and_functions_count_alike_and_names_tell_the_caller() -> None:
 
 def test_outside_of_a_measurement_nothing_is_hooked() -> None:
     net = MLP(3, [4])
-    share = DeadReluShare(net)
-    with share.measuring():
+    relus = ReluPeaks(net)
+    with relus.measuring():
         net(torch.randn(8, 3))
-    before = share.compute()
+    before = dict(relus.peaks)
     net(torch.full((8, 3), float("nan")))
-    assert share.compute() == before
+    assert relus.peaks == before
     assert all(not m._forward_hooks and not m._forward_pre_hooks for m in net.modules())
 
 
 def test_an_exception_in_the_forward_pass_leaves_no_hook_behind() -> None:
     net = MLP(3, [4])
     try:
-        with DeadReluShare(net).measuring():
+        with ReluPeaks(net).measuring():
             net(torch.randn(8, 99))
     except RuntimeError:
         pass
@@ -61,7 +61,7 @@ def test_an_exception_in_the_forward_pass_leaves_no_hook_behind() -> None:
 def test_measuring_changes_neither_output_nor_gradient() -> None:
     net, x = MLP(3, [4, 4]), torch.randn(8, 3)
     plain = net(x)
-    with DeadReluShare(net).measuring():
+    with ReluPeaks(net).measuring():
         seen = net(x)
     assert torch.equal(plain, seen)
     seen.sum().backward()

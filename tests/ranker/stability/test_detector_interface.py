@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 import torch
 
+import signal_traces as traces
 from ranker.errors import UserError
-from ranker.stability import DetectorSettings, DivergenceDetector, Event, traces
-from ranker.stability.traces import TASKS, Trace, healthy
+from ranker.stability import DetectorSettings, DivergenceDetector, Event
+from signal_traces import TASKS, Trace, healthy
 
 Judged = Callable[..., Any]
 
@@ -169,7 +170,7 @@ def test_an_event_is_json_and_plain_words(judged: Judged) -> None:
 
 
 def test_rows_left_unread_for_long_are_judged_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ranker.stability.detector._MOST_UNREAD", 64)
+    monkeypatch.setattr("ranker.stability.detector._MAX_UNREAD_STEPS", 64)
     detector = DivergenceDetector(TASKS)
     feed(detector, eventful(), 0, 900)
     assert detector.status == "diverged"

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from ranker.stability import DivergenceDetector, traces
-from ranker.stability.traces import healthy
+import signal_traces as traces
+from ranker.stability import DivergenceDetector
+from signal_traces import healthy
 
 Judged = Callable[..., Any]
 

@@ -8,7 +8,8 @@ from torch.func import functional_call
 
 from ranker.errors import UserError
 from ranker.models.mlp import MLP
-from ranker.stability import hessian_product, largest_eigenvalue, measure_sharpness, step_preconditioner
+from ranker.stability import measure_sharpness, step_preconditioner
+from ranker.stability.sharpness import hessian_product, largest_eigenvalue
 
 
 class Problem:
