@@ -39,13 +39,11 @@ class Ritz:
 
     Attributes:
         value: the largest eigenvalue (by sign, not by absolute value).
-        vector: its eigenvector, of norm 1.
-        error: bound on the distance from ``value`` to an eigenvalue, norm2(A x - value x).
+        error: bound on the distance from ``value`` to an eigenvalue: norm2(A x - value x), x the eigenvector found.
         products: number of products with the operator.
     """
 
     value: float
-    vector: Tensor
     error: float
     products: int
 
@@ -176,7 +174,7 @@ def largest_eigenvalue(
         # If w is of the size of rounding errors, the basis spans all that the start can reach, and the value is exact.
         exhausted = beta <= 10 * torch.finfo(w.dtype).eps * float(values.abs().max())
         if error <= tolerance * abs(value) or exhausted or count == most:
-            return Ritz(value=value, vector=span_kN.T @ vectors[:, -1].to(w), error=error, products=count)
+            return Ritz(value=value, error=error, products=count)
         betas.append(beta)
         basis_KN[count] = w / beta
 

@@ -36,7 +36,7 @@ def test_a_planted_batch_feature_and_rows_are_named(engine) -> None:
     assert found.features.names == [f"x{COLUMN}"]
     assert found.rows is not None
     assert found.rows.row_ids == [(STEP - 1) * ROWS + row for row in PLANTED]
-    assert found.replays <= search.most_replays()
+    assert found.replays <= search.max_replays()
 
 
 def test_a_batch_that_only_has_a_high_loss_itself_is_told_from_one_that_harms_the_model(engine) -> None:

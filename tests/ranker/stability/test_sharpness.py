@@ -117,7 +117,6 @@ def test_the_error_bound_holds_when_products_run_out() -> None:
     found = largest_eigenvalue(lambda v: values * v, torch.randn(200, dtype=torch.float64), max_products=5)
     assert found.products == 5
     assert float((values - found.value).abs().min()) <= found.error
-    assert float(torch.linalg.vector_norm(found.vector)) == pytest.approx(1.0)
 
 
 def test_clustered_eigenvalues_do_not_bring_ghosts() -> None:
