@@ -1,4 +1,4 @@
-"""Planted causes are found: the step, the feature, the rows; and where there is none, that is said."""
+"""A bisection finds a planted step, feature and rows, and refuses batches without a divergence."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ LIMITS = Limits(lookback=3, horizon=8)
 
 
 def bisection(engine, batches) -> Bisection:
-    """The search in the minutes after the snapshot of a run."""
+    """A bisection of the batches after the snapshot of a run."""
     engine.run(range(1, SNAPSHOT + 1), batches[:SNAPSHOT])
     steps = range(SNAPSHOT + 1, len(batches) + 1)
     return Bisection(engine, engine.state(), steps, batches[SNAPSHOT:], limits=LIMITS)

@@ -1,4 +1,4 @@
-"""Ranks that see different losses come to the same verdict at the same step."""
+"""Ranks with different losses reach the same verdict at the same step."""
 
 from __future__ import annotations
 

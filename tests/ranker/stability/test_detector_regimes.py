@@ -1,4 +1,4 @@
-"""Every regime a run can be in, on generated traces with known events."""
+"""The detector on generated traces with known events, for every regime of a run."""
 
 from __future__ import annotations
 

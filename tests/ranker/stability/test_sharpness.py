@@ -1,3 +1,5 @@
+"""Sharpness equals the exact largest eigenvalue, and the edge is where gradient descent diverges."""
+
 from __future__ import annotations
 
 import pytest

@@ -1,3 +1,5 @@
+"""The baseline of a loss follows its level and noise, and rejects spikes."""
+
 from __future__ import annotations
 
 import pytest
