@@ -42,9 +42,9 @@ def healthy(
 ) -> Trace:
     """A run without events, with the noise of real runs.
 
-    Losses fall from those of an untrained model. The noise of a binary task comes from its number of positives (Poisson,
-    down to one positive in two batches). The noise of the regression is heavy-tailed (mean of squared lognormal
-    errors). Levels drift as sine waves with a different period per task.
+    Losses fall from those of an untrained model. The noise of a binary task comes from its number of positives
+    (Poisson, down to one positive in two batches). The noise of the regression is heavy-tailed (mean of squared
+    lognormal errors). Levels drift as sine waves with a different period per task.
 
     Args:
         steps: number of steps N.
