@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
+import signal_traces as traces
 from bench_report import Line, finish, limited, met
 from optim import build_optimizer
 from ranker import config
@@ -28,8 +29,8 @@ from ranker.losses import MultitaskLoss
 from ranker.metrics import StreamingAUC
 from ranker.models import SharedBottom
 from ranker.reports.comparison import as_markdown, as_rich
-from ranker.stability import DivergenceDetector, Event, measure_sharpness, reduce_signals, traces
-from ranker.stability.traces import Trace
+from ranker.stability import DivergenceDetector, Event, measure_sharpness, reduce_signals
+from signal_traces import Trace
 from stability_cases import BATCH, LR, Case, injections, real_cases, record
 from stability_overhead import rows as overhead_rows
 
@@ -185,7 +186,10 @@ def main() -> int:
     console.print("training runs that something is done to")
     lines += [score("real", name, cases) for name, cases in real_cases(real_seeds)]
     console.print(f"{args.healthy_steps:,} healthy steps")
-    healthy = [*base, *(traces.healthy(steps=50_000, seed=1000 + s) for s in range(args.healthy_steps // 50_000))]
+    healthy = [
+        *base,
+        *(traces.healthy(steps=50_000, seed=1000 + s) for s in range(args.healthy_steps // 50_000)),
+    ]
     alarms = sum(len([e for e in judge(t)[0] if e.kind != "shift"]) for t in healthy)
     found = figures(
         lines,

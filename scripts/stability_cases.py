@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+import signal_traces as traces
 from optim import build_optimizer
 from ranker.data.batch import Batch
 from ranker.data.loader import WindowedLoader
@@ -21,8 +22,7 @@ from ranker.data.windows import plan_windows
 from ranker.losses import MultitaskLoss
 from ranker.metrics import StreamingAUC, TaskMetrics
 from ranker.models import SharedBottom
-from ranker.stability import traces
-from ranker.stability.traces import Trace
+from signal_traces import Trace
 
 BATCH = 1024
 LR = 0.2

@@ -37,7 +37,7 @@ class Manifest:
         snapshot_step: steps taken when the snapshot was made.
         steps: of each batch in order, the step it belongs to.
         numbers: of each batch, its place in the training order (``Batch.number``).
-        signals: of each batch, the recorded signals in the order of ``ranker.stability.step_signals.pack``, float32,
+        signals: of each batch, the recorded signals in the order of ``ranker.stability.pack``, float32,
             written as hexadecimal floats, hence exact: losses [T], training AUCs [T], spreads [T], whether not finite.
         tasks: names of the tasks.
         world_size: ranks, each with a file of batches.

@@ -17,7 +17,7 @@ from ranker.data.batch import Batch
 from ranker.data.schema import Schema
 from ranker.losses import Loss, MultitaskLoss
 from ranker.metrics import StreamingAUC
-from ranker.stability.step_signals import pack
+from ranker.stability import pack
 
 
 class Trainable(Protocol):

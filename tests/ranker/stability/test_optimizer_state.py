@@ -1,3 +1,5 @@
+"""The preconditioner of SGD, Adam and Adagrad predicts where training diverges; optimizers that report steps."""
+
 from __future__ import annotations
 
 from typing import Any
@@ -5,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from ranker.stability import measure_sharpness, step_preconditioner
+from optim import build_optimizer
+from ranker.stability import ReportsSteps, measure_sharpness, step_preconditioner
 
 
 def quadratic(w: torch.Tensor) -> torch.Tensor:
@@ -70,3 +73,9 @@ def test_different_updates_are_each_taken_for_what_they_are() -> None:
     plain = step_preconditioner(torch.optim.SGD([w], lr=0.1), [w])
     assert plain.is_identity
     assert not step_preconditioner(torch.optim.SGD([w], lr=0.1, momentum=0.9), [w]).is_identity
+
+
+def test_our_optimizers_report_their_steps_and_torchs_do_not() -> None:
+    net = torch.nn.Linear(2, 1)
+    assert isinstance(build_optimizer("clippy", net, lr=0.1), ReportsSteps)
+    assert not isinstance(torch.optim.Adagrad(net.parameters(), lr=0.1), ReportsSteps)

@@ -1,3 +1,5 @@
+"""Sharpness equals the exact largest eigenvalue, and the edge is where gradient descent diverges."""
+
 from __future__ import annotations
 
 import pytest
@@ -8,7 +10,8 @@ from torch.func import functional_call
 
 from ranker.errors import UserError
 from ranker.models.layers import MLP
-from ranker.stability import hessian_product, largest_eigenvalue, measure_sharpness, step_preconditioner
+from ranker.stability import measure_sharpness, step_preconditioner
+from ranker.stability.sharpness import hessian_product, largest_eigenvalue
 
 
 class Problem:
@@ -116,7 +119,6 @@ def test_the_error_bound_holds_when_products_run_out() -> None:
     found = largest_eigenvalue(lambda v: values * v, torch.randn(200, dtype=torch.float64), max_products=5)
     assert found.products == 5
     assert float((values - found.value).abs().min()) <= found.error
-    assert float(torch.linalg.vector_norm(found.vector)) == pytest.approx(1.0)
 
 
 def test_clustered_eigenvalues_do_not_bring_ghosts() -> None:

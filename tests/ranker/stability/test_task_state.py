@@ -1,10 +1,12 @@
+"""The baseline of a loss follows its level and noise, and rejects spikes."""
+
 from __future__ import annotations
 
 import pytest
 import torch
 
-from ranker.stability.baseline import Baseline
-from ranker.stability.detector_settings import DetectorSettings
+from ranker.stability import DetectorSettings
+from ranker.stability.task_state import Baseline
 
 SETTINGS = DetectorSettings()
 
@@ -52,7 +54,7 @@ def test_a_loss_that_grows_faster_than_max_rise_gets_away_from_its_baseline(rate
     growing = [(1 + rate) ** k for k in range(steps)]
     baseline = fed(noisy(1.0, 300), growing)
     assert baseline.level < 1.01 * 2 ** (steps / SETTINGS.max_rise)
-    assert baseline.lasting_excess(growing[-6]) > 1
+    assert baseline.median_excess(growing[-6]) > 1
 
 
 def test_the_first_loss_sets_the_floor_for_rare_tasks() -> None:
@@ -67,7 +69,7 @@ def test_restart_takes_the_new_level_at_once() -> None:
     assert baseline.level == 3.0
 
 
-def test_the_ring_keeps_its_sorted_copy_in_step() -> None:
+def test_the_buffer_keeps_its_sorted_copy_in_step() -> None:
     baseline = fed(noisy(1.0, 1000, scale=0.05))
-    assert baseline._sorted == sorted(baseline._ring)
-    assert len(baseline._ring) == SETTINGS.window
+    assert baseline._sorted == sorted(baseline._losses)
+    assert len(baseline._losses) == SETTINGS.window

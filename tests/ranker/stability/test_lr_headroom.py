@@ -1,4 +1,4 @@
-"""The estimate of the largest stable learning rate, and the search for it, on outcomes made up by hand."""
+"""The estimate of the largest stable learning rate, and the search for it, on hand-made outcomes."""
 
 from __future__ import annotations
 

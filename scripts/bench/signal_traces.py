@@ -1,4 +1,4 @@
-"""Generated traces with known events: what the detector's tests and its benchmark run on."""
+"""Generated traces of signals with known events, for the detector's tests and its benchmark."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ import torch
 from torch import Tensor
 
 TASKS = ("click", "like", "follow", "watch_time")
-_ROWS = 1024  # of a batch
-_POSITIVE = (0.4, 0.03, 0.0005)  # shares of the binary tasks
+_ROWS = 1024  # rows per batch
+_POSITIVE = (0.4, 0.03, 0.0005)  # share of positives per binary task
 _AUC = (0.7, 0.72, 0.65)
-_MEMORY = 100  # steps that a running AUC averages over
+_MEMORY = 100  # number of steps that the running AUC averages over
 
 
 @dataclass(frozen=True, kw_only=True)
 class Trace:
-    """Signals of a run, one row a step; the first step is step 1.
+    """Signals of a run, one row per step. The first step is step 1.
 
     Attributes:
-        losses_NT: losses.
-        auc_NT: training AUCs; nan for the regression.
-        spread_NT: standard deviations of logits.
-        nonfinite_N: whether a prediction was not finite.
-        eval_auc_T: AUC on a hold-out after the last step.
+        losses_NT: loss per task.
+        auc_NT: training AUC per task; nan for the regression.
+        spread_NT: standard deviation of the logits per task.
+        nonfinite_N: whether a prediction is not finite.
+        eval_auc_T: AUC per task on the hold-out after the last step.
     """
 
     losses_NT: Tensor
@@ -40,19 +40,19 @@ class Trace:
 def healthy(
     *, steps: int, seed: int, learned_after: int = 60, drift: float = 0.2, skill: float = 1.0, wild: int = 0
 ) -> Trace:
-    """A run in which nothing happens, as noisy as real ones.
+    """A run without events, with the noise of real runs.
 
-    Losses fall from those of an untrained model. A binary task's noise is that of the number of its positives (Poisson,
-    down to one in two batches); the regression's is heavy-tailed (the mean of squared lognormal errors). Levels
-    drift by sines, each task at its own pace.
+    Losses fall from those of an untrained model. The noise of a binary task comes from its number of positives
+    (Poisson, down to one positive in two batches). The noise of the regression is heavy-tailed (mean of squared
+    lognormal errors). Levels drift as sine waves with a different period per task.
 
     Args:
-        steps: N.
-        seed: of the noise.
-        learned_after: steps in which the distance from what can be learned falls by e.
-        drift: amplitude of the drift, in natural logarithms.
-        skill: factor on what the AUCs have above 0.5; 0 for a model that learns nothing.
-        wild: first steps with losses of 10 to 1,000 times, as Adagrad has them at a high learning rate.
+        steps: number of steps N.
+        seed: seed of the noise.
+        learned_after: number of steps in which the distance from the best possible loss falls by a factor of e.
+        drift: amplitude of the drift of the logarithm of the loss.
+        skill: factor on AUC - 0.5; 0 for a model that learns nothing.
+        wild: number of first steps with losses up to 1,000 times as high, as with Adagrad at a high learning rate.
     """
     g = torch.Generator().manual_seed(seed)
     n = torch.arange(1, steps + 1, dtype=torch.float64)
@@ -88,7 +88,7 @@ def healthy(
 
 
 def spike(trace: Trace, *, at: int, length: int, factor: float, tasks: slice = slice(None)) -> Trace:
-    """Losses ``factor`` times as high in steps ``at`` to ``at + length - 1``; decaying by e over the second half."""
+    """Losses ``factor`` times as high in steps ``at`` to ``at + length - 1``; the second half decays by e."""
     losses_NT = trace.losses_NT.clone()
     k = torch.arange(min(length, len(trace) + 1 - at))
     decay = torch.exp(-2 * (k - length // 2).clamp(min=0) / length)
@@ -98,7 +98,7 @@ def spike(trace: Trace, *, at: int, length: int, factor: float, tasks: slice = s
 
 
 def not_a_number(trace: Trace, *, at: int, length: int) -> Trace:
-    """Losses and predictions nan in ``length`` steps."""
+    """Losses and predictions that are nan in ``length`` steps."""
     losses_NT, nonfinite_N = trace.losses_NT.clone(), trace.nonfinite_N.clone()
     losses_NT[at - 1 : at - 1 + length] = math.nan
     nonfinite_N[at - 1 : at - 1 + length] = True
@@ -106,21 +106,21 @@ def not_a_number(trace: Trace, *, at: int, length: int) -> Trace:
 
 
 def blow_up(trace: Trace, *, at: int, rate: float) -> Trace:
-    """Losses that grow by ``rate`` a step from step ``at`` on, up to 10,000 times, while the skill goes."""
+    """Losses that grow by ``rate`` per step from step ``at`` on, up to 10,000 times, and AUCs that fall to 0.5."""
     k = (torch.arange(len(trace)) - (at - 1)).clamp(min=0)
     growth_N = torch.exp((rate * k).clamp(max=math.log(1e4)))
     return replace(forget(trace, at=at + int(1 / rate)), losses_NT=trace.losses_NT * growth_N[:, None])
 
 
 def step_up(trace: Trace, *, at: int, factor: float) -> Trace:
-    """Losses ``factor`` times as high from step ``at`` on, and no skill."""
+    """Losses ``factor`` times as high from step ``at`` on, and AUCs that fall to 0.5."""
     losses_NT = trace.losses_NT.clone()
     losses_NT[at - 1 :] *= factor
     return replace(forget(trace, at=at), losses_NT=losses_NT)
 
 
 def forget(trace: Trace, *, at: int) -> Trace:
-    """AUCs that fall to 0.5 from step ``at`` on, at the pace of a running average; losses stay."""
+    """AUCs that fall to 0.5 from step ``at`` on, as fast as a running average; losses do not change."""
     k = (torch.arange(len(trace)) - (at - 1)).clamp(min=0)
     kept_N = torch.exp(-3.0 * k / _MEMORY)
     eval_auc_T = torch.where(trace.eval_auc_T.isnan(), math.nan, 0.5)
@@ -128,7 +128,7 @@ def forget(trace: Trace, *, at: int) -> Trace:
 
 
 def die(trace: Trace, *, at: int) -> Trace:
-    """Predictions that no longer depend on the input from step ``at`` on; losses a little above those of before."""
+    """Predictions that do not depend on the input from step ``at`` on; losses are 5 % higher."""
     losses_NT, spread_NT = trace.losses_NT.clone(), trace.spread_NT.clone()
     losses_NT[at - 1 :] *= 1.05
     spread_NT[at - 1 :] = 0.0
@@ -136,7 +136,7 @@ def die(trace: Trace, *, at: int) -> Trace:
 
 
 def _smooth(noise_NB: Tensor) -> Tensor:
-    """Noise averaged over the AUC's memory, of standard deviation 1."""
+    """Noise averaged over ``_MEMORY`` steps, with standard deviation 1."""
     steps = len(noise_NB)
     kernel = torch.ones(1, 1, _MEMORY) / math.sqrt(_MEMORY)
     padded = torch.nn.functional.pad(
