@@ -116,7 +116,9 @@ class Bookkeeping(Callback):
         """Starts the clock again."""
         self._resume_clock()
 
-    def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
         """Has the loggers write what they hold: a resumed run continues after the checkpoint's step."""
         for logger in trainer.loggers:
             logger.save()

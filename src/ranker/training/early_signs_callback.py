@@ -9,8 +9,8 @@ from functools import partial
 from typing import Any
 
 import pytorch_lightning as pl
-from pytorch_lightning.callbacks import Callback
 import torch
+from pytorch_lightning.callbacks import Callback
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -119,7 +119,9 @@ class EarlySigns(Callback):
         except (TypeError, ValueError) as error:
             raise UserError(f"callbacks.early_signs.what_if: {error}") from error
 
-    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
         """Prepares for a look at the forward pass that follows."""
         self._due = bool(self._every) and (trainer.global_step + 1) % self._every == 0
         self._batch: Batch = batch
@@ -141,7 +143,9 @@ class EarlySigns(Callback):
             self._seen |= self._task_signs(Fit(trainer).module)
         self._logits_BT = None
 
-    def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer) -> None:
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
+    ) -> None:
         """Looks at the gradients, and asks what other rules would make of them."""
         if not self._due:
             return

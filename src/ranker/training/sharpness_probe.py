@@ -10,8 +10,8 @@ from collections import deque
 from typing import Any
 
 import pytorch_lightning as pl
-from pytorch_lightning.callbacks import Callback
 import torch
+from pytorch_lightning.callbacks import Callback
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
@@ -84,7 +84,9 @@ class SharpnessProbe(Callback):
         if self._every and any(isinstance(p, DTensor) for p in pl_module.parameters()):
             raise UserError("callbacks.sharpness cannot look at sharded parameters; use trainer=ddp, or every=0")
 
-    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
         """Starts the clock of the step."""
         self._started = time.perf_counter()
 

@@ -8,8 +8,8 @@ from dataclasses import fields
 from typing import Any
 
 import pytorch_lightning as pl
-from pytorch_lightning.callbacks import Callback
 import torch
+from pytorch_lightning.callbacks import Callback
 
 from ranker.data.batch import Batch
 from ranker.errors import UserError, suggest
@@ -132,7 +132,9 @@ class Stability(Callback):
         if self.rollback:
             self.rollback.start(fit)
 
-    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Batch, batch_idx: int) -> None:
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Batch, batch_idx: int
+    ) -> None:
         """Tells the capsules which batch comes next; after a rollback it does not follow the last one."""
         if self.capsules and self.detector:
             self.capsules.before_batch(Fit(trainer), batch, self.detector)
