@@ -1,4 +1,4 @@
-"""How fast the data path is: python scripts/bench_data.py [--source DIR] [--json FILE].
+"""How fast the data path is: python scripts/bench/bench_data.py [--source DIR] [--json FILE].
 
 Every target is a ratio of two things measured in turns in this one process, so that a busy or a slow machine changes
 both alike: the loader against a bare pyarrow scan of the same columns, against the way people write it first (a
