@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 from rich.console import Console
 
-from ranker.data.from_dict import build as from_mapping
+from ranker.data.columns import from_plain as from_mapping
 from ranker.errors import UserError, suggest
 from ranker.export.bundle import refuse_existing, write_json
 from ranker.export.show import counted

@@ -1,4 +1,4 @@
-"""From the configuration to objects. The only module beside train.py and config.py that knows Hydra."""
+"""Builds a run from its configuration: data, module, callbacks, loggers and trainer."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,46 +23,39 @@ from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
 from ranker.config import base_lr, resumed
 from ranker.data.datamodule import RankingDataModule
-from ranker.data.log import Log
+from ranker.data.log import Log, Selected
 from ranker.data.schema import Schema
-from ranker.data.select import Selected
 from ranker.errors import UserError
 from ranker.models import Ranker
-from ranker.runs.run_folder import RunFolder
+from ranker.runs.run_folder import GLOBAL_STEP, RunFolder
 from ranker.training import trackers
-from ranker.training.capsule_writer import Capsules
-from ranker.training.checkpoints import NewestCheckpoint
-from ranker.training.divergence_watch import DivergenceWatch
-from ranker.training.interruption import Interruption
+from ranker.training.bookkeeping import Bookkeeping, Interruption, NewestCheckpoint
 from ranker.training.metrics_csv import MetricsCsv
 from ranker.training.module import RankingModule
-from ranker.training.position import DataPosition
-from ranker.training.rollback import Rollback
-from ranker.training.snapshot_ring import SnapshotRing
-from ranker.training.step_metrics import StepMetrics
-from ranker.training.throughput import Throughput
+from ranker.training.progress import say_in_log
+from ranker.training.sharpness_probe import SharpnessProbe
+from ranker.training.stability_callback import Stability
 
-# Tell the processes that DDP starts which folder theirs is, and the checkpoint that a sweep's job goes on from.
+# Environment variables that tell the processes started by DDP their folder and the checkpoint of a sweep's job.
 RUN_DIR_VARIABLE, CHECKPOINT_VARIABLE = "EVENKEEL_RUN_DIR", "EVENKEEL_CHECKPOINT"
 
 
 @dataclass(frozen=True)
 class Run:
-    """Everything a run is made of.
+    """The parts of a run.
 
     Attributes:
-        cfg: the resolved configuration; that of the saved run when one goes on.
+        cfg: the resolved configuration; of the saved run if a run resumes.
         folder: the run folder.
         module: the Lightning module.
         datamodule: the Lightning data module.
         trainer: the Lightning trainer.
-        throughput: the callback that measures speed.
-        watch: the callback that watches for divergence; None where it is switched off.
-        capsules: the callback that writes a divergence down for replay; None where it is switched off.
-        rollback: the callback that goes back to before a divergence; None where it is switched off.
-        interruption: the callback that ends training when the process is asked to stop.
+        bookkeeping: the callback that counts examples and measures the speed.
+        stability: the callback that detects divergences, and records and mends them.
+        sharpness: the callback that measures sharpness; None where it is switched off.
+        interruption: the callback that ends training on request.
         loggers: metrics.csv and the tracker.
-        checkpoint: the checkpoint to go on from; None for a new run.
+        checkpoint: the checkpoint to resume from; None for a new run.
     """
 
     cfg: DictConfig
@@ -70,24 +63,23 @@ class Run:
     module: RankingModule
     datamodule: RankingDataModule
     trainer: pl.Trainer
-    throughput: Throughput
-    watch: DivergenceWatch | None
-    capsules: Capsules | None
-    rollback: Rollback | None
+    bookkeeping: Bookkeeping
+    stability: Stability
+    sharpness: SharpnessProbe | None
     interruption: Interruption
     loggers: list[Logger]
     checkpoint: Path | None
 
 
 def open_folder(cfg: DictConfig, checkpoint: Path | None = None) -> tuple[DictConfig, RunFolder, Path | None]:
-    """The run's folder, and for a run that goes on its configuration and newest checkpoint.
+    """The configuration, the run's folder, and the checkpoint to resume from.
 
     Args:
-        cfg: the configuration as composed.
-        checkpoint: of an earlier attempt at the very same run, in the folder that is Hydra's for this job.
+        cfg: the configuration as composed. With ``resume`` that of the saved run is used.
+        checkpoint: of an earlier attempt at the same run, in Hydra's folder for this job.
 
     Raises:
-        UserError: ``resume`` names a folder that is no run, or that has no checkpoint.
+        UserError: ``resume`` names a folder that is not a run, or that has no checkpoint.
     """
     hydra = HydraConfig.get()
     if cfg.resume is None:
@@ -111,7 +103,7 @@ def open_log(cfg: DictConfig) -> Log:
 
 
 def make_net(cfg: DictConfig, schema: Schema) -> Ranker:
-    """The model, with weights drawn anew."""
+    """The model, with new random weights."""
     return instantiate(cfg.model.net, _convert_="all")(schema)
 
 
@@ -126,6 +118,10 @@ def build(cfg: DictConfig, folder: RunFolder, checkpoint: Path | None) -> Run:
     if cfg.train.threads:
         torch.set_num_threads(cfg.train.threads)
     log = open_log(cfg)
+    module = build_module(cfg, log.schema)
+    _check_optimizer(module)
+    bookkeeping, interruption = Bookkeeping(), Interruption(folder)
+    stability, others = _configured_callbacks(cfg, folder, speed=bookkeeping.examples_per_second)
     datamodule = RankingDataModule(
         log,
         batch_size=cfg.scale.batch_size,
@@ -136,23 +132,10 @@ def build(cfg: DictConfig, folder: RunFolder, checkpoint: Path | None) -> Run:
         eval_max_rows=cfg.data.eval_max_rows,
         progressive=cfg.train.progressive,
         dense_statistics=cfg.data.dense_statistics,
+        wrap_training=lambda loader: stability.overheard(bookkeeping.timed(loader)),
     )
-    module = build_module(cfg, log.schema)
-    _check_optimizer(module)
-    throughput = Throughput()
-    datamodule.watch_training = throughput.watch
-    callbacks: list[Callback] = [DataPosition(), StepMetrics(), throughput]
-    for node in cfg.callbacks.values():
-        callbacks.append(instantiate(node, _convert_="all"))
-    watch = next((c for c in callbacks if isinstance(c, DivergenceWatch)), None)
-    capsules = next((c for c in callbacks if isinstance(c, Capsules)), None)
-    for callback in callbacks:
-        if isinstance(callback, (DivergenceWatch, SnapshotRing, Capsules, Rollback)):
-            callback.folder = folder
-    if capsules is not None:
-        capsules.cfg = cfg
-    interruption = Interruption(folder)
-    callbacks += [interruption, NewestCheckpoint(folder.checkpoints, every=cfg.train.checkpoint_every)]
+    checkpoints = NewestCheckpoint(folder.checkpoints, every=cfg.train.checkpoint_every)
+    callbacks: list[Callback] = [bookkeeping, *others, interruption, checkpoints]
     mitigation = [name] if (name := OmegaConf.select(cfg, "mitigation.name", default="none")) != "none" else []
     loggers = trackers.build(
         OmegaConf.to_container(cfg.logger, resolve=True),  # type: ignore[arg-type]
@@ -170,10 +153,9 @@ def build(cfg: DictConfig, folder: RunFolder, checkpoint: Path | None) -> Run:
         module=module,
         datamodule=datamodule,
         trainer=_trainer(cfg, folder, callbacks, loggers),
-        throughput=throughput,
-        watch=watch,
-        capsules=capsules,
-        rollback=next((c for c in callbacks if isinstance(c, Rollback)), None),
+        bookkeeping=bookkeeping,
+        stability=stability,
+        sharpness=next((c for c in others if isinstance(c, SharpnessProbe)), None),
         interruption=interruption,
         loggers=loggers,
         checkpoint=checkpoint,
@@ -181,7 +163,7 @@ def build(cfg: DictConfig, folder: RunFolder, checkpoint: Path | None) -> Run:
 
 
 def build_module(cfg: DictConfig, schema: Schema) -> RankingModule:
-    """The model with its losses, metrics and optimizer, freshly drawn."""
+    """The model with its losses, metrics and optimizer, with new random weights."""
     return RankingModule(
         make_net(cfg, schema),
         schema=schema,
@@ -195,13 +177,42 @@ def build_module(cfg: DictConfig, schema: Schema) -> RankingModule:
     )
 
 
+def _configured_callbacks(
+    cfg: DictConfig, folder: RunFolder, *, speed: Callable[[], float]
+) -> tuple[Stability, list[Callback]]:
+    """The callbacks of conf/callbacks, in order, with the stability callback among them.
+
+    The progress bar comes first. The stability callback comes before the early signs, the sharpness probe and a user's
+    own callbacks, which look at the state that it leaves.
+    """
+    given: dict[str, dict[str, Any]] = {
+        "progress": {"speed": speed},
+        "snapshots": {"folder": folder},
+        "rollback": {"folder": folder},
+        "capsules": {"folder": folder, "cfg": cfg},
+    }
+    made: dict[str, Any] = {}
+    for name in sorted(cfg.callbacks, key=lambda name: name != "progress"):
+        if name == "capsules":
+            given[name]["say"] = made["progress"].say if "progress" in made else say_in_log
+        try:
+            # Objects are passed to a partial, because Hydra would take a DictConfig among them for configuration.
+            made[name] = instantiate(cfg.callbacks[name], _convert_="all", _partial_=True)(**given.get(name, {}))
+        except TypeError as error:  # an argument that the class does not have
+            raise UserError(f"callbacks.{name}: {error}") from error
+    progress = made.pop("progress", None)
+    parts = {name: made.pop(name, None) for name in ("divergence", "snapshots", "capsules", "rollback")}
+    stability = Stability(**parts, folder=folder, say=progress.say if progress else say_in_log)
+    return stability, [*([progress] if progress else []), stability, *made.values()]
+
+
 @contextmanager
 def own_process_environment(folder: RunFolder, checkpoint: Path | None) -> Iterator[None]:
-    """Leaves the process as it was found, so that the next job of a multirun can start its own processes.
+    """Restores environment variables, arguments and the process group after a job, for the next job of a multirun.
 
-    Lightning starts the other DDP processes by repeating the command line. Under multirun that line describes the
-    whole sweep, so while a job runs it is replaced by the job's own; and the variables and the process group that
-    a distributed job leaves behind would make the next one wait for processes that are gone.
+    Lightning starts the other DDP processes by repeating the command line. In a multirun that line describes the whole
+    sweep, so it is replaced by the job's own while the job runs. The variables and the process group of a distributed
+    job would make the next job wait for processes that have ended.
     """
     environment = dict(os.environ)
     arguments = list(sys.argv)
@@ -244,13 +255,13 @@ def _trainer(cfg: DictConfig, folder: RunFolder, callbacks: list[Callback], logg
 
 
 def _quiet_lightning() -> None:
-    """Leaves out what Lightning says of itself and a user of this project can do nothing about."""
+    """Silences messages of Lightning that a user of this project cannot act on."""
     for name in ("pytorch_lightning", "lightning.pytorch", "lightning_fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     for message in (
         ".*isinstance\\(treespec, LeafSpec\\).*",  # Lightning 2.6 with torch 2.13
-        ".*does not have many workers.*",  # our loaders read ahead in threads
-        ".*Checkpoint directory .* exists and is not empty.*",  # as it should be when a run goes on
+        ".*does not have many workers.*",  # our loaders prefetch in threads
+        ".*Checkpoint directory .* exists and is not empty.*",  # expected when a run resumes
     ):
         warnings.filterwarnings("ignore", message=message)
 
@@ -271,7 +282,7 @@ def _check_devices(cfg: DictConfig) -> None:
 
 
 def _check_optimizer(module: RankingModule) -> None:
-    """A wrong hyperparameter is said now, before processes start and data are read."""
+    """Refuses a wrong hyperparameter now, before processes start and data are read."""
     try:
         module.configure_optimizers()
     except (TypeError, ValueError) as error:  # what torch.optim and the optim package raise
@@ -279,7 +290,7 @@ def _check_optimizer(module: RankingModule) -> None:
 
 
 def _continue_files(loggers: list[Logger], folder: RunFolder, checkpoint: Path) -> None:
-    step = int(torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)["global_step"])
+    step = int(torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)[GLOBAL_STEP])
     _keep_until(loggers, folder, step)
 
 

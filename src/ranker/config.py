@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
@@ -66,8 +66,13 @@ class Root:
 
 
 def register() -> None:
-    """Makes the typed root known to Hydra, as the config ``root`` that conf/config.yaml starts from."""
-    ConfigStore.instance().store(name="root", node=Root)
+    """Registers configs that are defined in Python: ``root``, and the detector's settings with their defaults."""
+    from ranker.stability import DetectorSettings  # imported late: it imports torch
+
+    store = ConfigStore.instance()
+    store.store(name="root", node=Root)
+    # As a plain dict, because OmegaConf makes a frozen dataclass read-only.
+    store.store(group="callbacks/detector", name="settings", node=asdict(DetectorSettings()))
 
 
 def base_lr(cfg: DictConfig) -> float:

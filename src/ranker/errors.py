@@ -1,24 +1,24 @@
-"""Errors a person can act on: one line that says what is wrong, where, and what to do."""
+"""The error for a user's mistake, and the checks that suggest the nearest known name."""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 class UserError(ValueError):
-    """A mistake in what the user asked for or gave; its message is one line and is shown without a stack."""
+    """A mistake in what the user asked for or supplied. The message is one line and is shown without a traceback."""
 
 
 def suggest(name: str, options: Iterable[str]) -> str:
-    """Says which names come nearest to an unknown one.
+    """Suggests the known names that are nearest to an unknown one.
 
     Args:
-        name: what the user wrote.
-        options: every name that would have been accepted.
+        name: the unknown name.
+        options: all accepted names.
 
     Returns:
-        A phrase to end an error line with, such as ``did you mean 'clippy'? (adagrad, clippy, gc)``.
+        A phrase that ends an error line, such as ``did you mean 'clippy'? (adagrad, clippy, gc)``.
     """
     known = sorted(options)
     near = difflib.get_close_matches(name, known, n=2, cutoff=0.5)
@@ -26,3 +26,18 @@ def suggest(name: str, options: Iterable[str]) -> str:
     if near:
         return f"did you mean {' or '.join(repr(n) for n in near)}? ({listing})"
     return f"known: {listing}"
+
+
+def one_of(value: object, options: Sequence[str], where: str) -> None:
+    """Checks that a value is one of the options.
+
+    Args:
+        value: the value to check.
+        options: all accepted values.
+        where: name of the setting, the start of the error line.
+
+    Raises:
+        UserError: it is not. The line names the nearest options.
+    """
+    if value not in options:
+        raise UserError(f"{where} '{value}' is unknown; {suggest(str(value), options)}")

@@ -15,19 +15,19 @@ from ranker.training import trackers
 
 
 def run(cfg: DictConfig, checkpoint: Path | None = None) -> float:
-    """Builds, fits, evaluates and sums up a run.
+    """Builds, trains and evaluates a run, and writes its summary.
 
-    A lost model is an experiment's outcome: the run ends normally with status ``diverged``. A crash or an
-    interruption is written down as ``failed`` and raised again.
+    A lost model is the result of an experiment: the run ends normally with status ``diverged``. A crash or an
+    interruption is recorded as ``failed`` and raised again.
 
     Args:
         cfg: the configuration.
-        checkpoint: of an earlier attempt at the same run in the same folder, to go on from.
+        checkpoint: checkpoint of an earlier attempt at the same run in the same folder, to resume from.
 
     Returns:
         The metric a sweep maximises.
     """
-    provenance.commit()  # asked now: the checkout may have moved on by the time the run is summed up
+    provenance.commit()  # now, because the checkout may change before the summary is written
     cfg, folder, checkpoint = open_folder(cfg, checkpoint)
     with own_process_environment(folder, checkpoint):
         parts = build(cfg, folder, checkpoint)
@@ -54,14 +54,12 @@ def _train(run: Run) -> float:
             sys.exit(f"interrupted at step {run.trainer.global_step}; go on with: {_resume_command(run)}")
         raise
     status, reason = "completed", ""
-    if run.watch is not None and run.watch.detector is not None:
-        run.watch.judge(run.trainer, run.module)
-        if run.capsules is not None:
-            run.capsules.look(run.trainer, run.module)
-        if run.watch.detector.status == "diverged":
-            status, reason = "diverged", run.watch.detector.reason
-            if run.rollback is not None and run.rollback.done:
-                reason += f"; {len(run.rollback.done)} rollbacks before it did not help for good"
+    run.stability.finish(run.trainer)
+    detector = run.stability.detector
+    if detector is not None and detector.status == "diverged":
+        status, reason = "diverged", detector.reason
+        if run.stability.rollbacks:
+            reason += f"; {len(run.stability.rollbacks)} rollbacks before it did not help for good"
     summary = _finish(run, status, reason, time.monotonic() - start)
     if run.trainer.is_global_zero:
         run_summary.show(summary)

@@ -30,33 +30,26 @@ def summarise(run: Run, *, status: str, reason: str, seconds: float) -> dict[str
         reason: why it is not completed, in plain words; empty where it is.
         seconds: wall-clock time of training and evaluation.
     """
-    lost = run.watch.detector.summary() if run.watch and run.watch.detector else dict(NO_DIVERGENCE)
+    stability, detector = run.stability, run.stability.detector
+    looked = run.sharpness.summary() if run.sharpness else None
     return {
         "status": status,
         "reason": reason,
         **asked_for(run.cfg),
         "metrics": run.module.holdout,
-        "divergence": lost,
-        **_sharpness(run),
-        "rollbacks": [dict(r) for r in run.rollback.done] if run.rollback else [],
+        "divergence": detector.summary() if detector else dict(NO_DIVERGENCE),
+        **({"sharpness": looked} if looked else {}),
+        "rollbacks": [dict(record) for record in stability.rollbacks],
         "steps": run.trainer.global_step,
-        "examples": run.throughput.examples,
-        "bad_rows": getattr(run.datamodule.log, "num_bad_rows", 0),  # only logs from files can hold any
-        "examples_per_second": round(run.throughput.examples_per_second, 1),
-        "data_wait_fraction": round(run.throughput.data_wait_fraction, 4),
+        "examples": run.bookkeeping.examples,
+        "bad_rows": run.datamodule.log.num_bad_rows,
+        "examples_per_second": round(run.bookkeeping.examples_per_second(), 1),
+        "data_wait_fraction": round(run.bookkeeping.data_wait_fraction(), 4),
         "seconds": round(seconds, 1),
         "world_size": run.trainer.world_size,
         "parameters": run.module.net.count_parameters(),  # type: ignore[operator]
         **made_with(run.cfg),
     }
-
-
-def _sharpness(run: Run) -> dict[str, Any]:
-    from ranker.training.sharpness_probe import SharpnessProbe
-
-    probe = next((c for c in run.trainer.callbacks if isinstance(c, SharpnessProbe)), None)  # type: ignore[attr-defined]
-    looked = probe.summary() if probe else None
-    return {"sharpness": looked} if looked else {}
 
 
 def never_began(cfg: DictConfig, *, reason: str, seconds: float) -> dict[str, Any]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ranker.capsules.training_state import State
+from ranker.atomic import write_text
+from ranker.capsules.training_state import TrainingState
 from ranker.data.batch import Batch, Ragged
 from ranker.data.schema import SCHEMA_FILE, Schema
 from ranker.errors import UserError
@@ -21,6 +21,7 @@ from ranker.stability import Event
 
 FORMAT = 1
 MANIFEST, CONFIG, SNAPSHOT = "capsule.json", "config.yaml", "snapshot.pt"
+_STATE = ("step", "net", "optimizer", "schedule", "auc", "detector", "rng")  # fields of TrainingState in SNAPSHOT
 _TENSORS = ("dense_BF", "onehot_BC", "labels_BT", "mask_BT", "time_ms_B", "row_B")
 
 
@@ -36,7 +37,7 @@ class Manifest:
         snapshot_step: steps taken when the snapshot was made.
         steps: of each batch in order, the step it belongs to.
         numbers: of each batch, its place in the training order (``Batch.number``).
-        signals: of each batch, the recorded signals in the order of ``ranker.stability.step_signals.pack``, float32,
+        signals: of each batch, the recorded signals in the order of ``ranker.stability.pack``, float32,
             written as hexadecimal floats, hence exact: losses [T], training AUCs [T], spreads [T], whether not finite.
         tasks: names of the tasks.
         world_size: ranks, each with a file of batches.
@@ -83,7 +84,7 @@ class Capsule:
     manifest: Manifest
     schema: Schema
     batches: list[list[Batch]]
-    state: State
+    state: TrainingState
 
     @property
     def config(self) -> Path:
@@ -111,7 +112,7 @@ class Capsule:
             manifest = Manifest(**raw)
             shares, pasts = zip(*(read_share(path / share_file(r)) for r in range(manifest.world_size)), strict=True)
             plain = torch.load(path / SNAPSHOT, map_location="cpu", weights_only=True)
-            state = State(**plain | {"auc": torch.stack(pasts).sum(0)})
+            state = TrainingState(**plain | {"auc": torch.stack(pasts).sum(0)})
         except (OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
             if isinstance(error, UserError):
                 raise
@@ -141,17 +142,15 @@ def read_share(path: Path) -> tuple[list[Batch], Tensor]:
     return [_batch(part) for part in plain["batches"]], plain["auc"]
 
 
-def write_state(path: Path, state: State) -> None:
-    """Writes the snapshot: plain tensors, numbers, strings, lists and dicts."""
-    torch.save(vars(state), path)
+def write_state(path: Path, state: TrainingState) -> None:
+    """Writes the part of a state that a replay needs: plain tensors, numbers, strings, lists and dicts."""
+    torch.save({name: getattr(state, name) for name in _STATE}, path)
 
 
 def write_manifest(path: Path, manifest: Manifest) -> None:
     """Writes ``capsule.json``: last of all, since its presence says that the capsule is whole."""
     plain = asdict(manifest) | {"event": manifest.event.to_dict()}
-    temporary = path / f".{MANIFEST}.{os.getpid()}.tmp"
-    temporary.write_text(json.dumps(plain, indent=1) + "\n", encoding="utf-8")
-    temporary.replace(path / MANIFEST)
+    write_text(path / MANIFEST, json.dumps(plain, indent=1) + "\n")
 
 
 def hexadecimal(rows_SN: Tensor) -> list[list[str]]:

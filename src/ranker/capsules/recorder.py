@@ -18,7 +18,7 @@ class Entry:
     Attributes:
         step: the optimizer step it belongs to.
         batch: this rank's rows, in host memory.
-        signals: as ``ranker.stability.step_signals.pack`` gives them, wherever they are.
+        signals: as ``ranker.stability.pack`` gives them, wherever they are.
         size: bytes of the batch.
     """
 

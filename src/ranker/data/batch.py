@@ -1,4 +1,4 @@
-"""A batch: a handful of tensors, whatever the number of features. Windows and batches are the same type."""
+"""Batch and Ragged: the rows of a log as a few tensors, however many features. A window has the same type."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Ragged:
-    """Lists of different lengths, without padding: list i is ``values[offsets[i] : offsets[i + 1]]``.
+    """Lists of different lengths without padding. List i is ``values[offsets[i] : offsets[i + 1]]``.
 
     Attributes:
         values: int64, shape [N].
-        offsets: int64, shape [B + 1], starting at 0 and ending at N.
+        offsets: int64, shape [B + 1], from 0 to N.
     """
 
     values: Tensor
     offsets: Tensor
 
     def take(self, index_B: Tensor) -> Ragged:
-        """The lists at the given positions, in that order; on the CPU."""
+        """The lists at the given positions, in that order. CPU only."""
         index = index_B.numpy()
         bounds = self.offsets.numpy()
         starts = bounds[index]
         lengths = bounds[index + 1] - starts
         offsets = np.zeros(len(index) + 1, dtype=np.int64)
         np.cumsum(lengths, out=offsets[1:])
-        # Position in the source of each value: its list's start plus its place within the list.
+        # Source position of each value: its list's start plus its position within the list.
         source = np.repeat(starts - offsets[:-1], lengths)
         source += np.arange(len(source))
         return Ragged(torch.from_numpy(self.values.numpy().take(source)), torch.from_numpy(offsets))
@@ -43,7 +43,7 @@ class Ragged:
 
     @staticmethod
     def concat(parts: Sequence[Ragged]) -> Ragged:
-        """The lists of several parts one after another; on the CPU."""
+        """Concatenates the lists of several parts. CPU only."""
         ends = torch.cumsum(torch.tensor([0, *(len(p.values) for p in parts)]), 0).tolist()
         offsets = [parts[0].offsets[:1], *(p.offsets[1:] + end for p, end in zip(parts, ends, strict=False))]
         return Ragged(_join([p.values for p in parts]), _join(offsets))
@@ -56,15 +56,15 @@ class Batch:
     Attributes:
         dense_BF: float32 [B, F], transformed dense features, in the schema's order.
         onehot_BC: int64 [B, C], embedding row of each one-hot feature within its own table, in the schema's order.
-        ragged: by name of a multi-hot or sequence feature, its embedding rows.
-        labels_BT: float32 [B, T], transformed labels; 0 where not observed.
+        ragged: embedding rows of each multi-hot or sequence feature, by name.
+        labels_BT: float32 [B, T], transformed labels. 0 where not observed.
         mask_BT: bool [B, T], true where the label is observed.
         time_ms_B: int64 [B], Unix milliseconds, UTC.
         row_B: int64 [B], the schema's row_id, or the row's position in the log.
-        window: number of the time window the rows were drawn from; -1 outside of training.
-        number: which batch of the training order this is, counted over all ranks and windows; -1 outside of training.
-        opening: on the first batch of a window, the whole of this rank's share of it in time order, so that the
-            window can be scored before any of it is trained on; None on every other batch.
+        window: number of the time window that the rows were drawn from. -1 outside of training.
+        number: number of the batch in the training order, counted over all ranks and windows. -1 outside of training.
+        opening: on the first batch of a window, this rank's whole share of the window in time order, so that the
+            window can be scored before the model trains on it. None on all other batches.
     """
 
     dense_BF: Tensor
@@ -82,7 +82,7 @@ class Batch:
         return len(self.labels_BT)
 
     def take(self, index_B: Tensor) -> Batch:
-        """The rows at the given positions, in that order (without ``opening``); on the CPU."""
+        """The rows at the given positions, in that order, without ``opening``. CPU only."""
         return Batch(
             dense_BF=_take(self.dense_BF, index_B),
             onehot_BC=_take(self.onehot_BC, index_B),
@@ -95,7 +95,7 @@ class Batch:
         )
 
     def slice(self, start: int, stop: int) -> Batch:
-        """Rows start .. stop-1, without copying but for the lists."""
+        """Rows start .. stop-1. Only the offsets of lists are copied."""
         ragged = {}
         for name, lists in self.ragged.items():
             offsets = lists.offsets[start : stop + 1]
@@ -113,11 +113,11 @@ class Batch:
         )
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Batch:
-        """The same rows on another device (``opening`` stays where it is: it is moved in pieces when scored)."""
+        """The same rows on another device. ``opening`` is not moved: it is moved in pieces when it is scored."""
         return self._each(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> Batch:
-        """The same rows in memory that a GPU can fetch from while it computes (``opening`` stays where it is)."""
+        """The same rows in pinned memory, so that copies to a GPU are asynchronous. ``opening`` is not pinned."""
         return self._each(Tensor.pin_memory)
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
@@ -134,7 +134,7 @@ class Batch:
 
     @staticmethod
     def concat(parts: Sequence[Batch]) -> Batch:
-        """The rows of several parts one after another; on the CPU."""
+        """Concatenates the rows of several parts. CPU only."""
         return Batch(
             dense_BF=_join([p.dense_BF for p in parts]),
             onehot_BC=_join([p.onehot_BC for p in parts]),
@@ -147,8 +147,8 @@ class Batch:
         )
 
 
-# NumPy copies whole rows in the calling thread. Torch would start a team of threads for each reading thread, and all of
-# them would fight the training step for the cores: 2 to 20 times slower on a busy machine.
+# NumPy copies whole rows in the calling thread. Torch would start a thread pool for each reading thread. All of these
+# would compete with the training step for the cores: 2 to 20 times slower on a busy machine.
 
 
 def _join(tensors: list[Tensor]) -> Tensor:

@@ -1,4 +1,4 @@
-"""Does a Parquet file fit the schema? Asked of the columns' types before anything is read, and of the times after."""
+"""Checks of Parquet files against the schema: column types before reading, order and unit of times afterwards."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from ranker.data.row_faults import Place
 from ranker.data.schema import TIME_UNITS, CategoricalFeature, Schema
 from ranker.errors import UserError, suggest
 
-# Times outside of these years are taken for a wrong unit, if another unit would put them inside.
+# A time outside of these years has the wrong unit if another unit would put it inside.
 _SANE_MS = tuple(int(dt.datetime(year, 1, 1, tzinfo=dt.UTC).timestamp() * 1000) for year in (1990, 2100))
 
 
 def check_columns(columns: pa.Schema, *, schema: Schema, file: str) -> None:
-    """Checks that a file holds every column of the schema, in a type that can be decoded.
+    """Checks that a file holds every column of the schema, with a type that can be decoded.
 
     Raises:
-        UserError: a column is missing or of the wrong type; the line names file and column, and what to do.
+        UserError: a column is missing or of the wrong type. The line names file and column, and what to do.
     """
     kinds = {field.name: field.type for field in columns}
-    _check_there(kinds, schema.columns(), schema, file)
+    _check_present(kinds, schema.columns(), schema, file)
     time = kinds[schema.time_column]
     if not (_is_number(time) or pa.types.is_timestamp(time)):
         raise _wrong_type(file, schema.time_column, time, "a time is a number or a timestamp")
@@ -39,13 +39,13 @@ def check_columns(columns: pa.Schema, *, schema: Schema, file: str) -> None:
 
 
 def check_feature_columns(columns: pa.Schema, *, schema: Schema, file: str) -> None:
-    """Checks the columns that a model reads, and those alone.
+    """Checks only the columns that a model reads.
 
     Raises:
         UserError: as ``check_columns``.
     """
     kinds = {field.name: field.type for field in columns}
-    _check_there(kinds, schema.feature_columns(), schema, file)
+    _check_present(kinds, schema.feature_columns(), schema, file)
     for feature in schema.dense:
         if not _is_number(kinds[feature.column]):
             raise _wrong_type(
@@ -56,7 +56,7 @@ def check_feature_columns(columns: pa.Schema, *, schema: Schema, file: str) -> N
 
 
 def check_same_types(columns: pa.Schema, first: pa.Schema, *, schema: Schema, file: str, first_file: str) -> None:
-    """Checks that a file's columns have the types they have in the log's first file.
+    """Checks that a file's columns have the same types as in the log's first file.
 
     Raises:
         UserError: a column's type differs.
@@ -71,12 +71,12 @@ def check_same_types(columns: pa.Schema, first: pa.Schema, *, schema: Schema, fi
 
 
 def check_time_unit(first_ms: int, *, schema: Schema, file: str) -> None:
-    """Refuses times that only make sense in another unit than the schema's.
+    """Checks that times are plausible in the schema's unit.
 
     Args:
-        first_ms: a time of the log, as milliseconds if the schema is right.
-        schema: names the time column and its unit.
-        file: where the time is from.
+        first_ms: a time of the log, in milliseconds if the schema's unit is right.
+        schema: gives the time column and its unit.
+        file: the file that contains the time.
 
     Raises:
         UserError: the time lies outside of 1990 .. 2100, and another unit would put it inside.
@@ -88,16 +88,16 @@ def check_time_unit(first_ms: int, *, schema: Schema, file: str) -> None:
     for unit, factor in TIME_UNITS.items():
         if low <= raw * factor < high:
             raise UserError(
-                f"{file}: column '{schema.time_column}' ({raw:.0f}) is no time near today in '{schema.time_unit}', "
-                f"but is one in '{unit}'; set time_unit: {unit} in the schema"
+                f"{file}: column '{schema.time_column}' ({raw:.0f}) is not in 1990 .. 2100 in '{schema.time_unit}', "
+                f"but is in '{unit}'; set time_unit: {unit} in the schema"
             )
 
 
 def check_sorted(time_ms_B: npt.NDArray[np.int64], *, schema: Schema, place: Place) -> None:
-    """Checks that the rows of a row group are in the order of time.
+    """Checks that the rows of a row group are in time order.
 
     Raises:
-        UserError: a row is earlier than the one before it; the line names the first such row.
+        UserError: a row is earlier than the one before it. The line names the first such row.
     """
     earlier = np.flatnonzero(time_ms_B[1:] < time_ms_B[:-1])
     if len(earlier):
@@ -110,7 +110,7 @@ def check_sorted(time_ms_B: npt.NDArray[np.int64], *, schema: Schema, place: Pla
 def check_groups_in_order(
     time_min_ms: npt.NDArray[np.int64], time_max_ms: npt.NDArray[np.int64], *, places: list[Place], schema: Schema
 ) -> None:
-    """Checks that no row group begins before the one before it ends, over all files.
+    """Checks that no row group begins before the previous one ends, over all files.
 
     Raises:
         UserError: one does.
@@ -121,11 +121,11 @@ def check_groups_in_order(
         raise here.error(
             schema.time_column,
             f"begins before row group {before.row_group} of {before.file} ends; sort the log by "
-            f"'{schema.time_column}' and name its files so that the order of names is the order of time",
+            f"'{schema.time_column}' and name its files so that the order of names is time order",
         )
 
 
-def _check_there(kinds: dict[str, pa.DataType], wanted: list[str], schema: Schema, file: str) -> None:
+def _check_present(kinds: dict[str, pa.DataType], wanted: list[str], schema: Schema, file: str) -> None:
     for name in wanted:
         if name not in kinds:
             raise UserError(f"{file}: column '{name}' of schema '{schema.name}' is missing; {suggest(name, kinds)}")
@@ -135,7 +135,7 @@ def _check_categorical(kind: pa.DataType, feature: CategoricalFeature, owner: Ca
     lists = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
     if lists != (feature.kind != "one_hot"):
         wanted = "one id" if feature.kind == "one_hot" else "a list of ids"
-        raise _wrong_type(file, feature.column, kind, f"{feature.kind} feature '{feature.name}' holds {wanted} a row")
+        raise _wrong_type(file, feature.column, kind, f"{feature.kind} feature '{feature.name}' has {wanted} per row")
     item = kind.value_type if lists else kind
     item = item.value_type if pa.types.is_dictionary(item) else item
     strings = is_string(item)
@@ -149,7 +149,7 @@ def _check_categorical(kind: pa.DataType, feature: CategoricalFeature, owner: Ca
             f"strings of '{feature.name}' need hash_buckets or a vocabulary, not num_embeddings",
         )
     if owner.vocabulary and any(isinstance(word, str) != strings for word in owner.vocabulary):
-        raise _wrong_type(file, feature.column, kind, f"the vocabulary of '{owner.name}' holds another type")
+        raise _wrong_type(file, feature.column, kind, f"the vocabulary of '{owner.name}' has another type")
 
 
 def _is_number(kind: pa.DataType) -> bool:

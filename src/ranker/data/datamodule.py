@@ -1,4 +1,4 @@
-"""A log as Lightning wants it: loaders for training, for evaluations on the way and for the one at the end."""
+"""The Lightning data module of a log: loaders for training and evaluation, and the position in a checkpoint."""
 
 from __future__ import annotations
 
@@ -12,25 +12,22 @@ import torch.distributed as dist
 
 from ranker.data.batch import Batch
 from ranker.data.dense_statistics import MODES, NOTHING, DenseStatistics, Mode, PastWindows
-from ranker.data.eval_loader import EvalLoader
-from ranker.data.from_dict import one_of
-from ranker.data.loader import WindowedLoader
+from ranker.data.loader import EvalLoader, WindowedLoader
 from ranker.data.log import Log
 from ranker.data.windows import Positions, WindowPlan, parse_window, plan_windows, row_ranges
-from ranker.errors import UserError
+from ranker.errors import UserError, one_of
 
 
 class RankingDataModule(pl.LightningDataModule):
     """Trains on a log's training rows through a moving window and evaluates on its hold-out.
 
-    The position in the training order is part of a checkpoint: a resumed run draws the batches that the interrupted
-    one had not trained on, bit by bit the same. Whoever trains says after each batch, before a checkpoint can be
-    written, that it was consumed: ``advance``.
+    The position in the training order is part of a checkpoint. A resumed run draws exactly the batches that the
+    interrupted run had not trained on. The training loop must call ``advance`` after each batch, before a checkpoint
+    can be written.
 
     Attributes:
-        log: the log; opened on first use where a factory was given.
+        log: the log. A factory is called on first use.
         position: number of the next batch to train on, counted over all ranks from the start of the run.
-        watch_training: wraps the training loader, for example to time it; nothing by default.
     """
 
     def __init__(
@@ -46,21 +43,23 @@ class RankingDataModule(pl.LightningDataModule):
         progressive: bool = False,
         pin_memory: bool | None = None,
         dense_statistics: Mode = "none",
+        wrap_training: Callable[[Iterable[Batch]], Iterable[Batch]] = lambda loader: loader,
     ) -> None:
         """Reads nothing yet.
 
         Args:
-            log: the log, or what opens it.
-            batch_size: rows a step, over all ranks.
-            eval_batch_size: rows of an evaluation batch, over all ranks; None takes batch_size.
+            log: the log, or a function that opens it.
+            batch_size: rows per step, over all ranks.
+            eval_batch_size: rows per evaluation batch, over all ranks. None: batch_size.
             window: rows, or hours such as ``6h``, inside which batches are drawn at random.
-            seed: decides the order inside each window.
-            num_workers: threads that read ahead; 0 reads in line.
-            eval_max_rows: about how many rows of the hold-out the evaluations during training use; None for all.
-            progressive: give the first batch of a window the window itself, to be scored before it is trained on.
-            pin_memory: pin batches; None does where the trainer uses a GPU.
-            dense_statistics: ``past_windows`` normalises dense features with mean and spread of the windows before the
-                one that is trained on; evaluations use what is known before the window of the next batch.
+            seed: seed of the order inside each window.
+            num_workers: threads that prefetch. 0 reads in the caller's thread.
+            eval_max_rows: approximate number of hold-out rows for evaluations during training. None for all.
+            progressive: attach each window to its first batch, so that it is scored before the model trains on it.
+            pin_memory: pin batches. None: pin if the trainer uses a GPU.
+            dense_statistics: ``past_windows`` normalises dense features with mean and standard deviation of the windows
+                before the current one. Evaluations use the statistics before the window of the next batch.
+            wrap_training: wraps the training loader, for example to time it.
 
         Raises:
             UserError: a number is out of range, or the window is neither rows nor hours.
@@ -74,6 +73,8 @@ class RankingDataModule(pl.LightningDataModule):
             raise UserError(f"num_workers must be 0 or more, got {num_workers}")
         one_of(dense_statistics, MODES, "data.dense_statistics")
         parse_window(window)
+        if not (isinstance(log, Log) or callable(log)):
+            raise UserError(f"data.log: {type(log).__name__} is not a log; make it a subclass of ranker.data.log.Log")
         self._log = log
         self._batch_size, self._eval_batch_size = batch_size, eval_batch_size or batch_size
         self._window, self._seed = window, seed
@@ -83,7 +84,7 @@ class RankingDataModule(pl.LightningDataModule):
         self._past = PastWindows() if dense_statistics == "past_windows" else None
         self._loader: WindowedLoader | None = None
         self.position = 0
-        self.watch_training: Callable[[Iterable[Batch]], Iterable[Batch]] = lambda loader: loader
+        self._wrap_training = wrap_training
 
     @cached_property
     def log(self) -> Log:
@@ -97,25 +98,25 @@ class RankingDataModule(pl.LightningDataModule):
 
     @property
     def num_batches(self) -> int:
-        """Steps of the whole run."""
+        """Number of batches of the whole run."""
         return self.plan.num_batches
 
     def advance(self, batch: Batch | None = None) -> None:
-        """Notes that a batch was consumed.
+        """Records that a batch was trained on.
 
         Args:
-            batch: the batch; None stands for the one at ``position``. After a ``skip`` it must be given, because
-                batches that the trainer had already fetched may still come first.
+            batch: the batch. None stands for the one at ``position``. After a ``skip`` it must be given, because
+                batches that the trainer has already fetched may still come first.
         """
         self.position = self.position + 1 if batch is None else batch.number + 1
 
     def skip(self, batches: int) -> None:
-        """Leaves out the next batches, also of the loader in use; negative goes back and draws them again.
+        """Skips the next batches, also of the loader in use. A negative number goes back and draws batches again.
 
-        A trainer that fetches ahead may still hand out what it holds; ``Batch.number`` tells.
+        A trainer that fetches ahead may still use batches that it already holds. ``Batch.number`` identifies them.
 
         Raises:
-            UserError: it would lead to before the first batch.
+            UserError: the new position is before the first batch.
         """
         if self.position + batches < 0:
             raise UserError(f"cannot go back {-batches} batches from batch {self.position}")
@@ -126,7 +127,7 @@ class RankingDataModule(pl.LightningDataModule):
             self._loader.seek(self.position)
 
     def train_dataloader(self) -> Iterable[Batch]:
-        """What is left to train on: batches from ``position`` on."""
+        """Loader of the remaining training batches, from ``position`` on."""
         rank, world_size = self._place()
         self._loader = WindowedLoader(
             self.log,
@@ -140,25 +141,25 @@ class RankingDataModule(pl.LightningDataModule):
             pin_memory=self._pinned(),
             past=self._past,
         )
-        return self.watch_training(self._loader)
+        return self._wrap_training(self._loader)
 
     def val_dataloader(self) -> EvalLoader:
-        """Part of the hold-out, spread evenly over it, kept in memory."""
+        """Loader of part of the hold-out, spread evenly over it and cached in memory."""
         return self._eval_loader(max_rows=self._eval_max_rows, keep=self._eval_max_rows is not None)
 
     def test_dataloader(self) -> EvalLoader:
-        """The whole hold-out."""
+        """Loader of the whole hold-out."""
         return self._eval_loader(max_rows=None, keep=False)
 
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:  # noqa: ARG002
-        """Moves a batch, without waiting where its memory is pinned."""
+        """Moves a batch. The copy is asynchronous if the batch's memory is pinned."""
         return batch.to(device, non_blocking=True)
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint keeps."""
+        """State for a checkpoint."""
         state: dict[str, Any] = {"position": self.position}
-        # Reading threads may add to it meanwhile: a row group counts once, whoever reads it, so more does no harm.
-        bad = list(getattr(self.log, "bad_rows", {}).items())
+        # Reading threads may add entries meanwhile. This does no harm, because a row group counts once.
+        bad = list(self.log.bad_rows.items())
         if bad:
             state["bad_rows"] = [[file, group, rows] for (file, group), rows in bad]
         if self._past is not None:
@@ -166,33 +167,32 @@ class RankingDataModule(pl.LightningDataModule):
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Goes on where a checkpoint was written.
+        """Restores the state of a checkpoint.
 
         Raises:
-            UserError: it was written with another choice of dense_statistics.
+            UserError: the checkpoint was written with another value of dense_statistics.
         """
         self.position = int(state_dict["position"])
-        known_bad = getattr(self.log, "bad_rows", {})
-        known_bad.update({(file, group): rows for file, group, rows in state_dict.get("bad_rows", ())})
+        self.log.bad_rows.update({(file, group): rows for file, group, rows in state_dict.get("bad_rows", ())})
         known = state_dict.get("dense_statistics")
         if (known is None) != (self._past is None):
             wrote = "none" if known is None else "past_windows"
-            raise UserError(f"the checkpoint was written with data.dense_statistics={wrote}; go on with the same")
+            raise UserError(f"the checkpoint was written with data.dense_statistics={wrote}; use the same value")
         if self._past is not None and known is not None:
             self._past.begin(self._window_of(self.position), DenseStatistics.from_state(known))
 
     def join_bad_rows(self) -> None:
-        """Counts what other ranks dropped too: each reads its own part of the hold-out. All ranks must call it."""
+        """Adds the bad rows that other ranks found in their parts of the hold-out. All ranks must call it."""
         if not (dist.is_available() and dist.is_initialized()):
             return
-        bad = getattr(self.log, "bad_rows", {})
+        bad = self.log.bad_rows
         by_rank: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(by_rank, dict(bad))
         for others in by_rank:
             bad.update(others)
 
     def go_back(self, state_dict: dict[str, Any]) -> None:
-        """Goes on from an earlier (or later) state of this run, with the loader in use; what was read ahead is dropped.
+        """Restores another state of this run while the loader is in use. Prefetched batches are dropped.
 
         Raises:
             UserError: as ``load_state_dict``.
@@ -202,11 +202,11 @@ class RankingDataModule(pl.LightningDataModule):
             self._loader.seek(self.position)
 
     def row_ranges(self, start: int, stop: int) -> Positions:
-        """Which rows of the log batches start .. stop - 1 hold, over all ranks; see ``windows.row_ranges``."""
+        """Rows of the log in batches start .. stop - 1, over all ranks. See ``windows.row_ranges``."""
         return row_ranges(self.plan, seed=self._seed, start=start, stop=stop)
 
     def known(self) -> DenseStatistics:
-        """What dense features are normalised with at the next batch; of nothing, where they are not."""
+        """The statistics that normalise dense features at the next batch. Empty if they are not normalised."""
         return NOTHING if self._past is None else self._past.before(self._window_of(self.position))
 
     def _eval_loader(self, *, max_rows: int | None, keep: bool) -> EvalLoader:
@@ -226,7 +226,7 @@ class RankingDataModule(pl.LightningDataModule):
         )
 
     def _window_of(self, batch: int) -> int:
-        """The window of a batch; after the last one, the number of windows."""
+        """The window of a batch. After the last batch, the number of windows."""
         return self.plan.locate(batch)[0] if batch < self.num_batches else self.plan.num_windows
 
     def _pinned(self) -> bool:
@@ -235,7 +235,7 @@ class RankingDataModule(pl.LightningDataModule):
         return self.trainer.strategy.root_device.type == "cuda"
 
     def _place(self) -> tuple[int, int]:
-        """Rank and number of ranks; one alone where there is no trainer."""
+        """Rank and number of ranks. 0 and 1 without a trainer."""
         if self.trainer is None:
             return 0, 1
         return self.trainer.global_rank, self.trainer.world_size

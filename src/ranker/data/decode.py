@@ -1,7 +1,7 @@
-"""From Arrow columns to a batch: whole columns at a time, ids in int64 from end to end.
+"""Decoding of Arrow columns into a batch, a whole column at a time. Ids are int64 throughout.
 
-Each function takes one column of a row group and gives its values and the faults found in it. A faulty row gets a
-harmless value (0), so that what becomes of it can be settled later, in one place.
+Each function takes one column of a row group, returns its values and appends the faults found in it. A faulty row gets
+a harmless value (0), so that the policy for bad rows is applied later, in one place.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ def decode(
     """Decodes the rows of one row group.
 
     Args:
-        table: the columns that ``schema.columns()`` names, of the types that ``checks.check_columns`` lets through.
-        schema: what they mean.
-        first_row: position of the first row in the log; used as row id where there is no column of ids.
-        place: where the rows are from, for errors.
-        labelled: False for rows to be scored: time, labels and the row id may be missing and count as not known.
+        table: the columns in ``schema.columns()``, of types accepted by ``checks.check_columns``.
+        schema: the meaning of the columns.
+        first_row: position of the first row in the log. It is the row id if the schema has no row_id column.
+        place: origin of the rows, for errors.
+        labelled: False for rows to be scored. Time, labels and row id may then be missing and count as unknown.
 
     Returns:
-        The rows, and what is wrong with some of them.
+        The rows, and the faults of some of them.
 
     Raises:
         UserError: a null time, or an integer that does not fit int64.
@@ -77,7 +77,7 @@ def times_ms(column: pa.Array, schema: Schema, place: Place) -> Ints:
     """Unix milliseconds, UTC, int64 [B], from a number in the schema's unit or from an Arrow timestamp.
 
     Raises:
-        UserError: a time is null: such a row has no place in the order.
+        UserError: a time is null. Such a row has no position in the order.
     """
     if column.null_count:
         raise place.error(schema.time_column, f"{column.null_count} rows have no time; prepare the log without them")
@@ -90,7 +90,7 @@ def times_ms(column: pa.Array, schema: Schema, place: Place) -> Ints:
 
 
 def dense_values(column: pa.Array, feature: DenseFeature, faults: list[Fault]) -> Floats:
-    """``transform(scale * x)``, float32 [B]; nulls read as ``fill_null``."""
+    """``transform(scale * x)``, float32 [B]. A null reads as ``fill_null``."""
     missing = _nulls(column)
     if missing is not None and feature.fill_null is None:
         faults.append(_fault(feature.column, "null", f"give dense feature '{feature.name}' a fill_null", missing))
@@ -104,14 +104,14 @@ def dense_values(column: pa.Array, feature: DenseFeature, faults: list[Fault]) -
 
 
 def embedding_rows(column: pa.Array, owner: CategoricalFeature, name: str, faults: list[Fault], place: Place) -> Ints:
-    """Rows of the embedding table, int64 [B]: 0 for null and for what is not known.
+    """Rows of the embedding table, int64 [B]. 0 for null and unknown ids.
 
     Args:
         column: integers, booleans or strings.
         owner: the feature whose table and id mapping are used.
         name: the Parquet column, for faults.
-        faults: faults found are added here.
-        place: where the rows are from, for errors.
+        faults: faults found are appended here.
+        place: origin of the rows, for errors.
     """
     if pa.types.is_dictionary(column.type) and not is_string(column.type.value_type):
         column = column.dictionary_decode()
@@ -119,7 +119,7 @@ def embedding_rows(column: pa.Array, owner: CategoricalFeature, name: str, fault
         encoded = column if pa.types.is_dictionary(column.type) else column.dictionary_encode()
         distinct = embedding_rows_of_strings(encoded.dictionary, owner)
         codes = encoded.indices.cast(pa.int64())
-        # Null strings point past the end of the dictionary, where row 0 is.
+        # Null strings get an index one past the dictionary, where row 0 is appended.
         return np.append(distinct, 0)[codes.fill_null(len(distinct)).to_numpy(zero_copy_only=False)]
     if owner.vocabulary:
         known_ids = pa.array(owner.vocabulary, pa.int64())
@@ -146,11 +146,11 @@ def embedding_rows(column: pa.Array, owner: CategoricalFeature, name: str, fault
 
 
 def embedding_rows_of_strings(strings: pa.Array, owner: CategoricalFeature) -> Ints:
-    """Rows of the embedding table for distinct strings; null gives row 0."""
+    """Rows of the embedding table for distinct strings. Null gives row 0."""
     if owner.vocabulary:
         found = pc.index_in(strings.cast(pa.large_string()), value_set=pa.array(owner.vocabulary, pa.large_string()))
         return found.fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int64) + 1
-    flat = pa.concat_arrays([strings.cast(pa.large_string())])  # offsets from 0, whatever slice it came from
+    flat = pa.concat_arrays([strings.cast(pa.large_string())])  # makes the offsets of a slice start at 0
     _, offsets, data = flat.buffers()
     bounds = np.frombuffer(offsets, dtype=np.int64, count=len(flat) + 1, offset=8 * flat.offset)
     rows = _bucket(hash_bytes(np.frombuffer(data or b"", dtype=np.uint8), bounds), owner.hash_buckets)
@@ -163,7 +163,7 @@ def embedding_rows_of_strings(strings: pa.Array, owner: CategoricalFeature) -> I
 def ragged_rows(
     column: pa.Array, feature: CategoricalFeature, owner: CategoricalFeature, faults: list[Fault], place: Place
 ) -> Ragged:
-    """Rows of the embedding table for a column of lists; a null list is an empty one, a null id is row 0."""
+    """Rows of the embedding table for a column of lists. A null list is an empty list, a null id is row 0."""
     lengths = pc.list_value_length(column).fill_null(0).to_numpy(zero_copy_only=False).astype(np.int64)
     found: list[Fault] = []
     values = embedding_rows(column.flatten(), owner, feature.column, found, place)
@@ -182,7 +182,7 @@ def ragged_rows(
 
 
 def label_values(column: pa.Array, task: Task, mask: pa.Array | None, faults: list[Fault]) -> tuple[Floats, Bools]:
-    """Labels, float32 [B], 0 where not observed, and bool [B], true where observed."""
+    """Labels, float32 [B], 0 where not observed, and the mask, bool [B], true where observed."""
     missing = _nulls(column)
     observed = np.ones(len(column), dtype=np.bool_) if missing is None else ~missing
     if mask is not None:
@@ -206,7 +206,7 @@ def label_values(column: pa.Array, task: Task, mask: pa.Array | None, faults: li
 
 
 def transformed(values: Floats, transform: Transform, scale: float) -> Floats:
-    """``transform(scale * x)``; log1p keeps the sign, ``sign(x) * log(1 + |x|)``."""
+    """``transform(scale * x)``. log1p is signed: ``sign(x) * log(1 + |x|)``."""
     if scale != 1.0:
         values = values * np.float32(scale)
     if transform == "log1p":
@@ -223,7 +223,7 @@ def _row_ids(
     missing = _nulls(column)
     if missing is not None:
         faults.append(_fault(schema.row_id, "null", "give every row an id, or leave row_id out of the schema", missing))
-    return _int64(column, schema.row_id, place, fill=-1).copy()  # Arrow's memory is read-only
+    return _int64(column, schema.row_id, place, fill=-1).copy()  # a copy, because Arrow's memory is read-only
 
 
 def _fault(column: str, reason: str, cure: str, wrong: Bools) -> Fault:
@@ -231,7 +231,7 @@ def _fault(column: str, reason: str, cure: str, wrong: Bools) -> Fault:
 
 
 def _outside(ids: Ints, size: int) -> Bools | None:
-    """Which ids are not in 0 .. size-1; None where all are, which is what a look at the two extremes tells."""
+    """Mask of the ids outside of 0 .. size-1. None if there are none, which the minimum and maximum show cheaply."""
     if len(ids) == 0 or (ids.min() >= 0 and ids.max() < size):
         return None
     return (ids < 0) | (ids >= size)
@@ -273,7 +273,7 @@ def _to_ms(values: Ints, unit: str) -> Ints:
 
 
 def is_string(kind: pa.DataType) -> bool:
-    """True for every way Arrow writes strings."""
+    """True for each of Arrow's string types."""
     return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
 
 

@@ -1,4 +1,4 @@
-"""Mean and spread of dense features over past windows alone, so that normalising looks at nothing that lies ahead."""
+"""Normalisation of dense features with mean and standard deviation of past windows, so that no later row is used."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ Floats = npt.NDArray[np.float64]
 
 @dataclass(frozen=True, eq=False)
 class DenseStatistics:
-    """How many rows, their mean and their spread, by dense feature, in float64.
+    """Number of rows, and their mean and squared deviations per dense feature, in float64.
 
         x' = (x - mean) / std        std = sqrt(squares / rows), 1 where it is 0
 
-    x is the value after the schema's scale and transform. A null counts as the value it is read as (``fill_null``).
-    Rows without any observed label are left out, as they are in training. Before there are rows, x' = x.
+    x is the value after the schema's scale and transform. A null counts as its ``fill_null``. Rows without any observed
+    label are left out, as in training. Without rows, x' = x.
 
     Attributes:
         rows: n, number of rows.
@@ -40,7 +40,7 @@ class DenseStatistics:
 
     @classmethod
     def of(cls, rows: Batch) -> DenseStatistics:
-        """Those of some rows, in two passes; the same bits however the rows were read."""
+        """Statistics of some rows, computed in two passes. Bit-equal however the rows were read."""
         counted_B = rows.mask_BT.numpy().any(axis=1)
         x_BF = np.ascontiguousarray(rows.dense_BF.numpy()[counted_B], dtype=np.float64)
         if len(x_BF) == 0:
@@ -49,13 +49,13 @@ class DenseStatistics:
         return cls(len(x_BF), mean_F, np.square(x_BF - mean_F).sum(axis=0))
 
     def joined(self, later: DenseStatistics) -> DenseStatistics:
-        """Those of both, without the rows at hand.
+        """Statistics of both sets of rows together, computed without the rows.
 
             n = n_a + n_b        d = mean_b - mean_a
             mean = mean_a + d * n_b / n        squares = squares_a + squares_b + d^2 * n_a * n_b / n
 
         Source: Chan, Golub and LeVeque, "Updating Formulae and a Pairwise Algorithm for Computing Sample Variances"
-        (1979), the formula that joins two samples, with means in place of sums.
+        (1979), the formula for joining two samples, with means instead of sums.
         """
         if self.rows == 0 or later.rows == 0:
             return later if self.rows == 0 else self
@@ -68,7 +68,7 @@ class DenseStatistics:
         )
 
     def normalise(self, rows: Batch) -> Batch:
-        """The rows with x' for x, on the CPU; what was given stays as it is."""
+        """The rows with x' in place of x, on the CPU. The argument is not changed."""
         if self.rows == 0:
             return rows
         std_F = np.sqrt(self.squares_F / self.rows)
@@ -76,13 +76,13 @@ class DenseStatistics:
         return replace(rows, dense_BF=torch.from_numpy(x_BF.astype(np.float32)))
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint keeps: a number and two tensors, however long the past is."""
+        """State for a checkpoint: a number and two tensors, whatever the number of past rows."""
         tensors = {"mean": torch.from_numpy(self.mean_F), "squares": torch.from_numpy(self.squares_F)}
         return {"rows": self.rows, **tensors}
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> DenseStatistics:
-        """Those of a checkpoint."""
+        """Statistics from a checkpoint."""
         return cls(int(state["rows"]), state["mean"].numpy().copy(), state["squares"].numpy().copy())
 
 
@@ -90,20 +90,20 @@ NOTHING = DenseStatistics(0, np.zeros(0), np.zeros(0))
 
 
 class PastWindows:
-    """What was known before each window: the statistics of the windows that were trained on before it.
+    """For each window, the statistics of the windows that were trained on before it.
 
-    The statistics before window k hold rows of windows 0 .. k - 1 alone (fewer where some were skipped), never its own.
-    Every rank reads whole windows, so all come to the same numbers without asking each other.
+    The statistics before window k cover rows of windows 0 .. k - 1 only (fewer if some were skipped), never its own.
+    Every rank reads whole windows, so all ranks compute the same numbers without communication.
     """
 
     def __init__(self) -> None:
         self._before = {0: NOTHING}
 
     def before(self, window: int) -> DenseStatistics:
-        """What was known before a window.
+        """The statistics before a window.
 
         Raises:
-            UserError: the run went on from a checkpoint of a later window.
+            UserError: the run was resumed from a checkpoint of a later window.
         """
         known = [k for k in self._before if k <= window]
         if not known:
@@ -115,11 +115,11 @@ class PastWindows:
         return self._before[max(known)]
 
     def note(self, window: int, before: DenseStatistics, after: DenseStatistics) -> None:
-        """Keeps what was known before a window, and what is known after it."""
+        """Stores the statistics before and after a window."""
         self._before[window], self._before[window + 1] = before, after
 
     def keep_until(self, window: int) -> None:
-        """Forgets what was known before later windows: they were fetched, but are not going to be trained on."""
+        """Removes the statistics before later windows, which were prefetched but will not be trained on."""
         self._before = {k: known for k, known in self._before.items() if k <= window}
 
     def begin(self, window: int, before: DenseStatistics) -> None:

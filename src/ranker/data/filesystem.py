@@ -1,4 +1,4 @@
-"""Where a log lies: a local directory or ``file://``, ``s3://``, ``gs://``, ``hf://`` and what else fsspec knows."""
+"""File systems of logs: a local folder, ``file://``, ``s3://``, ``gs://``, ``hf://`` and other fsspec URLs."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ _OURS = (UserError, pa.ArrowException, AssertionError)
 
 @dataclass(frozen=True, kw_only=True)
 class Root:
-    """A directory on some file system.
+    """A folder on a file system.
 
     Attributes:
         filesystem: Arrow's file system.
-        path: the directory's path on it.
-        url: how the user wrote it, for errors.
+        path: the folder's path on it.
+        url: the path or URL as the user wrote it, for errors.
     """
 
     filesystem: fs.FileSystem
@@ -34,25 +34,25 @@ class Root:
     url: str
 
     def join(self, name: str) -> str:
-        """Path of a file in the directory."""
+        """Path of a file in the folder."""
         return f"{self.path.rstrip('/')}/{name}"
 
     def parquet_files(self) -> list[str]:
-        """Names of the Parquet files directly in the directory, sorted.
+        """Names of the Parquet files in the folder itself, sorted.
 
         Raises:
-            UserError: there is no such directory, or it holds no Parquet file.
+            UserError: the folder does not exist or has no Parquet file.
         """
         selector = fs.FileSelector(self.path, recursive=False, allow_not_found=True)
         infos = self.retried(lambda: self.filesystem.get_file_info(selector), what=f"listing {self.url}")
         names = sorted(info.base_name for info in infos if info.is_file and info.extension == "parquet")
         names = [name for name in names if not name.startswith((".", "_"))]
         if not names:
-            raise UserError(f"no Parquet files in {self.url}: give a directory with schema.yaml and *.parquet files")
+            raise UserError(f"no Parquet files in {self.url}: give a folder with schema.yaml and *.parquet files")
         return names
 
     def read_bytes(self, name: str) -> bytes | None:
-        """A small file whole; None where there is none."""
+        """The content of a small file. None if it does not exist."""
         path = self.join(name)
 
         def read() -> bytes | None:
@@ -64,12 +64,12 @@ class Root:
         return self.retried(read, what=f"reading {self.url}/{name}")
 
     def retried(self, action: Callable[[], T], *, what: str) -> T:
-        """Does something; where that fails on a remote file system, again after a pause; then says what failed.
+        """Runs an action and retries it with growing pauses if it fails on a remote file system.
 
         Args:
-            action: what to do; an ``OSError`` other than a missing file or a refused permission is worth another try,
-                and so is whatever fsspec's file systems raise in its place (``hf://``: the errors of httpx).
-            what: names it in the error.
+            action: the action. It is retried after an ``OSError`` other than a missing file or a refused permission,
+                and after other errors of fsspec's file systems (``hf://`` raises those of httpx).
+            what: name of the action, for the error.
 
         Raises:
             UserError: it failed every time.
@@ -92,21 +92,21 @@ class Root:
 
 
 def open_root(root: str) -> Root:
-    """Finds the file system of a path or URL.
+    """Opens the file system of a path or URL.
 
     Args:
         root: a local path, or a URL. Arrow's own file systems come first (``file``, ``s3``, ``gs``, ``hdfs``), then
-            fsspec's (``hf``, ``abfs``, ``memory``, ...), if it is installed.
+            fsspec's (``hf``, ``abfs``, ``memory``, ...) if fsspec is installed.
 
     Raises:
-        UserError: no file system knows the URL.
+        UserError: no file system supports the URL.
     """
     root = str(root)
     if "://" not in root:
         return Root(filesystem=fs.LocalFileSystem(), path=root, url=root)
     try:
         filesystem, path = fs.FileSystem.from_uri(root)
-    # ImportError: Arrow hands hf:// to fsspec by itself.
+    # ImportError: for hf://, Arrow itself imports fsspec.
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError, ValueError, ImportError):
         filesystem, path = _from_fsspec(root)
     return Root(filesystem=filesystem, path=path, url=root)
@@ -116,7 +116,7 @@ def _from_fsspec(url: str) -> tuple[fs.FileSystem, str]:
     try:
         import fsspec  # type: ignore[import-untyped]
     except ImportError as error:
-        raise UserError(f"{url}: Arrow does not know this kind of URL; pip install fsspec for more kinds") from error
+        raise UserError(f"{url}: Arrow does not support this kind of URL; pip install fsspec for more kinds") from error
     try:
         filesystem, path = fsspec.core.url_to_fs(url)
     except (ValueError, ImportError) as error:
@@ -125,5 +125,5 @@ def _from_fsspec(url: str) -> tuple[fs.FileSystem, str]:
 
 
 def one_line(error: BaseException) -> str:
-    """What an error says, without line breaks."""
+    """The text of an error on one line."""
     return " ".join(str(error).split()) or type(error).__name__

@@ -1,11 +1,11 @@
-"""A look over a prepared log before anyone trains on it: what each file holds, and what seems wrong."""
+"""Inspection of a log before training: rows and label rates per file, duplicates, bad rows, suspected leaks."""
 
 from __future__ import annotations
 
 import datetime as dt
 import statistics
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -21,18 +21,18 @@ from ranker.data.row_faults import Place
 from ranker.data.schema import Schema
 
 _SAMPLE_GROUPS = 8
-_SUSPECT = 0.95  # a single feature that ranks a label this well has most likely seen it
-_VANISHED = 0.1  # share of the usual rate below which a label counts as vanished
+_SUSPECT = 0.95  # AUC from which a single feature most likely leaks the label
+_VANISHED = 0.1  # share of the median rate below which a label counts as vanished
 
 
 @dataclass(frozen=True, kw_only=True)
 class Findings:
-    """What was found in a log.
+    """The result of an inspection.
 
     Attributes:
-        files: one entry a file with rows, with label rates as they are in the rows.
-        duplicates: rows that equal another of their row group in all columns but the row id and the lists.
-        bad: rows that cannot be used.
+        files: one entry per file with rows, with label rates computed from the rows.
+        duplicates: rows that equal another of their row group in all columns except the row id and the lists.
+        bad: number of rows that cannot be used.
         warnings: one line each.
     """
 
@@ -43,10 +43,10 @@ class Findings:
 
 
 def inspect_log(log: ParquetLog) -> Findings:
-    """Reads a log once, row group by row group, and says what looks wrong.
+    """Reads a log once, row group by row group, and reports what looks wrong.
 
     Args:
-        log: the log, opened with ``on_bad_rows="drop"`` so that bad rows are counted and not fatal.
+        log: the log, opened with ``on_bad_rows="drop"`` so that bad rows are counted.
 
     Raises:
         UserError: a file cannot be read.
@@ -81,7 +81,7 @@ def inspect_log(log: ParquetLog) -> Findings:
 
 
 def vanished_labels(entries: Sequence[FileEntry], schema: Schema) -> Iterator[str]:
-    """Files in which a binary label is far rarer than usual; without positives an AUC is undefined."""
+    """Warnings for files in which a binary label is missing, constant or far rarer than usual."""
     for task in schema.tasks:
         if task.type != "binary":
             continue
@@ -99,7 +99,7 @@ def vanished_labels(entries: Sequence[FileEntry], schema: Schema) -> Iterator[st
 
 
 def missing_days(entries: Sequence[FileEntry]) -> Iterator[str]:
-    """Days (UTC) between the first and the last on which no row begins or ends a file."""
+    """Warnings for days (UTC) between the first and the last that no file covers."""
     seen: set[int] = set()
     for entry in entries:
         assert entry.time_min_ms is not None
@@ -111,21 +111,21 @@ def missing_days(entries: Sequence[FileEntry]) -> Iterator[str]:
 
 
 def out_of_order(entries: Sequence[FileEntry]) -> Iterator[str]:
-    """Files that begin before the one before them ends: no log can be read from them."""
+    """Warnings for files that begin before the previous one ends. A log cannot be read from them."""
     filled = [entry for entry in entries if entry.time_min_ms is not None and entry.time_max_ms is not None]
     for before, entry in pairwise(filled):
         if entry.time_min_ms < before.time_max_ms:  # type: ignore[operator]
-            yield f"{entry.path} begins before {before.path} ends: name the files in the order of time"
+            yield f"{entry.path} begins before {before.path} ends: name the files in time order"
 
 
 def leak_suspects(sample: Sequence[Batch], schema: Schema) -> Iterator[str]:
-    """Features that alone rank a label almost perfectly: they were most likely written after it.
+    """Warnings for single features that rank a label almost perfectly. They were most likely written after it.
 
-    Dense features are ranked by their value; ids by the mean label they have in one half of the sample, scored on the
+    Dense features are ranked by value. Ids are ranked by their mean label in one half of the sample and scored on the
     other half.
     """
     rows = Batch.concat(sample)
-    half = splitmix64(np.arange(len(rows))) % np.uint64(2) == 0  # mixed: labels may alternate from row to row
+    half = splitmix64(np.arange(len(rows))) % np.uint64(2) == 0  # hashed, because labels may alternate from row to row
     for t, task in enumerate(schema.tasks):
         observed = rows.mask_BT[:, t].numpy()
         labels = rows.labels_BT[:, t].numpy()
@@ -146,14 +146,14 @@ def leak_suspects(sample: Sequence[Batch], schema: Schema) -> Iterator[str]:
 
 
 def broken_checksums(root: Path, manifest: Manifest) -> Iterator[str]:
-    """Local files whose bytes are not those that the manifest was written for."""
+    """Warnings for local files whose checksum differs from the manifest."""
     for entry in manifest.files:
         if entry.sha256 and (root / entry.path).is_file() and sha256_of(root / entry.path) != entry.sha256:
             yield f"{entry.path}: the file changed after the manifest was written; prepare the data again"
 
 
 def _leak(feature: str, task: str, auc: float) -> str:
-    return f"feature '{feature}' alone tells task '{task}' (AUC {auc:.3f}): is it known before the label?"
+    return f"feature '{feature}' alone predicts task '{task}' (AUC {auc:.3f}): is it known before the label?"
 
 
 def _groups(log: ParquetLog) -> Iterator[tuple[Place, Batch]]:
@@ -163,16 +163,8 @@ def _groups(log: ParquetLog) -> Iterator[tuple[Place, Batch]]:
 
 
 def _labels_alone(batch: Batch) -> Batch:
-    """Labels, masks and times, so that the features of a long file need not be kept."""
-    return Batch(
-        dense_BF=batch.dense_BF[:, :0],
-        onehot_BC=batch.onehot_BC[:, :0],
-        ragged={},
-        labels_BT=batch.labels_BT,
-        mask_BT=batch.mask_BT,
-        time_ms_B=batch.time_ms_B,
-        row_B=batch.row_B,
-    )
+    """The batch without its features, so that those of a long file are not kept in memory."""
+    return replace(batch, dense_BF=batch.dense_BF[:, :0], onehot_BC=batch.onehot_BC[:, :0], ragged={})
 
 
 def _entry(file: str, parts: list[Batch], schema: Schema) -> FileEntry:
@@ -191,7 +183,7 @@ def _entry(file: str, parts: list[Batch], schema: Schema) -> FileEntry:
 
 
 def _duplicates(batch: Batch) -> int:
-    """Rows that equal another of the batch, by a 64-bit hash of their columns."""
+    """Number of rows that equal another of the batch, by a 64-bit hash of their columns."""
     columns: list[npt.NDArray[Any]] = [batch.time_ms_B.numpy(), *batch.onehot_BC.numpy().T]
     columns += [column.view(np.int32) for column in np.ascontiguousarray(batch.dense_BF.numpy().T)]
     columns += [column.view(np.int32) for column in np.ascontiguousarray(batch.labels_BT.numpy().T)]
@@ -209,7 +201,7 @@ def _mean_by_id(ids: npt.NDArray[np.int64], positive: npt.NDArray[np.bool_]) -> 
 
 
 def _auc(scores: npt.NDArray[Any], positive: npt.NDArray[np.bool_]) -> float:
-    """Chance that a positive has a higher score than a negative, ties counting half; 0.5 where one kind is missing."""
+    """Probability that a positive scores higher than a negative, ties counting half. 0.5 if one class is missing."""
     count = int(positive.sum())
     if count in (0, len(positive)):
         return 0.5

@@ -1,23 +1,27 @@
-"""The training loader: batches drawn at random inside a window that moves over the log, read ahead in threads."""
+"""The loaders for training and evaluation, and the ordered prefetching in threads that both use."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from concurrent.futures import Executor, Future
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from ranker.data.batch import Batch
-from ranker.data.dense_statistics import DenseStatistics, PastWindows
+from ranker.data.dense_statistics import NOTHING, DenseStatistics, PastWindows
 from ranker.data.log import Log
-from ranker.data.prefetch import executor, in_order
 from ranker.data.windows import WindowPlan, permutation, share
 
-_BATCHES_AHEAD = 4
+T = TypeVar("T")
+
+_TRAIN_BATCHES_AHEAD = 4
+_EVAL_BATCHES_AHEAD = 3
 _ROWS_AHEAD_IN_BATCHES = 16
 
 
@@ -25,7 +29,7 @@ _ROWS_AHEAD_IN_BATCHES = 16
 class _Window:
     """A window's rows in time order, and the random order in which batches take them.
 
-    Where dense features are normalised, also what is known of them before and after the window.
+    Where dense features are normalised, also their statistics before and after the window.
     """
 
     rows: Batch
@@ -39,14 +43,14 @@ _Cut = tuple[Batch, tuple[DenseStatistics, DenseStatistics] | None]
 class WindowedLoader:
     """One rank's batches of a sequential run, in training order.
 
-    Which rows a batch holds depends on the plan, the seed and the batch's number alone: not on the number of workers,
-    nor on where the run began. Over all ranks, the batches with one number hold the same rows for any number of
-    ranks. Every rank draws ``num_batches`` batches; the share of a rank in a small last batch may be empty.
+    The rows of a batch depend only on the plan, the seed and the batch's number, not on the number of workers or on the
+    batch at which the run started. Over all ranks, the batches with one number contain the same rows for any number of
+    ranks. Every rank draws ``num_batches`` batches. A rank's share of a small last batch may be empty.
 
-    There is no ``__len__`` on purpose: Lightning would take the loader for one that always starts at 0.
+    There is no ``__len__`` on purpose: Lightning would assume that the loader always starts at 0.
 
     Attributes:
-        num_batches: batches from the first of the run to its end, wherever this loader starts.
+        num_batches: number of batches of the whole run, wherever this loader starts.
     """
 
     def __init__(
@@ -67,17 +71,18 @@ class WindowedLoader:
         """Reads nothing yet.
 
         Args:
-            log: where the rows come from.
+            log: source of the rows.
             plan: the windows, from ``plan_windows``.
-            seed: decides the order inside each window.
+            seed: seed of the order inside each window.
             rank: number of this process.
             world_size: number of processes.
             start_batch: number of the first batch to draw.
-            max_batches: stop after so many; None goes to the end.
-            num_workers: threads that read windows ahead (one more cuts them into batches); 0 reads in line.
-            opening: give the first batch of each window this rank's share of the window, in time order.
+            max_batches: number of batches to draw. None draws all to the end.
+            num_workers: threads that read windows ahead (one more cuts them into batches). 0 reads in the caller's
+                thread.
+            opening: attach this rank's share of each window, in time order, to the window's first batch.
             pin_memory: pin the batches' memory, for a GPU.
-            past: normalise dense features with what was known before each window, and note here what is learnt.
+            past: normalise dense features with the statistics before each window, and record new statistics here.
         """
         assert 0 <= rank < world_size
         self.num_batches = plan.num_batches
@@ -97,7 +102,7 @@ class WindowedLoader:
             readers = executor(self._num_workers)
             tasks = self._tasks(start, readers)
             try:
-                with closing(in_order(tasks, workers=min(self._num_workers, 1), depth=_BATCHES_AHEAD)) as batches:
+                with closing(in_order(tasks, workers=min(self._num_workers, 1), depth=_TRAIN_BATCHES_AHEAD)) as batches:
                     for batch, known in batches:
                         if self._past is not None and known is not None:
                             self._past.note(batch.window, *known)
@@ -111,11 +116,11 @@ class WindowedLoader:
             start = self._next
 
     def seek(self, batch: int) -> None:
-        """Makes the running iteration (or the next one) go on with another batch; what was read ahead is dropped."""
+        """Continues the running iteration (or starts the next one) at another batch. Prefetched batches are dropped."""
         self._next, self._jumped = batch, True
 
     def _tasks(self, start: int, readers: Executor) -> Iterator[Callable[[], _Cut]]:
-        """How to make each batch; asking for one has the windows that come next read ahead."""
+        """One task per batch. Taking a task also starts the prefetch of the next windows."""
         windows: dict[int, Future[_Window]] = {}
         for number in range(start, self._stop):
             window, place = self._plan.locate(number)
@@ -126,7 +131,7 @@ class WindowedLoader:
             yield partial(self._cut, windows[window], window, place, number)
 
     def _wanted(self, window: int) -> Iterator[int]:
-        """The window batches are drawn from, and those to read ahead: the next, and more where windows are small."""
+        """The current window and those to prefetch: the next one, and more if windows are small."""
         yield window
         last, _ = self._plan.locate(self._stop - 1)
         ahead = 0
@@ -139,8 +144,7 @@ class WindowedLoader:
         start, stop = self._plan.rows(window)
         pieces = max(1, min(self._num_workers, (stop - start) // self._plan.batch_size))
         bounds = [share(stop - start, rank=i, world_size=pieces) for i in range(pieces)]
-        # What a task waits for (its pieces, the window before) enters the readers' queue first, so it cannot be kept
-        # from running.
+        # The tasks that _join waits for (the pieces, the previous window) are submitted first, so this cannot deadlock.
         parts = [readers.submit(self._log.read, start + low, start + high) for low, high in bounds]
         return readers.submit(self._join, parts, window, stop - start, previous)
 
@@ -167,3 +171,125 @@ class WindowedLoader:
             opening = drawn.rows.slice(*share(len(drawn.order), rank=self._rank, world_size=self._world_size))
             opening = replace(opening, window=window)
         return replace(batch, window=window, number=number, opening=opening), drawn.known
+
+
+class EvalLoader:
+    """One rank's share of a range of rows in time order, or of blocks spread evenly over it.
+
+    Global batches are blocks of ``batch_size`` consecutive rows. Each rank takes a contiguous part of each block, so
+    all ranks get the same number of batches.
+    """
+
+    def __init__(
+        self,
+        log: Log,
+        *,
+        start: int,
+        stop: int,
+        batch_size: int,
+        max_rows: int | None = None,
+        rank: int = 0,
+        world_size: int = 1,
+        num_workers: int = 1,
+        keep: bool = False,
+        pin_memory: bool = False,
+        statistics: Callable[[], DenseStatistics] = lambda: NOTHING,
+    ) -> None:
+        """Reads nothing yet.
+
+        Args:
+            log: source of the rows.
+            start: first row.
+            stop: the row after the last.
+            batch_size: rows per block, over all ranks.
+            max_rows: approximate number of rows to read: whole blocks, at least one, spread evenly. None reads all.
+            rank: number of this process.
+            world_size: number of processes.
+            num_workers: 0 reads in the caller's thread, otherwise one thread prefetches.
+            keep: cache the rows after the first pass, for rows that are read repeatedly.
+            pin_memory: pin the batches' memory, for a GPU.
+            statistics: called at the start of each pass for the statistics that normalise dense features.
+        """
+        assert 0 <= start <= stop
+        blocks = -(-(stop - start) // batch_size)
+        chosen = blocks if max_rows is None else min(blocks, max(1, max_rows // batch_size))
+        firsts = [start + (i * blocks // chosen) * batch_size for i in range(chosen)]
+        self.blocks = [(first, min(first + batch_size, stop)) for first in firsts]
+        self._log, self._rank, self._world_size = log, rank, world_size
+        self._num_workers, self._keep, self._pin_memory = num_workers, keep, pin_memory
+        self._statistics = statistics
+        self._kept: list[Batch] | None = None
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+    def __iter__(self) -> Iterator[Batch]:
+        return map(self._statistics().normalise, self._as_read())
+
+    def _as_read(self) -> Iterator[Batch]:
+        if self._kept is not None:
+            yield from self._kept
+            return
+        kept = []
+        tasks: Iterator[Callable[[], Batch]] = (partial(self._read, *block) for block in self.blocks)
+        for batch in in_order(tasks, workers=min(self._num_workers, 1), depth=_EVAL_BATCHES_AHEAD):
+            if self._keep:
+                kept.append(batch)
+            yield batch
+        if self._keep:
+            self._kept = kept
+
+    def _read(self, start: int, stop: int) -> Batch:
+        low, high = share(stop - start, rank=self._rank, world_size=self._world_size)
+        # An empty share still needs the columns, so one row is read and cut off.
+        rows = self._log.read(start + low, start + max(high, low + 1)).slice(0, high - low)
+        return rows.pin_memory() if self._pin_memory else rows
+
+
+class Inline(Executor):
+    """An executor without workers: it runs a task at once, in the caller's thread."""
+
+    def submit(self, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> Future[T]:
+        """Runs the task. The returned future is done."""
+        future: Future[T] = Future()
+        try:
+            future.set_result(fn(*args, **kwargs))
+        except Exception as error:
+            future.set_exception(error)
+        return future
+
+
+def executor(workers: int) -> Executor:
+    """A pool of that many threads. With 0, tasks run in the caller's thread."""
+    return ThreadPoolExecutor(workers, thread_name_prefix="ranker-data") if workers else Inline()
+
+
+def in_order(tasks: Iterable[Callable[[], T]], *, workers: int, depth: int) -> Generator[T, None, None]:
+    """Results of tasks in the order of the tasks. The next few are computed ahead.
+
+    A task is started only when a result is taken, so no thread waits for a slow consumer. If the consumer stops early,
+    at most ``depth`` tasks are pending. They are cancelled or finished before this generator closes.
+
+    Args:
+        tasks: the tasks, iterated in the consumer's thread.
+        workers: threads. 0 runs each task when its result is requested.
+        depth: maximum number of tasks that are running or whose result is not taken yet.
+
+    Raises:
+        Exception: whatever a task raised, in place of its result.
+    """
+    pool = executor(workers)
+    pending: deque[Future[T]] = deque()
+    source = iter(tasks)
+    try:
+        while True:
+            while len(pending) < (depth if workers else 1):
+                task = next(source, None)
+                if task is None:
+                    break
+                pending.append(pool.submit(task))
+            if not pending:
+                return
+            yield pending.popleft().result()
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)

@@ -1,6 +1,6 @@
-"""What a prepared directory holds, file by file: ``manifest.json``, written once, last, and read without a scan.
+"""The manifest of a prepared folder, ``manifest.json``: its files with rows, times, checksums and label rates.
 
-A prepared directory is::
+The manifest is written last, once all files are complete. A prepared folder is::
 
     schema.yaml
     manifest.json
@@ -8,7 +8,7 @@ A prepared directory is::
     day=2022-04-26.parquet
     ...
 
-One file a UTC day (a day without rows may be left out), so the order of names is the order of time.
+There is one file per UTC day (a day without rows may be missing), so the order of names is time order.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from ranker.atomic import write_text
 from ranker.errors import UserError
 
 MANIFEST_FILE = "manifest.json"
@@ -34,13 +34,13 @@ class FileEntry:
     """One Parquet file.
 
     Attributes:
-        path: its name within the directory, with forward slashes.
+        path: its name within the folder, with forward slashes.
         rows: number of rows.
-        time_min_ms: time of the first row, Unix milliseconds, UTC; None where it has no rows.
-        time_max_ms: time of the last row.
-        sha256: checksum of the file's bytes, in hexadecimal; empty where it was not taken.
+        time_min_ms: time of the first row, Unix milliseconds, UTC. None without rows.
+        time_max_ms: time of the last row, likewise.
+        sha256: checksum of the file's bytes, hexadecimal. Empty if it was not computed.
         label_rates: by task, the mean of the observed labels (the rate of positives of a binary task, the mean of the
-            transformed label of a regression); None where no label is observed.
+            transformed label of a regression). None if no label is observed.
     """
 
     path: str
@@ -53,11 +53,11 @@ class FileEntry:
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """Every Parquet file of a prepared directory, in the order of time.
+    """All Parquet files of a prepared folder, in time order.
 
     Attributes:
         files: the entries, sorted by path.
-        source: what the rows were made from, in words and plain values; for people and for finding a cached copy.
+        source: origin of the rows as plain values, for people and to find a cached copy.
     """
 
     files: tuple[FileEntry, ...]
@@ -68,11 +68,11 @@ class Manifest:
 
     @cached_property
     def rows(self) -> int:
-        """Rows of all files."""
+        """Number of rows of all files."""
         return sum(entry.rows for entry in self.files)
 
     def to_json(self) -> str:
-        """The text of the file."""
+        """The content of ``manifest.json``."""
         plain = {
             "format": FORMAT,
             "rows": self.rows,
@@ -83,21 +83,21 @@ class Manifest:
 
     @classmethod
     def from_json(cls, text: str | bytes, *, where: str = MANIFEST_FILE) -> Manifest:
-        """Reads the text of the file.
+        """Parses the content of ``manifest.json``.
 
         Args:
-            text: what the file holds.
-            where: what to call it in an error, usually its path.
+            text: the content.
+            where: name used in errors, usually the file's path.
 
         Raises:
-            UserError: it is no manifest, or of a format this version does not know.
+            UserError: it is not a manifest, or has a format that this version does not support.
         """
         try:
             raw = json.loads(text)
         except ValueError as error:
             raise UserError(f"{where} is not JSON ({error}); prepare the data again") from error
         if not isinstance(raw, dict) or raw.get("format") != FORMAT:
-            raise UserError(f"{where} is no manifest of format {FORMAT}; prepare the data again")
+            raise UserError(f"{where} is not a manifest of format {FORMAT}; prepare the data again")
         try:
             files = tuple(FileEntry(**entry) for entry in raw["files"])
         except (KeyError, TypeError) as error:
@@ -106,28 +106,25 @@ class Manifest:
 
     @classmethod
     def read(cls, root: str | Path) -> Manifest | None:
-        """The manifest of a local directory; None where it has none.
+        """The manifest of a local folder. None if it has none.
 
         Raises:
-            UserError: there is one, but it is broken.
+            UserError: the manifest is broken.
         """
         path = Path(root) / MANIFEST_FILE
         return cls.from_json(path.read_bytes(), where=str(path)) if path.is_file() else None
 
     def write(self, root: str | Path) -> None:
-        """Writes the manifest into a directory, whole or not at all."""
-        path = Path(root) / MANIFEST_FILE
-        draft = path.with_suffix(".json.tmp")
-        draft.write_text(self.to_json(), encoding="utf-8")
-        os.replace(draft, path)
+        """Writes the manifest into a folder, atomically."""
+        write_text(Path(root) / MANIFEST_FILE, self.to_json())
 
 
 def day_file(day: str) -> str:
-    """The name of a day's file; day is ``YYYY-MM-DD``."""
+    """Name of a day's file. ``day`` is ``YYYY-MM-DD``."""
     return f"day={day}.parquet"
 
 
 def sha256_of(path: str | Path) -> str:
-    """Checksum of a file's bytes, read in pieces."""
+    """SHA-256 of a file, hexadecimal, read in pieces."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,4 +1,4 @@
-"""The row groups of a directory of Parquet files, end to end: which one holds a row, which one holds a time."""
+"""The index of a folder of Parquet files: which row group contains a row or a time, and how a row group is read."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ _LOGGER = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class ParquetIndex:
-    """All row groups with rows, in the order of time.
+    """All row groups that have rows, in time order.
 
     Attributes:
-        root: where the files lie.
-        schema: what they hold.
-        metadata: by file name, its footer.
+        root: the folder of the files.
+        schema: their schema.
+        metadata: the footer of each file, by name.
         places: file and number of each row group.
-        starts: int64 [G + 1], position of each row group's first row, and the number of all rows.
-        time_min_ms: int64 [G], time of each row group's first row.
-        time_max_ms: int64 [G], time of each row group's last row.
+        starts: int64 [G + 1], position of each row group's first row, then the number of all rows.
+        time_min_ms: int64 [G], time of each row group's first row, Unix milliseconds.
+        time_max_ms: int64 [G], time of each row group's last row, Unix milliseconds.
     """
 
     root: Root
@@ -49,15 +49,15 @@ class ParquetIndex:
 
     @property
     def rows(self) -> int:
-        """Rows of all files."""
+        """Number of rows of all files."""
         return int(self.starts[-1])
 
     def group_of_row(self, row: int) -> int:
-        """Number of the row group that holds a row."""
+        """Number of the row group that contains a row."""
         return int(np.searchsorted(self.starts, row, side="right")) - 1
 
     def group_of_time(self, time_ms: int) -> int:
-        """Number of the first row group that ends at or after a time; the number of row groups where none does."""
+        """Number of the first row group that ends at or after a time. The number of row groups if none does."""
         return int(np.searchsorted(self.time_max_ms, time_ms, side="left"))
 
     def read(self, group: int, columns: list[str]) -> pa.Table:
@@ -71,9 +71,9 @@ class ParquetIndex:
 
 
 def read_group(root: Root, place: Place, columns: list[str], metadata: pq.FileMetaData) -> pa.Table:
-    """Reads some columns of a row group, trying again where a remote file system fails.
+    """Reads some columns of a row group. Reads from a remote file system are retried.
 
-    Strings come as the dictionaries that Parquet keeps them in, so that each distinct one is looked at once.
+    Strings are read as dictionaries, as Parquet stores them, so that each distinct string is processed once.
 
     Raises:
         UserError: the file is broken, or cannot be read.
@@ -89,18 +89,18 @@ def read_group(root: Root, place: Place, columns: list[str], metadata: pq.FileMe
     try:
         return root.retried(read, what="reading")
     except (pa.ArrowException, UserError) as error:
-        if len(columns) > 1:  # find out which column it is
+        if len(columns) > 1:  # find the broken column
             for column in columns:
                 read_group(root, place, [column], metadata)
         raise place.error(columns[0], f"{one_line(error)}; if it is broken, write it again") from error
 
 
 def build_index(root: Root, *, schema: Schema, manifest: Manifest | None) -> ParquetIndex:
-    """Reads the footers of all files, a few at a time, and checks them against the schema and the manifest.
+    """Reads the footers of all files in parallel and checks them against the schema and the manifest.
 
     Raises:
-        UserError: a file is broken, does not fit the schema, the other files or the manifest, or the files are not in
-            the order of time, or there is no row at all.
+        UserError: a file is broken or does not match the schema, the other files or the manifest, the files are not in
+            time order, or there are no rows.
     """
     names = root.parquet_files()
     with ThreadPoolExecutor(_READERS) as pool:
@@ -123,7 +123,7 @@ def build_index(root: Root, *, schema: Schema, manifest: Manifest | None) -> Par
                 sizes.append(rows)
                 times.append(_time_range(root, place, footer, column, columns, schema))
     if not places:
-        raise UserError(f"{root.url}: {len(names)} Parquet files, and not a row in them; prepare the data again")
+        raise UserError(f"{root.url}: {len(names)} Parquet files without a row; prepare the data again")
     time_min_ms, time_max_ms = np.array(times, dtype=np.int64).T
     _warn_of_constants(footers, schema)
     check_time_unit(int(time_min_ms[0]), schema=schema, file=places[0].file)
@@ -148,12 +148,12 @@ def _footer(root: Root, name: str) -> pq.FileMetaData:
         return root.retried(read, what=f"{root.join(name)}: reading the footer")
     except pa.ArrowInvalid as error:
         raise UserError(
-            f"{root.join(name)} is no Parquet file, or a truncated one ({one_line(error)}); write it again"
+            f"{root.join(name)} is not a Parquet file, or is truncated ({one_line(error)}); write it again"
         ) from error
 
 
 def constant_columns(footers: dict[str, pq.FileMetaData], schema: Schema) -> list[str]:
-    """Features and labels that have one value in all files, as far as the footers say, each with that value."""
+    """Features and labels with one value in all files, according to the footers, each with that value."""
     lists = {feature.column for feature in schema.ragged}
     found = {name: _constant(footers, name) for name in schema.columns() if name not in lists}
     return [f"'{name}' (always {value})" for name, value in found.items() if value is not None]
@@ -166,7 +166,7 @@ def _warn_of_constants(footers: dict[str, pq.FileMetaData], schema: Schema) -> N
 
 
 def _constant(footers: dict[str, pq.FileMetaData], name: str) -> Any:
-    """The one value that a column has in all files; None where it has more, or nulls, or footers that do not say."""
+    """The only value of a column in all files. None if it has more, or nulls, or the footers have no statistics."""
     seen: Any = None
     for footer in footers.values():
         column = _leaf(footer, name)
@@ -186,7 +186,7 @@ def _check_manifest(footers: dict[str, pq.FileMetaData], manifest: Manifest | No
     promised = {entry.path: entry.rows for entry in manifest.files}
     for name, rows in promised.items():
         if name not in footers:
-            raise UserError(f"{root.url}: {name} is in the manifest but not there; prepare the data again")
+            raise UserError(f"{root.url}: {name} is in the manifest but missing; prepare the data again")
         if footers[name].num_rows != rows:
             raise UserError(
                 f"{root.join(name)} has {footers[name].num_rows} rows where the manifest says {rows}; prepare it again"
@@ -199,7 +199,7 @@ def _check_manifest(footers: dict[str, pq.FileMetaData], manifest: Manifest | No
 def _time_range(
     root: Root, place: Place, footer: pq.FileMetaData, column: int, columns: pa.Schema, schema: Schema
 ) -> tuple[int, int]:
-    """First and last time of a row group, Unix milliseconds: from its statistics, or from the column without them."""
+    """First and last time of a row group, Unix milliseconds. Reads the column only if the footer has no statistics."""
     statistics = footer.row_group(place.row_group).column(column).statistics
     kind = columns.field(schema.time_column).type
     if statistics is not None and statistics.has_min_max:
@@ -217,5 +217,5 @@ def _time_range(
 
 
 def _leaf(footer: pq.FileMetaData, column: str) -> int:
-    """Number of a flat column among the leaves that a footer lists."""
+    """Index of a flat column among the leaves of a footer."""
     return next(i for i in range(footer.num_columns) if footer.schema.column(i).path == column)

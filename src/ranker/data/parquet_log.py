@@ -1,4 +1,4 @@
-"""A log in a directory of Parquet files, read by row group: memory holds a few of those, never the log."""
+"""A log in a folder of Parquet files. It is read by row group, and only the last few are kept in memory."""
 
 from __future__ import annotations
 
@@ -15,27 +15,26 @@ from ranker.data.batch import Batch
 from ranker.data.checks import check_sorted
 from ranker.data.decode import decode, times_ms
 from ranker.data.filesystem import open_root
+from ranker.data.log import Log
 from ranker.data.manifest import MANIFEST_FILE, Manifest
 from ranker.data.parquet_index import ParquetIndex, build_index
-from ranker.data.quarantine import write_quarantine
-from ranker.data.row_faults import OnBadRows, bad_rows, check_policy, raise_first, silence
+from ranker.data.row_faults import OnBadRows, bad_rows, check_policy, drop_rows, raise_first, write_quarantine
 from ranker.data.schema import SCHEMA_FILE, Schema
 from ranker.errors import UserError
 
 _DAY_MS = 86_400_000
-_KEPT_GROUPS = 2  # a window that moves on needs the group it leaves and the one it enters
+_KEPT_GROUPS = 2  # a moving window needs the row group that it leaves and the one that it enters
 
 
-class ParquetLog:
-    """Rows of a directory with a schema and Parquet files, in the order of file names, which is that of time.
+class ParquetLog(Log):
+    """Rows of a folder with a schema and Parquet files. The order of file names is time order.
 
-    Opening reads the footers alone. Reading decodes whole row groups and keeps the last few, so that windows smaller
-    than a row group do not decode it again and again. Safe to read from several threads.
+    Opening reads only the footers. Reading decodes whole row groups and caches the last few, so that windows smaller
+    than a row group do not decode it repeatedly. Several threads may read at the same time.
 
     Attributes:
-        schema: what the rows hold.
+        schema: features and tasks of the rows.
         index: the row groups.
-        bad_rows: by file and row group, how many rows were dropped there so far.
     """
 
     def __init__(
@@ -50,15 +49,15 @@ class ParquetLog:
         """Opens a log.
 
         Args:
-            root: a directory or URL; see ``filesystem.open_root``.
-            schema: what the columns mean; ``schema.yaml`` in the directory where it is left out.
-            eval_days: the last so many days (UTC) of the rows are held out.
-            days: first and last day (UTC, ``YYYY-MM-DD``) to use, both included; null for an open end.
-            on_bad_rows: ``raise`` refuses the log at the first row that cannot be used; ``drop`` lets such a row keep
-                its place but count for nothing; ``quarantine`` drops it and writes it to a directory of that name.
+            root: a folder or URL, see ``filesystem.open_root``.
+            schema: the schema. Default: ``schema.yaml`` in the folder.
+            eval_days: number of days (UTC) at the end that are held out.
+            days: first and last day (UTC, ``YYYY-MM-DD``) to use, both included. null for an open end.
+            on_bad_rows: ``raise`` raises an error at the first row that cannot be used. ``drop`` keeps the position of
+                such a row, but it counts for nothing. ``quarantine`` also writes it to a folder of that name.
 
         Raises:
-            UserError: the files do not fit the schema or each other, or there is nothing to train on or to hold out.
+            UserError: the files do not match the schema or each other, or no rows are left for training.
         """
         self._on_bad_rows: OnBadRows = check_policy(on_bad_rows)
         self._root = open_root(root)
@@ -66,7 +65,7 @@ class ParquetLog:
         text = self._root.read_bytes(MANIFEST_FILE)
         manifest = Manifest.from_json(text, where=f"{root}/{MANIFEST_FILE}") if text is not None else None
         self.index: ParquetIndex = build_index(self._root, schema=self.schema, manifest=manifest)
-        self.bad_rows: dict[tuple[str, int], int] = {}
+        self._bad_rows: dict[tuple[str, int], int] = {}
         self._groups: OrderedDict[int, Future[Batch]] = OrderedDict()
         self._times: OrderedDict[int, np.ndarray[Any, np.dtype[np.int64]]] = OrderedDict()
         self._lock = threading.Lock()
@@ -76,18 +75,18 @@ class ParquetLog:
 
     @property
     def num_rows(self) -> int:
-        """All rows of the chosen days."""
+        """Number of rows of the selected days."""
         return self._stop - self._first
 
     @property
     def train_rows(self) -> int:
-        """Rows before the hold-out."""
+        """Number of rows before the hold-out."""
         return self._train_rows
 
     @property
-    def num_bad_rows(self) -> int:
-        """Rows dropped so far because they could not be used."""
-        return sum(self.bad_rows.values())
+    def bad_rows(self) -> dict[tuple[str, int], int]:
+        """By file and row group, the number of rows dropped there so far because they cannot be used."""
+        return self._bad_rows
 
     def read(self, start: int, stop: int) -> Batch:
         """Rows start .. stop-1 in time order.
@@ -105,7 +104,7 @@ class ParquetLog:
         return Batch.concat(parts) if len(parts) > 1 else parts[0]
 
     def row_at_time(self, time_ms: int) -> int:
-        """Position of the first row at or after a time (Unix milliseconds); num_rows where there is none."""
+        """Position of the first row at or after a time (Unix milliseconds). num_rows if there is none."""
         group = self.index.group_of_time(time_ms)
         if group == len(self.index.places):
             return self.num_rows
@@ -154,13 +153,13 @@ class ParquetLog:
         if rows == 0:
             first, last = _day(self.time_at_row(0)), _day(last_day * _DAY_MS)
             raise UserError(
-                f"{self._root.url}: days {first} .. {last} leave nothing to train on when the last {eval_days} "
+                f"{self._root.url}: days {first} .. {last} leave no rows to train on if the last {eval_days} "
                 "are held out; use more days or lower eval_days"
             )
         return rows
 
     def _group_times(self, group: int) -> np.ndarray[Any, np.dtype[np.int64]]:
-        """Times of a row group's rows, int64, Unix milliseconds; the last few are kept."""
+        """Times of a row group's rows, int64, Unix milliseconds. The last few are cached."""
         with self._lock:
             if group in self._times:
                 self._times.move_to_end(group)
@@ -176,7 +175,7 @@ class ParquetLog:
         return times
 
     def _group(self, group: int) -> Batch:
-        """A decoded row group; two threads that ask for the same one share the work."""
+        """A decoded row group. Two threads that need the same one share the work."""
         with self._lock:
             future = self._groups.get(group)
             mine = future is None
@@ -206,8 +205,8 @@ class ParquetLog:
             if self._on_bad_rows == "quarantine":
                 write_quarantine(self._root, place, table, faults)
             bad = bad_rows(faults)
-            self.bad_rows[place.file, place.row_group] = len(bad)
-            batch = silence(batch, bad)
+            self._bad_rows[place.file, place.row_group] = len(bad)
+            batch = drop_rows(batch, bad)
         return batch
 
 
@@ -215,7 +214,7 @@ def _midnight_ms(day: str | dt.date) -> int:
     try:
         date = day if isinstance(day, dt.date) else dt.date.fromisoformat(str(day))
     except ValueError as error:
-        raise UserError(f"days: '{day}' is no day; write YYYY-MM-DD") from error
+        raise UserError(f"days: '{day}' is not a day; write YYYY-MM-DD") from error
     return (date - dt.date(1970, 1, 1)).days * _DAY_MS
 
 

@@ -1,41 +1,48 @@
-"""Rows that cannot be trained on: what is wrong with them, and what becomes of them."""
+"""Rows that cannot be used: the description of a fault, and the policies raise, drop and quarantine."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
+from pyarrow import fs
 
+from ranker.atomic import replacing
 from ranker.data.batch import Batch, Ragged
+from ranker.data.filesystem import Root, one_line
 from ranker.errors import UserError, suggest
 
 OnBadRows = Literal["raise", "drop", "quarantine"]
 ON_BAD_ROWS: tuple[OnBadRows, ...] = ("raise", "drop", "quarantine")
+QUARANTINE_DIR = "quarantine"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Place:
-    """Where rows come from: a Parquet file and one of its row groups."""
+    """Origin of rows: a Parquet file and one of its row groups."""
 
     file: str
     row_group: int
 
     def error(self, column: str, problem: str) -> UserError:
-        """One line with file, column and row group."""
+        """An error line with file, column and row group."""
         return UserError(f"{self.file}, column '{column}', row group {self.row_group}: {problem}")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Fault:
-    """One kind of trouble in one column of a row group.
+    """One kind of fault in one column of a row group.
 
     Attributes:
         column: the Parquet column.
-        reason: what is wrong with the rows, to be read after a count: "ids below 0".
+        reason: what is wrong with the rows. It follows a count in messages: "ids below 0".
         cure: what the user can do.
         rows: int64, positions within the row group.
     """
@@ -59,10 +66,10 @@ def check_policy(on_bad_rows: str) -> OnBadRows:
 
 
 def raise_first(faults: Sequence[Fault], place: Place) -> None:
-    """Refuses the row group.
+    """Raises an error for the first fault, if there is one.
 
     Raises:
-        UserError: there is a fault; the line names file, column, row group, the first row, and what to do.
+        UserError: there is a fault. The line names file, column, row group, the first row, and what to do.
     """
     for fault in faults:
         problem = f"{fault.reason} in {len(fault.rows)} rows, first in row {fault.rows[0]}"
@@ -70,17 +77,17 @@ def raise_first(faults: Sequence[Fault], place: Place) -> None:
 
 
 def bad_rows(faults: Sequence[Fault]) -> npt.NDArray[np.int64]:
-    """Positions of the rows with at least one fault, each once, in order."""
+    """Positions of the rows with at least one fault, each once, in order, int64."""
     if not faults:
         return np.zeros(0, dtype=np.int64)
     return np.unique(np.concatenate([fault.rows for fault in faults]))
 
 
-def silence(batch: Batch, rows: npt.NDArray[np.int64]) -> Batch:
-    """Takes rows out of training without moving any other row.
+def drop_rows(batch: Batch, rows: npt.NDArray[np.int64]) -> Batch:
+    """Removes rows from training without moving any other row.
 
-    A row taken out keeps its place, time and row id, but no task counts it and its features read as null: it adds
-    nothing to any loss, gradient or metric. Positions, and with them batches and resumption, stay as they were.
+    A dropped row keeps its position, time and row id. No task counts it and its features read as null, so it adds
+    nothing to any loss, gradient or metric. Positions stay the same, and with them batches and resumption.
     """
     index = torch.from_numpy(rows)
     ragged = {}
@@ -99,3 +106,45 @@ def silence(batch: Batch, rows: npt.NDArray[np.int64]) -> Batch:
         labels_BT=batch.labels_BT.index_fill(0, index, 0.0),
         mask_BT=batch.mask_BT.index_fill(0, index, False),
     )
+
+
+def write_quarantine(root: Root, place: Place, table: pa.Table, faults: Sequence[Fault]) -> None:
+    """Writes the bad rows of a row group as they were read, with the columns file, row_group, row and reason.
+
+    There is one file per row group, always with the same name. Reading a row group again, or on several ranks, writes
+    the same file again.
+
+    Args:
+        root: the log's folder. The file is written to ``quarantine`` below it.
+        place: origin of the rows.
+        table: the row group.
+        faults: its faults.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    rows = bad_rows(faults)
+    reasons: dict[int, list[str]] = {int(row): [] for row in rows}
+    for fault in faults:
+        for row in fault.rows.tolist():
+            reasons[row].append(f"{fault.column}: {fault.reason}")
+    bad = table.take(pa.array(rows))
+    extra = {
+        "file": pa.array([place.file] * len(rows)),
+        "row_group": pa.array([place.row_group] * len(rows)),
+        "row": pa.array(rows),
+        "reason": pa.array(["; ".join(reasons[int(row)]) for row in rows]),
+    }
+    for name, values in extra.items():
+        bad = bad.append_column(name, values)
+    folder = root.join(QUARANTINE_DIR)
+    path = f"{folder}/{place.file.removesuffix('.parquet')}.row_group={place.row_group:05d}.parquet"
+    try:
+        if isinstance(root.filesystem, fs.LocalFileSystem):
+            with replacing(Path(path)) as draft:
+                pq.write_table(bad, draft)
+        else:  # an object store shows a file only when it is complete
+            root.filesystem.create_dir(folder, recursive=True)
+            pq.write_table(bad, path, filesystem=root.filesystem)
+    except OSError as error:
+        raise UserError(f"cannot write bad rows to {path} ({one_line(error)}); set on_bad_rows=drop") from error

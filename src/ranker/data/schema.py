@@ -1,4 +1,4 @@
-"""What a log holds: features, time, tasks. Read from a YAML file, so that a new log needs no code."""
+"""The schema of a log: features, time and tasks. It is read from a YAML file, so that a new log needs no code."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from typing import Any
 
 import yaml
 
-from ranker.data.columns import CategoricalFeature, DenseFeature, Task, Transform
-from ranker.data.from_dict import build, one_of, without_defaults
-from ranker.errors import UserError, suggest
+from ranker.atomic import write_text
+from ranker.data.columns import CategoricalFeature, DenseFeature, Task, Transform, from_plain, to_plain
+from ranker.errors import UserError, one_of, suggest
 
 __all__ = ["SCHEMA_FILE", "TIME_UNITS", "CategoricalFeature", "DenseFeature", "Schema", "Task", "Transform"]
 
@@ -23,16 +23,20 @@ SCHEMA_FILE = "schema.yaml"
 
 @dataclass(frozen=True, kw_only=True)
 class Schema:
-    """Everything a model and a loader need to know about a log.
+    """Everything that a model and a loader need to know about a log.
 
     Attributes:
         name: name of the data set.
         time_column: the column that orders the log.
         time_unit: its unit, one of s, ms, us, ns (since the Unix epoch, UTC).
         dense: dense features, in the order of ``Batch.dense_BF``.
-        categorical: categorical features; the one-hot ones, in order, are ``Batch.onehot_BC``.
+        categorical: categorical features. The one-hot ones, in this order, are ``Batch.onehot_BC``.
         tasks: tasks, in the order of ``Batch.labels_BT`` and of the model's logits.
-        row_id: optional integer column that names a row, for audits; the position in the log otherwise.
+        row_id: optional integer column that identifies a row, for audits. Default: the position in the log.
+
+    Raises:
+        UserError: a name occurs twice or contains '.' or '/', there is no task or no feature, or a shared table does
+            not exist or has another width.
     """
 
     name: str
@@ -73,12 +77,12 @@ class Schema:
 
     @cached_property
     def one_hot(self) -> tuple[CategoricalFeature, ...]:
-        """Features with one id a row."""
+        """Features with one id per row."""
         return tuple(f for f in self.categorical if f.kind == "one_hot")
 
     @cached_property
     def ragged(self) -> tuple[CategoricalFeature, ...]:
-        """Features with a list of ids a row."""
+        """Features with a list of ids per row."""
         return tuple(f for f in self.categorical if f.kind != "one_hot")
 
     @property
@@ -92,18 +96,18 @@ class Schema:
         return [t.name for t in self.tasks]
 
     def table_of(self, feature: CategoricalFeature) -> CategoricalFeature:
-        """The feature that owns the table (and the id mapping) this one uses."""
+        """The feature that owns the table (and the id mapping) that this one uses."""
         return next(f for f in self.categorical if f.name == (feature.table or feature.name))
 
     def columns(self) -> list[str]:
-        """Every Parquet column that must be read, each once."""
+        """All Parquet columns that must be read, each once."""
         names = [self.time_column, *([self.row_id] if self.row_id else []), *self.feature_columns()]
         for task in self.tasks:
             names += [task.column, *([task.mask] if task.mask else [])]
         return list(dict.fromkeys(names))
 
     def feature_columns(self) -> list[str]:
-        """The Parquet columns that a model reads, each once: what is left where there are no labels and no order."""
+        """The Parquet columns that a model reads, each once. Rows to be scored need no others."""
         return list(dict.fromkeys([f.column for f in self.dense] + [f.column for f in self.categorical]))
 
     def select(
@@ -113,11 +117,11 @@ class Schema:
         features: Sequence[str] | None = None,
         drop_features: Sequence[str] = (),
     ) -> Schema:
-        """The same log with fewer tasks or features.
+        """The schema with fewer tasks or features.
 
         Args:
-            tasks: names to keep, in the schema's order; None keeps all.
-            features: names to keep; None keeps all.
+            tasks: names to keep. The schema's order stays. None keeps all.
+            features: names to keep. None keeps all.
             drop_features: names to leave out.
 
         Raises:
@@ -135,7 +139,7 @@ class Schema:
         names = {f.name for f in categorical}
         for i, feature in enumerate(categorical):
             if feature.table and feature.table not in names:
-                # The owner of a shared table is gone: the first sharer left takes the table over.
+                # The owner of a shared table is removed: the first remaining feature that shares it becomes the owner.
                 owner = self.table_of(feature)
                 categorical[i] = dataclasses.replace(
                     owner,
@@ -156,11 +160,11 @@ class Schema:
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any], *, source: str = "schema") -> Schema:
-        """Builds a schema from plain data.
+        """Makes a schema from plain data.
 
         Args:
             raw: the mapping, as read from YAML.
-            source: what to call it in an error, usually the file's path.
+            source: name used in errors, usually the file's path.
 
         Raises:
             UserError: an unknown key, a missing one, or a value of the wrong kind.
@@ -172,15 +176,15 @@ class Schema:
             entries = parts.get(key) or ()
             if not isinstance(entries, Sequence) or isinstance(entries, str):
                 raise UserError(f"{source}: '{key}' must be a list")
-            parts[key] = tuple(build(kind, entry, f"{source}: {key}[{i}]") for i, entry in enumerate(entries))
-        return build(cls, parts, source)
+            parts[key] = tuple(from_plain(kind, entry, f"{source}: {key}[{i}]") for i, entry in enumerate(entries))
+        return from_plain(cls, parts, source)
 
     @classmethod
     def from_yaml(cls, path: str | Path) -> Schema:
         """Reads a schema file.
 
         Raises:
-            UserError: there is no such file, or it does not describe a schema.
+            UserError: the file does not exist or does not describe a schema.
         """
         path = Path(path)
         if not path.is_file():
@@ -189,14 +193,14 @@ class Schema:
 
     @classmethod
     def from_text(cls, text: str | bytes, *, source: str = "schema") -> Schema:
-        """Builds a schema from what its file holds.
+        """Makes a schema from the content of its file.
 
         Args:
             text: YAML.
-            source: what to call it in an error, usually the file's path.
+            source: name used in errors, usually the file's path.
 
         Raises:
-            UserError: it is no YAML, or it does not describe a schema.
+            UserError: it is not YAML, or it does not describe a schema.
         """
         try:
             raw = yaml.safe_load(text)
@@ -205,7 +209,7 @@ class Schema:
         return cls.from_dict(raw, source=source)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data, without the entries that hold their default."""
+        """Plain data, without default values."""
         plain: dict[str, Any] = {
             "name": self.name,
             "time_column": self.time_column,
@@ -214,10 +218,9 @@ class Schema:
         if self.row_id:
             plain["row_id"] = self.row_id
         for key in ("dense", "categorical", "tasks"):
-            plain[key] = [without_defaults(entry) for entry in getattr(self, key)]
+            plain[key] = [to_plain(entry) for entry in getattr(self, key)]
         return plain
 
     def to_yaml(self, path: str | Path) -> None:
         """Writes the schema file."""
-        text = yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True, width=120)
-        Path(path).write_text(text, encoding="utf-8")
+        write_text(Path(path), yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True, width=120))

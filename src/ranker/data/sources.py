@@ -1,4 +1,4 @@
-"""Where conf/data points: each function opens one kind of log."""
+"""The functions that conf/data names to open logs from files: a prepared folder, or a published data set."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from ranker.errors import UserError
 def prepared(
     *, root: str | None, eval_days: int = 1, days: Sequence[str] | None = None, on_bad_rows: str = "raise"
 ) -> ParquetLog:
-    """A folder of Parquet files with a schema.yaml.
+    """Opens a folder of Parquet files with a schema.yaml.
 
     Args:
         root: the folder.
-        eval_days: the last days, which are evaluated and not trained on.
-        days: first and last day to use, both included; None for all.
-        on_bad_rows: ``raise``, ``drop`` or ``quarantine``; see ParquetLog.
+        eval_days: number of days at the end that are evaluated and not trained on.
+        days: first and last day to use, both included. None for all.
+        on_bad_rows: ``raise``, ``drop`` or ``quarantine``, see ParquetLog.
 
     Raises:
-        UserError: no folder was named, or it does not hold a log.
+        UserError: no folder is given, or it has no log.
     """
     if root is None:
         raise UserError("data=parquet needs data.root=DIR, a folder of Parquet files with a schema.yaml")
@@ -37,18 +37,18 @@ def prepared_from(
     days: Sequence[str] | None = None,
     on_bad_rows: str = "raise",
 ) -> ParquetLog:
-    """A public data set in its published files, prepared into a cache on first use.
+    """Opens a published data set. It is prepared into a cache on first use.
 
     Args:
         kind: ``kuairand`` or ``movielens``.
         source: the folder with the published files.
-        cache_dir: where prepared data are kept.
-        eval_days: the last days, which are evaluated and not trained on.
-        days: first and last day to use, both included; None for all.
-        on_bad_rows: ``raise``, ``drop`` or ``quarantine``; see ParquetLog.
+        cache_dir: folder for prepared data.
+        eval_days: number of days at the end that are evaluated and not trained on.
+        days: first and last day to use, both included. None for all.
+        on_bad_rows: ``raise``, ``drop`` or ``quarantine``, see ParquetLog.
 
     Raises:
-        UserError: no folder was named, or files are missing in it.
+        UserError: no folder is given, or files are missing in it.
     """
     if source is None:
         raise UserError(f"data={kind} needs data.source=DIR, the folder with the published files")

@@ -1,9 +1,11 @@
-"""A generated log: endless, seeded, in time order, and hard to train on in the way a production log is.
+"""A generated log: seeded, in time order, of any length, and as hard to train on as a production log.
 
-Users and items have latent factors; popularity follows Zipf's law; dense features are heavy-tailed; factors and task
-weights drift; new items arrive; now and then a feature's scale jumps. These are the causes the paper names (features
-whose distribution moves, many tasks on shared layers), made strong enough to show within a few hundred steps.
-Source: Tang et al., KDD 2023 (arXiv 2302.09178), sections 1 and 3; the generator itself is ours.
+Users and items have latent factors. Popularity follows Zipf's law. Dense features are heavy-tailed. Factors and task
+weights drift. New items arrive. Sometimes the scale of a feature jumps. The paper names these causes of divergence
+(features with a changing distribution, many tasks on shared layers). Here they are strong enough to have an effect
+within a few hundred steps.
+
+Source: Tang et al., KDD 2023 (arXiv 2302.09178), sections 1 and 3. The generator is this project's.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ranker.data.batch import Batch, Ragged
+from ranker.data.log import Log
 from ranker.data.schema import CategoricalFeature, DenseFeature, Schema, Task
 from ranker.data.synthetic_world import (
     AUTHOR_SHARE,
@@ -35,13 +38,13 @@ START_MS = 1_767_225_600_000  # 2026-01-01 00:00 UTC
 
 
 def synthetic_schema(*, num_users: int, num_items: int, signals: int, embedding_dim: int) -> Schema:
-    """What the stream holds, before any selection of tasks or features.
+    """The schema of the stream, before any selection of tasks or features.
 
     Args:
-        num_users: users.
-        num_items: items alive at a time; ids share twice as many embedding rows, so that a new item takes over the row
-            of one that has long been gone.
-        signals: dense signals besides the named features; every other one is left raw, the rest pass through log1p.
+        num_users: number of users.
+        num_items: number of items alive at a time. Ids share twice as many embedding rows, so that a new item reuses
+            the row of an item that is long gone.
+        signals: number of dense signals besides the named features. Every other one is raw, the rest use log1p.
         embedding_dim: D of every categorical feature.
     """
     sizes = {
@@ -80,23 +83,23 @@ def synthetic_schema(*, num_users: int, num_items: int, signals: int, embedding_
     )
 
 
-class SyntheticLog:
-    """A log whose rows are generated when they are read; satisfies :class:`ranker.data.log.Log`.
+class SyntheticLog(Log):
+    """A log whose rows are generated when they are read.
 
-    Row i is a function of the arguments and of i alone. The training days come first, each of rows_per_day rows
-    spread evenly; the hold-out is the whole of the day after the last of them.
+    Row i depends only on the arguments and on i. The training days come first, each with rows_per_day rows spread
+    evenly. The hold-out is the whole day after the last training day.
 
     Args:
         seed: seed of the world and of every row.
-        num_users: users.
-        num_items: items alive at a time.
-        train_rows: rows to train on.
+        num_users: number of users.
+        num_items: number of items alive at a time.
+        train_rows: number of training rows.
         eval_rows: rows of the last day.
-        rows_per_day: rows of a training day; sets how fast things move from row to row.
-        signals: dense signals besides the named features.
+        rows_per_day: rows of a training day. It determines how fast the stream drifts from row to row.
+        signals: number of dense signals besides the named features.
         embedding_dim: D of every categorical feature.
-        difficulty: the knobs of what makes it hard.
-        schema: a selection of tasks and features (``Schema.select``); None for all. The rows are the same.
+        difficulty: what makes the stream hard.
+        schema: a selection of tasks and features (``Schema.select``). None for all. The rows are the same.
 
     Raises:
         UserError: a number is out of range.
@@ -135,25 +138,25 @@ class SyntheticLog:
             signals=signals,
             difficulty=difficulty or Difficulty(),
         )
-        # Reads seldom end where a block ends: the last one is kept, so that the next read finds its start made.
+        # Reads seldom end at the end of a block. The last block is cached for the start of the next read.
         self._last: tuple[int, Schema, Batch] | None = None
 
     @property
     def train_rows(self) -> int:
-        """Rows to train on."""
+        """Number of training rows."""
         return self._train_rows
 
     @property
     def num_rows(self) -> int:
-        """All rows."""
+        """Number of all rows."""
         return self._train_rows + self._eval_rows
 
     def time_at_row(self, row: int) -> int:
-        """Unix milliseconds of a row."""
+        """Time of a row (Unix milliseconds)."""
         return int(self._times(np.asarray([row], dtype=np.int64))[0])
 
     def row_at_time(self, time_ms: int) -> int:
-        """Position of the first row at or after a time; num_rows where there is none."""
+        """Position of the first row at or after a time (Unix milliseconds). num_rows if there is none."""
         if time_ms > self.time_at_row(self._train_rows - 1):
             position = -(-(time_ms - self._eval_start_ms) * self._eval_rows // DAY_MS)
             return self._train_rows + min(max(position, 0), self._eval_rows)
@@ -163,10 +166,10 @@ class SyntheticLog:
         """Rows start .. stop-1 in time order.
 
         Raises:
-            UserError: the range does not lie within the log.
+            UserError: the range is not within the log.
         """
         if not 0 <= start < stop <= self.num_rows:
-            raise UserError(f"synthetic log: rows {start} to {stop} do not lie within 0 to {self.num_rows}")
+            raise UserError(f"synthetic log: rows {start} to {stop} are not within 0 to {self.num_rows}")
         parts = []
         for number in range(start // BLOCK, (stop - 1) // BLOCK + 1):
             first = number * BLOCK
@@ -180,7 +183,7 @@ class SyntheticLog:
         return np.where(row_B < self._train_rows, train, held_out)
 
     def _block(self, number: int) -> Batch:
-        # Readers may be threads: each works with the tuple it found, whatever the others put in its place.
+        # Several threads may read: each uses the tuple that it found, even if another thread replaces it.
         last = self._last
         if last is None or last[0] != number or last[1] is not self.schema:
             last = self._last = (number, self.schema, self._generate(number))
@@ -194,7 +197,7 @@ class SyntheticLog:
 
 
 def _batch(schema: Schema, block: Block, *, row_B: Tensor, time_B: Tensor) -> Batch:
-    """Raw columns to what a model reads: transforms applied, ids turned into embedding rows."""
+    """Converts raw columns to a batch: applies transforms and maps ids to embedding rows."""
     rows = len(row_B)
     dense = [_transform(block.dense[f.column], f.scale, f.transform) for f in schema.dense]
     onehot = [_embedding_rows(block.one_hot[f.column], schema.table_of(f)) for f in schema.one_hot]
@@ -225,5 +228,5 @@ def _transform(values: NDArray[np.float32], scale: float, transform: str) -> Ten
 
 
 def _embedding_rows(ids: NDArray[np.int64], table: CategoricalFeature) -> Tensor:
-    # Ids here grow one by one, so the remainder itself spreads them evenly over the buckets.
+    # Ids are consecutive, so the remainder alone spreads them evenly over the buckets.
     return torch.from_numpy(ids % table.hash_buckets if table.hash_buckets else ids) + 1

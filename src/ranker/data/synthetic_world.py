@@ -1,6 +1,6 @@
-"""The world behind the synthetic stream: who there is, what they like, and how that moves with time.
+"""The generator of the synthetic log: users, items, labels and dense signals, and their drift over time.
 
-Everything is a closed form of (seed, block, time): no state is carried from row to row, so any block of the log can
+Everything is a closed form of (seed, block, time). No state is carried from row to row, so any block of the log can
 be generated on its own. Legend: B rows, K latent factors, F dense signals, T tasks.
 """
 
@@ -24,7 +24,7 @@ SURFACES = 4
 TAGS = 64
 MAX_TAGS = 4
 HISTORY = 10
-AUTHOR_SHARE = 10  # items an author
+AUTHOR_SHARE = 10  # items per author
 POSITIVE_RATES = {"click": 0.4, "like": 0.12, "share": 0.04, "follow": 0.012}
 TASKS = (*POSITIVE_RATES, "rating", "watch_time")
 CALIBRATION_BLOCK = 2**31  # no log is that long
@@ -33,19 +33,19 @@ _ONE_THREAD = 2**17  # multiplications; OpenBLAS begins to share at 2**18
 
 @dataclass(frozen=True, kw_only=True)
 class Difficulty:
-    """How hard the stream is. Each knob at 0 switches its ingredient off.
+    """How hard the stream is. A setting of 0 switches its cause off.
 
     Attributes:
-        signal: standard deviation of the log-odds of a click; 1.5 lets a perfect model reach an AUC near 0.8.
-        drift: how far latent factors and task weights move, in units of their own spread.
-        drift_days: shortest period of that movement, in days; the longest is four times as long.
-        tail: heaviness of the dense signals, ``exp(tail * z)`` of a normal z (log-normal); 0 leaves them normal.
-        jump: factor by which the scale of a dense signal jumps now and then, up or down.
-        jump_share: share of the time, in quarter days, that a signal spends at another scale.
+        signal: standard deviation of the log-odds of a click. With 1.5 a perfect model reaches an AUC near 0.8.
+        drift: how far latent factors and task weights move, in units of their standard deviation.
+        drift_days: shortest period of that movement, in days. The longest is four times as long.
+        tail: heaviness of the dense signals, ``exp(tail * z)`` of a normal z (log-normal). 0 leaves them normal.
+        jump: factor by which the scale of a dense signal sometimes jumps, up or down.
+        jump_share: share of quarter days in which a signal has another scale.
         arrivals: share of all items replaced by new ones each day.
 
     Raises:
-        UserError: a knob is out of range.
+        UserError: a setting is out of range.
     """
 
     signal: float = 1.5
@@ -61,12 +61,12 @@ class Difficulty:
             high = 1.0 if name == "jump_share" else math.inf
             least = 1e-6 if name in ("signal", "drift_days") else 0.0
             if not least <= value <= high:
-                raise UserError(f"synthetic log: {name} must lie between {least:g} and {high:g}, got {value}")
+                raise UserError(f"synthetic log: {name} must be between {least:g} and {high:g}, got {value}")
 
 
 @dataclass(frozen=True)
 class Block:
-    """Raw columns of consecutive rows; ids start at 0."""
+    """Raw columns of consecutive rows. Ids start at 0."""
 
     one_hot: dict[str, Ints]
     ragged: dict[str, tuple[Ints, Ints]]
@@ -76,7 +76,7 @@ class Block:
 
 
 def product(x_BK: Floats, y_KF: Floats) -> Floats:
-    """``x @ y`` in pieces too small for BLAS to share among threads: their number would change the last bits."""
+    """``x @ y`` in pieces too small for BLAS to use several threads, whose number would change the last bits."""
     rows = max(1, _ONE_THREAD // y_KF.size)
     result = np.empty((len(x_BK), y_KF.shape[1]), dtype=np.result_type(x_BK, y_KF))
     for start in range(0, len(x_BK), rows):
@@ -85,7 +85,7 @@ def product(x_BK: Floats, y_KF: Floats) -> Floats:
 
 
 def zipf_rank(uniform: NDArray[np.float64], size: int, exponent: float) -> Ints:
-    """Ranks 0 .. size-1 whose frequency falls about as ``(1 + rank)^-exponent``: inverse of the continuous law."""
+    """Ranks 0 .. size-1 with a frequency of about ``(1 + rank)^-exponent``, by the inverse of the continuous law."""
     if exponent == 1.0:
         position = (size + 1.0) ** uniform
     else:
@@ -95,21 +95,21 @@ def zipf_rank(uniform: NDArray[np.float64], size: int, exponent: float) -> Ints:
 
 
 class World:
-    """Users, items and tasks drawn once from the seed; ``block`` generates rows at given times.
+    """Users, items and tasks, drawn once from the seed. ``block`` generates rows at given times.
 
     Args:
         seed: any non-negative integer.
-        num_users: users, all there from the start.
-        num_items: items alive at any moment; ids grow without end as new ones replace the oldest.
-        signals: F, dense signals besides the named ones.
-        difficulty: the knobs.
+        num_users: number of users. All exist from the start.
+        num_items: number of items alive at any time. New items with ever larger ids replace the oldest.
+        signals: F, number of dense signals besides the named ones.
+        difficulty: how hard the stream is.
     """
 
     def __init__(self, *, seed: int, num_users: int, num_items: int, signals: int, difficulty: Difficulty) -> None:
         self.seed, self.num_users, self.num_items, self.signals = seed, num_users, num_items, signals
         self.difficulty = difficulty
         rng = np.random.default_rng([seed, 0])
-        # One more than the items, so that the successor in an item's slot is another draw.
+        # One more than the items, so that the item that replaces another has another profile.
         self.profiles = num_items + 1
         self._draw_entities(rng)
         self._draw_tasks(rng)
@@ -133,7 +133,7 @@ class World:
         tag_affinity = product(self.item_MK, normal(FACTORS, TAGS))
         self.tags = np.argpartition(-tag_affinity, MAX_TAGS, axis=1)[:, :MAX_TAGS].astype(np.int64)
         self.tag_count = rng.integers(0, MAX_TAGS + 1, self.profiles)
-        # What a user watched before the log starts: the best liked of a handful of random items.
+        # The items that a user watched before the log starts: the favourites among a few random items.
         offered = rng.integers(0, self.num_items, (self.num_users, 4 * HISTORY))
         liked = np.einsum("uk,uhk->uh", self.user_UK, self.item_MK[offered])
         best = np.argpartition(-liked, HISTORY, axis=1)[:, :HISTORY]
@@ -149,17 +149,17 @@ class World:
 
     def _draw_signals(self, rng: np.random.Generator) -> None:
         mix = rng.standard_normal((3 * FACTORS, self.signals))
-        # Unit columns: the tail is exponential in the spread, so one wide signal would rule a seed's world.
+        # Columns have unit norm. The tail is exponential in the standard deviation, so one wide signal would dominate.
         self.signal_KF = (mix / np.linalg.norm(mix, axis=0)).astype(np.float32)
         self.signal_phase_F = rng.random(self.signals, dtype=np.float32)
         self.signal_frequency_F = self._frequencies(rng, self.signals)
 
     def _frequencies(self, rng: np.random.Generator, *shape: int) -> Floats:
-        """Cycles a day, so that periods lie between drift_days and four times that."""
+        """Cycles per day. Periods are between drift_days and four times that."""
         return (1.0 / (self.difficulty.drift_days * (1 + 3 * rng.random(shape)))).astype(np.float32)
 
     def _calibrate(self) -> None:
-        """Finds the scale of each task's score and the intercept that gives a binary task its rate of positives."""
+        """Computes the scale of each task's score, and the intercept that gives a binary task its rate of positives."""
         self.intercept_T = np.zeros(len(TASKS), dtype=np.float32)
         self.score_scale_T = np.ones(len(TASKS), dtype=np.float32)
         rng = self._generator(CALIBRATION_BLOCK)
@@ -182,7 +182,7 @@ class World:
         """Rows of one block.
 
         Args:
-            number: the block's number; with the seed it fixes every random draw.
+            number: the block's number. With the seed it determines every random draw.
             days_B: time of each row in days since the stream began, ascending.
         """
         rng = self._generator(number)
@@ -204,13 +204,13 @@ class World:
         return Block(one_hot, ragged, dense, labels, observed)
 
     def _who(self, rng: np.random.Generator, days_B: NDArray[np.float64]) -> tuple[Ints, Ints]:
-        """Which user saw which item: both by Zipf's law; of each item's slot, the one alive at the time."""
+        """Users and items of the rows, both by Zipf's law. Of the items in a slot, the one alive at that time."""
         user = self.user_order[zipf_rank(rng.random(len(days_B)), self.num_users, 0.6)]
         slot = self.item_order[zipf_rank(rng.random(len(days_B)), self.num_items, 1.0)]
         return user, slot + self.num_items * ((self._newest(days_B) - slot) // self.num_items)
 
     def _newest(self, days_B: NDArray[np.float64]) -> Ints:
-        """The largest item id there is at a time: ids come one after another at a steady rate."""
+        """The largest item id at a time. Ids are consecutive and arrive at a steady rate."""
         return self.num_items - 1 + (days_B * self.difficulty.arrivals * self.num_items).astype(np.int64)
 
     def _latents(self, user: Ints, item: Ints, days_B: NDArray[np.float64]) -> tuple[Floats, Floats]:
@@ -221,11 +221,11 @@ class World:
 
     @staticmethod
     def _turns(days_B: NDArray[np.float64], frequency: Floats) -> Floats:
-        # Whole turns are dropped in float64, or a stream of many days would lose its phase in float32.
+        # Whole turns are removed in float64. Otherwise a stream of many days would lose its phase in float32.
         return np.mod(days_B[:, None] * frequency, 1.0).astype(np.float32)
 
     def _scores(self, user_BK: Floats, item_BK: Floats, days_B: NDArray[np.float64]) -> Floats:
-        """Log-odds by task: what the user, the item and their match are worth, at weights that move with time."""
+        """Log-odds per task: a linear function of user, item and their product, with weights that drift."""
         turn_KT = np.mod(self.weight_phase_KT + days_B.mean() * self.weight_frequency_KT, 1.0)
         weight_KT = self.weight_KT + self.difficulty.drift * np.sin(2 * np.pi * turn_KT).astype(np.float32)
         x_BK = np.concatenate([user_BK, item_BK, user_BK * item_BK], axis=1)
@@ -238,7 +238,7 @@ class World:
         labels = {name: drawn[:, t].astype(np.float32) for t, name in enumerate(POSITIVE_RATES)}
         noise = rng.standard_normal((2, rows), dtype=np.float32)
         labels["rating"] = np.clip(3 + 0.5 * score_BT[:, binary] + 0.7 * noise[0], 1, 5)
-        # Seconds; a tenth is skipped at once. Median near 5 s, 99th percentile near 400 s.
+        # Seconds. A tenth of the rows is skipped at once. Median near 5 s, 99th percentile near 400 s.
         seconds = np.exp(np.minimum(1.7 + 0.8 * score_BT[:, binary + 1] + 1.4 * noise[1], 9))
         labels["watch_time"] = np.where(rng.random(rows) < 0.1, 0, seconds).astype(np.float32)
         return labels, rng.random(rows) < 0.5
@@ -247,7 +247,7 @@ class World:
         return _ragged(self.tags[profile], self.tag_count[profile])
 
     def _history(self, user: Ints, days_B: NDArray[np.float64]) -> tuple[Ints, Ints]:
-        """Items watched before; which of them are shown turns from day to day."""
+        """Items watched before. The selection rotates from day to day."""
         start = (user + days_B.astype(np.int64))[:, None]
         order = (start + np.arange(HISTORY)) % HISTORY
         return _ragged(self.history[user[:, None], order], self.history_length[user])
@@ -261,7 +261,7 @@ class World:
         item_BK: Floats,
         days_B: NDArray[np.float64],
     ) -> dict[str, Floats]:
-        """Dense features as they would be logged: raw, heavy-tailed, moving, and now and then at another scale."""
+        """Dense features as in a production log: raw, heavy-tailed, drifting, and sometimes at another scale."""
         knobs = self.difficulty
         x_BK = np.concatenate([user_BK, item_BK, user_BK * item_BK], axis=1)
         z_BF = product(x_BK, self.signal_KF) + 0.5 * rng.standard_normal((len(user), self.signals), dtype=np.float32)
@@ -278,7 +278,7 @@ class World:
         return dense | {f"signal_{f:02d}": z_BF[:, f] for f in range(self.signals)}
 
     def _scales(self, days_B: NDArray[np.float64]) -> Floats:
-        """Scale of each signal: 1, but ``jump`` or 1 / jump in the quarter days that the dice picked for it."""
+        """Scale of each signal: ``jump`` or 1 / jump in randomly drawn quarter days, otherwise 1."""
         knobs = self.difficulty
         quarter = (days_B * 4).astype(np.int64)
         numbers, place_B = np.unique(quarter, return_inverse=True)
@@ -292,7 +292,7 @@ class World:
 
 
 def _ragged(values_BL: Ints, length_B: Ints) -> tuple[Ints, Ints]:
-    """The first length_B entries of each row, end to end, and the offsets."""
+    """The first length_B entries of each row, concatenated, and the offsets."""
     offsets = np.zeros(len(length_B) + 1, dtype=np.int64)
     np.cumsum(length_B, out=offsets[1:])
     return values_BL[np.arange(values_BL.shape[1]) < length_B[:, None]], offsets

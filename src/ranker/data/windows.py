@@ -1,7 +1,7 @@
-"""Where each batch of a sequential run comes from: a window moves over the log, batches are drawn at random inside it.
+"""The windows of sequential training: a window moves over the log, and batches are drawn at random inside it.
 
-Everything here is arithmetic on positions: the plan and a seed say which rows any batch holds, so that a run can go on
-from any batch, on any number of ranks, without looking at what lies before.
+All of this is arithmetic on positions. The plan and a seed determine the rows of every batch, so a run can continue at
+any batch, on any number of ranks, without reading earlier rows.
 
 Source: Tang et al., "Improving Training Stability for Multitask Ranking Models in Recommender Systems", KDD 2023,
 section 2 (sequential training).
@@ -29,11 +29,11 @@ _SPAN = re.compile(r"(\d+(?:\.\d+)?)\s*h")
 class WindowPlan:
     """The windows and the global batches of a run.
 
-    Window k covers rows ``starts[k] .. starts[k + 1] - 1`` and is cut into global batches of ``batch_size`` rows, of
-    which the last may be smaller. Global means: over all ranks.
+    Window k covers rows ``starts[k] .. starts[k + 1] - 1``. It is cut into global batches of ``batch_size`` rows, of
+    which the last may be smaller. Global means over all ranks.
 
     Attributes:
-        starts: int64, shape [W + 1], increasing strictly.
+        starts: int64, shape [W + 1], strictly increasing.
         batch_size: rows of a full global batch.
     """
 
@@ -47,12 +47,12 @@ class WindowPlan:
 
     @property
     def num_windows(self) -> int:
-        """Number of windows, none of them empty."""
+        """Number of windows. None of them is empty."""
         return len(self.starts) - 1
 
     @property
     def num_batches(self) -> int:
-        """Number of global batches of all windows; every rank draws as many."""
+        """Number of global batches of all windows. Every rank draws this many."""
         return int(self._first_batch[-1])
 
     def rows(self, window: int) -> tuple[int, int]:
@@ -60,7 +60,7 @@ class WindowPlan:
         return int(self.starts[window]), int(self.starts[window + 1])
 
     def locate(self, batch: int) -> tuple[int, int]:
-        """The window a batch is drawn from, and its number within that window."""
+        """The window that a batch is drawn from, and the batch's number within that window."""
         assert 0 <= batch < self.num_batches
         window = int(np.searchsorted(self._first_batch, batch, side="right")) - 1
         return window, batch - int(self._first_batch[window])
@@ -77,16 +77,16 @@ class WindowPlan:
 
 
 def plan_windows(log: Log, *, window: int | str, batch_size: int) -> WindowPlan:
-    """Lays windows over the training rows of a log.
+    """Divides the training rows of a log into windows.
 
     Args:
-        log: the log; only its training rows are covered.
-        window: a number of rows, rounded up to whole batches so that only the log's last batch is smaller; or hours of
-            the log, such as ``6h``, counted from midnight of 1970-01-01 UTC, each of which ends with what is left.
+        log: the log. Only its training rows are covered.
+        window: a number of rows, rounded up to whole batches so that only the log's last batch is smaller. Or a number
+            of hours, such as ``6h``, counted from 1970-01-01 00:00 UTC. The last batch of each such window is smaller.
         batch_size: rows of a global batch.
 
     Raises:
-        UserError: a window or batch size that is not above 0, or a window that is no number of rows or hours.
+        UserError: a window or batch size is not above 0, or the window is not a number of rows or hours.
     """
     if batch_size < 1:
         raise UserError(f"batch_size must be at least 1, got {batch_size}")
@@ -101,13 +101,13 @@ def plan_windows(log: Log, *, window: int | str, batch_size: int) -> WindowPlan:
         span = max(1, round(size * _HOUR_MS))
         first, last = log.time_at_row(0) // span, log.time_at_row(rows - 1) // span
         inner = [log.row_at_time(k * span) for k in range(first + 1, last + 1)]
-        # A span without rows gives the same position twice: no window for it.
+        # A span without rows gives the same position twice. It gets no window.
         starts = np.unique(np.array([0, *inner], dtype=np.int64))
     return WindowPlan(starts=np.append(starts, np.int64(rows)), batch_size=batch_size)
 
 
 def parse_window(window: int | str) -> int | float:
-    """Rows as an int, hours as a float.
+    """Parses a window: rows as an int, hours as a float.
 
     Raises:
         UserError: it is neither.
@@ -123,25 +123,25 @@ def parse_window(window: int | str) -> int | float:
 
 
 def permutation(*, seed: int, window: int, rows: int) -> Positions:
-    """A random order of a window's rows that depends on the seed, the window's number and its size alone.
+    """A random order of a window's rows, int64 [rows]. It depends only on the seed, the window's number and its size.
 
-    The counter-based Philox generator is keyed with (seed, window), so no two windows share a stream; the legacy
-    ``RandomState`` is used because NumPy froze what it draws, where ``Generator`` may change between versions.
+    The counter-based Philox generator is keyed with (seed, window), so no two windows share a stream. The legacy
+    ``RandomState`` is used because NumPy guarantees its draws, whereas those of ``Generator`` may change.
     """
     key = np.array([seed % 2**64, window], dtype=np.uint64)
     return np.random.RandomState(np.random.Philox(key=key)).permutation(rows)
 
 
 def share(rows: int, *, rank: int, world_size: int) -> tuple[int, int]:
-    """A rank's contiguous part of rows 0 .. rows - 1; sizes differ by at most one, and may be 0."""
+    """A rank's contiguous part of rows 0 .. rows - 1. Sizes differ by at most one and may be 0."""
     return rows * rank // world_size, rows * (rank + 1) // world_size
 
 
 def row_ranges(plan: WindowPlan, *, seed: int, start: int, stop: int) -> Positions:
-    """The log's rows that batches start .. stop - 1 hold, as few ranges as there can be.
+    """The log's rows in batches start .. stop - 1, as the smallest number of ranges.
 
     Returns:
-        int64 [N, 2] in increasing order: first row of a range and the one after its last.
+        int64 [N, 2] in increasing order: first row of a range and the row after its last.
     """
     ranges = [np.zeros((0, 2), dtype=np.int64)]
     batch = start
@@ -155,9 +155,7 @@ def row_ranges(plan: WindowPlan, *, seed: int, start: int, stop: int) -> Positio
         ranges.append(np.stack([rows[np.append(0, breaks + 1)], rows[np.append(breaks, len(rows) - 1)] + 1], axis=1))
         batch += end - place
     joined = np.concatenate(ranges)
-    inner = joined[1:, 0] != joined[:-1, 1]  # windows that follow each other are one range
-    return (
-        np.stack([joined[np.append(True, inner), 0], joined[np.append(inner, True), 1]], axis=1)
-        if len(joined)
-        else joined
-    )
+    if len(joined) == 0:
+        return joined
+    inner = joined[1:, 0] != joined[:-1, 1]  # adjacent ranges are joined
+    return np.stack([joined[np.append(True, inner), 0], joined[np.append(inner, True), 1]], axis=1)

@@ -16,7 +16,7 @@ from torch import nn
 
 from ranker.data.batch import Batch
 from ranker.data.dense_statistics import NOTHING, DenseStatistics
-from ranker.data.eval_loader import EvalLoader
+from ranker.data.loader import EvalLoader
 from ranker.data.log import Log
 from ranker.data.schema import Schema
 from ranker.errors import UserError

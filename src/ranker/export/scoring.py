@@ -16,11 +16,10 @@ from ranker.data.batch import Batch
 from ranker.data.checks import check_feature_columns
 from ranker.data.decode import decode
 from ranker.data.filesystem import one_line
-from ranker.data.from_dict import one_of
-from ranker.data.prefetch import in_order
+from ranker.data.loader import in_order
 from ranker.data.row_faults import Fault, Place, bad_rows, raise_first
 from ranker.data.schema import Schema
-from ranker.errors import UserError
+from ranker.errors import UserError, one_of
 from ranker.export.engine import Engine
 from ranker.export.show import unseen
 

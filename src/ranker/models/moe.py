@@ -1,4 +1,4 @@
-"""Soft parameter sharing: experts that all tasks share, mixed by a gate a task (MMoE)."""
+"""MMoE: experts that all tasks share, mixed by one gate per task (soft parameter sharing)."""
 
 from __future__ import annotations
 
@@ -8,19 +8,18 @@ from torch import Tensor, nn
 
 from ranker.data.batch import Batch
 from ranker.data.schema import Schema
-from ranker.models.base import Ranker
-from ranker.models.heads import Heads, head_key
-from ranker.models.mlp import MLP, checked_count, checked_widths, dense_layer, fused_linear
+from ranker.models.layers import MLP, checked_count, checked_widths, dense_layer, fused_linear
+from ranker.models.ranker_base import Heads, Ranker
 
 
 class MMoE(Ranker):
     """Multi-gate mixture of experts.
 
-        g_t = softmax(G_t x)                 [E], one gate a task, no bias
+        g_t = softmax(G_t x)                 [E], one gate per task, no bias
         h_t = sum_e g_t,e * expert_e(x)      [H]
         logit_t = head_t(h_t)
 
-    With one expert it is a shared bottom.
+    With one expert this is a shared bottom.
 
     Args:
         schema: features and tasks.
@@ -28,11 +27,11 @@ class MMoE(Ranker):
         expert_hidden: widths of an expert's layers.
         tower: widths of each task's own hidden layers.
         layer_norm: layer normalisation in experts and towers.
-        clip_activations: bound on pre-activations there; None for none.
-        sparse_embeddings: sparse gradients for the embedding tables.
+        clip_activations: bound on pre-activations there. None for no bound.
+        sparse_embeddings: use sparse gradients for the embedding tables.
 
     Raises:
-        UserError: a width, count or bound that makes no model.
+        UserError: a width, count or bound is out of range.
 
     Source: Ma et al. (2018), Modeling Task Relationships in Multi-task Learning with Multi-gate
         Mixture-of-Experts.
@@ -69,11 +68,11 @@ class MMoE(Ranker):
         return self.heads.of_mixtures(self.gate(x_BD), [expert(x_BD) for expert in self.experts])
 
     def gate(self, x_BD: Tensor) -> Tensor:
-        """What each task takes from each expert, [B, T, E], adding up to 1 over the experts."""
+        """The weight of each expert for each task, [B, T, E]. The sum over the experts is 1."""
         logits = fused_linear(self.gates, x_BD)
         return logits.view(x_BD.shape[0], len(self.task_names), len(self.experts)).softmax(-1)
 
     def layer_names(self) -> dict[str, str]:
         """As in ``Ranker``."""
         names = {"bottom_first": "experts.0.layers.0", "bottom_top": f"experts.0.layers.{self.expert_depth - 1}"}
-        return names | {f"head/{task}": f"heads.linear.{head_key(task)}" for task in self.task_names}
+        return names | self.head_names()

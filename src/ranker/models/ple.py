@@ -1,4 +1,4 @@
-"""Progressive layered extraction: shared experts and experts of each task's own, in several levels."""
+"""PLE (progressive layered extraction): shared and task-specific experts in several levels."""
 
 from __future__ import annotations
 
@@ -9,20 +9,19 @@ from torch import Tensor, nn
 
 from ranker.data.batch import Batch
 from ranker.data.schema import Schema
-from ranker.models.base import Ranker
-from ranker.models.heads import Heads, head_key
-from ranker.models.mlp import MLP, checked_count, checked_widths, dense_layer
+from ranker.models.layers import MLP, checked_count, checked_widths, dense_layer
+from ranker.models.ranker_base import Heads, Ranker
 
 
 class _Experts(nn.ModuleList):
-    """Experts that read the same stream."""
+    """Experts with the same input stream."""
 
     def forward(self, x: Tensor) -> list[Tensor]:
         return [expert(x) for expert in self]
 
 
 class ExtractionLayer(nn.Module):
-    """One level: experts read their own stream, gates mix what a stream may see.
+    """One level: experts read their own stream, and gates mix the experts that a stream may use.
 
         e_t,k = expert_t,k(x_t),  e_s,k = expert_s,k(x_s)
         y_t = sum over own and shared experts of softmax(G_t x_t)
@@ -32,9 +31,9 @@ class ExtractionLayer(nn.Module):
         in_features: width of every stream.
         tasks: T.
         shared_experts: experts of the shared stream, at least 1.
-        task_experts: experts of each task's stream; 0 makes the level an MMoE.
+        task_experts: experts of each task's stream. With 0 the level is an MMoE.
         hidden: widths of an expert's layers.
-        last: leave out the shared stream's gate, which nothing would read.
+        last: omit the shared stream's gate, whose output would not be used.
         layer_norm: as in ``MLP``.
         clip_activations: as in ``MLP``.
 
@@ -73,14 +72,14 @@ class ExtractionLayer(nn.Module):
         self.shared_gate = None if last else dense_layer(in_features, everything, bias=False)
 
     def forward(self, streams: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
-        """What the level's experts say, and how the next streams mix it.
+        """Outputs of the level's experts, and their weights in the next streams.
 
         Args:
-            streams: T task streams, then the shared one, each [B, D].
+            streams: T task streams, then the shared stream, each [B, D].
 
         Returns:
-            Weights of the experts in the next streams, [B, T + 1, E], [B, T, E] from the last level; and the outputs
-            of all experts, E of [B, H].
+            Weights of the experts in the next streams, [B, T + 1, E] ([B, T, E] from the last level), and the outputs
+            of all experts, E times [B, H].
         """
         *tasks, shared = streams
         outputs = self.shared(shared)
@@ -93,7 +92,7 @@ class ExtractionLayer(nn.Module):
         return weights_BTE, outputs
 
     def _task_weights(self, tasks: Sequence[Tensor], experts: int) -> Tensor:
-        """What each task takes from each expert, [B, T, E]; 0 from those of other tasks."""
+        """The weight of each expert for each task, [B, T, E]. 0 for experts of other tasks."""
         logits = [gate(x) for x, gate in zip(tasks, self.gates, strict=True)]
         seen = torch.stack(logits, dim=1).softmax(-1)
         weights_BTE = seen.new_zeros(seen.shape[0], len(tasks), experts)
@@ -101,23 +100,23 @@ class ExtractionLayer(nn.Module):
 
 
 class PLE(Ranker):
-    """Extraction layers, then a head a task.
+    """Extraction layers, then one head per task.
 
-    All streams of the first level are the input. One level with no task experts is MMoE.
+    All streams of the first level are the input. One level without task experts is MMoE.
 
     Args:
         schema: features and tasks.
         levels: number of extraction layers.
-        shared_experts: shared experts a level.
-        task_experts: experts of its own that each task has a level.
+        shared_experts: shared experts per level.
+        task_experts: task-specific experts per task and level.
         expert_hidden: widths of an expert's layers.
         tower: widths of each task's own hidden layers.
         layer_norm: layer normalisation in experts and towers.
-        clip_activations: bound on pre-activations there; None for none.
-        sparse_embeddings: sparse gradients for the embedding tables.
+        clip_activations: bound on pre-activations there. None for no bound.
+        sparse_embeddings: use sparse gradients for the embedding tables.
 
     Raises:
-        UserError: a width, count or bound that makes no model.
+        UserError: a width, count or bound is out of range.
 
     Source: Tang et al. (2020), Progressive Layered Extraction (PLE).
     """
@@ -175,4 +174,4 @@ class PLE(Ranker):
             "bottom_first": "levels.0.shared.0.layers.0",
             "bottom_top": f"levels.{len(self.levels) - 1}.shared.0.layers.{self.expert_depth - 1}",
         }
-        return names | {f"head/{task}": f"heads.linear.{head_key(task)}" for task in self.task_names}
+        return names | self.head_names()

@@ -1,4 +1,4 @@
-"""Hard parameter sharing: one bottom for all tasks, maybe over cross layers. The paper's Small, Large, Large+DCN."""
+"""Shared bottom (hard parameter sharing) with optional cross layers: the paper's Small, Large and Large+DCN."""
 
 from __future__ import annotations
 
@@ -9,30 +9,28 @@ from torch import Tensor
 from ranker.data.batch import Batch
 from ranker.data.schema import Schema
 from ranker.errors import UserError
-from ranker.models.base import Ranker
-from ranker.models.dcn import CrossNet
-from ranker.models.heads import Heads, head_key
-from ranker.models.mlp import MLP, checked_count, checked_widths
+from ranker.models.layers import MLP, CrossNet, checked_count, checked_widths
+from ranker.models.ranker_base import Heads, Ranker
 
 
 class SharedBottom(Ranker):
-    """Input, cross layers (where asked for), shared layers, a head a task.
+    """Input, optional cross layers, shared layers, one head per task.
 
         x = [dense, embeddings];  c = norm(cross(x)) or x;  h = mlp(c);  logit_t = head_t(h)
 
     Args:
         schema: features and tasks.
         hidden: widths of the shared layers.
-        cross_layers: number of DCN-V2 layers on the input; 0 for none.
-        cross_rank: rank of their matrices; None for full rank.
+        cross_layers: number of DCN-V2 layers on the input. 0 for none.
+        cross_rank: rank of their matrices. None for full rank.
         cross_layer_norm: layer normalisation between cross and shared layers.
         tower: widths of each task's own hidden layers.
         layer_norm: layer normalisation in the shared layers and towers.
-        clip_activations: bound on pre-activations there; None for none.
-        sparse_embeddings: sparse gradients for the embedding tables.
+        clip_activations: bound on pre-activations there. None for no bound.
+        sparse_embeddings: use sparse gradients for the embedding tables.
 
     Raises:
-        UserError: a width, count or bound that makes no model.
+        UserError: a width, count or bound is out of range.
 
     Source: Tang et al. (2023), Table 1.
     """
@@ -54,7 +52,7 @@ class SharedBottom(Ranker):
         tower = checked_widths("tower", tower, allow_empty=True)
         checked_count("cross_layers", cross_layers, at_least=0)
         if cross_rank is not None and not cross_layers:
-            raise UserError(f"model: cross_rank {cross_rank} has no cross layer to act on; give cross_layers too")
+            raise UserError(f"model: cross_rank {cross_rank} has no effect without cross layers; set cross_layers too")
         super().__init__(schema, sparse_embeddings=sparse_embeddings)
         self.cross = None
         if cross_layers:
@@ -76,4 +74,4 @@ class SharedBottom(Ranker):
         names = {} if self.cross is None else {"dcn": "cross.layers.0"}
         names["bottom_first"] = "bottom.layers.0"
         names["bottom_top"] = f"bottom.layers.{len(self.bottom.layers) - 1}"
-        return names | {f"head/{task}": f"heads.linear.{head_key(task)}" for task in self.task_names}
+        return names | self.head_names()

@@ -12,22 +12,13 @@ import yaml
 
 from ranker.errors import UserError
 from ranker.paper.jobs import Job
+from ranker.runs.config_identity import NOT_IDENTIFYING, is_below
 from ranker.runs.metric_names import TEST
 from ranker.runs.run_folder import METRICS as METRICS_FILE
 from ranker.runs.run_folder import SUMMARY
 
-# Where a run lay, how it was watched and how it was scheduled decides none of its numbers.
-UNRECORDED = (
-    "data.source",
-    "data.cache_dir",
-    "data.root",
-    "logger",
-    "train.threads",
-    "train.checkpoint_every",
-    "train.log_every",
-    "callbacks.early_signs.every",
-    "callbacks.early_signs.task_gradients",
-)
+# Settings that do not identify a published run. Where the data lie does not matter, because the data set has a name.
+UNRECORDED = (*NOT_IDENTIFYING, "data.source", "data.root")
 DEFAULTS = {"scale": "laptop", "lr_mult": "1", "seed": "0"}  # values of keys that a job does not override
 STANDARD = ("data", "scale", "model", "optim", "lr_mult", "seed")
 METRICS = ("auc", "ne", "rmse", "calibration")
@@ -49,7 +40,7 @@ DIGITS = 5  # significant digits in the CSV files of curves
 def identity(overrides: Iterable[str]) -> frozenset[tuple[str, str]]:
     """What identifies a job: its overrides, independent of their order and of how numbers are written."""
     values = DEFAULTS | dict(override.split("=", 1) for override in overrides)
-    return frozenset((key, _normalised(value)) for key, value in values.items() if key not in UNRECORDED)
+    return frozenset((key, _normalised(value)) for key, value in values.items() if not is_below(key, UNRECORDED))
 
 
 def collect(folder: Path, jobs: Sequence[Job]) -> tuple[pl.DataFrame, list[Job]]:
@@ -135,7 +126,7 @@ def row_of(job: Job, folder: Path, summary: dict[str, Any]) -> dict[str, Any]:
     """The row of one run; see ``collect`` for the columns."""
     row: dict[str, Any] = {key: summary[key] for key in STANDARD}
     for key, value in (override.split("=", 1) for override in job):
-        if key not in row and key not in UNRECORDED:
+        if key not in row and not is_below(key, UNRECORDED):
             row[key] = _number(value)
     row |= {key: summary[key] for key in ("lr", "status", "steps", "examples_per_second", "seconds")}
     row |= {"first_step": summary["divergence"]["first_step"], "micro": summary["divergence"]["micro"]}

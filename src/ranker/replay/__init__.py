@@ -1,1 +1,1 @@
-"""Divergences replayed: the minutes around an event, kept in a capsule, trained again, differently, and taken apart."""
+"""Replay: training on the batches of a capsule again, exactly or with changes, to find the cause of a divergence."""

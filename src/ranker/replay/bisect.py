@@ -1,8 +1,8 @@
-"""Which batch, feature, rows, task and layer moved first: asked of the model by training it again without them.
+"""Finds which batch, feature, rows, task and layer caused a divergence, by replaying training without each of them.
 
-Each question is a counterfactual replay: does a divergence, as the run's own detector defines it, still begin when
-one thing is left out? Attributions (distance of a feature from its usual values, gradients by task, relative steps by
-layer) only decide in which order questions are asked, and stand in the report beside the answers.
+Each question is a counterfactual replay: does a divergence, as defined by the run's own detector, still begin when one
+thing is left out? Attributions (deviation of a feature from its usual values, gradients per task, relative steps per
+layer) only decide the order of the questions, and are reported beside the answers.
 """
 
 from __future__ import annotations
@@ -12,51 +12,59 @@ from dataclasses import dataclass
 
 import torch
 
-from ranker.capsules.training_state import State
+from ranker.capsules.training_state import TrainingState
 from ranker.data.batch import Batch
 from ranker.errors import UserError
-from ranker.replay.counterfactuals import Usual, share_key, without_features, without_rows
+from ranker.replay.counterfactuals import (
+    DenseStatistics,
+    find_sufficient_prefix,
+    find_sufficient_subset,
+    max_questions,
+    share_key,
+    without_features,
+    without_rows,
+)
 from ranker.replay.engine import Change, Engine
 from ranker.replay.findings import Features, Findings, Layers, Rows, Tasks
-from ranker.replay.search import halve, halve_questions, prefix_questions, smallest_prefix
 from ranker.replay.trajectory import Trajectory
 from ranker.stability import Event
 
-FAR = 2.0  # a value so many times farther from the median than any before is out of the ordinary
+OUTLIER = 2.0  # a value this many times farther from the median than in the batches before is an outlier
+MAX_SINGLE_ROWS = 16  # rows that are tried one by one
+MAX_LAYERS = 16  # groups of parameters; if there are more, those of one parent module are joined
 
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """How far to search.
+    """Limits of the search.
 
     Attributes:
-        lookback: batches before the one whose loss moved first that are suspected too.
-        horizon: batches after it in which a divergence must show.
-        single_rows: rows that are tried one by one.
-        layers: most groups of parameters; neighbours are joined where there are more.
+        lookback: number of suspected batches before the one whose loss moved first.
+        horizon: number of batches after it in which a divergence must begin.
     """
 
     lookback: int = 8
     horizon: int = 20
-    single_rows: int = 16
-    layers: int = 16
 
 
 class Bisection:
-    """Takes a divergence apart.
+    """The search for the cause of a divergence.
 
     Args:
-        engine: of the run as it was.
+        engine: an engine with the configuration of the run.
         state: the capsule's snapshot.
-        steps: of each batch, the step it belongs to.
-        batches: by batch, the shares of the ranks.
-        limits: how far to search.
+        steps: step that each batch belongs to.
+        batches: the shares of the ranks, per batch.
+        limits: limits of the search.
+
+    Attributes:
+        replays: number of replays so far.
     """
 
     def __init__(
         self,
         engine: Engine,
-        state: State,
+        state: TrainingState,
         steps: Sequence[int],
         batches: Sequence[Sequence[Batch]],
         *,
@@ -64,53 +72,55 @@ class Bisection:
     ) -> None:
         self._engine, self._steps, self._batches = engine, steps, batches
         self._limits = limits or Limits()
-        self._tick: Callable[[], None] = lambda: None
-        self._told: Callable[[str], None] = lambda _: None
+        self._on_batch: Callable[[], None] = lambda: None
+        self._on_question: Callable[[str], None] = lambda _: None
         self._schema = engine.module.schema
-        self._from, self._state = 0, state
-        self._until = len(batches)
+        self._start, self._state = 0, state  # replays start with this batch, from this state
+        self._stop = len(batches)
         self.replays = 0
 
-    def most_replays(self) -> int:
-        """An upper bound on the number of replays, each of at most lookback + horizon + 1 batches but for the first."""
+    def max_replays(self) -> int:
+        """Upper bound on the number of replays. All but the first have at most lookback + horizon + 1 batches."""
         limits, schema = self._limits, self._schema
         rows = max(sum(len(part) for part in parts) for parts in self._batches)
-        features = halve_questions(len(schema.feature_names))
-        of_rows = prefix_questions(max(1, rows // 2)) + limits.single_rows + 1
+        of_features = max_questions(len(schema.feature_names))
+        of_rows = max_questions(max(1, rows // 2)) + MAX_SINGLE_ROWS + 1
         layers = len(self._layers())
-        return 1 + (limits.lookback + 1) + 3 + 1 + features + of_rows + 2 * len(schema.tasks) + 2 * layers + 1
+        return 1 + (limits.lookback + 1) + 3 + 1 + of_features + of_rows + 2 * len(schema.tasks) + 2 * layers + 1
 
-    def run(self, *, tick: Callable[[], None] | None = None, told: Callable[[str], None] | None = None) -> Findings:
-        """Searches.
+    def run(
+        self, *, on_batch: Callable[[], None] | None = None, on_question: Callable[[str], None] | None = None
+    ) -> Findings:
+        """Searches for the cause.
 
         Args:
-            tick: called after every replayed batch.
-            told: called with what is being asked.
+            on_batch: called after each replayed batch.
+            on_question: called with a description of each question.
 
         Raises:
-            UserError: the replayed minutes do not move, or a step has more than one batch.
+            UserError: no divergence begins in the replay, or a step has more than one batch.
         """
-        self._tick, self._told = tick or self._tick, told or self._told
+        self._on_batch, self._on_question = on_batch or self._on_batch, on_question or self._on_question
         if self._engine.settings.accumulate > 1:
             raise UserError("--bisect cannot take accumulated gradients apart; replay and --try can")
-        self._told("the run as it was")
+        self._on_question("the run as it was")
         whole = self._replay([])
         if whole.event is None:
             raise UserError(
-                "nothing to bisect: in the capsule's minutes the detector sees no jump of its own; the event rests on "
-                "what came before or after them (training AUC, hold-out)"
+                "nothing to bisect: the detector finds no divergence in the capsule's batches alone; the event depends "
+                "on what came before or after them (training AUC, hold-out)"
             )
-        event, onset = whole.event, self._place(whole.event)
+        event, onset = whole.event, self._index_of(whole.event)
         self._narrow(onset)
         guilty, last = self._which_batch(onset)
-        at = frozenset([guilty]) if guilty is not None else frozenset(range(self._from, self._until))
+        at = frozenset([guilty]) if guilty is not None else frozenset(range(self._start, self._stop))
         batch = self._batches[onset if guilty is None else guilty]
-        usual = self._usual(at, onset)
+        usual = self._usual_values(at, onset)
         if guilty is not None:
-            self._advance(guilty)
+            self._start_at(guilty)
         features = self._which_features(at, usual, batch)
         rows = self._which_rows(guilty, features, usual) if guilty is not None else None
-        harm = guilty is None or self._moves([Change(at=at, unseen=True)], "what the batch leaves behind")
+        harm = guilty is None or self._diverges([Change(at=at, unseen=True)], "the model after the batch")
         tasks = self._which_tasks(at, batch, guilty) if harm else None
         layers = self._which_layers(at, batch, guilty) if harm else None
         return Findings(
@@ -131,77 +141,79 @@ class Bisection:
     def _replay(self, changes: Iterable[Change]) -> Trajectory:
         self._engine.restore(self._state)
         self.replays += 1
-        stretch = slice(self._from, self._until)
+        part = slice(self._start, self._stop)
         return self._engine.run(
-            self._steps[stretch],
-            self._batches[stretch],
-            first=self._from,
+            self._steps[part],
+            self._batches[part],
+            first=self._start,
             changes=changes,
-            until_moved=self.replays > 1,  # of the run as it was, the whole depth is told
-            tick=self._tick,
+            until_moved=self.replays > 1,  # the first replay gives the full depth of the event
+            tick=self._on_batch,
         )
 
-    def _moves(self, changes: Iterable[Change], question: str) -> bool:
-        self._told(question)
+    def _diverges(self, changes: Iterable[Change], question: str) -> bool:
+        self._on_question(question)
         return self._replay(changes).event is not None
 
-    def _place(self, event: Event) -> int:
-        places = [i for i, step in enumerate(self._steps) if step >= event.step]
-        return places[0] if places else len(self._steps) - 1
+    def _index_of(self, event: Event) -> int:
+        return next((i for i, step in enumerate(self._steps) if step >= event.step), len(self._steps) - 1)
 
     def _narrow(self, onset: int) -> None:
-        """From now on replays start a little before the onset and end a little after it."""
-        self._until = min(len(self._batches), onset + self._limits.horizon + 1)
-        self._advance(max(0, onset - self._limits.lookback))
+        """Limits the replays that follow to the batches around the onset."""
+        self._stop = min(len(self._batches), onset + self._limits.horizon + 1)
+        self._start_at(max(0, onset - self._limits.lookback))
 
-    def _advance(self, place: int) -> None:
-        """From now on replays start right before a batch."""
+    def _start_at(self, index: int) -> None:
+        """Lets the replays that follow start right before a batch."""
         self._engine.restore(self._state)
-        stretch = slice(self._from, place)
-        self._engine.run(self._steps[stretch], self._batches[stretch], first=self._from)
-        self._state, self._from = self._engine.state(), place
+        part = slice(self._start, index)
+        self._engine.run(self._steps[part], self._batches[part], first=self._start)
+        self._state, self._start = self._engine.state(), index
 
     # Which batch.
 
     def _which_batch(self, onset: int) -> tuple[int | None, int | None]:
-        """The batch without which nothing moves; or how many of the last ones it takes together."""
-        for place in range(onset, self._from - 1, -1):
-            if not self._moves([Change(at=frozenset([place]), leave_out=True)], f"without step {self._steps[place]}"):
-                return place, 1
+        """The batch without which there is no divergence, or how many of the last ones must be left out together."""
+        for index in range(onset, self._start - 1, -1):
+            change = Change(at=frozenset([index]), leave_out=True)
+            if not self._diverges([change], f"without step {self._steps[index]}"):
+                return index, 1
         for count in (2, 4, 8):
-            if count > onset - self._from + 1:
+            if count > onset - self._start + 1:
                 break
-            places = frozenset(range(onset - count + 1, onset + 1))
-            if not self._moves([Change(at=places, leave_out=True)], f"without the last {count} batches"):
+            change = Change(at=frozenset(range(onset - count + 1, onset + 1)), leave_out=True)
+            if not self._diverges([change], f"without the last {count} batches"):
                 return None, count
         return None, None
 
     # Which features.
 
-    def _usual(self, at: frozenset[int], onset: int) -> Usual:
-        calm = [part for i, parts in enumerate(self._batches[:onset]) for part in parts if i not in at and len(part)]
+    def _usual_values(self, at: frozenset[int], onset: int) -> DenseStatistics:
+        before = [part for i, parts in enumerate(self._batches[:onset]) for part in parts if i not in at and len(part)]
         others = [part for i, parts in enumerate(self._batches) for part in parts if i not in at and len(part)]
-        return Usual.of(calm or others or [part for parts in self._batches for part in parts])
+        return DenseStatistics.of(before or others or [part for parts in self._batches for part in parts])
 
-    def _which_features(self, at: frozenset[int], usual: Usual, batch: Sequence[Batch]) -> Features:
-        distance_F = torch.cat([usual.distance_BF(part) for part in batch]).amax(0)
-        far = {f.name: float(x) for f, x in zip(self._schema.dense, distance_F, strict=True)}
-        order = sorted(far, key=lambda name: -far[name]) + [f.name for f in self._schema.categorical]
+    def _which_features(self, at: frozenset[int], usual: DenseStatistics, batch: Sequence[Batch]) -> Features:
+        deviation_F = torch.cat([usual.relative_deviation_BF(part) for part in batch]).amax(0)
+        deviation = {f.name: float(x) for f, x in zip(self._schema.dense, deviation_F, strict=True)}
+        order = sorted(deviation, key=lambda name: -deviation[name]) + [f.name for f in self._schema.categorical]
 
-        def enough(names: Sequence[str]) -> bool:
+        def prevents(names: Sequence[str]) -> bool:
             edit = without_features(self._schema, usual, names)
-            return not self._moves([Change(at=at, edit=edit)], f"with {_few(names)} at the usual value")
+            what = names[0] if len(names) == 1 else f"{len(names)} features"
+            return not self._diverges([Change(at=at, edit=edit)], f"with {what} at the usual value")
 
-        # All of them at once are not asked about: an input without any information kills the predictions by itself.
-        return Features(names=halve(order, enough), distance={name: far[name] for name in order[:8] if name in far})
+        # All features together are not tried: without any information in the input the predictions become constant.
+        names = find_sufficient_subset(order, prevents)
+        return Features(names=names, distance={name: deviation[name] for name in order[:8] if name in deviation})
 
     # Which rows.
 
-    def _which_rows(self, guilty: int, features: Features, usual: Usual) -> Rows | None:
+    def _which_rows(self, guilty: int, features: Features, usual: DenseStatistics) -> Rows | None:
         parts = self._batches[guilty]
         dense = [i for i, f in enumerate(self._schema.dense) if features.names == [f.name]]
         if dense:
-            scores = [usual.distance_BF(part)[:, dense[0]] for part in parts]
+            scores = [usual.relative_deviation_BF(part)[:, dense[0]] for part in parts]
         else:
             self._engine.restore(self._state)
             scores = self._engine.row_losses(parts)
@@ -209,22 +221,22 @@ class Bisection:
             ((float(s), share_key(part), i) for part, of in zip(parts, scores, strict=True) for i, s in enumerate(of)),
             reverse=True,
         )
-        order = [(share, place) for _, share, place in ranked]
+        order = [(share, position) for _, share, position in ranked]
 
         def prevents(rows: Sequence[tuple[int, int]]) -> bool:
             by_share: dict[int, list[int]] = {}
-            for share, place in rows:
-                by_share.setdefault(share, []).append(place)
+            for share, position in rows:
+                by_share.setdefault(share, []).append(position)
             change = Change(at=frozenset([guilty]), edit=without_rows(by_share))
-            return not self._moves([change], f"without {len(rows)} rows")
+            return not self._diverges([change], f"without {len(rows)} rows")
 
-        count = smallest_prefix(max(1, len(order) // 2), lambda k: prevents(order[:k]))
+        count = find_sufficient_prefix(max(1, len(order) // 2), lambda k: prevents(order[:k]))
         if count is None:
             return None
-        far = [row for row, (distance, *_) in zip(order, ranked, strict=True) if dense and distance >= FAR]
-        tried = order[: min(max(2 * count, len(far)), self._limits.single_rows)]
+        outliers = [row for row, (score, *_) in zip(order, ranked, strict=True) if dense and score >= OUTLIER]
+        tried = order[: min(max(2 * count, len(outliers)), MAX_SINGLE_ROWS)]
         alone = [row for row in tried if not prevents([other for other in tried if other != row])]
-        wanted = far if len(far) >= count else [row for row in order if row in alone] or order[:count]
+        wanted = outliers if len(outliers) >= count else [row for row in order if row in alone] or order[:count]
         chosen = wanted if wanted == order[:count] or prevents(wanted) else order[:count]
         ids = {(share_key(part), i): int(row) for part in parts for i, row in enumerate(part.row_B)}
         return Rows(
@@ -233,11 +245,10 @@ class Bisection:
             of=len(order),
         )
 
-    # Which tasks and layers, through which the batch harms the model.
+    # Which tasks and layers.
 
     def _which_tasks(self, at: frozenset[int], batch: Sequence[Batch], guilty: int | None) -> Tasks:
         names = self._schema.task_names
-        hidden = guilty is not None
         shared = [name for name, _ in self._engine.module.net.named_parameters() if not name.startswith("heads.")]
         self._engine.restore(self._state)
         norms = [
@@ -245,56 +256,55 @@ class Bisection:
             for of in self._engine.task_gradients(batch, shared)
         ]
         total = sum(norms) or 1.0
-
-        def moves(factors: Mapping[int, float], question: str) -> bool:
-            return self._moves([Change(at=at, unseen=hidden, weights=factors)], question)
-
-        needed = [n for t, n in enumerate(names) if not moves({t: 0.0}, f"without the gradient of {n}")]
-        alone = []
-        if not needed and len(names) > 1:
-            others = {t: {o: 0.0 for o in range(len(names)) if o != t} for t in range(len(names))}
-            alone = [n for t, n in enumerate(names) if moves(others[t], f"with the gradient of {n} alone")]
+        hidden, places = guilty is not None, range(len(names))
+        needed, alone = self._needed_or_sufficient(
+            {n: Change(at=at, unseen=hidden, weights={t: 0.0}) for t, n in enumerate(names)},
+            {n: Change(at=at, unseen=hidden, weights={o: 0.0 for o in places if o != t}) for t, n in enumerate(names)},
+            "the gradient of",
+        )
         return Tasks(needed=needed, alone=alone, share={n: x / total for n, x in zip(names, norms, strict=True)})
 
     def _which_layers(self, at: frozenset[int], batch: Sequence[Batch], guilty: int | None) -> Layers:
         layers, hidden = self._layers(), guilty is not None
         every = frozenset(name for names in layers.values() for name in names)
-
-        def moves(frozen: frozenset[str], question: str) -> bool:
-            return self._moves([Change(at=at, unseen=hidden, frozen=frozen)], question)
-
-        needed = [layer for layer, names in layers.items() if not moves(frozenset(names), f"with {layer} held still")]
-        alone = []
-        if not needed and len(layers) > 1:
-            alone = [n for n, names in layers.items() if moves(every - set(names), f"with {n} moving alone")]
+        needed, alone = self._needed_or_sufficient(
+            {n: Change(at=at, unseen=hidden, frozen=frozenset(names)) for n, names in layers.items()},
+            {n: Change(at=at, unseen=hidden, frozen=every - set(names)) for n, names in layers.items()},
+            "the update of",
+        )
         return Layers(needed=needed, alone=alone, step=self._relative_steps(layers, batch))
 
+    def _needed_or_sufficient(
+        self, without: Mapping[str, Change], only: Mapping[str, Change], what: str
+    ) -> tuple[list[str], list[str]]:
+        """The candidates without which there is no divergence; if there are none, those sufficient by themselves."""
+        needed = [name for name, change in without.items() if not self._diverges([change], f"without {what} {name}")]
+        if needed or len(only) < 2:
+            return needed, []
+        return [], [name for name, change in only.items() if self._diverges([change], f"only {what} {name}")]
+
     def _relative_steps(self, layers: Mapping[str, Sequence[str]], batch: Sequence[Batch]) -> dict[str, float]:
-        """Largest move of a weight in the batch's step, over the root mean square of the layer's weights."""
+        """Largest change of a weight in the step on the batch, over the root mean square of the layer's weights."""
         self._engine.restore(self._state)
         params = dict(self._engine.module.net.named_parameters())
         before = {name: param.detach().clone() for name, param in params.items()}
         self._engine.run([self._engine.step + 1], [batch])
 
         def relative(names: Sequence[str]) -> float:
-            moved = max(float((params[n].detach() - before[n]).abs().max()) for n in names)
+            change = max(float((params[n].detach() - before[n]).abs().max()) for n in names)
             size = torch.cat([before[n].flatten() for n in names]).square().mean().sqrt()
-            return moved / max(float(size), 1e-12)
+            return change / max(float(size), 1e-12)
 
         return {layer: relative(names) for layer, names in layers.items()}
 
     def _layers(self) -> dict[str, list[str]]:
-        """Parameters by the module they belong to; by its parents, where that gives too many."""
+        """Names of parameters by the module they belong to, or by a parent module if there are too many modules."""
         names = [name for name, _ in self._engine.module.net.named_parameters()]
         deepest = max(name.count(".") for name in names)
         for depth in range(deepest, 0, -1):
             groups: dict[str, list[str]] = {}
             for name in names:
                 groups.setdefault(".".join(name.split(".")[:-1][:depth]) or name, []).append(name)
-            if len(groups) <= self._limits.layers:
+            if len(groups) <= MAX_LAYERS:
                 break
         return groups
-
-
-def _few(names: Sequence[str]) -> str:
-    return names[0] if len(names) == 1 else f"{len(names)} features"

@@ -1,39 +1,23 @@
-"""Trains the batches of a capsule again: one process, a plain loop, the same arithmetic as the run's."""
+"""Trains the batches of a capsule again, in one process and without Lightning, with the same arithmetic as the run."""
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
-from ranker.capsules.training_state import State
+from ranker.capsules.training_state import Trained, TrainingState
 from ranker.data.batch import Batch
-from ranker.data.schema import Schema
 from ranker.losses import MultitaskLoss
-from ranker.metrics import StreamingAUC
 from ranker.replay.trajectory import Trajectory
 from ranker.stability import DivergenceDetector, Event
-from ranker.stability.step_signals import pack
-
-
-class Trainable(Protocol):
-    """What is replayed: the parts of ``ranker.training.module.RankingModule`` that a step needs."""
-
-    net: nn.Module
-    schema: Schema
-    loss: MultitaskLoss
-    train_auc: StreamingAUC
-
-    def configure_optimizers(self) -> Any:
-        """An optimizer, or as Lightning has it with its schedule."""
-        ...
+from ranker.training.training_step import Trainable, clip_gradients, forward_loss, step_signals
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,11 +25,11 @@ class Settings:
     """How the run took its steps.
 
     Attributes:
-        accumulate: batches a step.
+        accumulate: batches per step.
         clip: bound on the gradient; None for none.
-        clip_by_value: bound each coordinate and not the norm.
+        clip_by_value: bound each coordinate instead of the norm.
         autocast: lower precision of the forward pass; None for float32 throughout.
-        detector: settings of the divergence detector.
+        detector: fields of ``DetectorSettings``.
     """
 
     accumulate: int = 1
@@ -57,15 +41,15 @@ class Settings:
 
 @dataclass(frozen=True, kw_only=True)
 class Change:
-    """What a replay does otherwise at some batches.
+    """What a replay changes at some batches.
 
     Attributes:
         at: places of those batches.
-        leave_out: do not train on them, nor look at their losses.
-        unseen: train on them, but do not show their losses to the detector: what matters is the model they leave.
+        leave_out: do not train on them, and do not read their losses.
+        unseen: train on them, but do not show their losses to the detector: the model after them is what matters.
         edit: changes the rows of each rank's share.
-        weights: by place of a task, a factor on its loss.
-        frozen: names of parameters that get no update.
+        weights: factor on the loss of a task, by place of the task.
+        frozen: names of parameters that are not updated.
     """
 
     at: frozenset[int]
@@ -79,9 +63,9 @@ class Change:
 class Engine:
     """A model, its optimizer and the detector, stepped by hand.
 
-    Several ranks are replayed one after the other. Each gradient is divided by their number and added up in the order
-    of the ranks, as DDP does it: for two ranks the sum is the same to the last bit, for more up to rounding, since
-    their reduction may add in another order.
+    The shares of several ranks are trained one after the other. Each gradient is divided by the number of ranks and
+    added up in the order of the ranks, as DDP does: for two ranks the sum is the same to the last bit, for more it is
+    equal up to rounding, because their reduction may add in another order.
 
     Args:
         module: what is trained.
@@ -102,36 +86,19 @@ class Engine:
         self.detector = self._new_detector()
         self._names = {id(p): name for name, p in module.net.named_parameters()}
 
-    def state(self) -> State:
-        """A copy of where it stands."""
-        return State(
-            step=self.step,
-            net={k: v.clone() if isinstance(v, Tensor) else v for k, v in self.module.net.state_dict().items()},
-            optimizer=copy.deepcopy(self.optimizer.state_dict()),
-            schedule=copy.deepcopy(self.schedule.state_dict()) if self.schedule else None,
-            auc=self.module.train_auc.get_extra_state().clone(),
-            detector=copy.deepcopy(self.detector.state_dict()),
-            rng=torch.get_rng_state(),
-        )
+    def state(self) -> TrainingState:
+        """A copy of the current state."""
+        return self._trained().capture(self.step)
 
-    def restore(self, state: State) -> None:
-        """Goes back (or on) to a state, which stays as it is."""
-        self.step = state.step
-        self.module.net.load_state_dict(state.net)
-        self.optimizer.load_state_dict(copy.deepcopy(state.optimizer))  # torch keeps the tensors it is given
-        if self.schedule is not None and state.schedule is not None:
-            self.schedule.load_state_dict(copy.deepcopy(state.schedule))
-        self.restore_past(state)
+    def restore(self, state: TrainingState) -> None:
+        """Puts a state back; the state is not changed."""
+        self.step, self.detector = state.step, self._new_detector()
+        self._trained().restore(state)
 
-    def restore_past(self, state: State) -> None:
-        """Takes over what the detector and the AUC know, and the random numbers to come."""
-        self.step = state.step
-        self.module.train_auc.set_extra_state(state.auc.to(self.device))
-        self.detector = self._new_detector()
-        if state.detector is not None:
-            self.detector.load_state_dict(copy.deepcopy(state.detector))
-        if state.rng is not None:
-            torch.set_rng_state(state.rng)
+    def restore_history(self, state: TrainingState) -> None:
+        """Puts back all but weights and optimizer: training AUC, detector and random numbers."""
+        self.step, self.detector = state.step, self._new_detector()
+        self._trained().restore_history(state)
 
     def run(
         self,
@@ -149,9 +116,9 @@ class Engine:
         Args:
             steps: of each batch, the step it belongs to; the last batch of a step completes it.
             batches: by batch, the shares of the ranks.
-            name: of the trajectory.
+            name: name of the trajectory.
             first: place of the first batch, for ``changes``.
-            changes: what to do otherwise.
+            changes: what to change.
             until_moved: stop at the first divergence.
             tick: called after each batch.
         """
@@ -179,7 +146,7 @@ class Engine:
         return Trajectory(name=name, steps=seen, signals_SN=signals_SN, event=event)
 
     def task_gradients(self, parts: Sequence[Batch], names: Iterable[str]) -> list[dict[str, Tensor]]:
-        """Gradient of each task's loss alone, by parameter; the AUC counts the rows, nothing else changes."""
+        """Gradient of each task's loss alone, by parameter. The AUC counts the rows; nothing else changes."""
         wanted = set(names)
         found = []
         for task in range(len(self.module.schema.tasks)):
@@ -198,7 +165,7 @@ class Engine:
 
     @torch.no_grad()
     def row_losses(self, parts: Sequence[Batch]) -> list[Tensor]:
-        """By share, the weighted sum over tasks of each row's loss, [B]; infinite where it is not finite."""
+        """Per share, the weighted sum over tasks of each row's loss, [B]; infinite where it is not finite."""
         schema, found = self.module.schema, []
         binary_T = torch.tensor([task.type == "binary" for task in schema.tasks], device=self.device)
         for part in (part.to(self.device) for part in parts):
@@ -211,7 +178,7 @@ class Engine:
         return found
 
     def _train(self, parts: Sequence[Batch], changes: Sequence[Change], *, update: bool) -> Tensor:
-        """One batch; an update where it completes a step."""
+        """Trains on one batch, with an update if it completes a step; its signals, [3 T + 1]."""
         row = self._backward(parts, changes)
         if not update:
             return row
@@ -220,10 +187,8 @@ class Engine:
         for param in params:
             if self._names[id(param)] in frozen:
                 param.grad = None
-        if self.settings.clip and self.settings.clip_by_value:
-            nn.utils.clip_grad_value_(params, self.settings.clip)
-        elif self.settings.clip:
-            nn.utils.clip_grad_norm_(params, self.settings.clip)
+        if self.settings.clip:
+            clip_gradients(params, self.settings.clip, by_value=self.settings.clip_by_value)
         self.optimizer.step()
         self.optimizer.zero_grad()
         if self.schedule is not None:
@@ -231,7 +196,7 @@ class Engine:
         return row
 
     def _backward(self, parts: Sequence[Batch], changes: Sequence[Change]) -> Tensor:
-        """Adds the batch's gradients to those at hand; returns its signals, [3 T + 1]."""
+        """Adds the batch's gradients to those that are there; its signals, [3 T + 1]."""
         for change in changes:
             if change.edit is not None:
                 parts = [change.edit(part) for part in parts]
@@ -243,10 +208,7 @@ class Engine:
         with self._weighted(changes):
             for part in parts:
                 with self._precision():
-                    logits_BT = self.module.net(part)
-                    loss = self.module.loss.local(
-                        logits_BT, part.labels_BT, part.mask_BT, counts_T=counts_T, ranks=ranks
-                    )
+                    logits_BT, loss = forward_loss(self.module, part, counts_T=counts_T, ranks=ranks)
                 (loss.total / self.settings.accumulate).backward()
                 logits.append(logits_BT.detach())
                 losses.append(loss.task_T)
@@ -255,19 +217,12 @@ class Engine:
                         sums[param] = sums[param] + grad / ranks if param in sums else grad / ranks
         for param, grad in sums.items():
             param.grad = grad
+        labels_BT, mask_BT = torch.cat([p.labels_BT for p in parts]), torch.cat([p.mask_BT for p in parts])
         losses_T = torch.stack(losses).sum(0) / ranks if ranks > 1 else losses[0]
-        return self._signals(losses_T, torch.cat(logits), parts)
-
-    def _signals(self, losses_T: Tensor, logits_BT: Tensor, parts: Sequence[Batch]) -> Tensor:
-        auc = self.module.train_auc
-        with torch.no_grad():
-            labels_BT = torch.cat([part.labels_BT for part in parts])
-            auc.update(logits_BT, labels_BT, torch.cat([part.mask_BT for part in parts]))
-            stats = auc.stats()
-            return pack(losses_T, stats.auc_T, stats.spread_T, stats.nonfinite_T.sum() > 0)
+        return step_signals(self.module, torch.cat(logits), labels_BT, mask_BT, losses_T=losses_T).packed()
 
     def _moved(self, events: Sequence[Event], start: int) -> Event | None:
-        """The first divergence, settled or open; what began before the start is none of these batches' doing."""
+        """The first divergence, over or still open, that began after the start: these batches caused no earlier one."""
         found = [event for event in (*events, self.detector.suspicion) if event is not None]
         return next((event for event in found if event.kind != "shift" and event.step > start), None)
 
@@ -277,7 +232,7 @@ class Engine:
         return self.detector.poll(wait=True)
 
     def _taken(self) -> dict[Tensor, Tensor]:
-        """The gradients at hand, taken away from their parameters."""
+        """The gradients, removed from their parameters."""
         found: dict[Tensor, Tensor] = {}
         for param in self.module.net.parameters():
             if param.grad is not None:
@@ -293,12 +248,21 @@ class Engine:
             return nullcontext()
         return torch.autocast(self.device.type, dtype=self.settings.autocast)
 
+    def _trained(self) -> Trained:
+        return Trained(
+            net=self.module.net,
+            optimizer=self.optimizer,
+            schedule=self.schedule,
+            train_auc=self.module.train_auc,
+            detector=self.detector,
+        )
+
     def _new_detector(self) -> DivergenceDetector:
         return DivergenceDetector(self.module.schema.task_names, device=self.device, **self.settings.detector)
 
 
 class _Weights(AbstractContextManager[None]):
-    """Other task weights for a while."""
+    """Multiplies task weights by factors inside the block."""
 
     def __init__(self, loss: MultitaskLoss, factors: Mapping[int, float]) -> None:
         self._loss, self._factors = loss, factors

@@ -1,4 +1,4 @@
-"""From a configuration to an engine: the same model and optimizer that train.py would build."""
+"""Builds the replay engine from a configuration: the same model and optimizer that train.py would build."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ _AUTOCAST = {"32-true": None, "32": None, "bf16-mixed": torch.bfloat16}
 
 
 def build_engine(cfg: DictConfig, schema: Schema, *, device: torch.device | str = "cpu") -> Engine:
-    """A freshly drawn model with its optimizer, in the state of step 0.
+    """A model with new weights and its optimizer, in the state of step 0.
 
     Raises:
-        UserError: the configuration cannot be built, or trains in a precision that replays do not know.
+        UserError: the configuration cannot be built, or trains in a precision that replay does not support.
     """
     precision = str(cfg.trainer.precision)
     if precision not in _AUTOCAST:

@@ -1,49 +1,52 @@
-"""What scripts/replay.py does: reproduce a capsule, try it another way, take it apart."""
+"""What scripts/replay.py does with a capsule: reproduce it, replay it with other settings, search for the cause."""
 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from ranker.atomic import write_text
 from ranker.capsules.capsule import Capsule, differences
 from ranker.config_overrides import altered
 from ranker.replay.bisect import Bisection, Limits
 from ranker.replay.engine import Engine
 from ranker.replay.rebuild import build_engine
-from ranker.replay.replay_picture import plot_replays, table_of_replays
-from ranker.replay.trajectory import Trajectory, first_difference, largest_difference
+from ranker.replay.trajectory import (
+    Trajectory,
+    first_difference,
+    largest_difference,
+    plot_replays,
+    table_of_replays,
+)
 from ranker.replay.transfer_state import carry
 from ranker.runs.provenance import arithmetic
-from ranker.runs.run_folder import versions
+from ranker.runs.run_folder import plain, versions
 
-ROUNDING = 1e-3  # relative; replays of several ranks, or on other versions, may differ by so much
+ROUNDING = 1e-3  # largest relative difference that rounding explains, with several ranks or other versions
 PICTURE, TABLE, BISECTION = "replay.png", "replay.json", "bisect.json"
 
 
 class Session:
-    """One capsule, opened for replay.
+    """A capsule that is open for replay.
 
-    Threads are set to as many as the run had, since they decide the order of sums.
+    Sets the number of threads to that of the run, because it determines the order of sums.
 
     Args:
-        path: the capsule's folder.
-        console: where to talk.
+        path: folder of the capsule.
 
     Raises:
         UserError: there is no capsule, or it cannot be read.
     """
 
-    def __init__(self, path: str | Path, console: Console | None = None) -> None:
-        self.console = console or Console(soft_wrap=True, highlight=False)
+    def __init__(self, path: str | Path) -> None:
+        self.console = Console(soft_wrap=True, highlight=False)
         self.capsule = Capsule.load(path)
         config = OmegaConf.load(self.capsule.config)
         assert isinstance(config, DictConfig)
@@ -58,50 +61,59 @@ class Session:
         self._describe()
 
     def reproduce(self) -> bool:
-        """Trains the same batches again and compares every loss; whether they are the same."""
-        engine, state = self._engine(), self.capsule.state
-        engine.restore(state)
-        with self._progress("replay", len(self.recorded.steps)) as (tick, _):
-            replayed = engine.run(self.recorded.steps, self.capsule.batches, name="replay", tick=tick)
+        """Trains on the same batches again, compares every loss, and returns whether all are the same."""
+        engine = self._engine()
+        engine.restore(self.capsule.state)
+        with self._progress("replay", len(self.recorded.steps)) as (advance, _):
+            replayed = engine.run(self.recorded.steps, self.capsule.batches, name="replay", tick=advance)
         return self._compare(replayed)
 
-    def alternatives(self, tries: Sequence[Sequence[str]], *, conf: Path, out: Path) -> list[Trajectory]:
-        """Trains the same minutes another way, each try with its own overrides; draws them beside the run.
+    def alternatives(self, tries: Sequence[Sequence[str]], *, conf: Path, out: Path) -> None:
+        """Trains on the same batches with other settings, and compares the results with the run.
+
+        Args:
+            tries: overrides of the configuration, per alternative.
+            conf: folder of the configuration.
+            out: folder for replay.png and replay.json.
 
         Raises:
-            UserError: an override that a replay cannot take, or that cannot be built.
+            UserError: a replay cannot use an override, or the configuration cannot be built.
         """
         state, manifest = self.capsule.state, self.capsule.manifest
         configs = [altered(self.cfg, list(overrides), folder=conf) for overrides in tries]
-        found, carried = [self.recorded], []
-        with self._progress("replay", len(tries) * len(manifest.steps)) as (tick, told):
+        trajectories, transferred = [self.recorded], []
+        with self._progress("replay", len(tries) * len(manifest.steps)) as (advance, describe):
             for overrides, cfg in zip(tries, configs, strict=True):
                 name = " ".join(overrides)
-                told(name)
+                describe(name)
                 other = build_engine(cfg, self.capsule.schema, device=self.device)
-                carried.append(f"{name}: {carry(state, run=self._engine(), other=other)}")
-                found.append(other.run(manifest.steps, self.capsule.batches, name=name, tick=tick))
-        for line in carried:
+                transferred.append(f"{name}: {carry(state, run=self._engine(), other=other)}")
+                trajectories.append(other.run(manifest.steps, self.capsule.batches, name=name, tick=advance))
+        for line in transferred:
             self.console.print(line)
-        self._show(found, out)
-        return found[1:]
+        self._show(trajectories, out)
 
-    def bisect(self, *, out: Path, limits: Limits | None = None) -> dict[str, Any]:
-        """Looks for the step, batch, feature, rows, task and layer that moved first; writes bisect.json."""
+    def bisect(self, *, out: Path, limits: Limits | None = None) -> None:
+        """Searches for the step, batch, feature, rows, task and layer that caused the divergence.
+
+        Args:
+            out: folder for bisect.json.
+            limits: limits of the search.
+
+        Raises:
+            UserError: no divergence begins in the replay, or the run accumulated gradients.
+        """
         limits = limits or Limits()
         manifest = self.capsule.manifest
         search = Bisection(self._engine(), self.capsule.state, manifest.steps, self.capsule.batches, limits=limits)
-        most, each = search.most_replays(), limits.lookback + limits.horizon + 1
+        most, each = search.max_replays(), limits.lookback + limits.horizon + 1
         self.console.print(f"at most {most} replays of at most {each} batches")
-        with self._progress("bisect", None) as (tick, told):
-            findings = search.run(tick=tick, told=told)
-        report = findings.to_dict()
-        out.mkdir(parents=True, exist_ok=True)
-        _write(out / BISECTION, json.dumps(report, indent=1) + "\n")
-        for sentence in report["verdict"]:
+        with self._progress("bisect", None) as (advance, describe):
+            findings = search.run(on_batch=advance, on_question=describe)
+        write_text(out / BISECTION, json.dumps(findings.to_dict(), indent=1) + "\n")
+        for sentence in findings.sentences():
             self.console.print(sentence)
         self.console.print(f"{findings.replays} replays; {out / BISECTION}")
-        return report
 
     def _engine(self) -> Engine:
         return build_engine(self.cfg, self.capsule.schema, device=self.device)
@@ -115,58 +127,58 @@ class Session:
         if manifest.note:
             self.console.print(manifest.note, style="yellow")
         for difference in differences(manifest, versions(), arithmetic(self.device)):
-            self.console.print(f"differs: {difference}; the last bits of the losses may too", style="yellow")
+            self.console.print(
+                f"differs: {difference}; the last bits of the losses may differ because of it", style="yellow"
+            )
 
     def _compare(self, replayed: Trajectory) -> bool:
         recorded_ST, replayed_ST = self.recorded.losses_ST, replayed.losses_ST
-        count, place = len(self.recorded.steps), first_difference(recorded_ST, replayed_ST)
-        if place is None:
+        count, index = len(self.recorded.steps), first_difference(recorded_ST, replayed_ST)
+        if index is None:
             self.console.print(f"bit-equal over {count} steps", style="green")
             return True
-        step, apart = self.recorded.steps[place], largest_difference(recorded_ST, replayed_ST)
-        ranks = self.capsule.manifest.world_size
-        if ranks > 2 and apart <= ROUNDING:
+        largest = largest_difference(recorded_ST, replayed_ST)
+        if self.capsule.manifest.world_size > 2 and largest <= ROUNDING:
             self.console.print(
-                f"equal to rounding over {count} steps: largest relative difference {apart:.2g}", style="green"
+                f"equal to rounding over {count} steps: largest relative difference {largest:.2g}", style="green"
             )
             return True
-        task = int((recorded_ST[place] != replayed_ST[place]).nonzero()[0])
-        was, now = float(recorded_ST[place, task]), float(replayed_ST[place, task])
+        task = int((recorded_ST[index] != replayed_ST[index]).nonzero()[0])
+        was, now = float(recorded_ST[index, task]), float(replayed_ST[index, task])
         self.console.print(
-            f"first differs at step {step} (batch {place + 1} of {count}): {self.capsule.manifest.tasks[task]} "
-            f"{was!r} in the run, {now!r} here; largest relative difference over all steps {apart:.2g}",
+            f"first differs at step {self.recorded.steps[index]} (batch {index + 1} of {count}): "
+            f"{self.capsule.manifest.tasks[task]} {was!r} in the run, {now!r} here; "
+            f"largest relative difference over all steps {largest:.2g}",
             style="red",
         )
         return False
 
-    def _show(self, found: Sequence[Trajectory], out: Path) -> None:
+    def _show(self, trajectories: Sequence[Trajectory], out: Path) -> None:
         event, schema = self.capsule.manifest.event, self.capsule.schema
         out.mkdir(parents=True, exist_ok=True)
-        self.console.print(table_of_replays(found, schema, event))
-        for trajectory in found:
+        self.console.print(table_of_replays(trajectories, schema, event))
+        for trajectory in trajectories:
             self.console.print(f"{trajectory.name}: {trajectory}")
-        saved = [trajectory.name for trajectory in found[1:] if trajectory.event is None]
-        self.console.print(f"would have saved this run: {'; '.join(saved) if saved else 'none of these'}")
-        title = f"step {event.step} of {schema.name}, and other ways it could have gone"
-        plot_replays(found, schema, event, out / PICTURE, title=title)
+        healthy = [trajectory.name for trajectory in trajectories[1:] if trajectory.event is None]
+        self.console.print(f"would have saved this run: {'; '.join(healthy) if healthy else 'none of these'}")
+        title = f"step {event.step} of {schema.name}, and alternatives"
+        plot_replays(trajectories, schema, event, out / PICTURE, title=title)
         table = [
             {
                 "name": t.name,
                 "outcome": str(t),
                 "event": t.event.to_dict() if t.event else None,
                 "steps": list(t.steps),
-                "losses": [
-                    [x if x == x and abs(x) != float("inf") else None for x in row] for row in t.losses_ST.tolist()
-                ],
+                "losses": plain(t.losses_ST.tolist()),
             }
-            for t in found
+            for t in trajectories
         ]
-        _write(out / TABLE, json.dumps({"tasks": list(schema.task_names), "trajectories": table}) + "\n")
+        write_text(out / TABLE, json.dumps({"tasks": list(schema.task_names), "trajectories": table}) + "\n")
         self.console.print(f"{out / PICTURE}, {out / TABLE}")
 
     @contextmanager
     def _progress(self, title: str, total: int | None) -> Iterator[tuple[Callable[[], None], Callable[[str], None]]]:
-        """A bar on a terminal; gives what moves it on, and what says what is going on."""
+        """A progress bar. Gives a function that advances it, and one that changes its description."""
         columns = [
             TextColumn("{task.description}"),
             BarColumn(bar_width=20),
@@ -176,13 +188,7 @@ class Session:
         with Progress(*columns, console=self.console, transient=True) as progress:
             bar = progress.add_task(title, total=total)
 
-            def told(text: str) -> None:
+            def describe(text: str) -> None:
                 progress.update(bar, description=f"{title}: {text}"[:60])
 
-            yield lambda: progress.advance(bar), told
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+            yield lambda: progress.advance(bar), describe

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ranker.capsules.training_state import State
+from ranker.capsules.training_state import TrainingState
 from ranker.replay.engine import Engine
 
 _REPORTS = ("clip_stats",)  # optimizer state that only reports; it starts anew
@@ -53,7 +53,7 @@ class Carried:
         return text
 
 
-def carry(state: State, *, run: Engine, other: Engine) -> Carried:
+def carry(state: TrainingState, *, run: Engine, other: Engine) -> Carried:
     """Puts another engine where the run stood at its snapshot, as far as that fits.
 
     Weights are matched by name and shape. A tensor's optimizer state is taken over where the new optimizer keeps the
@@ -73,7 +73,7 @@ def carry(state: State, *, run: Engine, other: Engine) -> Carried:
     weights, fresh = _carry_weights(run, other)
     kept, reset = _carry_optimizer(run, other, quantities)
     _rates(other, state.step, factor=factor)
-    other.restore_past(state)
+    other.restore_history(state)
     return Carried(
         weights=weights,
         fresh=fresh,

@@ -1,28 +1,35 @@
-"""A run's name from what decides its numbers, so that the same run is recognised whatever its job number."""
+"""What identifies a run: a hash of the settings that decide its numbers, and the list of settings that do not."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-LENGTH = 12  # hex digits: 48 bits, a chance of one in a billion that two of 700 runs meet
+LENGTH = 12  # hex digits: 48 bits, a chance of one in a billion that two of 700 runs collide
 
-# What does not decide the numbers of a run, and why.
-LEFT_OUT = (
-    "hydra",  # the launcher, the sweeper and where the folders lie
-    "resume",  # a resumed run gives the numbers of one that never stopped
+# Settings, and whole branches of settings, that do not decide the numbers of a run.
+NOT_IDENTIFYING = (
+    "hydra",  # the launcher, the sweeper and the output folders
+    "resume",  # a resumed run gives the numbers of an uninterrupted one
     "force",
-    "objective",  # read from the summary when asked for
+    "objective",  # read from the summary on request
     "tags",
     "logger",
-    "callbacks.progress",  # what is shown
+    # Callbacks that only observe training, and how often they and the metrics are written.
+    "callbacks.progress",
+    "callbacks.early_signs",
+    "callbacks.sharpness",
+    "callbacks.capsules",
+    "callbacks.snapshots.disk",
+    "train.log_every",
     "train.checkpoint_every",
-    # The machine's share in a run, not the experiment's: threads move sums by rounding, as another machine does
-    # (summary.json names it), and a sweep that goes on elsewhere or with more jobs at a time is still the same sweep.
+    # The machine's share in a run, not the experiment's. The number of threads changes sums by rounding, as another
+    # machine does (summary.json names it); a sweep continued elsewhere or with more parallel jobs is the same sweep.
     "train.threads",
     "data.num_workers",  # threads that read ahead
     "data.cache_dir",
@@ -32,10 +39,10 @@ LEFT_OUT = (
 
 
 def config_hash(cfg: DictConfig) -> str:
-    """The first digits of SHA-256 over the resolved configuration, without what is in ``LEFT_OUT``.
+    """The first digits of SHA-256 over the resolved configuration, without what is in ``NOT_IDENTIFYING``.
 
     Keys are sorted, and 2 and 2.0 are the same number. A configuration that cannot be resolved is hashed as written:
-    its job will fail with the reason, and a failed job is not looked up.
+    its job fails with the reason, and failed jobs are not looked up.
 
     Args:
         cfg: the configuration of a job, with or without Hydra's own node.
@@ -44,21 +51,26 @@ def config_hash(cfg: DictConfig) -> str:
         plain = _plain(cfg, resolve=True)
     except OmegaConfBaseException:
         plain = _plain(cfg, resolve=False)
-    for path in LEFT_OUT:
+    for path in NOT_IDENTIFYING:
         _drop(plain, path.split("."))
     text = json.dumps(_same_numbers(plain), sort_keys=True, separators=(",", ":"), default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:LENGTH]
 
 
+def is_below(key: str, branches: Iterable[str]) -> bool:
+    """Whether a dotted key is one of some keys, or lies below one of them."""
+    return any(key == branch or key.startswith(f"{branch}.") for branch in branches)
+
+
 def register() -> None:
-    """Gives ``${config_hash:}`` to configurations, for the names of run folders."""
+    """Registers the resolver ``${config_hash:}``, which names run folders."""
     OmegaConf.register_new_resolver("config_hash", lambda *, _root_: config_hash(_root_), replace=True)
 
 
 def _plain(cfg: DictConfig, *, resolve: bool) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key in cfg:
-        if key in LEFT_OUT:  # hydra refers to this very hash: resolving it would never end
+        if key in NOT_IDENTIFYING:  # hydra refers to this very hash: resolving it would recurse without end
             continue
         node = cfg._get_node(key)
         missing = OmegaConf.is_missing(cfg, key)

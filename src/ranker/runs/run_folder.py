@@ -1,4 +1,4 @@
-"""The folder a run leaves behind, from which every number and picture can be made again."""
+"""The folder that a run writes: names of its files, how they are written and read, and the keys of a checkpoint."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from ranker.atomic import write_text
 from ranker.errors import UserError
 
 CONFIG, SUMMARY, EVENTS, METRICS, CHECKPOINTS = (
@@ -26,15 +27,21 @@ CONFIG, SUMMARY, EVENTS, METRICS, CHECKPOINTS = (
 SKIPPED_ROWS = "skipped_rows.csv"
 RECORDED_PACKAGES = ("evenkeel", "torch", "pytorch-lightning", "hydra-core", "torchmetrics", "polars", "pyarrow")
 
+# Keys of a checkpoint. The first two are Lightning's; the others are names of this project's module.
+GLOBAL_STEP, STATE_DICT = "global_step", "state_dict"
+NET_PREFIX = "net."  # of the model's weights in STATE_DICT
+TRAIN_AUC = "train_auc._extra_state"  # in STATE_DICT: histograms of the training AUC, of rank 0
+TRAIN_AUC_BY_RANK = "train_auc_by_rank"  # the same of each rank
+
 
 class RunFolder:
     """Names and writes the files of one run.
 
     ``config.yaml`` (resolved), ``metrics.csv``, ``events.jsonl``, ``summary.json`` and ``checkpoints/``. Files are
-    replaced whole, so that a run killed at any moment leaves none half written.
+    written atomically or appended to, so that a process killed at any moment leaves files that can be read.
 
     Args:
-        path: the folder; made if missing.
+        path: the folder; made if it is missing.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -54,11 +61,11 @@ class RunFolder:
 
     @property
     def checkpoints(self) -> Path:
-        """Where checkpoints lie."""
+        """The folder of the checkpoints."""
         return self.path / CHECKPOINTS
 
     def newest_checkpoint(self) -> Path:
-        """The checkpoint of the latest step.
+        """The checkpoint that was written last.
 
         Raises:
             UserError: there is none.
@@ -76,17 +83,17 @@ class RunFolder:
 
     def save_config(self, cfg: DictConfig) -> None:
         """Writes the configuration with every interpolation resolved."""
-        self._replace(CONFIG, OmegaConf.to_yaml(cfg, resolve=True))
+        write_text(self.path / CONFIG, OmegaConf.to_yaml(cfg, resolve=True))
 
     def save_summary(self, summary: Mapping[str, Any]) -> None:
-        """Writes summary.json; a NaN becomes null, since JSON has none."""
-        self._replace(SUMMARY, json.dumps(plain(summary), indent=2, allow_nan=False) + "\n")
+        """Writes summary.json. NaN and infinity become null, because JSON has neither."""
+        write_text(self.path / SUMMARY, json.dumps(plain(summary), indent=2, allow_nan=False) + "\n")
 
     def append_event(self, event: Mapping[str, Any]) -> None:
-        """Adds one line to events.jsonl, whole or not at all.
+        """Appends one line to events.jsonl, whole or not at all.
 
         Raises:
-            UserError: it cannot be written, such as on a full disk.
+            UserError: it cannot be written, for example because the disk is full.
         """
         path = self.path / EVENTS
         size = path.stat().st_size if path.is_file() else 0
@@ -101,26 +108,26 @@ class RunFolder:
             ) from error
 
     def keep_events_until(self, step: int) -> None:
-        """Drops events after a step, when a run goes on from it and will see them again."""
+        """Drops events after a step. A run that resumes from this step will write them again."""
         path = self.path / EVENTS
         if path.is_file():
-            lines = path.read_text(encoding="utf-8").splitlines()
-            kept = [line for line in lines if _known_at(json.loads(line)) <= step]
-            self._replace(EVENTS, "".join(line + "\n" for line in kept))
+            kept = [line for line in complete_lines(path) if _known_at(json.loads(line)) <= step]
+            write_text(path, "".join(line + "\n" for line in kept))
 
     def save_skipped_rows(self, rollbacks: Iterable[tuple[int, Iterable[tuple[int, int]]]]) -> None:
-        """Writes skipped_rows.csv: for each rollback the log's rows start .. stop - 1 that it left out."""
+        """Writes skipped_rows.csv: per rollback, ranges start .. stop - 1 of the log's rows that it left out."""
         lines = [f"{number},{start},{stop}\n" for number, ranges in rollbacks for start, stop in ranges]
-        self._replace(SKIPPED_ROWS, "".join(["rollback,start,stop\n", *lines]))
+        write_text(self.path / SKIPPED_ROWS, "".join(["rollback,start,stop\n", *lines]))
 
-    def _replace(self, name: str, text: str) -> None:
-        temporary = self.path / f".{name}.{os.getpid()}.tmp"
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(self.path / name)
+
+def complete_lines(path: Path) -> list[str]:
+    """The lines of a text file that is appended to, without a last line that was cut off by a killed process."""
+    text = path.read_text(encoding="utf-8")
+    return text[: text.rfind("\n") + 1].splitlines()
 
 
 def _known_at(event: Mapping[str, Any]) -> int:
-    """The step at which an event was written down: of a divergence the verdict, which comes after its first step."""
+    """The step at which an event was written: for a divergence the step of the verdict, not its first step."""
     return int(event.get("judged_at", event.get("step", 0)))
 
 
@@ -136,7 +143,7 @@ def versions() -> dict[str, str]:
 
 
 def plain(value: Any) -> Any:
-    """The value in what JSON has: NaN and infinity become null, tuples lists."""
+    """The value with the types of JSON: NaN and infinity become null, tuples become lists."""
     if isinstance(value, Mapping):
         return {str(k): plain(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):

@@ -1,4 +1,4 @@
-"""The quality gate: may this model serve? A pure judgement on evidence that others collect."""
+"""The quality gate: rules that decide from collected evidence whether a model may be exported."""
 
 from __future__ import annotations
 
@@ -12,19 +12,22 @@ from ranker.errors import UserError, suggest
 
 @dataclass(frozen=True, kw_only=True)
 class GateSettings:
-    """What a model must show; the values stand in conf/gate, which says more of each.
+    """Thresholds of the gate. Their values are in conf/gate, with more explanation.
 
     Attributes:
-        statuses: how the run may have ended.
-        tasks: names of the judged tasks; None for all.
-        min_positives: rows of either label that a binary task needs to be judged.
-        min_auc: least AUC on the hold-out.
-        max_auc_drop: how far it may lie below the best evaluation of the run.
-        noise: standard errors that the rules on AUC and on the calibration of binary tasks forgive.
-        min_calibration: least mean prediction / mean label.
-        max_calibration: largest.
-        agreement_rows: rows on which exported and eager outputs are compared.
+        statuses: accepted statuses of the run.
+        tasks: names of the tasks to check; None for all.
+        min_positives: number of rows of each label that a binary task needs to be checked.
+        min_auc: smallest AUC on the hold-out.
+        max_auc_drop: largest distance of that AUC below the best evaluation of the run.
+        noise: tolerance of the rules on AUC and on the calibration of binary tasks, in standard errors.
+        min_calibration: smallest mean prediction / mean label.
+        max_calibration: largest mean prediction / mean label.
+        agreement_rows: number of rows on which exported and eager outputs are compared.
         max_difference: largest |exported - eager| / max(1, |eager|).
+
+    Raises:
+        UserError: a value is out of range.
     """
 
     statuses: Sequence[str]
@@ -53,19 +56,19 @@ class GateSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class Evidence:
-    """What is known of a model.
+    """What is known about a model.
 
     Attributes:
-        status: how its run ended: completed, diverged, failed, or running where it has not.
-        reason: why, in plain words.
-        nonfinite_weights: names of the parameters and buffers that hold NaN or infinity.
-        tasks: by name of each task, its type.
-        metrics: of the model on the whole hold-out, by ``<task>/<metric>``, as from ``TaskMetrics``.
-        rows: by task, observed rows of the hold-out.
-        positives: by binary task, how many of them are positive.
-        best_auc: by binary task, the best AUC that the run itself saw on the hold-out, and at which step.
-        best_share: share of the hold-out that those evaluations looked at, above 0 and at most 1.
-        differences: by format, the largest |exported - eager| / max(1, |eager|); empty before the export.
+        status: status of its run: completed, diverged, failed or running.
+        reason: explanation of the status.
+        nonfinite_weights: names of the parameters and buffers that contain NaN or infinity.
+        tasks: type of each task, by name.
+        metrics: metrics of the model on the whole hold-out, by ``<task>/<metric>``, as from ``TaskMetrics``.
+        rows: number of observed rows of the hold-out, by task.
+        positives: number of these rows that are positive, by binary task.
+        best_auc: best AUC on the hold-out during the run and the step of that evaluation, by binary task.
+        best_share: share of the hold-out that these evaluations used, above 0 and at most 1.
+        differences: largest |exported - eager| / max(1, |eager|), by format; empty before the export.
     """
 
     status: str
@@ -82,14 +85,14 @@ class Evidence:
 
 @dataclass(frozen=True, kw_only=True)
 class Check:
-    """One rule and what became of it.
+    """The result of one rule.
 
     Attributes:
-        rule: the setting it comes from.
-        about: what was looked at: a task, a format, the run.
-        passed: whether it holds; None where it could not be asked, with the reason in ``words``.
-        found: the number that was judged; None where there is none.
-        words: what was found and what was wanted, in one line.
+        rule: name of the setting that the rule uses.
+        about: what was checked: a task, a format, the run.
+        passed: whether the rule holds; None where it could not be checked, with the reason in ``words``.
+        found: the number that was checked; None where there is none.
+        words: what was found and what was required, in one line.
     """
 
     rule: str
@@ -104,7 +107,7 @@ class Verdict:
     """All checks of a model.
 
     Attributes:
-        checks: in the order they were made.
+        checks: the checks, in order.
     """
 
     checks: tuple[Check, ...]
@@ -116,16 +119,16 @@ class Verdict:
 
     @property
     def reasons(self) -> list[str]:
-        """Why it is refused, a line each."""
+        """The failed checks, one line each."""
         return [f"{check.about}: {check.words}" for check in self.checks if check.passed is False]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data, for a report."""
+        """The verdict as JSON values."""
         return {"passed": self.passed, "reasons": self.reasons, "checks": [asdict(check) for check in self.checks]}
 
 
 def judge(evidence: Evidence, settings: GateSettings) -> Verdict:
-    """Judges a model by every rule, also after the first that fails.
+    """Checks a model by all rules, also after the first failure.
 
     Raises:
         UserError: ``settings.tasks`` names a task that the model does not have.
@@ -133,24 +136,24 @@ def judge(evidence: Evidence, settings: GateSettings) -> Verdict:
     for name in settings.tasks or ():
         if name not in evidence.tasks:
             raise UserError(f"gate: no task '{name}'; {suggest(name, evidence.tasks)}")
-    judged = [name for name in evidence.tasks if settings.tasks is None or name in settings.tasks]
+    checked = [name for name in evidence.tasks if settings.tasks is None or name in settings.tasks]
     checks = [_status(evidence, settings), _weights(evidence)]
     checks += [_outputs(evidence, name) for name in evidence.tasks]
-    for name in judged:
+    for name in checked:
         if evidence.tasks[name] == "binary":
-            checks += _aucs(evidence, name, settings)
+            checks += _auc(evidence, name, settings)
         checks.append(_calibration(evidence, name, settings))
     checks += [_agreement(form, found, settings) for form, found in evidence.differences.items()]
     return Verdict(tuple(checks))
 
 
 def auc_standard_error(auc: float, positives: float, negatives: float) -> float:
-    """Standard error of an AUC, nan without rows of both labels.
+    """Standard error of an AUC; nan without rows of both labels.
 
         se^2 = (A (1 - A) + (p - 1)(Q1 - A^2) + (n - 1)(Q2 - A^2)) / (p n)
         Q1 = A / (2 - A)        Q2 = 2 A^2 / (1 + A)
 
-    A the AUC, p positives, n negatives.
+    A is the AUC, p the number of positives, n the number of negatives.
 
     Source: Hanley and McNeil (1982), The Meaning and Use of the Area under a ROC Curve, equations 1 and 2.
     """
@@ -191,7 +194,7 @@ def _outputs(evidence: Evidence, task: str) -> Check:
     )
 
 
-def _aucs(evidence: Evidence, task: str, settings: GateSettings) -> list[Check]:
+def _auc(evidence: Evidence, task: str, settings: GateSettings) -> list[Check]:
     positives = evidence.positives[task]
     negatives = evidence.rows[task] - positives
     if min(positives, negatives) < settings.min_positives:
@@ -202,28 +205,28 @@ def _aucs(evidence: Evidence, task: str, settings: GateSettings) -> list[Check]:
         return [Check(rule="min_auc", about=f"{task} AUC", passed=None, words=words)]
     auc = evidence.metrics.get(f"{task}/auc", math.nan)
     error = auc_standard_error(auc, positives, negatives)
-    forgiven = settings.noise * error if error == error else 0.0
+    tolerance = settings.noise * error if error == error else 0.0
     floor = Check(
         rule="min_auc",
         about=f"{task} AUC",
-        passed=auc + forgiven >= settings.min_auc,  # false for nan
+        passed=auc + tolerance >= settings.min_auc,  # false for nan
         found=_number(auc),
-        words=f"{auc:.4f} (chance {forgiven:.4f}) on the hold-out; wanted: at least {settings.min_auc:g}",
+        words=f"{auc:.4f} (chance {tolerance:.4f}) on the hold-out; wanted: at least {settings.min_auc:g}",
     )
     if task not in evidence.best_auc:
         words = "the run wrote no evaluation to metrics.csv to compare with"
         return [floor, Check(rule="max_auc_drop", about=f"{task} AUC", passed=None, words=words)]
     best, step = evidence.best_auc[task]
     share = evidence.best_share
-    forgiven = settings.noise * math.hypot(error, auc_standard_error(best, positives * share, negatives * share))
-    forgiven = forgiven if forgiven == forgiven else 0.0
+    tolerance = settings.noise * math.hypot(error, auc_standard_error(best, positives * share, negatives * share))
+    tolerance = tolerance if tolerance == tolerance else 0.0
     drop = Check(
         rule="max_auc_drop",
         about=f"{task} AUC",
-        passed=best - auc <= settings.max_auc_drop + forgiven,
+        passed=best - auc <= settings.max_auc_drop + tolerance,
         found=_number(best - auc),
         words=f"{auc:.4f} on the hold-out, {best:.4f} at its best (step {step}); "
-        f"wanted: at most {settings.max_auc_drop:g} below, and {forgiven:.4f} for chance",
+        f"wanted: at most {settings.max_auc_drop:g} below, and {tolerance:.4f} for chance",
     )
     return [floor, drop]
 
@@ -231,12 +234,12 @@ def _aucs(evidence: Evidence, task: str, settings: GateSettings) -> list[Check]:
 def _calibration(evidence: Evidence, task: str, settings: GateSettings) -> Check:
     found = evidence.metrics.get(f"{task}/calibration", math.nan)
     about, rule = f"{task} calibration", "calibration"
-    few = evidence.tasks[task] == "binary" and evidence.positives[task] < settings.min_positives
+    binary = evidence.tasks[task] == "binary"
+    few = binary and evidence.positives[task] < settings.min_positives
     if few or evidence.rows[task] == 0:
         count = f"{evidence.positives[task]:,} positive rows" if few else "no observed row"
         return Check(rule=rule, about=about, passed=None, words=f"not judged: {count} on the hold-out")
-    # The mean label rests on so many positives: its relative standard error is near 1 / sqrt(positives).
-    binary = evidence.tasks[task] == "binary"
+    # The relative standard error of the mean label of a binary task is about 1 / sqrt(positives).
     chance = 1.0 + settings.noise / math.sqrt(evidence.positives[task]) if binary else 1.0
     low, high = settings.min_calibration / chance, settings.max_calibration * chance
     return Check(

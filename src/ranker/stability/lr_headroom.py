@@ -1,4 +1,4 @@
-"""How many times the base learning rate a model survives: what to try next, and what the outcomes say. Pure."""
+"""Learning-rate headroom: which rates to try, and the estimate of the largest stable rate from the outcomes."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from typing import Literal
 
 from ranker.errors import UserError
 
-MOST_ENUMERATED = 5  # seeds whose resamples are all looked at: 5^5 = 3,125
-RESAMPLES = 2_000  # of more seeds
+MAX_ENUMERATED_SEEDS = 5  # up to this many seeds all resamples are used: 5^5 = 3,125
+RESAMPLES = 2_000  # number of random resamples with more seeds
 
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """How a short run ended.
+    """The outcome of a short run.
 
     Attributes:
         rate: learning rate, in multiples of 1x.
-        seed: the run's.
-        survived: None where the run failed, so that nobody can tell.
-        auc: of the first binary task on the hold-out at the end; nan where there is none.
-        reason: why it did not survive, or failed; empty where it did.
+        seed: seed of the run.
+        survived: whether the run was stable; None where it failed for another reason.
+        auc: AUC of the first binary task on the hold-out at the end; nan where there is none.
+        reason: why the run was lost or failed; empty where it survived.
     """
 
     rate: float
@@ -37,14 +37,17 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Search:
-    """Which learning rates to try.
+    """The search for the largest stable learning rate.
 
     Attributes:
-        lowest: least, in multiples of 1x.
-        highest: largest.
-        step: factor between two tries while nothing has survived, or nothing has been lost.
-        tolerance: the search ends when the first lost rate is at most so many times the last that survives.
-        points: rates tried inside the bracket at a time; 1 is bisection, more use more workers.
+        lowest: smallest rate to try, in multiples of 1x.
+        highest: largest rate to try.
+        step: factor between two rates as long as all rates survived, or all were lost.
+        tolerance: the search ends when the first lost rate is at most this many times the last stable one.
+        points: number of rates tried in parallel inside the bracket; 1 is bisection.
+
+    Raises:
+        UserError: a value is out of range.
     """
 
     lowest: float
@@ -63,11 +66,12 @@ class Search:
             raise UserError(f"headroom: points must be 1 or more, got {self.points}")
 
     def next_rates(self, outcomes: Sequence[Outcome]) -> list[float]:
-        """What to try next; nothing where the bracket is tight enough, the range is used up, or nothing new is left.
+        """The rates to try next; empty when the bracket is narrow enough or no new rate is left in the range.
 
-        First 1x and up by ``step`` until a rate is lost (down, where 1x is), then between the largest rate that
-        survives (isotonic share of at least half, see ``survival``) and the next one. Where seeds disagree at the least
-        or at the largest rate tried, one step further out at the end, or the interval would be open there.
+        The search starts with 1x and all rates above it, in factors of ``step``. If 1x is lost it goes down. Then it
+        searches between the largest stable rate (isotonic share of at least half, see ``survival``) and the next one.
+        If seeds disagree at the smallest or the largest rate tried, it tries one step further out at the end;
+        otherwise the interval would be open there.
         """
         tried = {outcome.rate for outcome in outcomes}
         if not tried:
@@ -103,12 +107,12 @@ class Level:
     """The runs at one learning rate.
 
     Attributes:
-        rate: in multiples of 1x.
-        survived: runs that did.
-        runs: runs that ended either way.
-        share: probability of survival there, by isotonic regression over all rates.
-        low: lower end of Wilson's interval for this rate alone.
-        high: upper end.
+        rate: learning rate, in multiples of 1x.
+        survived: number of runs that survived.
+        runs: number of runs that survived or were lost.
+        share: probability of survival, by isotonic regression over all rates.
+        low: lower end of the Wilson interval of this rate by itself.
+        high: upper end of that interval.
     """
 
     rate: float
@@ -121,14 +125,14 @@ class Level:
 
 @dataclass(frozen=True, kw_only=True)
 class Headroom:
-    """How many times 1x survives.
+    """The largest stable learning rate, in multiples of 1x.
 
     Attributes:
-        value: the rate at which survival and loss are equally likely, in multiples of 1x. Where all survive, the
-            largest rate tried; where none does, the least one.
-        low: lower end of the interval; 0 where no rate survives for sure.
-        high: upper end; infinite where none is lost for sure.
-        beyond: ``above`` where the value is only a lower bound, ``below`` where only an upper one, else nothing.
+        value: the rate at which survival and loss are equally likely. If all runs survive, the largest rate tried; if
+            none does, the smallest.
+        low: lower end of the interval; 0 where no rate certainly survives.
+        high: upper end of the interval; infinite where no rate is certainly lost.
+        beyond: ``above`` if the value is only a lower bound, ``below`` if it is only an upper bound, else empty.
         monotone: whether no rate survived more often than a lower one.
     """
 
@@ -149,10 +153,15 @@ class Headroom:
 
 
 def settled(outcomes: Sequence[Outcome], *, min_auc: float) -> list[Outcome]:
-    """Counts a run as lost, too, that ended with the AUC of a guess where a lower rate learned.
+    """The outcomes, where a run whose AUC ended at chance also counts as lost if lower rates learned.
 
-    The divergence detector says so only of a model that went through a blow-up; one that a large rate silenced in its
-    first steps was never seen to be any better. A model that learns at no lower rate either is slow, not lost.
+    The divergence detector reports such a run only after a blow-up. A model that a large rate made constant in its
+    first steps never had a better AUC that could be compared with. A model that does not learn at lower rates either
+    is slow, not lost.
+
+    Args:
+        outcomes: runs at several rates and seeds.
+        min_auc: smallest AUC of a model that has learned.
     """
     found = []
     for outcome in outcomes:
@@ -165,7 +174,7 @@ def settled(outcomes: Sequence[Outcome], *, min_auc: float) -> list[Outcome]:
 
 
 def survival(outcomes: Sequence[Outcome], *, confidence: float = 0.9) -> list[Level]:
-    """The survival curve, from the least rate to the largest; a rate whose runs all failed is not in it."""
+    """The survival curve, from the smallest rate to the largest, without rates whose runs all failed."""
     known = [outcome for outcome in outcomes if outcome.survived is not None]
     rates = sorted({outcome.rate for outcome in known})
     counts = [[o.survived for o in known if o.rate == rate] for rate in rates]
@@ -179,24 +188,24 @@ def survival(outcomes: Sequence[Outcome], *, confidence: float = 0.9) -> list[Le
 
 
 def headroom(outcomes: Sequence[Outcome], *, confidence: float = 0.9) -> Headroom | None:
-    """The largest stable learning rate and how well it is known; None where no run ended either way.
+    """The largest stable learning rate and its interval; None where all runs failed.
 
-        p(lr)  = isotonic regression of survived (1, 0) on lr, falling
-        value  = the lr with p = 1/2, between neighbouring rates linear in log(lr)
+        p(lr)  = decreasing isotonic regression of survived (1, 0) on lr
+        value  = the lr with p = 1/2, interpolated between neighbouring rates linearly in log(lr)
         a, c   = the largest rate tried with p >= 1/2, and the next one
         interval = [quantile of a, quantile of c] over resamples of the seeds
 
-    A seed is drawn with all its runs, since a seed's data order makes its runs alike. The ends a and c, and not the
-    interpolated value, go into the interval: the grid knows no more than that the change lies between them. All
-    resamples of up to 5 seeds are looked at, 2,000 drawn ones of more.
+    A seed is resampled with all its runs, because runs of one seed share the data order and are correlated. The
+    interval uses the ends a and c and not the interpolated value, because the grid only shows that the change is
+    between them. With up to 5 seeds all resamples are used, with more seeds 2,000 random ones.
 
     Args:
         outcomes: runs at several rates and seeds.
-        confidence: of the interval, such as 0.9.
+        confidence: confidence level of the interval, such as 0.9.
 
     Source: isotonic regression by pooling adjacent violators, Ayer et al. (1955), An Empirical Distribution Function
-        for Sampling with Incomplete Information (the estimate of a dose that half survive); percentile bootstrap over
-        clusters, Davison and Hinkley (1997), sections 2.4 and 3.8.
+        for Sampling with Incomplete Information (it estimates the dose that half of the subjects survive); percentile
+        bootstrap over clusters, Davison and Hinkley (1997), sections 2.4 and 3.8.
     """
     levels = survival(outcomes)
     if not levels:
@@ -219,7 +228,7 @@ def headroom(outcomes: Sequence[Outcome], *, confidence: float = 0.9) -> Headroo
 
 
 def isotonic(values: Sequence[float], weights: Sequence[float]) -> list[float]:
-    """The falling sequence nearest to the values in weighted squares: neighbours that rise are pooled."""
+    """The decreasing sequence that is nearest to the values in weighted squares, by pooling adjacent violators."""
     blocks: list[tuple[float, float, int]] = []  # mean, weight, length
     for value, weight in zip(values, weights, strict=True):
         mean, total, length = value, float(weight), 1
@@ -232,7 +241,7 @@ def isotonic(values: Sequence[float], weights: Sequence[float]) -> list[float]:
 
 
 def wilson(survived: int, runs: int, *, confidence: float) -> tuple[float, float]:
-    """Wilson's interval for a share.
+    """The Wilson interval of a share.
 
         (p + z^2 / 2n -+ z sqrt(p (1 - p) / n + z^2 / 4n^2)) / (1 + z^2 / n)
 
@@ -245,12 +254,12 @@ def wilson(survived: int, runs: int, *, confidence: float) -> tuple[float, float
 
 
 def rounded(rate: float) -> float:
-    """Three digits, so that folders and tables read well and a second call finds the first one's runs."""
+    """The rate with three digits: short names of folders, and a repeated search finds the runs of the first one."""
     return float(f"{rate:.3g}")
 
 
 def _crossing(levels: Sequence[Level]) -> tuple[float, float, float]:
-    """Where the curve crosses one half, and the rates tried on both sides: 0 or infinity where there is none."""
+    """Where the curve crosses one half, and the rates tried on both sides; 0 or infinity where there is none."""
     stable = [i for i, level in enumerate(levels) if level.share >= 0.5]
     if not stable:
         return levels[0].rate, 0.0, levels[0].rate
@@ -267,7 +276,7 @@ def _resamples(outcomes: Sequence[Outcome]) -> list[list[Outcome]]:
     for outcome in outcomes:
         by_seed.setdefault(outcome.seed, []).append(outcome)
     seeds = sorted(by_seed)
-    if len(seeds) <= MOST_ENUMERATED:
+    if len(seeds) <= MAX_ENUMERATED_SEEDS:
         draws = list(itertools.product(seeds, repeat=len(seeds)))
     else:
         draw = random.Random(0)
@@ -276,6 +285,6 @@ def _resamples(outcomes: Sequence[Outcome]) -> list[list[Outcome]]:
 
 
 def _quantile(values: Sequence[float], q: float) -> float:
-    """The least value with at least this share of the values at or below it."""
+    """The smallest value such that at least this share of the values is at or below it."""
     ordered = sorted(values)
     return ordered[max(0, math.ceil(q * len(ordered) - 1e-9) - 1)]

@@ -1,30 +1,29 @@
-"""How steep the loss is where the model stands, and whether the step is too large for it."""
+"""Sharpness: the largest eigenvalue of the Hessian, and the learning rate relative to the edge of stability."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ranker.errors import UserError
-from ranker.stability.lanczos import Ritz, largest_eigenvalue
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sharpness:
-    """The largest eigenvalue that a step meets.
+    """The largest eigenvalue, and what it means for the step.
 
     Attributes:
-        value: largest eigenvalue of P^(1/2) H P^(1/2); H is the Hessian and P the diagonal that turns a gradient into
-            an update per unit of learning rate, 1 for gradient descent, G^(-1/2) for Adagrad.
-        error: bound on its error.
-        edge: 2 / value, the learning rate above which the iteration grows on a quadratic; infinite where the
-            loss curves down everywhere.
-        ratio: learning rate / edge; above 1 the step is too large. 0 where the loss curves down everywhere.
-        products: Hessian-vector products it took, each about twice the cost of a gradient.
+        value: largest eigenvalue of P^(1/2) H P^(1/2). H is the Hessian. The diagonal matrix P turns a gradient into
+            an update per unit of learning rate: 1 for gradient descent, G^(-1/2) for Adagrad.
+        error: bound on the error of the value.
+        edge: 2 / value, the learning rate above which the iteration diverges on a quadratic; infinite where no
+            eigenvalue is positive.
+        ratio: learning rate / edge; above 1 the step is too large. 0 where no eigenvalue is positive.
+        products: number of Hessian-vector products, each about twice the cost of a gradient.
     """
 
     value: float
@@ -34,35 +33,19 @@ class Sharpness:
     products: int
 
 
-def hessian_product(loss: Tensor, parameters: Sequence[Tensor]) -> Callable[[Tensor], Tensor]:
-    """The map v to H v, on flat vectors over all the parameters, by differentiating the gradient along v.
+@dataclass(frozen=True, kw_only=True)
+class Ritz:
+    """An eigenvalue found by Lanczos.
 
-    Args:
-        loss: scalar with its graph.
-        parameters: that H is taken over; one the loss does not depend on has rows of 0.
-
-    Raises:
-        UserError: the loss depends on none of them.
+    Attributes:
+        value: the largest eigenvalue (by sign, not by absolute value).
+        error: bound on the distance from ``value`` to an eigenvalue: norm2(A x - value x), x the eigenvector found.
+        products: number of products with the operator.
     """
-    gradients = torch.autograd.grad(loss, parameters, create_graph=True, allow_unused=True)
-    live = [i for i, g in enumerate(gradients) if g is not None and g.requires_grad]
-    if not any(g is not None for g in gradients):
-        raise UserError("sharpness: the loss depends on none of the parameters given")
-    sizes = [p.numel() for p in parameters]
 
-    def product(v: Tensor) -> Tensor:
-        pieces = v.split(sizes)
-        rows: list[Tensor | None] = [None] * len(sizes)
-        if live:
-            along = [pieces[i].view_as(parameters[i]) for i in live]
-            with torch.enable_grad():
-                outputs = [gradients[i] for i in live]
-                rows = list(torch.autograd.grad(outputs, parameters, along, retain_graph=True, allow_unused=True))
-        return torch.cat(
-            [(torch.zeros_like(p) if r is None else r).flatten() for r, p in zip(rows, parameters, strict=True)]
-        )
-
-    return product
+    value: float
+    error: float
+    products: int
 
 
 def measure_sharpness(
@@ -75,74 +58,130 @@ def measure_sharpness(
     tolerance: float = 1e-3,
     seed: int = 0,
 ) -> Sharpness:
-    """Largest eigenvalue of the (preconditioned) Hessian of a loss, and the learning rate beside its edge.
+    """Largest eigenvalue of the (preconditioned) Hessian of a loss, and the learning rate relative to its edge.
 
-        w <- w - lr P grad(w)  on a quadratic grows along u exactly where  lr > 2 / lambda,  P H u = lambda u
+        w <- w - lr P grad(w)  on a quadratic diverges along u exactly where  lr > 2 / lambda,  P H u = lambda u
 
     P H is similar to P^(1/2) H P^(1/2), which is symmetric. With Adagrad's P = G^(-1/2) that is G^(-1/4) H G^(-1/4).
 
     Args:
         loss: scalar with its graph, of a probe batch; ReLU and the log loss can be differentiated twice.
-        parameters: that are looked at. Dense gradients only: embedding tables of sparse gradients must stay out.
+        parameters: parameters that H is taken over. Dense gradients only: leave out tables with sparse gradients.
         lr: learning rate, per step.
-        preconditioner: the diagonal of P by parameter, all above 0 (``adagrad_preconditioner``); None for 1.
-        max_products: at most so many Hessian-vector products.
-        tolerance: of the eigenvalue, relative.
-        seed: of the starting vector.
+        preconditioner: diagonal of P, one positive tensor per parameter (``step_preconditioner``); None for 1.
+        max_products: largest number of Hessian-vector products.
+        tolerance: relative tolerance of the eigenvalue.
+        seed: seed of the starting vector.
 
     Raises:
-        UserError: the preconditioner does not fit, or something is not finite.
+        UserError: the preconditioner does not fit, or a value is not finite.
 
     Source: Tang et al. (2023), Figure 3 (the edge 2 / lambda); Cohen et al. (2022), Adaptive Gradient Methods at the
         Edge of Stability, section 2 (the preconditioned Hessian).
     """
-    ritz = _largest(hessian_product(loss, parameters), parameters, preconditioner, max_products, tolerance, seed)
-    curved_up = ritz.value > 0
-    edge = 2.0 / ritz.value if curved_up else float("inf")
-    return Sharpness(
-        value=ritz.value, error=ritz.error, edge=edge, ratio=lr / edge if curved_up else 0.0, products=ritz.products
-    )
+    product = hessian_product(loss, parameters)
+    count = sum(p.numel() for p in parameters)
+    # Drawn on the CPU, so that the starting vector is the same on all devices.
+    start = torch.randn(count, generator=torch.Generator().manual_seed(seed)).to(parameters[0])
+    if preconditioner is None:
+        ritz = largest_eigenvalue(product, start, max_products=max_products, tolerance=tolerance)
+    else:
+        root = torch.cat([d.detach().flatten() for d in preconditioner]).to(parameters[0]).sqrt()
+        if root.numel() != count or not bool((root > 0).all()):
+            raise UserError("sharpness: the preconditioner must have a number above 0 for each weight")
+        ritz = largest_eigenvalue(
+            lambda v: root * product(root * v), start, max_products=max_products, tolerance=tolerance
+        )
+    edge = 2.0 / ritz.value if ritz.value > 0 else math.inf
+    return Sharpness(value=ritz.value, error=ritz.error, edge=edge, ratio=lr / edge, products=ritz.products)
 
 
-def adagrad_preconditioner(
-    optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor], *, sigma: Mapping[Tensor, float] | None = None
-) -> list[Tensor]:
-    """The diagonal sigma * (sqrt(G) + eps)^(-1) of an Adagrad-like optimizer, from its state, after a step.
+def hessian_product(loss: Tensor, parameters: Sequence[Tensor]) -> Callable[[Tensor], Tensor]:
+    """The map v to H v on flat vectors over all parameters, computed as the derivative of the gradient along v.
 
     Args:
-        optimizer: holds G as ``state[p]["sum"]``, as torch.optim.Adagrad and this project's optimizers do.
-        parameters: for which it is wanted.
-        sigma: factor of the last step by parameter, for a clipped method; 1 where it is not given.
+        loss: scalar with its graph.
+        parameters: parameters that H is taken over; H has rows of 0 for a parameter that the loss does not depend on.
 
     Raises:
-        UserError: a parameter has no accumulator, before the first step or with another kind of optimizer.
+        UserError: the loss depends on none of them.
     """
-    eps = {id(p): float(group.get("eps", 0.0) or 0.0) for group in optimizer.param_groups for p in group["params"]}
-    diagonals = []
-    for p in parameters:
-        state: Mapping[str, Any] = optimizer.state.get(p, {})
-        if "sum" not in state:
-            raise UserError("sharpness: a parameter has no Adagrad accumulator; take a step first, or use None")
-        factor = 1.0 if sigma is None else sigma.get(p, 1.0)
-        diagonals.append(factor / (state["sum"].sqrt() + eps.get(id(p), 0.0)))
-    return diagonals
+    gradients = torch.autograd.grad(loss, parameters, create_graph=True, allow_unused=True)
+    curved = [i for i, g in enumerate(gradients) if g is not None and g.requires_grad]
+    if not any(g is not None for g in gradients):
+        raise UserError("sharpness: the loss depends on none of the parameters given")
+    sizes = [p.numel() for p in parameters]
+
+    def product(v: Tensor) -> Tensor:
+        pieces = v.split(sizes)
+        rows: list[Tensor | None] = [None] * len(sizes)
+        if curved:
+            along = [pieces[i].view_as(parameters[i]) for i in curved]
+            with torch.enable_grad():
+                outputs = [gradients[i] for i in curved]
+                rows = list(torch.autograd.grad(outputs, parameters, along, retain_graph=True, allow_unused=True))
+        return torch.cat(
+            [(torch.zeros_like(p) if r is None else r).flatten() for r, p in zip(rows, parameters, strict=True)]
+        )
+
+    return product
 
 
-def _largest(
-    product: Callable[[Tensor], Tensor],
-    parameters: Sequence[Tensor],
-    preconditioner: Sequence[Tensor] | None,
-    max_products: int,
-    tolerance: float,
-    seed: int,
+@torch.no_grad()
+def largest_eigenvalue(
+    product: Callable[[Tensor], Tensor], start: Tensor, *, max_products: int = 64, tolerance: float = 1e-3
 ) -> Ritz:
-    first = parameters[0]
-    count = sum(p.numel() for p in parameters)
-    # Drawn on the CPU, so that the start is the same on every device.
-    start = torch.randn(count, generator=torch.Generator().manual_seed(seed)).to(first)
-    if preconditioner is None:
-        return largest_eigenvalue(product, start, max_products=max_products, tolerance=tolerance)
-    root = torch.cat([d.detach().flatten() for d in preconditioner]).to(first).sqrt()
-    if root.numel() != count or not bool((root > 0).all()):
-        raise UserError("sharpness: the preconditioner must have a number above 0 for each weight")
-    return largest_eigenvalue(lambda v: root * product(root * v), start, max_products=max_products, tolerance=tolerance)
+    """The largest eigenvalue of a symmetric operator, by Lanczos with full reorthogonalisation.
+
+        w = A q_k - alpha_k q_k - beta_{k-1} q_{k-1},  beta_k = norm(w),  q_{k+1} = w / beta_k
+
+    from q_1 = start / norm(start). The largest eigenvalue theta of the tridiagonal matrix of alpha and beta is the
+    largest eigenvalue of A up to beta_k * abs(y_k), where y_k is the last entry of the eigenvector of theta. Each new
+    vector is made orthogonal to all previous ones, twice: otherwise rounding errors produce copies of eigenvalues that
+    were already found. Memory for one vector of the size of ``start`` per product.
+
+    Args:
+        product: v to A v, A symmetric.
+        start: any vector that is not orthogonal to the eigenvector sought, such as a random one.
+        max_products: largest number of products.
+        tolerance: stop where the error bound is below this share of the eigenvalue.
+
+    Raises:
+        UserError: a product or the start is not finite, or the start is 0.
+
+    Source: Lanczos (1950); the bound is Parlett (1998), The Symmetric Eigenvalue Problem, theorem 13.2.1.
+    """
+    norm = float(torch.linalg.vector_norm(start))
+    if not 0 < norm < math.inf:
+        raise UserError(f"sharpness: the starting vector must be finite and not 0, its norm is {norm}")
+    most = min(max_products, start.numel())
+    basis_KN = start.new_empty(most, start.numel())
+    basis_KN[0] = start / norm
+    alphas: list[float] = []
+    betas: list[float] = []
+    while True:
+        count = len(alphas) + 1
+        span_kN = basis_KN[:count]
+        w = product(span_kN[-1])
+        alphas.append(float(w.dot(span_kN[-1])))
+        for _ in range(2):
+            w = w - span_kN.T @ (span_kN @ w)
+        beta = float(torch.linalg.vector_norm(w))
+        if not beta < math.inf:
+            raise UserError("sharpness: a Hessian-vector product is not finite; the loss or its gradient is not either")
+        values, vectors = torch.linalg.eigh(_tridiagonal(alphas, betas))
+        value, error = float(values[-1]), beta * abs(float(vectors[-1, -1]))
+        # If w is of the size of rounding errors, the basis spans all that the start can reach, and the value is exact.
+        exhausted = beta <= 10 * torch.finfo(w.dtype).eps * float(values.abs().max())
+        if error <= tolerance * abs(value) or exhausted or count == most:
+            return Ritz(value=value, error=error, products=count)
+        betas.append(beta)
+        basis_KN[count] = w / beta
+
+
+def _tridiagonal(diagonal: list[float], off_diagonal: list[float]) -> Tensor:
+    matrix = torch.diag(torch.tensor(diagonal, dtype=torch.float64))
+    if off_diagonal:
+        off = torch.tensor(off_diagonal, dtype=torch.float64)
+        matrix += torch.diag(off, 1) + torch.diag(off, -1)
+    return matrix

@@ -1,44 +1,161 @@
-"""One task as the detector sees it: its baseline, its last losses and AUC."""
+"""What the classifier keeps per task: the baseline of the loss, and how the last losses compare with it."""
 
 from __future__ import annotations
 
 import math
+from bisect import bisect_left, insort
 from collections import deque
 from typing import Any
 
-from ranker.stability.baseline import Baseline
-from ranker.stability.detector_settings import DetectorSettings
+from ranker.stability.detector_interface import DetectorSettings
 
+_MIN_VALUES = 16  # number of losses from which their median is a usable level
 _LN2 = math.log(2.0)
 
 
-class TaskTrack:
+class Baseline:
+    """Running level and noise of the loss of one task, robust to spikes, blow-ups and nan.
+
+        level = median of the last ``window`` accepted losses, rising by at most 2^(1 / max_rise) per step
+        scale = max((q75 - q50) / 0.674, (q95 - q50) / 1.645), changing by at most 2^(8 / max_rise) per step
+        threshold = max((jump_ratio - 1) level, jump_scales scale, jump_floor first)
+
+    A median over a ring buffer has three advantages over a robust moving average: half of the accepted values must be
+    wrong before it moves, it has no start-up bias, and any disturbance has left it after ``window`` steps. The scale
+    uses two quantiles of the upper half only, because losses are skewed: with few positives per batch, most steps are
+    at one level and some are far above it. The scale changes slowly, because a growing loss fills the buffer with
+    growing values, which look like noise.
+
+    A loss more than half the threshold above the level is rejected. Two cases need care. After a fast fall of the loss,
+    early in training, the buffer would still hold old values: after 16 consecutive losses below the median only these
+    are kept. After a small lasting rise, all losses would be rejected for ever: after ``window / 2`` consecutive
+    rejections losses are accepted again, and the limit on rising still detects slow blow-ups.
+
+    Attributes:
+        first: first finite loss, which is the loss of the untrained model.
+        level: level of the loss; nan before the first loss.
+        scale: robust standard deviation of the upper half of the buffer.
+    """
+
+    def __init__(self, settings: DetectorSettings) -> None:
+        self._settings = settings
+        self._max_rise_per_step = 2.0 ** (1.0 / settings.max_rise)
+        self.first = math.nan
+        self.level = math.nan
+        self.scale = 0.0
+        self._losses: deque[float] = deque(maxlen=settings.window)
+        self._sorted: list[float] = []
+        self._below_count = 0  # consecutive losses below the median
+        self._rejected_count = 0  # consecutive losses rejected
+
+    def excess(self, loss: float) -> float:
+        """Distance of a loss above the level, in thresholds: above 1 it is high, above 0.5 it is rejected."""
+        return self._excess(loss, self._settings.jump_scales)
+
+    def median_excess(self, median: float) -> float:
+        """The same for the median of the last ``settle`` losses, which is a third as noisy.
+
+        It detects the slowest blow-ups: the growing losses that fill the buffer look like noise, but do not recover.
+        """
+        return self._excess(median, self._settings.jump_scales / 3.0)
+
+    def _excess(self, loss: float, scales: float) -> float:
+        if math.isnan(self.level):
+            return 0.0
+        s = self._settings
+        threshold = max((s.jump_ratio - 1.0) * self.level, scales * self.scale, s.jump_floor * self.first)
+        return (loss - self.level) / max(threshold, 1e-12)
+
+    def accept(self, loss: float) -> None:
+        """Adds a finite loss of a step at which no spike is open, unless it must be rejected."""
+        if math.isnan(self.first):
+            self.first = self.level = loss
+        self._rejected_count = self._rejected_count + 1 if self.excess(loss) > 0.5 else 0
+        if 0 < self._rejected_count <= self._settings.window // 2:
+            return
+        self._below_count = self._below_count + 1 if self._sorted and loss < self._quantile(0.5) else 0
+        self._append(loss)
+        if self._below_count >= _MIN_VALUES:
+            self.restart(list(self._losses)[-_MIN_VALUES:])
+        median = self._quantile(0.5)
+        # With few values the median is not reliable: the level may fall, but not rise.
+        self.level = min(median, self.level * (self._max_rise_per_step if len(self._losses) >= _MIN_VALUES else 1.0))
+        self.scale = self._limited_scale()
+
+    def restart(self, losses: list[float]) -> None:
+        """Replaces the buffer by the losses of a new level."""
+        self._losses.clear()
+        self._losses.extend(losses)
+        self._sorted = sorted(self._losses)
+        self._below_count = self._rejected_count = 0
+        if self._sorted:
+            self.level = self._quantile(0.5)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state as numbers and lists."""
+        return {
+            "first": self.first,
+            "level": self.level,
+            "scale": self.scale,
+            "losses": list(self._losses),
+            "below_count": self._below_count,
+            "rejected_count": self._rejected_count,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continues from ``state_dict()``."""
+        self._losses = deque(state["losses"], maxlen=self._settings.window)
+        self._sorted = sorted(self._losses)
+        self.first, self.level, self.scale = state["first"], state["level"], state["scale"]
+        self._below_count, self._rejected_count = state["below_count"], state["rejected_count"]
+
+    def _limited_scale(self) -> float:
+        if len(self._losses) < _MIN_VALUES:
+            return self.scale
+        q50, q75, q95 = (self._quantile(q) for q in (0.5, 0.75, 0.95))
+        now = max((q75 - q50) / 0.674, (q95 - q50) / 1.645, 1e-3 * q50)
+        if not self.scale or len(self._losses) < self._settings.window // 2:
+            return now
+        change = self._max_rise_per_step**8
+        return min(max(now, self.scale / change), self.scale * change)
+
+    def _append(self, loss: float) -> None:
+        if len(self._losses) == self._losses.maxlen:
+            del self._sorted[bisect_left(self._sorted, self._losses[0])]
+        self._losses.append(loss)
+        insort(self._sorted, loss)
+
+    def _quantile(self, q: float) -> float:
+        return self._sorted[min(int(q * len(self._sorted)), len(self._sorted) - 1)]
+
+
+class TaskState:
     """State of one task.
 
     Attributes:
         name: name of the task.
         baseline: level and noise of its loss.
-        excess: of the last loss, in thresholds; infinite where it was not finite.
-        lasting: the same of the median of the last losses (``Baseline.lasting_excess``).
-        moved_since: step since which the loss has been kept out of the baseline without a break; None if it is not.
+        excess: excess of the last loss over the baseline, in thresholds; infinite where the loss was not finite.
+        median_excess: the same for the median of the last losses (``Baseline.median_excess``).
+        high_since: first of the consecutive steps whose loss the baseline rejects; None if it does not.
         auc: last training AUC; nan for a regression.
         recent: last finite losses, newest last.
-        now: last loss over the baseline.
-        over_first: last loss over the very first.
+        ratio: last loss divided by the baseline.
+        ratio_to_first: last loss divided by the first loss.
     """
 
     def __init__(self, name: str, settings: DetectorSettings) -> None:
         self.name = name
         self.baseline = Baseline(settings)
         self._settings = settings
-        self.excess = self.lasting = 0.0
-        self.moved_since: int | None = None
+        self.excess = self.median_excess = 0.0
+        self.high_since: int | None = None
         self.auc = math.nan
         self.recent: deque[float] = deque(maxlen=settings.settle)
-        self.now = self.over_first = 1.0
+        self.ratio = self.ratio_to_first = 1.0
 
-    def see(self, step: int, loss: float, auc: float) -> None:
-        """Takes a step's signals. A loss of exactly 0 says that no label was observed."""
+    def update(self, step: int, loss: float, auc: float) -> None:
+        """Takes the signals of a step. A loss of exactly 0 means that no label was observed."""
         if not math.isnan(auc):
             self.auc = auc
         if loss == 0.0:
@@ -47,50 +164,53 @@ class TaskTrack:
             self.recent.append(loss)
             self.excess = self.baseline.excess(loss)
             full = len(self.recent) == self.recent.maxlen
-            self.lasting = self.baseline.lasting_excess(self._median()) if full else 0.0
-            self.now = loss / self.baseline.level if self.baseline.level > 0 else 1.0
-            self.over_first = loss / self.baseline.first if self.baseline.first > 0 else 1.0
+            self.median_excess = self.baseline.median_excess(self._median()) if full else 0.0
+            self.ratio = loss / self.baseline.level if self.baseline.level > 0 else 1.0
+            self.ratio_to_first = loss / self.baseline.first if self.baseline.first > 0 else 1.0
         else:
-            self.excess = self.now = self.over_first = math.inf
+            self.excess = self.ratio = self.ratio_to_first = math.inf
         if self.excess <= 0.5:
-            self.moved_since = None
-        elif self.moved_since is None:
-            self.moved_since = step
+            self.high_since = None
+        elif self.high_since is None:
+            self.high_since = step
 
-    def learn(self, loss: float) -> None:
-        """Lets the loss of a step at which no jump is open enter the baseline."""
+    def update_baseline(self, loss: float) -> None:
+        """Adds the loss of a step at which no spike is open to the baseline."""
         if loss != 0.0 and math.isfinite(loss):
             self.baseline.accept(loss)
 
     @property
-    def ratio(self) -> float:
-        """Median of the last losses over the baseline; 1 where nothing is known."""
+    def median_ratio(self) -> float:
+        """Median of the last losses divided by the baseline; 1 without losses."""
         if not self.recent or not self.baseline.level > 0:
             return 1.0
         return self._median() / self.baseline.level
 
     @property
     def entropy(self) -> float:
-        """Of the labels of a binary task, in nats: the level of its loss, which a sound model stays close to."""
+        """Approximate label entropy of a binary task, in nats: the level of its loss, which a healthy model is near."""
         return min(self.baseline.level, _LN2) if self.baseline.level > 0 else _LN2
 
     def _median(self) -> float:
         return sorted(self.recent)[len(self.recent) // 2]
 
-    def state(self) -> dict[str, Any]:
-        """Plain numbers."""
+    def state_dict(self) -> dict[str, Any]:
+        """The state as numbers and lists."""
         return {
-            "baseline": self.baseline.state(),
-            "excess": [self.excess, self.lasting],
-            "moved_since": self.moved_since,
+            "baseline": self.baseline.state_dict(),
+            "excess": self.excess,
+            "median_excess": self.median_excess,
+            "high_since": self.high_since,
             "auc": self.auc,
             "recent": list(self.recent),
-            "now": [self.now, self.over_first],
+            "ratio": self.ratio,
+            "ratio_to_first": self.ratio_to_first,
         }
 
-    def load(self, state: dict[str, Any]) -> None:
-        """Goes on from ``state()``."""
-        self.baseline.load(state["baseline"])
-        (self.excess, self.lasting), self.moved_since = state["excess"], state["moved_since"]
-        self.auc, (self.now, self.over_first) = state["auc"], state["now"]
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continues from ``state_dict()``."""
+        self.baseline.load_state_dict(state["baseline"])
+        self.excess, self.median_excess = state["excess"], state["median_excess"]
+        self.high_since, self.auc = state["high_since"], state["auc"]
         self.recent = deque(state["recent"], maxlen=self._settings.settle)
+        self.ratio, self.ratio_to_first = state["ratio"], state["ratio_to_first"]

@@ -2,62 +2,59 @@
 
 from __future__ import annotations
 
-import logging
 import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Literal
 
-import pytorch_lightning as pl
 import torch
 from omegaconf import DictConfig, OmegaConf
-from pytorch_lightning.callbacks import Callback
 
 from ranker.capsules import capsule as files
 from ranker.capsules.capsule import Manifest
 from ranker.capsules.recorder import Entry, Recorder
-from ranker.capsules.training_state import State
+from ranker.capsules.training_state import TrainingState
 from ranker.data.batch import Batch
 from ranker.data.schema import SCHEMA_FILE
 from ranker.errors import UserError, suggest
 from ranker.runs.provenance import arithmetic
 from ranker.runs.run_folder import RunFolder, versions
-from ranker.stability import Event
-from ranker.stability.step_signals import pack
-from ranker.training.divergence_watch import DivergenceWatch
-from ranker.training.module import RankingModule
-from ranker.training.progress import TrainingProgress
-from ranker.training.snapshot_ring import SnapshotRing
-from ranker.training.snapshots import Snapshot, capture
-
-log = logging.getLogger(__name__)
-
-C = TypeVar("C", bound=Callback)
+from ranker.stability import DivergenceDetector, Event
+from ranker.training.module import Fit
+from ranker.training.progress import Say, say_in_log
+from ranker.training.snapshots import SnapshotRing, capture
+from ranker.training.training_step import StepSignals
 
 CAPSULES = "capsules"
 EVENTS = ("full", "micro", "both")
-_NOTICED = 30  # steps until a divergence is under suspicion, with the usual interval between two looks
+_NOTICED = 30  # steps until a divergence is suspected, with the usual interval between two polls
 _AHEAD = 16  # batches that a trainer may have fetched but not trained on
 
 
-class Capsules(Callback):
-    """Keeps the recent past of a run, and writes it down when the divergence watch reports an event.
+class CapsuleWriter:
+    """Keeps the recent past of a run, and writes it when the detector reports an event.
 
-    Some verdicts come hundreds of steps after the first one of the event, so what the detector has under suspicion is
-    held on to until the matter is settled. All ranks come to the same verdict at the same step, and so all of them
-    write, each the rows it has trained on. Where what came before an event is no longer there, the capsule starts at
-    the oldest snapshot that is, and says so; without any before the event, none is written.
+    Some verdicts come hundreds of steps after the first step of the event. So what the detector suspects is kept until
+    its verdict. All ranks reach the same verdict at the same step, and each writes the rows it has trained on. If the
+    past before an event is no longer complete, the capsule starts at the oldest snapshot from which it is, and says so;
+    without any before the event, no capsule is written.
 
-    The snapshots are those of the ring; a run that goes back to one of them begins a new past here, with a snapshot of
-    its own. Stands behind the divergence watch and the ring in conf/callbacks.
+    The snapshots are those of the ring. After a rollback a new past begins, with a snapshot of its own.
 
     Args:
-        events: which: ``full``, ``micro`` or ``both``.
-        steps_before: a capsule begins at least so many steps before the event.
-        steps_after: and ends so many after its first step, or where training stands when the verdict comes.
-        max_megabytes: of the batches kept, in host memory and in a capsule; a snapshot comes on top.
-        max_capsules: of a run; the last is left for a full divergence.
+        events: which events to write: ``full``, ``micro`` or ``both``.
+        steps_before: a capsule begins at least this many steps before the event.
+        steps_after: a capsule ends this many steps after the event's first step, or at the step of the verdict if that
+            is earlier.
+        max_megabytes: bound on the batches, in host memory and in a capsule; the snapshot comes on top.
+        max_capsules: number of capsules per run; the last one is reserved for a full divergence.
+        folder: the run folder; without one no capsule is written.
+        cfg: the configuration of the run, in a capsule with every interpolation resolved.
+        say: shows messages.
+
+    Attributes:
+        written: number of capsules of the run.
 
     Raises:
         UserError: a setting out of range.
@@ -71,6 +68,9 @@ class Capsules(Callback):
         steps_after: int = 30,
         max_megabytes: float = 256.0,
         max_capsules: int = 3,
+        folder: RunFolder | None = None,
+        cfg: DictConfig | None = None,
+        say: Say = say_in_log,
     ) -> None:
         if events not in EVENTS:
             raise UserError(f"callbacks.capsules.events '{events}' is unknown; {suggest(events, EVENTS)}")
@@ -85,183 +85,154 @@ class Capsules(Callback):
         self._kinds = ("full", "micro") if events == "both" else (events,)
         self._before, self._after = steps_before, steps_after
         self._max_capsules, self._max_megabytes = max_capsules, max_megabytes
+        self._folder, self._cfg, self._say = folder, cfg, say
         self._recorder = Recorder(int(max_megabytes * 1e6))
         self._number = -1  # of the last batch trained on
-        self._turn = 0  # step at which the run last went on from somewhere else
-        self._past: list[Snapshot] = []  # the ring's since then; a rollback drops them before its event is written
-        self._host: dict[int, Batch] = {}  # batches as the loader gave them, until they have been trained on
-        self._seen = self._written = self._step = 0
-        self._held: Snapshot | None = None  # where a capsule of that would begin
-        self._since: int | None = None  # first step of what is under suspicion
-        self.folder: RunFolder | None = None
-        self.cfg: DictConfig | None = None
+        self._turn = 0  # step at which training started, or continued after a rollback
+        self._past: list[TrainingState] = []  # the ring's since then; kept here, because a rollback empties the ring
+        self._host: dict[int, Batch] = {}  # batches in host memory that have not been trained on yet
+        self._step = 0
+        self._held: TrainingState | None = None  # snapshot with which a capsule of the suspected event would begin
+        self._since: int | None = None  # first step of the suspected event
+        self.written = 0
 
     # Recording.
 
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Listens to the loader: a batch is kept where it lay in host memory, not on the device."""
-        datamodule = trainer.datamodule  # type: ignore[attr-defined]
-        inner = datamodule.watch_training
-        datamodule.watch_training = lambda loader: _Overheard(inner(loader), self._host)
+    def overheard(self, loader: Iterable[Batch]) -> Iterable[Batch]:
+        """Wraps the training loader to keep references to its batches in host memory rather than on the device."""
+        return _Overheard(loader, self._host)
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Begins where training begins."""
-        watch = _callback(trainer, DivergenceWatch)
-        self._seen = len(watch.detector.events) if watch and watch.detector else 0
-        self._step = self._turn = trainer.global_step
-        self._number = trainer.datamodule.position - 1  # type: ignore[attr-defined]
+    def start(self, fit: Fit) -> None:
+        """Begins at the first batch of training."""
+        self._step = self._turn = fit.step
+        self._number = fit.data.position - 1
 
-    def on_train_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Batch, batch_idx: int
-    ) -> None:
-        """Notices that the run goes on from somewhere else: the past before has not led here."""
-        assert isinstance(pl_module, RankingModule)
+    def before_batch(self, fit: Fit, batch: Batch, detector: DivergenceDetector) -> None:
+        """Starts a new past if this batch does not follow the last one: the old past has not led here."""
         if batch.number != self._number + 1:
-            self._turn = trainer.global_step
-            self._past = [capture(trainer, pl_module)]
+            self._turn = fit.step
+            self._past = [capture(fit, detector)]
             self._recorder.clear()
             self._since = None
 
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Batch, batch_idx: int
+    def after_batch(
+        self,
+        fit: Fit,
+        batch: Batch,
+        signals: StepSignals,
+        *,
+        step: int,
+        events: list[Event],
+        detector: DivergenceDetector,
+        ring: SnapshotRing | None,
     ) -> None:
-        """Records the step, writes what has become of an event, and holds on to what is under suspicion."""
-        assert isinstance(pl_module, RankingModule)
-        assert pl_module.signals is not None
-        signals = pl_module.signals
-        completed = trainer.global_step != self._step
-        self._step, self._number = trainer.global_step, batch.number
-        row = pack(signals.losses_T, signals.auc_T, signals.spread_T, signals.nonfinite)
-        self._recorder.add(self._step + (not completed), self._host.pop(batch.number, batch), row)
-        self._follow_ring(trainer)
-        self.look(trainer, pl_module)
-        # Let go of what no event can need that begins from now on, or is about to be noticed.
+        """Records the batch, writes capsules of new events, and drops what no event can need any more.
+
+        Args:
+            fit: the running fit.
+            batch: the batch just trained on.
+            signals: its signals on this rank.
+            step: the optimizer step it belongs to.
+            events: events reported since the last call.
+            detector: the detector, after this batch.
+            ring: the snapshots, after this batch.
+        """
+        self._step, self._number = fit.step, batch.number
+        self._recorder.add(step, self._host.pop(batch.number, batch), signals.packed())
+        newest = self._past[-1].step if self._past else self._turn - 1
+        self._past += [s for s in ring.snapshots if s.step > newest] if ring is not None else []
+        self.write(fit, events)
+        suspicion = detector.suspicion
+        since = suspicion.step if suspicion else None
+        if since != self._since:
+            self._since = since
+            self._hold(fit, since)
         needed = max((s.step for s in self._past if s.step <= self._step - self._before - _NOTICED), default=-1)
         self._past = [s for s in self._past if s.step >= needed or s is self._held]
         self._recorder.forget(needed)
 
-    def look(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """Writes what has become of an event, and holds on to what is under suspicion. All ranks call it."""
-        watch = _callback(trainer, DivergenceWatch)
-        if watch is None or watch.detector is None:
-            return
-        events, self._seen = watch.detector.events[self._seen :], len(watch.detector.events)
+    def write(self, fit: Fit, events: list[Event]) -> None:
+        """Writes capsules of new events. All ranks call it with the same events."""
         for event in events:
             if event.kind in self._kinds:
-                self._write(trainer, module, event)
-        suspicion = watch.detector.suspicion
-        since = suspicion.step if suspicion else None
-        if since != self._since:
-            self._since = since
-            self._hold(trainer, since)
+                self._write(fit, event)
 
-    def state_dict(self) -> dict[str, Any]:
-        """How many capsules the run has."""
-        return {"written": self._written}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Goes on counting."""
-        self._written = state_dict["written"]
-
-    def _follow_ring(self, trainer: pl.Trainer) -> None:
-        newest = self._past[-1].step if self._past else self._turn - 1
-        if (ring := _callback(trainer, SnapshotRing)) is not None:
-            self._past += [s for s in ring.snapshots if s.step > newest]
-
-    def _hold(self, trainer: pl.Trainer, since: int | None) -> None:
-        self._held = None if since is None else self._start(trainer, since)
+    def _hold(self, fit: Fit, since: int | None) -> None:
+        self._held = None if since is None else self._first(fit, since)
         if since is None or self._held is None:
             self._recorder.hold(0, -1)
         else:
             self._recorder.hold(self._held.step, since + self._after)
 
-    def _start(self, trainer: pl.Trainer, step: int) -> Snapshot | None:
-        """The snapshot that a capsule of an event at this step begins with; on all ranks that of the same step."""
-        covered = _greatest(trainer, self._recorder.covers_after(min(step, self._step)))
+    def _first(self, fit: Fit, step: int) -> TrainingState | None:
+        """The snapshot with which a capsule of an event at this step begins; the same step on all ranks."""
+        covered = fit.largest(self._recorder.covers_after(min(step, self._step)))
         there = [s for s in self._past if covered <= s.step < step]
         early = [s for s in there if s.step < step - self._before]
         return early[-1] if early else there[0] if there else None
 
     # Writing.
 
-    def _write(self, trainer: pl.Trainer, module: pl.LightningModule, event: Event) -> None:
-        assert isinstance(module, RankingModule)
-        assert self.folder is not None
-        if self._written >= self._max_capsules - (event.kind != "full" and self._max_capsules > 1):
-            return _say(trainer, f"no capsule of step {event.step}: there are {self._written}, see max_capsules")
-        start = self._start(trainer, event.step)
-        if start is None:
-            return _say(
-                trainer,
+    def _write(self, fit: Fit, event: Event) -> None:
+        if self._folder is None:
+            return
+        if self.written >= self._max_capsules - (event.kind != "full" and self._max_capsules > 1):
+            return self._say(f"no capsule of step {event.step}: there are {self.written}, see max_capsules")
+        state = self._first(fit, event.step)
+        if state is None:
+            return self._say(
                 f"no capsule of step {event.step}: no snapshot from before it with all batches since; see "
-                f"callbacks.snapshots, and callbacks.capsules.max_megabytes (now {self._max_megabytes:g})",
+                f"callbacks.snapshots, and callbacks.capsules.max_megabytes (now {self._max_megabytes:g})"
             )
-        state = state_of(start)
-        entries = self._recorder.between(start.step, event.step + self._after)
-        final = self.folder.path / CAPSULES / f"step={event.step}"
-        temporary = final.with_name(f".{final.name}.tmp")
+        rank, first_rank = fit.trainer.global_rank, fit.trainer.is_global_zero
+        entries = self._recorder.between(state.step, event.step + self._after)
+        final = self._folder.path / CAPSULES / f"step={event.step}"
+        temporary = final.with_name(f".{final.name}.tmp")  # the same for all ranks
         wrong = ""
         try:
             temporary.mkdir(parents=True, exist_ok=True)
-            shares = [entry.batch for entry in entries]
-            files.write_share(temporary / files.share_file(trainer.global_rank), shares, state.auc)
-            if trainer.is_global_zero:
-                self._write_common(trainer, module, event, state, entries, temporary)
+            files.write_share(temporary / files.share_file(rank), [entry.batch for entry in entries], state.auc)
+            if first_rank:
+                self._write_common(fit, event, state, entries, temporary)
         except (OSError, RuntimeError) as error:  # torch.save raises the latter for a full disk
             wrong = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        if _greatest(trainer, int(bool(wrong))):
-            _say(trainer, f"no capsule of step {event.step}: {wrong or 'another rank could not write its share'}")
-            return shutil.rmtree(temporary, ignore_errors=True) if trainer.is_global_zero else None
-        self._written += 1
-        if trainer.is_global_zero:
-            missing = [r for r in range(trainer.world_size) if not (temporary / files.share_file(r)).is_file()]
+        if fit.largest(int(bool(wrong))):
+            self._say(f"no capsule of step {event.step}: {wrong or 'another rank could not write its share'}")
+            return shutil.rmtree(temporary, ignore_errors=True) if first_rank else None
+        self.written += 1
+        if first_rank:
+            ranks = range(fit.trainer.world_size)
+            missing = [r for r in ranks if not (temporary / files.share_file(r)).is_file()]
             if missing:
-                _say(trainer, f"capsule of step {event.step}: ranks {missing} write to another disk; add their files")
+                self._say(f"capsule of step {event.step}: ranks {missing} write to another disk; add their files")
             shutil.rmtree(final, ignore_errors=True)
             temporary.replace(final)
-            _say(trainer, f"capsule of the {event.kind} divergence; replay it: python scripts/replay.py {final}")
+            self._say(f"capsule of the {event.kind} divergence; replay it: python scripts/replay.py {final}")
 
-    def _write_common(
-        self, trainer: pl.Trainer, module: RankingModule, event: Event, state: State, entries: list[Entry], folder: Path
-    ) -> None:
-        assert self.cfg is not None
+    def _write_common(self, fit: Fit, event: Event, state: TrainingState, entries: list[Entry], folder: Path) -> None:
+        assert self._cfg is not None
         note = ""
         if state.step >= event.step - self._before and state.step > 0:
             note = f"begins {event.step - state.step} steps before the event: what came before was no longer there"
         signals_SN = torch.stack([entry.signals for entry in entries]).cpu()
         files.write_state(folder / files.SNAPSHOT, state)
-        (folder / files.CONFIG).write_text(OmegaConf.to_yaml(self.cfg, resolve=True), encoding="utf-8")
-        module.schema.to_yaml(folder / SCHEMA_FILE)
+        (folder / files.CONFIG).write_text(OmegaConf.to_yaml(self._cfg, resolve=True), encoding="utf-8")
+        fit.module.schema.to_yaml(folder / SCHEMA_FILE)
         manifest = Manifest(
             event=event,
             snapshot_step=state.step,
             steps=[entry.step for entry in entries],
             numbers=[entry.batch.number for entry in entries],
             signals=files.hexadecimal(signals_SN),
-            tasks=module.schema.task_names,
-            world_size=trainer.world_size,
-            accumulate=trainer.accumulate_grad_batches,
-            seed=int(self.cfg.seed),
+            tasks=fit.module.schema.task_names,
+            world_size=fit.trainer.world_size,
+            accumulate=fit.trainer.accumulate_grad_batches,
+            seed=int(self._cfg.seed),
             versions=versions(),
-            machine=arithmetic(trainer.strategy.root_device),
+            machine=arithmetic(fit.module.device),
             note=note,
         )
         files.write_manifest(folder, manifest)
-
-
-def state_of(snapshot: Snapshot) -> State:
-    """What a replay needs of a snapshot."""
-    state = snapshot.state
-    detector = state["detector"].get("detector")
-    return State(
-        step=snapshot.step,
-        net={name.removeprefix("net."): x for name, x in state["module"].items() if name.startswith("net.")},
-        optimizer=state["optimizer"],
-        schedule=state["schedulers"][0] if state["schedulers"] else None,
-        auc=state["module"]["train_auc._extra_state"],
-        detector=None if detector is None else detector | {"unreported": []},  # events of the run, not of its replay
-        rng=state["rng"]["torch"],
-    )
 
 
 class _Overheard:
@@ -276,23 +247,3 @@ class _Overheard:
             while len(self._noted) > _AHEAD:
                 del self._noted[next(iter(self._noted))]
             yield batch
-
-
-def _callback(trainer: pl.Trainer, kind: type[C]) -> C | None:
-    return next((c for c in trainer.callbacks if isinstance(c, kind)), None)  # type: ignore[attr-defined]
-
-
-def _greatest(trainer: pl.Trainer, value: int) -> int:
-    """Over all ranks, which must all call."""
-    if trainer.world_size == 1:
-        return value
-    shared = torch.tensor(value, device=trainer.strategy.root_device)
-    torch.distributed.all_reduce(shared, op=torch.distributed.ReduceOp.MAX)
-    return int(shared)
-
-
-def _say(trainer: pl.Trainer, line: str) -> None:
-    """Tells the person, above the bar where there is one."""
-    bar = _callback(trainer, TrainingProgress)
-    if trainer.is_global_zero:
-        bar.say(line) if bar is not None else log.warning(line)

@@ -16,8 +16,10 @@ from torch.optim import Optimizer
 
 from ranker.data.batch import Batch
 from ranker.errors import UserError, suggest
-from ranker.stability import LayerActivations, layer_signs, task_gradients
-from ranker.training.module import RankingModule
+from ranker.runs import metric_names
+from ranker.stability import LayerActivations, ReportsSteps, layer_signs, task_gradients
+from ranker.training.lightning_private import is_compiled
+from ranker.training.module import Fit, RankingModule
 
 log = logging.getLogger(__name__)
 
@@ -98,10 +100,9 @@ class EarlySigns(Callback):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Finds the layers, and refuses what cannot be looked at."""
-        assert isinstance(pl_module, RankingModule)
         if not self._every:
             return
-        net = pl_module.net
+        net = Fit(trainer).module.net
         every_layer: dict[str, str] = net.layer_names()  # type: ignore[operator]
         layers = _chosen(every_layer, self._roles)
         found = {role: _weight_of(net, name) for role, name in layers.items()}
@@ -110,7 +111,7 @@ class EarlySigns(Callback):
         self._shared = _weight_of(net, every_layer["bottom_top"])[1] if "bottom_top" in every_layer else None
         inside = {role: name for role, name in layers.items() if not role.startswith("head/")}
         self._watched = LayerActivations(net, inside) if self._activations else None
-        unseen = net._compiled_call_impl is not None and (self._activations or self._task_gradients)
+        unseen = is_compiled(net) and (self._activations or self._task_gradients)
         if unseen and trainer.is_global_zero:
             log.info("early_signs: the net is compiled: no dead_relus, activation_max and gradients by task")
         try:
@@ -122,11 +123,10 @@ class EarlySigns(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Prepares for a look at the forward pass that follows."""
-        assert isinstance(pl_module, RankingModule)
         self._due = bool(self._every) and (trainer.global_step + 1) % self._every == 0
         self._batch: Batch = batch
-        if self._due and pl_module.net._compiled_call_impl is None:
-            net = pl_module.net
+        net = Fit(trainer).module.net
+        if self._due and not is_compiled(net):
             self._handles = [
                 net.register_forward_pre_hook(self._entered, prepend=True),
                 net.register_forward_hook(self._left, always_call=True),
@@ -136,12 +136,11 @@ class EarlySigns(Callback):
         """Takes what the forward pass showed, while its graph is there."""
         if not self._due or self._logits_BT is None:
             return
-        assert isinstance(pl_module, RankingModule)
         if self._watched is not None:
-            self._seen |= self._activation_signs(pl_module)
+            self._seen |= self._activation_signs(Fit(trainer).module)
         look = (trainer.global_step + 1) // self._every
         if self._task_gradients and look % self._task_gradients == 0 and self._shared is not None:
-            self._seen |= self._task_signs(pl_module)
+            self._seen |= self._task_signs(Fit(trainer).module)
         self._logits_BT = None
 
     def on_before_optimizer_step(
@@ -153,14 +152,13 @@ class EarlySigns(Callback):
         self._stepped = True  # with accumulated gradients a batch may end without
         if self._norms:
             for role, signs in layer_signs(self._weights.items(), optimizer).items():
-                self._seen |= {f"signs/{role}/{sign}": value for sign, value in signs._asdict().items()}
+                self._seen |= {metric_names.sign(role, name): value for name, value in signs._asdict().items()}
         self._seen |= self._others_sigma(optimizer, names=tuple(self._names.values()))
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Looks at what the optimizer did, and keeps the look until metrics are written."""
-        assert isinstance(pl_module, RankingModule)
         step = trainer.global_step
         if self._stepped:
             self._seen |= self._step_signs(trainer.optimizers[0])
@@ -168,19 +166,17 @@ class EarlySigns(Callback):
                 row = torch.stack([value.detach().to(pl_module.device, torch.float32) for value in self._seen.values()])
                 self._unread.append((step, list(self._seen), row))
             self._seen, self._stepped = {}, False
-        if step % pl_module.log_every == 0:
-            self._read(trainer, pl_module)
+        if step % Fit(trainer).module.log_every == 0:
+            self._read(trainer)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Writes what is left."""
-        assert isinstance(pl_module, RankingModule)
-        self._read(trainer, pl_module)
+        self._read(trainer)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Writes the last looks before a crash, if the device can still tell them."""
-        assert isinstance(pl_module, RankingModule)
         with suppress(RuntimeError):
-            self._read(trainer, pl_module)
+            self._read(trainer)
 
     def _entered(self, net: nn.Module, _inputs: object) -> None:
         if net.training and self._watched is not None:  # a window that is scored first runs in evaluation mode
@@ -202,14 +198,14 @@ class EarlySigns(Callback):
         assert self._logits_BT is not None
         seen = {}
         for role, found in self._watched.compute().items():
-            seen[f"signs/{role}/activation_max"] = found.largest
+            seen[metric_names.sign(role, "activation_max")] = found.largest
             if found.dead is not None:
-                seen[f"signs/{role}/dead_relus"] = found.dead
+                seen[metric_names.sign(role, "dead_relus")] = found.dead
         logits_BT = self._logits_BT.detach()
         largest_T = torch.maximum(-logits_BT.amin(0), logits_BT.amax(0))
         for task, largest in zip(module.schema.task_names, largest_T.unbind(), strict=True):
             if f"head/{task}" in self._weights:
-                seen[f"signs/head/{task}/activation_max"] = largest
+                seen[metric_names.sign(f"head/{task}", "activation_max")] = largest
         return seen
 
     def _task_signs(self, module: RankingModule) -> dict[str, Tensor]:
@@ -223,18 +219,20 @@ class EarlySigns(Callback):
         columns = [(z_B * s_B).sum() for z_B, s_B in zip(logits_BT.unbind(1), slope_BT.unbind(1), strict=True)]
         found = task_gradients(columns, [self._shared])
         tasks = module.schema.task_names
-        seen = {f"signs/task_norm/{task}": norm for task, norm in zip(tasks, found.norm_T.unbind(), strict=True)}
+        seen = {
+            f"{metric_names.TASK_NORM}{task}": norm for task, norm in zip(tasks, found.norm_T.unbind(), strict=True)
+        }
         for a, first in enumerate(tasks):
             for b in range(a + 1, len(tasks)):
-                seen[f"signs/task_cosine/{first}/{tasks[b]}"] = found.cosine_TT[a, b]
+                seen[f"{metric_names.TASK_COSINE}{first}/{tasks[b]}"] = found.cosine_TT[a, b]
         return seen
 
     def _others_sigma(self, optimizer: Optimizer, *, names: Sequence[str]) -> dict[str, Tensor]:
-        if self._what_if is None or not hasattr(optimizer, "last_step"):
+        if self._what_if is None or not isinstance(optimizer, ReportsSteps):
             return {}
         found = self._what_if(optimizer, names=names)
         return {
-            f"signs/{role}/sigma_{label}": sigmas[name]
+            metric_names.sign(role, f"sigma_{label}"): sigmas[name]
             for label, sigmas in found.items()
             for role, name in self._names.items()
             if name in sigmas
@@ -242,28 +240,28 @@ class EarlySigns(Callback):
 
     def _step_signs(self, optimizer: Optimizer) -> dict[str, Tensor]:
         """What the optimizer says of its own step; its r is exact whatever its update."""
-        if not hasattr(optimizer, "last_step"):
+        if not isinstance(optimizer, ReportsSteps):
             return {}
         steps = optimizer.last_step()
         seen = {}
         for role, name in self._names.items():
             if name in steps and self._sigma:
-                seen[f"signs/{role}/sigma"] = steps[name].sigma
-            size = f"signs/{role}/update_max"
+                seen[metric_names.sign(role, "sigma")] = steps[name].sigma
+            size = metric_names.sign(role, "update_max")
             if name in steps and size in self._seen:
                 exact = steps[name].direction_max
                 seen[size] = torch.where(exact.isnan(), self._seen[size].to(exact), exact)
         if self._sigma:
-            seen |= {f"sigma/{name}": step.sigma for name, step in steps.items() if step.clipped}
+            seen |= {metric_names.sigma(name): step.sigma for name, step in steps.items() if step.clipped}
         return seen
 
-    def _read(self, trainer: pl.Trainer, module: RankingModule) -> None:
+    def _read(self, trainer: pl.Trainer) -> None:
         unread, self._unread = self._unread, []
         if not unread or not trainer.is_global_zero:
             return
         numbers = iter(torch.cat([row for *_, row in unread]).tolist())
         for step, names, _ in unread:
-            module.record({name: next(numbers) for name in names}, step=step)
+            Fit(trainer).module.record({name: next(numbers) for name in names}, step=step)
 
 
 def _chosen(layers: dict[str, str], roles: Sequence[str] | None) -> dict[str, str]:

@@ -1,26 +1,39 @@
-"""metrics.csv: one row a step that logged something, written whole at every flush and continued on resume."""
+"""metrics.csv: one row per step that logged something, appended to as training goes on."""
 
 from __future__ import annotations
 
 import csv
+import heapq
+import io
+import shutil
 import time
 from argparse import Namespace
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from pytorch_lightning.loggers.logger import Logger
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
+from ranker.atomic import replacing
+
 FLUSH_SECONDS = 5.0
-FLUSH_SHARE = 0.01  # of the time may go into writing: a long run's file takes seconds
+FLUSH_SHARE = 0.01  # of the time may go into writing
+OPEN_ROWS = 64  # newest rows, which may still get values
 
 
 class MetricsCsv(Logger):
-    """Lightning logger that keeps one row a step and one column a metric.
+    """Lightning logger with one row per step and one column per metric, rows in the order of steps.
 
-    Lightning's CSVLogger starts its file anew when a run goes on; this one keeps what was written up to the step
-    that is resumed and drops what came after it, so that no step stands twice.
+    The values of a step do not all come at once: those of the hold-out follow the training row. So the newest rows stay
+    open: they are in memory as well as at the end of the file. Older rows are only in the file. New rows are appended.
+    An open row that has changed since it was written, a new column, or a value for an older row makes an atomic copy of
+    the file. A process killed while it appends leaves at most a last line that is cut off; readers drop it
+    (``complete_lines``).
+
+    Lightning's CSVLogger starts a new file when a run resumes. This one keeps the rows up to the step that the run
+    resumes from and drops later ones, so that no step occurs twice.
 
     Args:
         path: the file.
@@ -29,8 +42,11 @@ class MetricsCsv(Logger):
     def __init__(self, path: Path) -> None:
         super().__init__()
         self.path = path
-        self._columns: dict[str, None] = {"step": None}  # in order; a list would be searched for every number
-        self._rows: dict[int, dict[str, Any]] = {}
+        self._columns: dict[str, None] = {"step": None}  # in order
+        self._in_header = 0  # columns that the file has
+        self._rows: dict[int, dict[str, Any]] = {}  # open rows by step
+        self._written = b""  # open rows as the file has them
+        self._closed_bytes, self._closed_step = 0, -1  # where the open rows begin, and the step of the row before them
         self._flush_at = time.monotonic() + FLUSH_SECONDS
 
     @property
@@ -40,41 +56,39 @@ class MetricsCsv(Logger):
 
     @property
     def version(self) -> str:
-        """There is one file a run, so one version."""
+        """One version, because a run has one file."""
         return ""
 
+    @rank_zero_only
     def resume(self, step: int) -> None:
-        """Reads back the rows up to a step."""
+        """Keeps the rows up to a step."""
         if not self.path.is_file():
             return
         with self.path.open(newline="", encoding="utf-8") as file:
-            for row in csv.DictReader(file):
-                if int(row["step"]) <= step:
-                    self.log_metrics({k: v for k, v in row.items() if k != "step" and v != ""}, int(row["step"]))
+            self._columns = dict.fromkeys(next(csv.reader(file), ["step"]))
+        self._rebuild(until=step)
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
         """Adds to the row of a step."""
-        row = self._rows.setdefault(step or 0, {"step": step or 0})
-        row.update(metrics)
+        self._rows.setdefault(step or 0, {"step": step or 0}).update(metrics)
         self._columns.update(dict.fromkeys(metrics))
         if time.monotonic() > self._flush_at:
             self.save()
 
     @rank_zero_only
     def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
-        """Hyperparameters stand in config.yaml."""
+        """Does nothing: hyperparameters are in config.yaml."""
 
     @rank_zero_only
     def save(self) -> None:
-        """Writes the file whole and puts it in place at once."""
+        """Brings the file up to date."""
         start = time.monotonic()
-        temporary = self.path.with_suffix(".tmp")
-        with temporary.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file)
-            writer.writerow(self._columns)
-            writer.writerows(map(self._rows[step].get, self._columns) for step in sorted(self._rows))
-        temporary.replace(self.path)
+        late = any(step <= self._closed_step for step in self._rows)
+        if late or len(self._columns) != self._in_header or not self.path.is_file():
+            self._rebuild()
+        else:
+            self._extend()
         end = time.monotonic()
         self._flush_at = end + max(FLUSH_SECONDS, (end - start) / FLUSH_SHARE)
 
@@ -82,3 +96,71 @@ class MetricsCsv(Logger):
     def finalize(self, status: str) -> None:
         """Writes what is left."""
         self.save()
+
+    def _extend(self) -> None:
+        """Appends what the file has not; copies it if an open row has changed."""
+        rows = [(row, self._line(row)) for _, row in sorted(self._rows.items())]
+        lines = b"".join(line for _, line in rows)
+        whole = self.path.stat().st_size == self._closed_bytes + len(self._written)
+        if whole and lines.startswith(self._written):
+            with self.path.open("ab") as file:
+                file.write(lines[len(self._written) :])
+        else:
+            with replacing(self.path) as temporary, self.path.open("rb") as old, temporary.open("wb") as file:
+                shutil.copyfileobj(old, file)
+                file.truncate(self._closed_bytes)
+                file.seek(self._closed_bytes)
+                file.write(lines)
+        self._keep_open(rows)
+
+    def _rebuild(self, until: int | None = None) -> None:
+        """Writes the file anew from its own rows (up to a step) and the open ones, with all columns."""
+        newest: deque[tuple[dict[str, Any], bytes]] = deque()
+        with replacing(self.path) as temporary, temporary.open("wb") as file:
+            size, step = file.write(self._line(dict(zip(self._columns, self._columns, strict=True)))), -1
+            for row in _merged(self._in_file(until), [row for _, row in sorted(self._rows.items())]):
+                newest.append((row, self._line(row)))
+                file.write(newest[-1][1])
+                if len(newest) > OPEN_ROWS:
+                    closed, line = newest.popleft()
+                    size, step = size + len(line), int(closed["step"])
+        self._in_header = len(self._columns)
+        self._closed_bytes, self._closed_step = size, step
+        self._keep_open(list(newest))
+
+    def _keep_open(self, rows: list[tuple[dict[str, Any], bytes]]) -> None:
+        """Keeps the newest of the rows that were written, and forgets the others."""
+        closed, newest = rows[:-OPEN_ROWS], rows[-OPEN_ROWS:]
+        if closed:
+            self._closed_bytes += sum(len(line) for _, line in closed)
+            self._closed_step = int(closed[-1][0]["step"])
+        self._rows = {int(row["step"]): row for row, _ in newest}
+        self._written = b"".join(line for _, line in newest)
+
+    def _line(self, row: Mapping[str, Any]) -> bytes:
+        text = io.StringIO(newline="")
+        csv.writer(text).writerow(map(row.get, self._columns))
+        return text.getvalue().encode()
+
+    def _in_file(self, until: int | None) -> Iterator[dict[str, Any]]:
+        """The rows of the file, without empty cells and without a last line that was cut off."""
+        if not self.path.is_file():
+            return
+        with self.path.open(newline="", encoding="utf-8") as file:
+            for row in csv.DictReader(line for line in file if line.endswith("\n")):
+                if until is None or int(row["step"]) <= until:
+                    yield {name: value for name, value in row.items() if value}
+
+
+def _merged(older: Iterable[dict[str, Any]], newer: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Rows in the order of steps; of the same step one, in which newer values win."""
+    last: dict[str, Any] | None = None
+    for row in heapq.merge(older, newer, key=lambda row: int(row["step"])):
+        if last is not None and int(last["step"]) == int(row["step"]):
+            last.update(row)
+            continue
+        if last is not None:
+            yield last
+        last = row
+    if last is not None:
+        yield last

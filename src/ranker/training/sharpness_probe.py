@@ -17,9 +17,13 @@ from torch.distributed.tensor import DTensor
 
 from ranker.data.batch import Batch
 from ranker.errors import UserError
-from ranker.stability import measure_sharpness
-from ranker.stability.preconditioner import Preconditioner, step_preconditioner
-from ranker.training.module import RankingModule
+from ranker.runs import metric_names as names
+from ranker.stability import Preconditioner, ReportsSteps, measure_sharpness, step_preconditioner
+from ranker.training.module import Fit, RankingModule
+
+HESSIAN, PRECONDITIONED, RATIO, ERROR, SECONDS = map(
+    names.sharpness, ("hessian", "preconditioned", "ratio", "error", "seconds")
+)
 
 log = logging.getLogger(__name__)
 
@@ -96,7 +100,6 @@ class SharpnessProbe(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Looks, when a look is due."""
-        assert isinstance(pl_module, RankingModule)
         stepped, self._stepped = self._stepped, False
         if not self._every or not trainer.is_global_zero or not stepped:
             return
@@ -104,8 +107,8 @@ class SharpnessProbe(Callback):
         self._step_seconds.append(start - self._started)
         if trainer.global_step % self._every:
             return
-        self._last = self.measure(pl_module, trainer.optimizers[0], batch)
-        seconds = self._last["sharpness/seconds"] = time.perf_counter() - start
+        self._last = self.measure(Fit(trainer).module, trainer.optimizers[0], batch)
+        seconds = self._last[SECONDS] = time.perf_counter() - start
         self._looks += 1
         self._look_seconds += seconds
         if self._looks == 1:
@@ -115,7 +118,7 @@ class SharpnessProbe(Callback):
                 "time. The step is taken as %s",
                 *(seconds, seconds / step, self._every, 100 * seconds / step / self._every, self._kind),
             )
-        pl_module.record(self._last)
+        Fit(trainer).module.record(self._last)
 
     def measure(self, module: RankingModule, optimizer: torch.optim.Optimizer, batch: Batch) -> dict[str, float]:
         """The numbers of one look, by name; nan where loss, weights or steps are not finite."""
@@ -137,17 +140,17 @@ class SharpnessProbe(Callback):
             net.train(training)
 
     def _eigenvalues(self, loss: Tensor, step: Preconditioner) -> dict[str, float]:
-        found = dict.fromkeys(("sharpness/hessian", "sharpness/preconditioned", "sharpness/ratio"), math.nan)
+        found = dict.fromkeys((HESSIAN, PRECONDITIONED, RATIO), math.nan)
         if not self._hessian:
-            del found["sharpness/hessian"]
-        found["sharpness/error"] = math.nan
+            del found[HESSIAN]
+        found[ERROR] = math.nan
         if not step.parameters:
             return found
         try:
             if self._hessian or step.is_identity:
                 plain = measure_sharpness(loss, step.parameters, lr=step.lr, **self._lanczos)  # type: ignore[arg-type]
                 if self._hessian:
-                    found["sharpness/hessian"] = plain.value
+                    found[HESSIAN] = plain.value
             if not step.is_identity:
                 plain = measure_sharpness(
                     loss,
@@ -159,22 +162,22 @@ class SharpnessProbe(Callback):
         except UserError as error:  # a lost model: its Hessian is not finite
             log.debug("%s", error)
             return found
-        found["sharpness/preconditioned"], found["sharpness/ratio"] = plain.value, plain.ratio
-        found["sharpness/error"] = plain.error / abs(plain.value) if plain.value else 0.0
+        found[PRECONDITIONED], found[RATIO] = plain.value, plain.ratio
+        found[ERROR] = plain.error / abs(plain.value) if plain.value else 0.0
         return found
 
     def summary(self) -> dict[str, Any] | None:
         """What summary.json says of the looks; None where there were none."""
         if not self._looks:
             return None
-        last = {name.removeprefix("sharpness/"): value for name, value in self._last.items()}
+        last = {name.removeprefix(names.SHARPNESS): value for name, value in self._last.items()}
         cost = {"looks": self._looks, "seconds": round(self._look_seconds, 1), "step_taken_as": self._kind}
         return cost | {f"last_{name}": last[name] for name in ("hessian", "preconditioned", "ratio") if name in last}
 
 
 def _sigma(optimizer: torch.optim.Optimizer, named: list[tuple[str, torch.nn.Parameter]]) -> dict[Tensor, float]:
     """Of the last step, where the optimizer tells; by unit or row the smallest."""
-    if not hasattr(optimizer, "last_step"):
+    if not isinstance(optimizer, ReportsSteps):
         return {}
     steps = optimizer.last_step()
     known = [(p, steps[name].sigma) for name, p in named if name in steps and steps[name].clipped]

@@ -1,194 +1,190 @@
-"""Snapshots: the whole state of a training run, taken and given back while it runs."""
+"""Snapshots of a running fit: taking one, going back to one, and the ring of the newest ones."""
 
 from __future__ import annotations
 
-import os
+import logging
 import random
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytorch_lightning as pl
 import torch
-from torch import Tensor
+import torch.distributed as dist
 
-from ranker.data.datamodule import RankingDataModule
+from ranker.capsules.training_state import Trained, TrainingState, copied
 from ranker.errors import UserError
-from ranker.training.divergence_watch import DivergenceWatch
-from ranker.training.module import RankingModule
+from ranker.runs.run_folder import RunFolder
+from ranker.stability import DivergenceDetector
+from ranker.training.lightning_private import refetch
+from ranker.training.module import Fit
 
-FORMAT = 1
+log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Snapshot:
-    """Everything that decides what a run does next, as of the end of a step, on the CPU and of this rank.
+def capture(fit: Fit, detector: DivergenceDetector | None) -> TrainingState:
+    """Copies the state of a running fit. Call it between two steps, such as in ``on_train_batch_end``.
 
-    Attributes:
-        step: optimizer steps taken.
-        position: number of the next batch, over all ranks.
-        state: plain dicts, lists, numbers, strings and CPU tensors. ``module`` (weights and running metrics; this
-            rank's own ``train_auc``), ``optimizer``, ``schedulers``, ``precision``, ``rng``, ``data`` (position and
-            dense statistics) and ``detector`` (empty where nothing watches). Nobody writes into it.
-        healthy: whether the detector had nothing to object to, the step itself included.
+    Gradients are not included: with ``accumulate_grad_batches`` call it right after a step. No rank waits for another.
+    Cost: one copy of weights and optimizer state to the host, and on a GPU one wait for the device.
     """
-
-    step: int
-    position: int
-    state: Mapping[str, Any]
-    healthy: bool = True
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of its tensors."""
-        return _nbytes(self.state)
-
-    def save(self, path: Path) -> None:
-        """Writes a file that ``torch.load(weights_only=True)`` reads; it appears whole or not at all."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        fields = {"step": self.step, "position": self.position, "state": self.state, "healthy": self.healthy}
-        try:
-            torch.save({"format": FORMAT, **fields}, temporary)
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)  # what a full disk left of it
-
-    @classmethod
-    def load(cls, path: Path) -> Snapshot:
-        """Reads a file of ``save`` without running any code from it.
-
-        Raises:
-            UserError: it is no snapshot, or one of another version.
-        """
-        try:
-            fields = torch.load(path, map_location="cpu", weights_only=True)
-        except FileNotFoundError:
-            raise
-        except Exception as error:  # whatever a damaged file makes torch raise
-            raise UserError(f"snapshot {path} cannot be read: {' '.join(str(error).split())[:200]}") from error
-        if not isinstance(fields, dict) or fields.pop("format", None) != FORMAT:
-            raise UserError(f"{path} is no snapshot of this version (format {FORMAT})")
-        return cls(**fields)
+    process = {"precision": fit.trainer.precision_plugin.state_dict(), **_generators(fit.module.device)}
+    # Reading the detector's state judges all steps so far, so its verdict is asked for afterwards.
+    state = _trained(fit, detector).capture(fit.step, data=fit.data.state_dict(), process=process)
+    return replace(state, position=fit.data.position, healthy=is_healthy(detector))
 
 
-def capture(trainer: pl.Trainer, module: RankingModule) -> Snapshot:
-    """Takes a snapshot of a running fit; call it between two steps, such as in ``on_train_batch_end``.
-
-    Gradients are not part of it: with ``accumulate_grad_batches`` call it where a step has just been taken. No rank
-    waits for another. Cost: one copy of weights and optimizer state to the host, and on a GPU one wait for the device.
-    """
-    watch, datamodule = _watch(trainer), _datamodule(trainer)
-    detector: dict[str, Any] = watch.state_dict() if watch is not None else {}  # judges this step too
-    state = {
-        "module": module.state_dict(),
-        "optimizer": trainer.optimizers[0].state_dict(),
-        "schedulers": [config.scheduler.state_dict() for config in trainer.lr_scheduler_configs],
-        "precision": trainer.precision_plugin.state_dict(),
-        "rng": _rng(module.device),
-        "data": datamodule.state_dict(),
-        "detector": detector,
-    }
-    position, healthy = datamodule.position, is_healthy(trainer)
-    return Snapshot(step=trainer.global_step, position=position, state=_copy(state), healthy=healthy)
+def is_healthy(detector: DivergenceDetector | None) -> bool:
+    """Whether the detector objects to nothing, as of its last poll; True without a detector."""
+    return detector is None or detector.status == "healthy"
 
 
-def is_healthy(trainer: pl.Trainer) -> bool:
-    """Whether the detector has nothing to object to, the step just taken included; True where nothing watches."""
-    watch = _watch(trainer)
-    return watch is None or watch.detector is None or watch.detector.status == "healthy"
+def restore(state: TrainingState, fit: Fit, detector: DivergenceDetector | None, *, skip_batches: int = 0) -> None:
+    """Puts a running fit into a state, bit by bit. The next batch is the one that came next then.
 
-
-def restore(
-    snapshot: Snapshot, trainer: pl.Trainer, module: RankingModule, *, skip_batches: int = 0, step: bool = False
-) -> None:
-    """Puts a running fit into the state of a snapshot, bit by bit; the next batch is the one that came next then.
-
-    Call it between two steps (``on_train_start``, ``on_train_batch_end``), on every rank, with that rank's snapshot.
-    The trainer's own batch in hand and those read ahead are dropped. The snapshot can be used again.
+    Call it between two steps (``on_train_start``, ``on_train_batch_end``), on every rank, with that rank's state. The
+    trainer's own batch in hand and those read ahead are dropped. ``trainer.global_step`` is not set back, because
+    trackers and files need steps that count up.
 
     Args:
-        snapshot: what ``capture`` took in this run, or in one of the same configuration and number of ranks.
-        trainer: Lightning's trainer, fitting.
-        module: the module that is fitted.
-        skip_batches: leave out so many batches from the snapshot's position on.
-        step: also set ``trainer.global_step`` back. A rollback does not: trackers and files want steps that count up.
+        state: what ``capture`` gave in this run, or in one of the same configuration and number of ranks.
+        fit: the running fit.
+        detector: the detector that watches it.
+        skip_batches: number of batches to leave out from the state's position on.
     """
-    state = _copy(snapshot.state)  # the optimizer keeps the tensors it is given, and writes into them
-    module.load_state_dict(state["module"])
-    optimizer = trainer.optimizers[0]
-    optimizer.load_state_dict(state["optimizer"])
-    optimizer.zero_grad(set_to_none=True)
-    for config, saved in zip(trainer.lr_scheduler_configs, state["schedulers"], strict=True):
-        config.scheduler.load_state_dict(saved)
-    if state["precision"]:
-        trainer.precision_plugin.load_state_dict(state["precision"])
-    watch = _watch(trainer)
-    if watch is not None and watch.detector is not None and state["detector"]:
-        watch.detector.load_state_dict(state["detector"]["detector"] | {"unreported": []})  # they were, since
-    _go_on_from(state["data"], skip_batches, trainer)
-    if step:
-        taken = trainer.fit_loop.epoch_loop.automatic_optimization.optim_progress.optimizer.step.total
-        taken.ready = taken.completed = snapshot.step
-    _set_rng(state["rng"], module.device)  # last: making loaders may draw
+    _trained(fit, detector).restore(state)
+    if state.process["precision"]:
+        fit.trainer.precision_plugin.load_state_dict(copied(state.process["precision"]))
+    fit.data.go_back(copied(state.data))
+    fit.data.skip(skip_batches)
+    refetch(fit.trainer)
+    _set_generators(state, fit.module.device)  # last, because making loaders may draw numbers
 
 
-def _go_on_from(data: dict[str, Any], skip_batches: int, trainer: pl.Trainer) -> None:
-    """Moves the data module, and has Lightning, which holds a batch ahead, fetch anew."""
-    _datamodule(trainer).go_back(data)
-    _datamodule(trainer).skip(skip_batches)
-    loop = trainer.fit_loop
-    if loop._data_fetcher is not None:
-        iter(loop._data_fetcher)
-        loop.epoch_loop.batch_progress.is_last_batch = loop._data_fetcher.done
+class SnapshotRing:
+    """Takes a snapshot at a fixed interval and keeps the newest ones, in host memory of each rank.
+
+    Nothing is taken while the detector is suspect, so nothing is dropped either: the snapshots before an event stay
+    until the verdict, however long that takes. Memory: ``keep`` times weights and optimizer state.
+
+    On disk, ``snapshots/rank<r>/step=<n>.pt`` holds what a resumed run may need: files up to the checkpoint's step are
+    read back, later ones are removed.
+
+    Args:
+        every: steps between two snapshots; 0 takes none.
+        keep: number of snapshots in memory.
+        disk: how many of the newest are also on disk; 0 writes none.
+        folder: the run folder; without one nothing is written.
+
+    Attributes:
+        every: as given.
+        snapshots: oldest first.
+
+    Raises:
+        UserError: a number out of range.
+    """
+
+    def __init__(self, *, every: int = 50, keep: int = 6, disk: int = 0, folder: RunFolder | None = None) -> None:
+        if every < 0 or keep < 1 or not 0 <= disk <= keep:
+            raise UserError(
+                f"callbacks.snapshots: every >= 0, keep >= 1 and 0 <= disk <= keep are needed, got every={every}, "
+                f"keep={keep}, disk={disk}"
+            )
+        self.every, self._keep, self._disk = every, keep, disk
+        self._folder = folder
+        self._path: Path | None = None
+        self._newest_step = -1
+        self.snapshots: list[TrainingState] = []
+
+    def start(self, fit: Fit, detector: DivergenceDetector | None) -> None:
+        """Reads back what a resumed run left on disk, or takes the first snapshot."""
+        self._path = (
+            None if self._folder is None else self._folder.path / "snapshots" / f"rank{fit.trainer.global_rank}"
+        )
+        self._read_back(fit.step)
+        if self.every and not self.snapshots:  # a resumed run should have the ring of an uninterrupted one
+            self._take(fit, detector)
+
+    def after_step(self, fit: Fit, detector: DivergenceDetector | None) -> None:
+        """Takes a snapshot if one is due. The detector must have seen the step."""
+        if self.every and fit.step % self.every == 0 and fit.step != self._newest_step:
+            self._take(fit, detector)
+
+    def forget_after(self, step: int, *, now: int) -> None:
+        """Drops the snapshots of later steps, which a rollback has undone; at this step no other one is taken."""
+        self._newest_step = now
+        self.snapshots = [s for s in self.snapshots if s.step <= step]
+        self._tidy_disk()
+
+    def _take(self, fit: Fit, detector: DivergenceDetector | None) -> None:
+        self._newest_step = fit.step
+        if not is_healthy(detector):
+            return
+        # The oldest is dropped first, so that memory never holds one more.
+        self.snapshots = self.snapshots[max(0, len(self.snapshots) - self._keep + 1) :]
+        snapshot = capture(fit, detector)
+        self.snapshots = [*self.snapshots, snapshot]
+        if self._disk and self._path is not None:
+            path = self._path / f"step={snapshot.step}.pt"
+            try:
+                snapshot.save(path)
+            except (OSError, RuntimeError) as error:  # torch.save raises the latter for a full disk
+                self._disk = 0  # older ones are removed too: a rollback needs memory alone, and the disk is full
+                reason = " ".join(str(error).split())
+                log.warning("no more snapshots on disk, %s cannot be written: %s", path, reason)
+            self._tidy_disk()
+
+    def _read_back(self, until: int) -> None:
+        steps = sorted(self._on_disk())
+        if dist.is_available() and dist.is_initialized():  # one rank may have been killed before it wrote its file
+            everyone: list[list[int]] = [[] for _ in range(dist.get_world_size())]
+            dist.all_gather_object(everyone, steps)
+            steps = sorted(set.intersection(*map(set, everyone)))
+        files = self._on_disk()
+        self.snapshots = [TrainingState.load(files[n]) for n in steps if n <= until][-self._keep :]
+        self._tidy_disk()
+
+    def _on_disk(self) -> dict[int, Path]:
+        if self._path is None:
+            return {}
+        return {int(path.stem.removeprefix("step=")): path for path in self._path.glob("step=*.pt")}
+
+    def _tidy_disk(self) -> None:
+        wanted = {s.step for s in self.snapshots[len(self.snapshots) - self._disk :]} if self._disk else set()
+        for step, path in self._on_disk().items():
+            if step not in wanted:
+                path.unlink(missing_ok=True)
 
 
-def _copy(value: Any) -> Any:
-    """The same with tensors of its own, on the CPU, and plain dicts around them."""
-    if isinstance(value, Tensor):
-        return value.detach().to("cpu", copy=True)
-    if isinstance(value, Mapping):
-        return {key: _copy(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return type(value)(map(_copy, value))
-    return value
+def _trained(fit: Fit, detector: DivergenceDetector | None) -> Trained:
+    schedules = [config.scheduler for config in fit.trainer.lr_scheduler_configs]
+    return Trained(
+        net=fit.module.net,
+        optimizer=fit.trainer.optimizers[0],
+        schedule=schedules[0] if schedules else None,  # type: ignore[arg-type]
+        train_auc=fit.module.train_auc,
+        detector=detector,
+    )
 
 
-def _nbytes(value: Any) -> int:
-    if isinstance(value, Tensor):
-        return value.nbytes
-    if isinstance(value, Mapping):
-        return sum(map(_nbytes, value.values()))
-    return sum(map(_nbytes, value)) if isinstance(value, (list, tuple)) else 0
-
-
-def _rng(device: torch.device) -> dict[str, Any]:
+def _generators(device: torch.device) -> dict[str, Any]:
     _, keys, place, has_gauss, gauss = np.random.get_state(legacy=True)
     version, numbers, spare = random.getstate()
     return {
-        "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
         "numpy": [torch.from_numpy(np.asarray(keys).astype(np.int64)), int(place), int(has_gauss), float(gauss)],
         "python": [version, torch.tensor(numbers), spare],
     }
 
 
-def _set_rng(state: Mapping[str, Any], device: torch.device) -> None:
-    torch.set_rng_state(state["torch"])
-    if state["cuda"] is not None and device.type == "cuda":
-        torch.cuda.set_rng_state(state["cuda"], device)
-    keys, *rest = state["numpy"]
+def _set_generators(state: TrainingState, device: torch.device) -> None:
+    process: Mapping[str, Any] = state.process
+    if state.rng is not None:
+        torch.set_rng_state(state.rng)
+    if process["cuda"] is not None and device.type == "cuda":
+        torch.cuda.set_rng_state(process["cuda"], device)
+    keys, *rest = process["numpy"]
     np.random.set_state(("MT19937", keys.numpy().astype(np.uint32), *rest))
-    version, numbers, spare = state["python"]
+    version, numbers, spare = process["python"]
     random.setstate((version, tuple(numbers.tolist()), spare))
-
-
-def _watch(trainer: pl.Trainer) -> DivergenceWatch | None:
-    return next((c for c in trainer.callbacks if isinstance(c, DivergenceWatch)), None)  # type: ignore[attr-defined]
-
-
-def _datamodule(trainer: pl.Trainer) -> RankingDataModule:
-    datamodule: RankingDataModule = trainer.datamodule  # type: ignore[attr-defined]
-    return datamodule

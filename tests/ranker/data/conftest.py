@@ -13,14 +13,17 @@ import pytest
 import torch
 
 from ranker.data.batch import Batch, Ragged
+from ranker.data.log import Log
 from ranker.data.schema import CategoricalFeature, DenseFeature, Schema, Task
 
 DAY_MS = 86_400_000
 START_MS = 1_650_844_800_000  # 2022-04-25 00:00 UTC
 
 
-class ArrayLog:
-    """A log in memory whose every column is a function of the row's position."""
+class ArrayLog(Log):
+    """A log in memory. Every column is a function of the row's position."""
+
+    train_rows = num_rows = 0  # plain attributes in place of the properties
 
     def __init__(self, train_rows: int, *, eval_rows: int = 5, times_ms: np.ndarray | None = None) -> None:
         self.schema = Schema(

@@ -10,9 +10,9 @@ import torch
 
 from ranker.data.datamodule import RankingDataModule
 from ranker.data.loader import WindowedLoader
+from ranker.data.log import Selected
 from ranker.data.parquet_log import ParquetLog
 from ranker.data.schema import Task
-from ranker.data.select import Selected
 from ranker.data.windows import plan_windows
 from ranker.errors import UserError
 
@@ -72,9 +72,9 @@ def test_a_missing_column_is_named_with_the_nearest(write_log):
         ("id", ["x"] * 25, "a row id is an integer"),
         ("user", [1.5] * 25, "ids of 'user' are integers or strings"),
         ("slot", ["x"] * 25, "strings of 'slot' need hash_buckets or a vocabulary"),
-        ("country", [1] * 25, "the vocabulary of 'country' holds another type"),
-        ("slot", [[1]] * 25, "one_hot feature 'slot' holds one id a row"),
-        ("tags", [1] * 25, "multi_hot feature 'tags' holds a list of ids a row"),
+        ("country", [1] * 25, "the vocabulary of 'country' has another type"),
+        ("slot", [[1]] * 25, "one_hot feature 'slot' has one id per row"),
+        ("tags", [1] * 25, "multi_hot feature 'tags' has a list of ids per row"),
         ("tags", [["x"]] * 25, "strings of 'tags' need hash_buckets or a vocabulary"),
         ("click", ["yes"] * 25, "the label of task 'click' is a number"),
     ],
@@ -164,7 +164,7 @@ def test_a_time_in_another_unit_is_recognised(write_log, factor, unit):
     def change(day, columns):
         columns["t"] = pa.array((columns["t"].to_numpy() * factor).astype(np.int64))
 
-    refused(write_log(DAYS, change=change), "column 't'", "no time near today in 'ms'", f"set time_unit: {unit}")
+    refused(write_log(DAYS, change=change), "column 't'", "is not in 1990 .. 2100 in 'ms'", f"set time_unit: {unit}")
 
 
 def test_small_made_up_times_are_accepted(write_log):
@@ -181,7 +181,7 @@ def test_a_truncated_or_empty_file_is_named(write_log, keep):
     path = root / SECOND_DAY
     data = path.read_bytes()
     path.write_bytes(data[: int(keep * len(data)) if isinstance(keep, float) else keep])
-    refused(root, SECOND_DAY, "no Parquet file, or a truncated one", "write it again")
+    refused(root, SECOND_DAY, "is not a Parquet file, or is truncated", "write it again")
 
 
 def test_a_corrupt_page_is_named_with_its_row_group(write_log):
@@ -197,7 +197,7 @@ def test_a_corrupt_page_is_named_with_its_row_group(write_log):
 
 def test_a_directory_without_rows_files_or_schema_is_refused(write_log, tmp_path):
     root = write_log({0: 0, 1: 0})
-    refused(root, "2 Parquet files, and not a row in them")
+    refused(root, "2 Parquet files without a row")
     for path in root.glob("*.parquet"):
         path.unlink()
     refused(root, "no Parquet files in")
@@ -209,7 +209,7 @@ def test_a_directory_without_rows_files_or_schema_is_refused(write_log, tmp_path
 def test_a_file_that_is_not_what_the_manifest_says_is_refused(write_log):
     root = write_log(DAYS, manifest=True)
     (root / SECOND_DAY).rename(root / "other.parquet")
-    refused(root, SECOND_DAY, "is in the manifest but not there")
+    refused(root, SECOND_DAY, "is in the manifest but missing")
     (root / "other.parquet").rename(root / SECOND_DAY)
     pq.write_table(pq.read_table(root / SECOND_DAY).slice(3), root / SECOND_DAY)
     refused(root, SECOND_DAY, "has 22 rows where the manifest says 25")

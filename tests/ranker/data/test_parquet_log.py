@@ -93,7 +93,7 @@ def test_times_are_found_in_files_without_statistics(write_log):
 def test_the_last_days_are_held_out(write_log):
     root = str(write_log(UNEVEN))
     assert [ParquetLog(root, eval_days=days).train_rows for days in (1, 2, 3, 4)] == [75, 55, 55, 54]
-    with pytest.raises(UserError, match="leave nothing to train on when the last 9 are held out"):
+    with pytest.raises(UserError, match="leave no rows to train on if the last 9 are held out"):
         ParquetLog(root, eval_days=9)
     with pytest.raises(UserError, match="eval_days must be at least 1"):
         ParquetLog(root, eval_days=0)
@@ -117,7 +117,7 @@ def test_a_range_of_days_is_cut_out_and_counted_from_its_first_row(write_log):
         (["2023-01-01", "2023-01-09"], "hold no rows; the log covers 2022-04-25 .. 2022-05-01"),
         (["2022-04-26", "2022-04-26"], "hold no rows"),
         (["2022-04-28", "2022-04-27"], "hold no rows"),
-        (["yesterday", None], "'yesterday' is no day; write YYYY-MM-DD"),
+        (["yesterday", None], "'yesterday' is not a day; write YYYY-MM-DD"),
         ("2022-04-26", r"days must be \[first, last\]"),
     ],
 )

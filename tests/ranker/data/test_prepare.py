@@ -12,7 +12,7 @@ import pytest
 
 from ranker.data import prepare as package
 from ranker.data.manifest import Manifest, sha256_of
-from ranker.data.prepare import day_files, days, prepare, prepare_cached
+from ranker.data.prepare import days, prepare, prepare_cached
 from ranker.data.schema import Schema
 from ranker.errors import UserError
 
@@ -108,17 +108,17 @@ def test_a_second_run_changes_nothing_and_a_changed_source_is_prepared_anew(tmp_
 def test_an_interrupted_run_leaves_nothing_and_the_next_one_works(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failure: BaseException
 ) -> None:
-    source, target, close = ratings(tmp_path / "src"), tmp_path / "out" / "dst", day_files._Day.entry
+    source, target, close = ratings(tmp_path / "src"), tmp_path / "out" / "dst", days._Day.entry
     calls = []
 
-    def broken(day: day_files._Day) -> object:
+    def broken(day: days._Day) -> object:
         calls.append(1)
         if len(calls) == 3:
             raise failure
         return close(day)
 
     with monkeypatch.context() as patched:
-        patched.setattr(day_files._Day, "entry", broken)
+        patched.setattr(days._Day, "entry", broken)
         with pytest.raises(type(failure)):
             prepare("movielens", source, target)
     assert [f.name for f in target.parent.iterdir()] == [".dst.lock"]
@@ -130,7 +130,7 @@ def test_a_failed_run_keeps_what_was_prepared_before(tmp_path: Path, monkeypatch
     prepare("movielens", source, target)
     before = everything(target)
     ratings(source, rows=90)
-    monkeypatch.setattr(day_files._Day, "add", lambda *_: (_ for _ in ()).throw(RuntimeError("broken")))
+    monkeypatch.setattr(days._Day, "add", lambda *_: (_ for _ in ()).throw(RuntimeError("broken")))
     with pytest.raises(RuntimeError):
         prepare("movielens", source, target)
     assert everything(target) == before
@@ -149,7 +149,7 @@ def test_a_full_disk_is_said_and_nothing_stays(tmp_path: Path, monkeypatch: pyte
     def full(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(day_files.pq.ParquetWriter, "write_table", full)
+    monkeypatch.setattr(days.pq.ParquetWriter, "write_table", full)
     with pytest.raises(UserError, match="the disk is full at"):
         prepare("movielens", ratings(tmp_path / "src"), tmp_path / "dst")
     assert sorted(f.name for f in tmp_path.iterdir()) == [".dst.lock", "src"]

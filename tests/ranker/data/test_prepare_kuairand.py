@@ -8,7 +8,7 @@ import pytest
 
 from ranker.data.manifest import Manifest
 from ranker.data.parquet_log import ParquetLog
-from ranker.data.prepare import prepare_kuairand
+from ranker.data.prepare import prepare
 from ranker.data.prepare.kuairand import LOG_COLUMNS, USER_CODES
 from ranker.data.schema import Schema
 from ranker.errors import UserError
@@ -70,7 +70,7 @@ def prepared(folder: Path) -> pl.DataFrame:
 
 
 def test_side_tables_are_joined_and_dirt_becomes_null(tmp_path: Path) -> None:
-    prepare_kuairand(source(tmp_path / "src", [row(), row(user_id=1, video_id=1)]), tmp_path / "dst")
+    prepare("kuairand", source(tmp_path / "src", [row(), row(user_id=1, video_id=1)]), tmp_path / "dst")
     a, b = prepared(tmp_path / "dst").to_dicts()
     assert (a["user_active_degree"], b["user_active_degree"]) == ("full_active", None)
     assert (a["is_live_streamer"], b["is_live_streamer"]) == (None, 1)  # -124 is unknown
@@ -88,7 +88,7 @@ def test_side_tables_are_joined_and_dirt_becomes_null(tmp_path: Path) -> None:
 
 def test_what_no_side_table_knows_is_null_and_the_schema_has_an_answer_to_it(tmp_path: Path) -> None:
     rows = [row(), row(user_id=1, video_id=1), row(user_id=999, video_id=999, tab=99, time_ms=START + 1)]
-    prepare_kuairand(source(tmp_path / "src", rows), tmp_path / "dst")
+    prepare("kuairand", source(tmp_path / "src", rows), tmp_path / "dst")
     schema = Schema.from_yaml(tmp_path / "dst" / "schema.yaml")
     assert all(feature.fill_null is not None for feature in schema.dense)
     last = prepared(tmp_path / "dst").to_dicts()[-1]
@@ -98,14 +98,14 @@ def test_what_no_side_table_knows_is_null_and_the_schema_has_an_answer_to_it(tmp
 
 def test_a_history_is_given_only_after_the_last_video_in_it(tmp_path: Path) -> None:
     rows = [row(time_ms=START + moment, user_id=user) for moment in (-1, 0, 1) for user in (0, 1)]
-    prepare_kuairand(source(tmp_path / "src", rows), tmp_path / "dst")
+    prepare("kuairand", source(tmp_path / "src", rows), tmp_path / "dst")
     histories = {(r["time_ms"] - START, r["user_id"]): r["history"] for r in prepared(tmp_path / "dst").to_dicts()}
     assert histories.pop((1, 0)) == [1, 0, 1]
     assert list(histories.values()) == [[]] * 5
 
 
 def test_without_a_table_of_histories_the_feature_is_left_out_and_this_is_said(tmp_path: Path) -> None:
-    manifest = prepare_kuairand(source(tmp_path / "src", [row()], history=False), tmp_path / "dst")
+    manifest = prepare("kuairand", source(tmp_path / "src", [row()], history=False), tmp_path / "dst")
     assert "history" not in prepared(tmp_path / "dst").columns
     assert "history" not in Schema.from_yaml(tmp_path / "dst" / "schema.yaml").feature_names
     assert any("'history' is left out" in note for note in manifest.source["notes"])
@@ -113,7 +113,7 @@ def test_without_a_table_of_histories_the_feature_is_left_out_and_this_is_said(t
 
 def test_rows_are_cut_by_utc_day_sorted_and_freed_of_exact_duplicates_alone(tmp_path: Path) -> None:
     rows = [row(time_ms=START + 30 * HOUR), row(), row(is_click=1), row(), row(time_ms=START - 3 * HOUR)]
-    manifest = prepare_kuairand(source(tmp_path / "src", rows), tmp_path / "dst")
+    manifest = prepare("kuairand", source(tmp_path / "src", rows), tmp_path / "dst")
     assert manifest.source["duplicates_dropped"] == 1
     assert [(f.path, f.rows) for f in manifest.files] == [
         ("day=2022-04-24.parquet", 1),
@@ -129,7 +129,7 @@ def test_all_standard_logs_are_taken_whatever_the_order_of_their_columns(tmp_pat
     values = dict(zip(LOG_COLUMNS, row(time_ms=START + 5).split(","), strict=True))
     text = ",".join(names) + "\n" + ",".join(values[n] for n in names) + "\n"
     (folder / "log_standard_5_01_pure.csv").write_text(text)
-    prepare_kuairand(folder, tmp_path / "dst")
+    prepare("kuairand", folder, tmp_path / "dst")
     assert prepared(tmp_path / "dst")["time_ms"].to_list() == [START, START + 5]
 
 
@@ -138,7 +138,7 @@ def test_a_missing_side_table_is_named_with_its_folder(tmp_path: Path, name: str
     folder = source(tmp_path / "src", [row()])
     (folder / name).unlink()
     with pytest.raises(UserError, match=f"{name.removesuffix('pure.csv')}.*in {folder}"):
-        prepare_kuairand(folder, tmp_path / "dst")
+        prepare("kuairand", folder, tmp_path / "dst")
 
 
 def test_a_log_without_a_column_is_refused_by_name(tmp_path: Path) -> None:
@@ -146,7 +146,7 @@ def test_a_log_without_a_column_is_refused_by_name(tmp_path: Path) -> None:
     log = folder / "log_standard_4_25_pure.csv"
     log.write_text(log.read_text().replace('"long_view"', '"long_views"'))
     with pytest.raises(UserError, match="no column 'long_view'; did you mean 'long_views'"):
-        prepare_kuairand(folder, tmp_path / "dst")
+        prepare("kuairand", folder, tmp_path / "dst")
 
 
 @pytest.fixture(scope="module")
@@ -154,7 +154,7 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if not SLICE.is_dir():
         pytest.skip(f"needs KuaiRand-Pure's slice in {SLICE}; set EVENKEEL_DATA to the folder that holds it")
     target = tmp_path_factory.mktemp("kuairand") / "prepared"
-    prepare_kuairand(SLICE, target)
+    prepare("kuairand", SLICE, target)
     return target
 
 

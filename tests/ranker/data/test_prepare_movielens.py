@@ -7,7 +7,7 @@ import polars as pl
 import pytest
 
 from ranker.data.parquet_log import ParquetLog
-from ranker.data.prepare import prepare_movielens
+from ranker.data.prepare import prepare
 from ranker.data.schema import Schema
 from ranker.errors import UserError
 
@@ -27,7 +27,7 @@ def ml_1m(folder: Path) -> Path:
 
 
 def test_the_older_layout_keeps_users_and_titles_in_latin_1(tmp_path: Path) -> None:
-    prepare_movielens(ml_1m(tmp_path / "src"), tmp_path / "dst")
+    prepare("movielens", ml_1m(tmp_path / "src"), tmp_path / "dst")
     rows = pl.concat([pl.read_parquet(f) for f in sorted((tmp_path / "dst").glob("*.parquet"))])
     assert rows["time_ms"].to_list() == [978300760000, 978307200000, 978307300000]
     assert rows["movie_id"].to_list() == [10, 20, 20]
@@ -52,7 +52,7 @@ def test_the_later_layout_has_no_users_and_may_lack_genres_and_years(tmp_path: P
     (source / "movies.csv").write_text(
         'movieId,title,genres\n3,"Untitled, really",(no genres listed)\n4,"Comma, The (2000)",Comedy|Children\n'
     )
-    manifest = prepare_movielens(source, tmp_path / "dst")
+    manifest = prepare("movielens", source, tmp_path / "dst")
     rows = pl.read_parquet(next((tmp_path / "dst").glob("*.parquet")))
     assert rows["genres"].to_list() == [[], ["Comedy", "Children"]]
     assert rows["film_age_years"].is_null().to_list() == [True, False]
@@ -62,7 +62,7 @@ def test_the_later_layout_has_no_users_and_may_lack_genres_and_years(tmp_path: P
 
 
 def test_the_prepared_folder_can_be_read_as_a_log(tmp_path: Path) -> None:
-    prepare_movielens(ml_1m(tmp_path / "src"), tmp_path / "dst")
+    prepare("movielens", ml_1m(tmp_path / "src"), tmp_path / "dst")
     log = ParquetLog(tmp_path / "dst", eval_days=1)
     assert (log.train_rows, log.num_rows) == (1, 3)
     batch = log.read(0, 3)
@@ -74,7 +74,7 @@ def test_an_id_its_table_does_not_know_is_null(tmp_path: Path) -> None:
     source = ml_1m(tmp_path / "src")
     with open(source / "ratings.dat", "a") as file:
         file.write("3::999::1::978307400\n")
-    prepare_movielens(source, tmp_path / "dst")
+    prepare("movielens", source, tmp_path / "dst")
     last = pl.read_parquet(tmp_path / "dst" / "day=2001-01-01.parquet").tail(1)
     assert last["user_id"].to_list() == [None]
     assert last["movie_id"].to_list() == [None]
@@ -86,10 +86,10 @@ def test_a_missing_file_and_a_broken_line_are_named(tmp_path: Path) -> None:
     source = ml_1m(tmp_path / "src")
     (source / "movies.dat").write_text("10::Star Wars\n")
     with pytest.raises(UserError, match=r"movies\.dat line 1: expected 3 fields between '::', found 2"):
-        prepare_movielens(source, tmp_path / "dst")
+        prepare("movielens", source, tmp_path / "dst")
     (source / "users.dat").unlink()
     with pytest.raises(UserError, match=r"users\.dat is missing in .*src"):
-        prepare_movielens(source, tmp_path / "dst")
+        prepare("movielens", source, tmp_path / "dst")
     (source / "ratings.dat").unlink()
     with pytest.raises(UserError, match=r"no ratings\.dat or ratings\.csv in .*src"):
-        prepare_movielens(source, tmp_path / "dst")
+        prepare("movielens", source, tmp_path / "dst")

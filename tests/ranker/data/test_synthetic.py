@@ -228,7 +228,7 @@ def test_it_can_be_sent_to_a_worker_process() -> None:
 def test_a_range_outside_the_log_is_refused() -> None:
     log = small()
     for start, stop in [(-1, 5), (5, 5), (0, log.num_rows + 1)]:
-        with pytest.raises(UserError, match="do not lie within"):
+        with pytest.raises(UserError, match="are not within"):
             log.read(start, stop)
 
 

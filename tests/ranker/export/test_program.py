@@ -17,7 +17,7 @@ from ranker.export.engine import open_program
 from ranker.export.program import Served, to_onnx, to_program
 from ranker.export.signature import Signature
 from ranker.models import PLE, MMoE, Ranker, SharedBottom
-from ranker.models.heads import head_key
+from ranker.models.ranker_base import head_key
 
 SCHEMA = Schema(
     name="toy",

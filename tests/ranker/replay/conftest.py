@@ -1,4 +1,4 @@
-"""A tiny run by hand, with or without a planted cause of divergence."""
+"""A tiny run without Lightning, with or without a planted cause of divergence."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ SCHEMA = Schema(
 
 
 class Toy:
-    """What an engine trains, without Lightning."""
+    """A module that an engine can train, without Lightning."""
 
     def __init__(self, optim: str = "adagrad", *, lr: float = 0.1, hidden: tuple[int, ...] = (16, 16)) -> None:
         torch.manual_seed(0)
@@ -67,7 +67,7 @@ def make_batch(number: int, rows: int = ROWS) -> Batch:
 
 
 def planted(batch: Batch, rows: list[int], column: int, value: float = 1e3) -> Batch:
-    """One dense feature far out in a few rows."""
+    """The batch with an outlier of one dense feature in a few rows."""
     dense_BF = batch.dense_BF.clone()
     dense_BF[rows, column] = value
     return replace(batch, dense_BF=dense_BF)

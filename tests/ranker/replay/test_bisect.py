@@ -1,4 +1,4 @@
-"""Planted causes are found: the step, the feature, the rows; and where there is none, that is said."""
+"""A bisection finds a planted step, feature and rows, and refuses batches without a divergence."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ LIMITS = Limits(lookback=3, horizon=8)
 
 
 def bisection(engine, batches) -> Bisection:
-    """The search in the minutes after the snapshot of a run."""
+    """A bisection of the batches after the snapshot of a run."""
     engine.run(range(1, SNAPSHOT + 1), batches[:SNAPSHOT])
     steps = range(SNAPSHOT + 1, len(batches) + 1)
     return Bisection(engine, engine.state(), steps, batches[SNAPSHOT:], limits=LIMITS)
@@ -36,7 +36,7 @@ def test_a_planted_batch_feature_and_rows_are_named(engine) -> None:
     assert found.features.names == [f"x{COLUMN}"]
     assert found.rows is not None
     assert found.rows.row_ids == [(STEP - 1) * ROWS + row for row in PLANTED]
-    assert found.replays <= search.most_replays()
+    assert found.replays <= search.max_replays()
 
 
 def test_a_batch_that_only_has_a_high_loss_itself_is_told_from_one_that_harms_the_model(engine) -> None:

@@ -1,3 +1,5 @@
+"""Runs a detector over a generated trace, as training does."""
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -5,14 +7,14 @@ from collections.abc import Callable
 import pytest
 
 from ranker.stability import DivergenceDetector, Event
-from ranker.stability.traces import TASKS, Trace
+from signal_traces import TASKS, Trace
 
 Outcome = tuple[DivergenceDetector, list[Event]]
 
 
 @pytest.fixture
 def judged() -> Callable[..., Outcome]:
-    """Feeds a trace to a detector as training does: polls, stops when lost, ends with the hold-out."""
+    """Runs a detector over a trace as training does: polls, stops after a full divergence, passes the hold-out."""
 
     def call(trace: Trace, *, poll_every: int = 10, held_out: bool = True, **settings: float) -> Outcome:
         detector = DivergenceDetector(TASKS, **settings)

@@ -1,3 +1,5 @@
+"""The detector from outside: polling, saved state, settings, malformed input."""
+
 from __future__ import annotations
 
 import io
@@ -10,9 +12,10 @@ from typing import Any
 import pytest
 import torch
 
+import signal_traces as traces
 from ranker.errors import UserError
-from ranker.stability import DetectorSettings, DivergenceDetector, Event, traces
-from ranker.stability.traces import TASKS, Trace, healthy
+from ranker.stability import DetectorSettings, DivergenceDetector, Event
+from signal_traces import TASKS, Trace, healthy
 
 Judged = Callable[..., Any]
 
@@ -34,7 +37,7 @@ def test_the_verdict_does_not_depend_on_how_often_it_is_polled(judged: Judged) -
     assert [e.kind for e in kept[0]] == ["micro", "micro", "full"]
 
 
-def test_what_is_under_suspicion_has_the_first_step_of_the_event_it_becomes() -> None:
+def test_a_suspicion_has_the_first_step_of_the_event_it_becomes() -> None:
     detector, trace, begun = DivergenceDetector(TASKS), eventful(), {}
     for i in range(len(trace)):
         feed(detector, trace, i, i + 1)
@@ -48,7 +51,7 @@ def test_what_is_under_suspicion_has_the_first_step_of_the_event_it_becomes() ->
     assert 300 not in begun
 
 
-def test_a_blow_up_in_the_first_steps_stays_under_suspicion_and_a_wild_step_is_no_divergence() -> None:
+def test_a_blow_up_in_the_first_steps_stays_suspect_and_a_smaller_spike_there_does_not() -> None:
     for factor, kind in ((1000.0, "full"), (8.0, "shift")):
         trace, detector = (
             traces.spike(healthy(steps=30, seed=5), at=4, length=2, factor=factor),
@@ -64,7 +67,7 @@ def test_a_blow_up_in_the_first_steps_stays_under_suspicion_and_a_wild_step_is_n
 
 
 @pytest.mark.parametrize("stop", [60, 215, 245, 352, 720])
-def test_a_detector_restored_in_the_middle_of_anything_goes_on_as_if_it_had_not_been(stop: int) -> None:
+def test_a_detector_restored_at_any_step_continues_as_the_original(stop: int) -> None:
     trace = eventful()
     whole, first, second = (DivergenceDetector(TASKS) for _ in range(3))
     feed(whole, trace, 0, len(trace))
@@ -125,7 +128,7 @@ def test_losses_alone_are_enough_for_jumps() -> None:
     assert [(e.kind, e.step) for e in detector.finish()] == [("micro", 200)]
 
 
-def test_steps_without_labels_of_a_task_are_no_information() -> None:
+def test_steps_without_labels_of_a_task_are_ignored() -> None:
     trace = healthy(steps=600, seed=1)
     losses_NT = trace.losses_NT.clone()
     losses_NT[::2, 1] = 0.0
@@ -142,7 +145,7 @@ def test_a_single_task_jumping_far_in_a_single_step_is_seen() -> None:
     assert [(e.kind, e.step) for e in detector.finish()] == [("micro", 200)]
 
 
-def test_events_come_once_and_finish_without_steps_says_nothing() -> None:
+def test_events_are_returned_once_and_finish_without_steps_returns_none() -> None:
     assert DivergenceDetector(TASKS).finish() == []
     detector = DivergenceDetector(TASKS)
     feed(detector, eventful(), 0, 900)
@@ -152,7 +155,7 @@ def test_events_come_once_and_finish_without_steps_says_nothing() -> None:
     assert len(detector.events) == 3
 
 
-def test_what_is_open_is_told_while_it_is_open() -> None:
+def test_an_open_spike_is_reported_by_status_and_reason() -> None:
     detector = DivergenceDetector(TASKS)
     trace = eventful()
     feed(detector, trace, 0, 210)
@@ -162,14 +165,14 @@ def test_what_is_open_is_told_while_it_is_open() -> None:
     assert "has not come back" in detector.reason
 
 
-def test_an_event_is_json_and_plain_words(judged: Judged) -> None:
+def test_an_event_is_json_and_a_sentence(judged: Judged) -> None:
     event: Event = judged(eventful())[1][0]
     assert json.loads(json.dumps(event.to_dict()))["recovered_at"] == event.recovered_at
     assert str(event).startswith("the loss of ")
 
 
-def test_rows_left_unread_for_long_are_judged_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ranker.stability.detector._MOST_UNREAD", 64)
+def test_many_unread_rows_are_classified_without_a_poll(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ranker.stability.detector._MAX_UNREAD_STEPS", 64)
     detector = DivergenceDetector(TASKS)
     feed(detector, eventful(), 0, 900)
     assert detector.status == "diverged"
@@ -178,7 +181,7 @@ def test_rows_left_unread_for_long_are_judged_all_the_same(monkeypatch: pytest.M
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_on_a_gpu_updates_do_not_wait_and_polls_are_one_behind() -> None:
+def test_on_a_gpu_updates_do_not_wait_and_polls_are_one_call_behind() -> None:
     trace = eventful()
     detector = DivergenceDetector(TASKS, device="cuda")
     losses_NT, auc_NT, spread_NT = (x.cuda() for x in (trace.losses_NT, trace.auc_NT, trace.spread_NT))

@@ -1,4 +1,4 @@
-"""Ranks that see different losses come to the same verdict at the same step."""
+"""Ranks with different losses reach the same verdict at the same step."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from ranker.stability import DivergenceDetector, reduce_signals, traces
-from ranker.stability.traces import TASKS, healthy
+import signal_traces as traces
+from ranker.stability import DivergenceDetector, reduce_signals
+from signal_traces import TASKS, healthy
 
 STEPS = 400
 

@@ -1,4 +1,4 @@
-"""Every regime a run can be in, on generated traces with known events."""
+"""The detector on generated traces with known events, for every regime of a run."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from ranker.stability import DivergenceDetector, traces
-from ranker.stability.traces import healthy
+import signal_traces as traces
+from ranker.stability import DivergenceDetector
+from signal_traces import healthy
 
 Judged = Callable[..., Any]
 

@@ -1,4 +1,4 @@
-"""The gate's judgement, on evidence made up by hand."""
+"""The rules of the quality gate, on hand-made evidence."""
 
 from __future__ import annotations
 

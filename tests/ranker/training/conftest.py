@@ -8,14 +8,14 @@ from typing import Any
 import pytest
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import Callback
+from ranker.training.divergence_watch import DivergenceWatch
+from ranker.training.position import DataPosition
 
 from optim import build_optimizer
 from ranker.data.datamodule import RankingDataModule
 from ranker.data.synthetic import SyntheticLog
 from ranker.models import SharedBottom
-from ranker.training.divergence_watch import DivergenceWatch
 from ranker.training.module import RankingModule
-from ranker.training.position import DataPosition
 
 
 @pytest.fixture

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import torch
 from pytorch_lightning.callbacks import Callback
+from ranker.training.snapshot_ring import SnapshotRing
 
 from ranker.errors import UserError
 from ranker.runs.run_folder import RunFolder
 from ranker.training import snapshot_ring
-from ranker.training.snapshot_ring import SnapshotRing
 from ranker.training.snapshots import Snapshot, capture, restore
 
 

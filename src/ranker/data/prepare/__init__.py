@@ -1,24 +1,29 @@
-"""Public data sets, from their published files to Parquet by day with a schema and a manifest."""
+"""Preparation of published data sets: from their files to one Parquet file per UTC day, a schema and a manifest."""
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from ranker.data.manifest import Manifest
-from ranker.data.prepare.atomic_dir import locked, made_whole, refuse_foreign
-from ranker.data.prepare.days import write_days
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from ranker.atomic import locked, replacing_folder
+from ranker.data.manifest import MANIFEST_FILE, Manifest
+from ranker.data.prepare.days import Step, write_days
 from ranker.data.prepare.kuairand import kuairand_files, kuairand_recipe
 from ranker.data.prepare.movielens import movielens_files, movielens_recipe
 from ranker.data.prepare.recipe import CODE_VERSION, Recipe, fingerprint
-from ranker.data.prepare.report import print_summary, steps
 from ranker.data.schema import SCHEMA_FILE
 from ranker.errors import UserError, suggest
 
-__all__ = ["RECIPES", "prepare", "prepare_cached", "prepare_kuairand", "prepare_movielens", "print_summary"]
+__all__ = ["RECIPES", "prepare", "prepare_cached", "print_summary"]
 
-# By kind: which files of a folder are used, and what is made of them.
+# By kind: the function that finds the files to use in a folder, and the one that makes a recipe of them.
 RECIPES: Mapping[str, tuple[Callable[[str | Path], list[Path]], Callable[[Sequence[Path]], Recipe]]] = {
     "kuairand": (kuairand_files, kuairand_recipe),
     "movielens": (movielens_files, movielens_recipe),
@@ -26,39 +31,30 @@ RECIPES: Mapping[str, tuple[Callable[[str | Path], list[Path]], Callable[[Sequen
 
 
 def prepare(kind: str, source: str | Path, destination: str | Path, *, progress: bool = False) -> Manifest:
-    """Prepares a data set, whole or not at all; where it is there already, made from the same files, it stays.
+    """Prepares a data set, atomically. If it has already been prepared from the same files, it is kept.
 
     Args:
         kind: ``kuairand`` or ``movielens``.
         source: the folder with the published files.
-        destination: the folder to make; one that holds other prepared data is replaced in the last moment.
-        progress: whether to show a progress bar.
+        destination: the folder to write. Other prepared data in it are replaced at the end.
+        progress: show a progress bar.
 
     Raises:
-        UserError: an unknown kind, a missing or broken file, a full disk, or a destination that holds other things.
+        UserError: the kind is unknown, a file is missing or broken, the disk is full, or the destination contains
+            something other than prepared data.
     """
     files = _files(kind, source)
     return _prepare(kind, files, fingerprint(kind, files), Path(destination).expanduser(), progress=progress)
 
 
-def prepare_kuairand(source: str | Path, destination: str | Path, *, progress: bool = False) -> Manifest:
-    """:func:`prepare` for KuaiRand-Pure."""
-    return prepare("kuairand", source, destination, progress=progress)
-
-
-def prepare_movielens(source: str | Path, destination: str | Path, *, progress: bool = False) -> Manifest:
-    """:func:`prepare` for MovieLens."""
-    return prepare("movielens", source, destination, progress=progress)
-
-
 def prepare_cached(kind: str, source: str | Path, cache_dir: str | Path, *, progress: bool = True) -> Path:
-    """The prepared data set, made on first use. Of processes that ask at once, one makes it and the others wait.
+    """The prepared data set, made on first use. If several processes need it at once, one makes it and others wait.
 
     Args:
         kind: ``kuairand`` or ``movielens``.
         source: the folder with the published files.
-        cache_dir: where prepared data are kept, by names, sizes and times of the source files.
-        progress: whether to show a progress bar while it is made.
+        cache_dir: folder for prepared data. The key is made of names, sizes and times of the source files.
+        progress: show a progress bar while the data are prepared.
 
     Returns:
         The folder of the prepared data.
@@ -80,17 +76,17 @@ def _files(kind: str, source: str | Path) -> list[Path]:
 
 
 def _prepare(kind: str, files: Sequence[Path], key: str, root: Path, *, progress: bool) -> Manifest:
-    there = _already(root, key)
-    if there is not None:
-        return there
+    existing = _existing(root, key)
+    if existing is not None:
+        return existing
     with locked(root):
         # Another process may have made it while this one waited for the lock.
-        there = _already(root, key)
-        if there is not None:
-            return there
-        refuse_foreign(root)
+        existing = _existing(root, key)
+        if existing is not None:
+            return existing
+        _check_replaceable(root)
         recipe = RECIPES[kind][1](files)
-        with made_whole(root) as draft, steps(visible=progress) as step:
+        with replacing_folder(root) as draft, _steps(visible=progress) as step:
             with tempfile.TemporaryDirectory(dir=draft, prefix="staging-") as staging:
                 written = write_days(recipe, draft, staging=Path(staging), step=step)
             recipe.schema.to_yaml(draft / SCHEMA_FILE)
@@ -110,7 +106,60 @@ def _prepare(kind: str, files: Sequence[Path], key: str, root: Path, *, progress
     return manifest
 
 
-def _already(root: Path, key: str) -> Manifest | None:
-    """The manifest of what was made from the same files; it needs no lock (nor a folder that can be written)."""
-    there = Manifest.read(root)
-    return there if there is not None and there.source.get("fingerprint") == key else None
+def _existing(root: Path, key: str) -> Manifest | None:
+    """The manifest of data prepared from the same files. It needs neither a lock nor a writable folder."""
+    manifest = Manifest.read(root)
+    return manifest if manifest is not None and manifest.source.get("fingerprint") == key else None
+
+
+def _check_replaceable(target: Path) -> None:
+    """Raises a UserError if the target contains files that are not prepared data."""
+    if target.is_dir() and any(target.iterdir()) and not (target / MANIFEST_FILE).is_file():
+        raise UserError(f"{target} is not empty and holds no prepared data; name a new folder")
+    if target.exists() and not target.is_dir():
+        raise UserError(f"{target} is a file; name a folder")
+
+
+@contextmanager
+def _steps(*, visible: bool) -> Iterator[Step]:
+    """A progress bar of several steps. Yields the ``Step`` function. Shows nothing if ``visible`` is False."""
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True), disable=not visible) as progress:
+
+        @contextmanager
+        def step(words: str, total: int | None = None) -> Iterator[Callable[[int], None]]:
+            task = progress.add_task(words, total=total)
+            yield lambda rows: progress.advance(task, rows)
+            done = progress.tasks[task].completed
+            progress.update(task, total=done or 1, completed=done or 1)
+
+        yield step
+
+
+def print_summary(manifest: Manifest, *, where: str, console: Console | None = None) -> None:
+    """Prints a summary of a prepared folder: rows, days, dropped duplicates, label rates, notes.
+
+    Args:
+        manifest: the folder's manifest, written by a preparation.
+        where: the folder.
+        console: output. Default: standard output.
+    """
+    console = console or Console(soft_wrap=True)
+    source: Mapping[str, Any] = manifest.source
+    console.print(f"{where}: {manifest.rows:,} rows in {len(manifest.files)} days")
+    console.print(f"read {source['rows_read']:,} rows, dropped {source['duplicates_dropped']:,} exact duplicates")
+    table = Table("task", "mean label", title="labels (rate of positives, or mean after the transform)")
+    for task in manifest.files[0].label_rates:
+        # Days are weighted by their rows. This is exact unless a label is missing in some rows.
+        known = [(f.rows, rate) for f in manifest.files if (rate := f.label_rates[task]) is not None]
+        rows = sum(n for n, _ in known)
+        table.add_row(task, f"{sum(n * r for n, r in known) / rows:.5f}" if rows else "none observed")
+    console.print(table)
+    for note in source.get("notes", ()):
+        console.print(f"note: {note}")

@@ -1,39 +1,46 @@
-"""From raw logs to one sorted Parquet file a UTC day, in memory bounded by BUCKET_ROWS (or a minute, if it has more).
+"""Sorting of a raw log into one Parquet file per UTC day, with memory for BUCKET_ROWS rows (or one minute, if larger).
 
-Three steps, each streamed: the sources become Parquet as they are; their rows are dealt out to buckets of whole
-minutes; each bucket is freed of duplicates, sorted, finished and written. Nothing is ever sorted as a whole.
+There are three streamed steps: the source files are converted to Parquet as they are, their rows are distributed to
+buckets of whole minutes, and each bucket is deduplicated, sorted, finished and written. The log is never sorted whole.
 """
 
 from __future__ import annotations
 
 import errno
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
+from types import TracebackType
 
 import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ranker.data.manifest import FileEntry
-from ranker.data.prepare.day_files import DayFiles
+from ranker.data.manifest import FileEntry, day_file, sha256_of
 from ranker.data.prepare.recipe import TIME, Recipe
-from ranker.data.prepare.report import Step
+from ranker.data.schema import Schema, Task
 from ranker.errors import UserError
 
+DAY_MS = 86_400_000
+ROW_GROUP = 65_536
 SLOT_MS = 60_000  # exact duplicates have the same time, so any cut by time keeps them together
 BUCKET_ROWS = 262_144
-DEALT_ROWS = 262_144  # rows dealt out at a time
-FIRST_TIME_MS = 100_000_000_000  # 1973; a log that starts earlier counts in seconds
+DEALT_ROWS = 262_144  # rows distributed at a time
+FIRST_TIME_MS = 100_000_000_000  # 1973; a log that starts earlier has times in seconds
+
+# ``step(words, total=None)``: a context manager around one step of a progress bar. It yields a function to call with
+# the number of rows done since the last call.
+Step = Callable[..., AbstractContextManager[Callable[[int], None]]]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Written:
-    """What :func:`write_days` did.
+    """The result of :func:`write_days`.
 
     Attributes:
-        entries: the files, in the order of time.
+        entries: the files, in time order.
         rows_read: rows of the sources.
     """
 
@@ -42,28 +49,28 @@ class Written:
 
 
 def write_days(recipe: Recipe, root: Path, *, staging: Path, step: Step) -> Written:
-    """Writes a log's rows, without exact duplicates and in the order of time, into one file a UTC day.
+    """Writes a log's rows, without exact duplicates and in time order, into one file per UTC day.
 
     Args:
-        recipe: where the rows are and what becomes of them.
-        root: an empty directory for the day files.
-        staging: an empty directory for what is needed on the way; the caller removes it.
-        step: tells a person about progress.
+        recipe: source of the rows and how they are finished.
+        root: an empty folder for the day files.
+        staging: an empty folder for temporary files. The caller removes it.
+        step: progress bar.
 
     Raises:
-        UserError: a source file cannot be parsed, there are no rows, or their times make no sense.
+        UserError: a source file cannot be parsed, there are no rows, or their times are not plausible.
     """
     raw = _stage(recipe, staging, step)
     counts = _rows_by_slot(raw)
     starts, total = _bucket_starts(counts), sum(counts.values())
     buckets = [raw] if len(starts) == 1 else _deal(raw, starts, staging, total=total, step=step)
-    with step("sorting and writing", total) as advance, DayFiles(root, recipe.schema) as files:
+    with step("sorting and writing", total) as advance, _DayFiles(root, recipe.schema) as files:
         for bucket in buckets:
             frame = pl.read_parquet(bucket)
             rows = len(frame)
             for path in bucket:
                 path.unlink()
-            # Sorting by every column makes the order of rows of the same time a property of the data.
+            # Sorting by all columns makes the order of rows of the same time a property of the data.
             frame = frame.unique(maintain_order=False).sort([TIME, *sorted(c for c in frame.columns if c != TIME)])
             files.add(recipe.finish(frame))
             advance(rows)
@@ -71,7 +78,7 @@ def write_days(recipe: Recipe, root: Path, *, staging: Path, step: Step) -> Writ
 
 
 def _stage(recipe: Recipe, staging: Path, step: Step) -> list[Path]:
-    """Each source file as Parquet, with its columns and rows as they are."""
+    """Converts each source file to Parquet, with its columns and rows as they are."""
     staged = []
     for i, (file, frame) in enumerate(recipe.logs.items()):
         path = staging / f"raw-{i}.parquet"
@@ -80,7 +87,7 @@ def _stage(recipe: Recipe, staging: Path, step: Step) -> list[Path]:
                 frame.sink_parquet(path, compression="lz4")
             except pl.exceptions.PolarsError as error:
                 if "os error 28" in str(error):
-                    # Polars wraps the system's error in its own; the caller looks for the system's.
+                    # Polars wraps the system's error in its own, but the caller expects the system's.
                     raise OSError(errno.ENOSPC, "no space left", str(staging)) from error
                 raise UserError(f"{file} cannot be read: {str(error).splitlines()[0]}; fetch it again") from error
         staged.append(path)
@@ -88,7 +95,7 @@ def _stage(recipe: Recipe, staging: Path, step: Step) -> list[Path]:
 
 
 def _rows_by_slot(raw: Sequence[Path]) -> dict[int, int]:
-    """Rows of each slot of SLOT_MS that has any, ascending; slots are counted from 1970-01-01."""
+    """Number of rows of each nonempty slot of SLOT_MS, ascending. Slots are counted from 1970-01-01."""
     table = (
         pl.scan_parquet(list(raw))
         .group_by(pl.col(TIME).floordiv(SLOT_MS).alias("slot"))
@@ -106,7 +113,7 @@ def _rows_by_slot(raw: Sequence[Path]) -> dict[int, int]:
 
 
 def _bucket_starts(counts: Mapping[int, int]) -> list[int]:
-    """First slots of buckets with at most BUCKET_ROWS rows each, where a single slot is not more."""
+    """First slots of buckets of at most BUCKET_ROWS rows each, unless a single slot has more."""
     starts: list[int] = []
     held = 0
     for slot, rows in counts.items():
@@ -118,7 +125,7 @@ def _bucket_starts(counts: Mapping[int, int]) -> list[int]:
 
 
 def _deal(raw: Sequence[Path], starts: Sequence[int], staging: Path, *, total: int, step: Step) -> list[list[Path]]:
-    """Each row into the file of its bucket, a piece of the sources at a time."""
+    """Writes each row into the file of its bucket, a piece of the sources at a time."""
     paths = [staging / f"bucket-{i}.parquet" for i in range(len(starts))]
     with ExitStack() as stack, step("dealing out by time", total) as advance:
         writers: dict[int, pq.ParquetWriter] = {}
@@ -136,3 +143,98 @@ def _deal(raw: Sequence[Path], starts: Sequence[int], staging: Path, *, total: i
                 advance(len(frame))
             source.unlink()
     return [[path] for path in paths]
+
+
+class _DayFiles:
+    """Cuts finished rows in ascending time by UTC day and writes one file per day. A context manager.
+
+    Args:
+        root: the folder for the files.
+        schema: the columns to keep, and the tasks whose labels are averaged.
+
+    Attributes:
+        entries: manifest entries of the complete days. All days are complete once the context is left.
+    """
+
+    def __init__(self, root: Path, schema: Schema) -> None:
+        self.entries: list[FileEntry] = []
+        self._root, self._schema = root, schema
+        self._day: _Day | None = None
+
+    def __enter__(self) -> _DayFiles:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._day is not None:
+            self._day.writer.close()
+            if kind is None:
+                self.entries.append(self._day.entry())
+
+    def add(self, frame: pl.DataFrame) -> None:
+        """Writes rows, none of them earlier than the previous ones."""
+        for _, rows in frame.group_by(pl.col(TIME).floordiv(DAY_MS), maintain_order=True):
+            table = _with_basic_types(rows.select(self._schema.columns()).to_arrow())
+            name = datetime.fromtimestamp(rows[TIME][0] / 1000, tz=UTC).strftime("%Y-%m-%d")
+            path = self._root / day_file(name)
+            if self._day is not None and self._day.path != path:
+                self._day.writer.close()
+                self.entries.append(self._day.entry())
+                self._day = None
+            if self._day is None:
+                self._day = _Day(path, table.schema, self._schema)
+            self._day.add(rows, table)
+
+
+class _Day:
+    """An open day file with running sums of its labels."""
+
+    def __init__(self, path: Path, columns: pa.Schema, schema: Schema) -> None:
+        self.path, self._tasks = path, schema.tasks
+        self.writer = pq.ParquetWriter(path, columns, compression="zstd")
+        self._rows = 0
+        self._times: list[int] = []
+        self._sums = {task.name: (0.0, 0) for task in schema.tasks}
+
+    def add(self, rows: pl.DataFrame, table: pa.Table) -> None:
+        self.writer.write_table(table, row_group_size=ROW_GROUP)
+        self._rows += len(rows)
+        self._times = [*self._times[:1], rows[TIME][0], rows[TIME][-1]]
+        for task in self._tasks:
+            total, count = rows.select(_label(task).sum().alias("sum"), _label(task).count().alias("count")).row(0)
+            self._sums[task.name] = (self._sums[task.name][0] + total, self._sums[task.name][1] + count)
+
+    def entry(self) -> FileEntry:
+        """The manifest entry of the closed file."""
+        return FileEntry(
+            path=self.path.name,
+            rows=self._rows,
+            time_min_ms=self._times[0],
+            time_max_ms=self._times[-1],
+            sha256=sha256_of(self.path),
+            label_rates={name: total / count if count else None for name, (total, count) in self._sums.items()},
+        )
+
+
+def _with_basic_types(table: pa.Table) -> pa.Table:
+    """The same columns in basic Arrow types, which every Parquet reader supports."""
+    return table.cast(pa.schema([pa.field(field.name, _basic_type(field.type)) for field in table.schema]))
+
+
+def _basic_type(kind: pa.DataType) -> pa.DataType:
+    if pa.types.is_large_list(kind) or pa.types.is_list(kind):
+        return pa.list_(_basic_type(kind.value_type))
+    is_text = pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+    return pa.string() if is_text else kind
+
+
+def _label(task: Task) -> pl.Expr:
+    """The label used in training: ``transform(scale * y)``, or y >= at_least."""
+    y = pl.col(task.column)
+    if task.mask:
+        y = pl.when(pl.col(task.mask)).then(y)
+    if task.type == "binary":
+        return (y >= (1 if task.at_least is None else task.at_least)).cast(pl.Float64)
+    y = y.cast(pl.Float64) * task.scale
+    return y.sign() * y.abs().log1p() if task.transform == "log1p" else y

@@ -1,4 +1,7 @@
-"""Public data sets from their publishers: resumed where a connection broke, checked, unpacked whole or not at all."""
+"""Download of published data sets: resumed after a broken connection, checked by checksum, unpacked atomically.
+
+Written by hand because pooch restarts a broken download, and fsspec neither resumes one nor checks it.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +31,7 @@ KUAIRAND = (
 )
 MOVIELENS = (
     "MovieLens (Harper and Konstan, ACM TiiS 2015, doi 10.1145/2827872) is for research; its terms forbid use for "
-    "revenue and redistribution without permission, and ask for the citation. The archive's README has the whole text."
+    "revenue and redistribution without permission, and ask for the citation. The archive's README has the full text."
 )
 
 
@@ -37,12 +40,12 @@ class Archive:
     """A published archive.
 
     Attributes:
-        url: where it lies.
-        md5: the checksum its publisher gives.
-        data: the folder within it that holds the files to prepare.
-        kind: the data set as ``prepare_data.py`` calls it.
-        size: about how large, in words.
-        licence: what a person agrees to.
+        url: its URL.
+        md5: the checksum published with it.
+        data: the folder within it that contains the files to prepare.
+        kind: the name of the data set in ``prepare_data.py``.
+        size: approximate size as text.
+        licence: the terms that the user must accept.
     """
 
     url: str
@@ -54,7 +57,7 @@ class Archive:
 
     @property
     def file_name(self) -> str:
-        """Name of the archive itself."""
+        """File name of the archive."""
         return self.url.rsplit("/", 1)[-1]
 
 
@@ -78,7 +81,7 @@ ARCHIVES: Mapping[str, Archive] = {
 
 
 class _CutError(Exception):
-    """The connection ended before the file did."""
+    """The connection ended before the end of the file."""
 
 
 def fetch(
@@ -89,20 +92,21 @@ def fetch(
     wait_s: float = 2.0,
     progress: Callable[[int, int | None], None] | None = None,
 ) -> Path:
-    """Downloads an archive, going on from what an earlier try left in ``NAME.part``.
+    """Downloads an archive, resuming from ``NAME.part`` if an earlier attempt left one.
 
     Args:
-        archive: what to fetch.
-        folder: where to put it.
-        attempts: tries in a row that may bring nothing before it gives up; one that brings bytes starts the count anew.
-        wait_s: seconds before the second try; doubles with each that brings nothing.
-        progress: called with the bytes there and the bytes in all (None where the server does not say).
+        archive: the archive.
+        folder: destination.
+        attempts: consecutive attempts without any new bytes before it gives up.
+        wait_s: seconds before the second attempt. Doubles after each further attempt without new bytes.
+        progress: called with the bytes received and the total (None if the server does not send it).
 
     Returns:
-        The archive's file, its checksum verified.
+        The archive's file. Its checksum has been verified.
 
     Raises:
-        UserError: the server does not answer or refuses, or the checksum is wrong (the file is then removed).
+        UserError: the server does not respond or refuses, the disk is full, or the checksum is wrong (the file is then
+            removed).
     """
     target = folder / archive.file_name
     if target.is_file() and md5_of(target) == archive.md5:
@@ -142,7 +146,7 @@ def _reason(error: Exception) -> str:
 
 
 def _receive(url: str, part: Path, progress: Callable[[int, int | None], None]) -> None:
-    """One connection: asks for what is missing and appends it."""
+    """Requests the missing bytes over one connection and appends them to the part."""
     have = part.stat().st_size if part.exists() else 0
     request = urllib.request.Request(url, headers={"User-Agent": "evenkeel", "Accept-Encoding": "identity"})
     if have:
@@ -151,14 +155,14 @@ def _receive(url: str, part: Path, progress: Callable[[int, int | None], None]) 
         response = urllib.request.urlopen(request, timeout=TIMEOUT_S)
     except urllib.error.HTTPError as error:
         error.close()
-        # Nothing lies beyond what is there: the file was complete (the checksum will tell if it is another one).
+        # There are no more bytes: the part is complete. The checksum detects a part of another file.
         if error.code == http.HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE and have:
             return
         raise
     with response:
         resumed = response.status == http.HTTPStatus.PARTIAL_CONTENT
         if resumed and not re.match(rf"bytes {have}-", response.headers.get("Content-Range", "")):
-            raise _CutError("the server resumed at another place than asked")
+            raise _CutError("the server resumed at another position than requested")
         length = response.headers.get("Content-Length")
         start = have if resumed else 0
         total = start + int(length) if length else None
@@ -172,24 +176,24 @@ def _receive(url: str, part: Path, progress: Callable[[int, int | None], None]) 
 
 
 def md5_of(path: Path) -> str:
-    """Checksum of a file's bytes, read in pieces; against damage on the way, not against malice."""
+    """MD5 of a file, hexadecimal, read in pieces. It protects against transfer errors, not against malice."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
 
 
 def unpack(archive: Archive, file: Path, folder: Path) -> Path:
-    """Unpacks an archive; what is there already is not unpacked again.
+    """Unpacks an archive, unless its folder already exists.
 
     Args:
-        archive: what it is.
+        archive: the archive.
         file: the archive's file.
-        folder: where its top folder shall lie.
+        folder: destination of the archive's top folder.
 
     Returns:
         The folder to give as data.source.
 
     Raises:
-        UserError: the archive is broken or does not hold what it should.
+        UserError: the archive is broken or lacks its data folder.
     """
     top = archive.data.split("/")[0]
     if (folder / archive.data).is_dir():
@@ -202,10 +206,10 @@ def unpack(archive: Archive, file: Path, folder: Path) -> Path:
                 held.extractall(draft)
         else:
             with tarfile.open(file) as held_tar:
-                # The filter refuses members that would land outside of the folder.
+                # The filter rejects members with a path outside of the folder.
                 held_tar.extractall(draft, filter="data")
         if not (draft / archive.data).is_dir():
-            raise UserError(f"{file} holds no folder {archive.data}; fetch it again")
+            raise UserError(f"{file} has no folder {archive.data}; fetch it again")
         (draft / top).replace(folder / top)
     except (tarfile.TarError, zipfile.BadZipFile, EOFError) as error:
         raise UserError(f"{file} cannot be unpacked ({error}); remove it and fetch it again") from error

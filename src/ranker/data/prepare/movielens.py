@@ -1,7 +1,7 @@
-"""MovieLens: ratings of films, as ML-1M's ``.dat`` files or in the later ``.csv`` layout.
+"""The recipe for MovieLens: ratings of films, as ML-1M's ``.dat`` files or in the later ``.csv`` layout.
 
-Source: Harper and Konstan, ACM TiiS 2015, doi 10.1145/2827872; data at https://grouplens.org/datasets/movielens.
-Every feature is known before the rating: who rates, when, and what the film is. Nothing is counted over the log.
+Source: Harper and Konstan, ACM TiiS 2015, doi 10.1145/2827872. Data: https://grouplens.org/datasets/movielens.
+Every feature is known before the rating: the user, the time and the film. No feature is aggregated over the log.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ YEAR_MS = 365.25 * 86_400_000
 
 
 def movielens_files(source: str | Path) -> list[Path]:
-    """The published files that are used: ratings, films and, in the older layout, users.
+    """The published files to use: ratings, films and, in the older layout, users.
 
     Args:
         source: the folder with ``ratings.dat``, ``movies.dat``, ``users.dat``, or ``ratings.csv`` and ``movies.csv``.
@@ -34,13 +34,13 @@ def movielens_files(source: str | Path) -> list[Path]:
         if (where / names[0]).is_file():
             for name in names:
                 if not (where / name).is_file():
-                    raise UserError(f"{name} is missing in {where}; {names[0]} needs it beside it")
+                    raise UserError(f"{name} is missing in {where}; it must be beside {names[0]}")
             return [where / name for name in names]
     raise UserError(f"the ratings are missing: no ratings.dat or ratings.csv in {where}")
 
 
 def movielens_recipe(files: Sequence[Path]) -> Recipe:
-    """Reads the films (and users) and plans the preparation; the ratings are not prepared yet.
+    """Reads the films (and users) and makes the recipe. The ratings are not prepared yet.
 
     Args:
         files: from :func:`movielens_files`.
@@ -66,7 +66,7 @@ def movielens_recipe(files: Sequence[Path]) -> Recipe:
 
 def scan_dat(file: Path) -> pl.LazyFrame:
     """``ratings.dat``: ``user::movie::rating::seconds``, without a header."""
-    # A one-byte separator sees an empty column inside each "::".
+    # With a one-byte separator, each "::" contains an empty column.
     types = {"user_id": pl.Int64, "_1": pl.String, "movie_id": pl.Int64, "_2": pl.String}
     types |= {"rating": pl.Float32, "_3": pl.String, "timestamp": pl.Int64}
     frame = pl.scan_csv(file, separator=":", has_header=False, schema=types, quote_char=None)
@@ -80,7 +80,7 @@ def scan_ratings(file: Path) -> pl.LazyFrame:
 
 
 def largest(table: pl.LazyFrame, name: str) -> int:
-    """The largest id in a column, 0 where there is none."""
+    """The largest id in a column. 0 if there is none."""
     return int(table.select(pl.col(name).max().fill_null(0)).collect(engine="streaming").item())
 
 
@@ -89,7 +89,7 @@ def _log(frame: pl.LazyFrame) -> pl.LazyFrame:
 
 
 def read_movies(file: Path) -> pl.DataFrame:
-    """Films: movie_id, genres as a list, the year in the title's last brackets where there is one.
+    """Films: movie_id, genres as a list, and the year from the last brackets of the title, or null.
 
     Raises:
         UserError: a line is not ``id::title::genres``, or a column is missing.
@@ -116,12 +116,12 @@ def read_users(file: Path) -> pl.DataFrame:
     """
     frame = pl.DataFrame(_split(file, 5), schema=["user_id", *USER_COLUMNS], orient="row")
     numbers = [pl.col(name).cast(pl.Int64) for name in ("user_id", "age", "occupation")]
-    # The first three digits name the region; more of them nearly name the user.
+    # The first three digits identify the region. More digits would almost identify the user.
     return frame.with_columns(*numbers, pl.col("zip_code").str.head(3)).unique("user_id", keep="first")
 
 
 def _split(file: Path, fields: int) -> list[list[str]]:
-    """Lines of a ``::``-separated file in latin-1; a few thousand, so plain Python will do."""
+    """Lines of a ``::``-separated file in latin-1. There are a few thousand, so plain Python is fast enough."""
     rows = [line.split("::") for line in file.read_text(encoding="latin-1").splitlines() if line]
     for number, row in enumerate(rows, start=1):
         if len(row) != fields:
@@ -144,7 +144,7 @@ def _schema(films: pl.DataFrame, people: pl.DataFrame | None, *, top_user: int) 
     return Schema(
         name="movielens",
         time_column=TIME,
-        # Film years counted back from the moment of rating; films without a year in the title count as new.
+        # Age of the film at the time of rating. Films without a year in the title count as new.
         dense=(DenseFeature(name="film_age_years", transform="log1p", fill_null=0.0),),
         categorical=tuple(categorical),
         tasks=(
@@ -156,12 +156,12 @@ def _schema(films: pl.DataFrame, people: pl.DataFrame | None, *, top_user: int) 
 
 
 def finish_rows(rows: pl.DataFrame, *, films: pl.DataFrame, people: pl.DataFrame | None) -> pl.DataFrame:
-    """Joins films and users to sorted ratings and works out what depends on the moment.
+    """Joins films and users to sorted ratings and computes the features that depend on the time.
 
     Args:
         rows: ratings with user_id, movie_id, rating and time_ms.
         films: from :func:`read_movies`.
-        people: from :func:`read_users`; None where there is no such table.
+        people: from :func:`read_users`. None if there is no such table.
     """
     frame = _known(rows, films, "movie_id").join(films, on="movie_id", how="left", maintain_order="left")
     if people is not None:
@@ -176,5 +176,5 @@ def finish_rows(rows: pl.DataFrame, *, films: pl.DataFrame, people: pl.DataFrame
 
 
 def _known(rows: pl.DataFrame, table: pl.DataFrame, name: str) -> pl.DataFrame:
-    """Ids beyond those of their table as null: they have no embedding row of their own."""
+    """Replaces ids beyond their table by null, because they have no embedding row of their own."""
     return rows.with_columns(pl.when(pl.col(name) <= largest(table.lazy(), name)).then(name).alias(name))

@@ -1,4 +1,4 @@
-"""What a data set has to say for itself so that it can be prepared: where its rows are and what becomes of them."""
+"""The recipe of a published data set (its rows and how they are finished), and helpers to read source files."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from ranker.data.schema import Schema
 from ranker.errors import UserError, suggest
 
 TIME = "time_ms"
-# Part of every fingerprint: raise it when prepared data would come out different from the same files.
+# Part of every fingerprint. Increase it when the same files would give other prepared data.
 CODE_VERSION = 1
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """A data set ready to be prepared.
+    """A data set that is ready to be prepared.
 
     Attributes:
-        schema: what the prepared rows hold; its time column is ``time_ms``.
-        logs: the log, one lazy frame a source file, in the published columns and with an int64 ``time_ms``.
-        finish: turns raw rows (of some days, sorted, without duplicates) into the schema's columns.
-        notes: what a person should know about this preparation, a sentence each.
+        schema: the schema of the prepared rows. Its time column is ``time_ms``.
+        logs: the log, one lazy frame per source file, in the published columns and with an int64 ``time_ms``.
+        finish: converts raw rows (of some days, sorted, without duplicates) to the schema's columns.
+        notes: notes for the user about this preparation, one sentence each.
     """
 
     schema: Schema
@@ -36,7 +36,7 @@ class Recipe:
 
 
 def fingerprint(kind: str, files: Sequence[Path]) -> str:
-    """A key that changes with the files' names, sizes and times, with the kind and with this code."""
+    """A cache key that changes with the files' names, sizes and times, with the kind and with CODE_VERSION."""
     digest = hashlib.sha256(f"{kind} {CODE_VERSION}".encode())
     for file in sorted(files):
         stat = file.stat()
@@ -45,10 +45,10 @@ def fingerprint(kind: str, files: Sequence[Path]) -> str:
 
 
 def folder(source: str | Path, what: str) -> Path:
-    """The source as a path.
+    """The source folder as a path.
 
     Raises:
-        UserError: it is no folder.
+        UserError: it is not a folder.
     """
     path = Path(source).expanduser()
     if not path.is_dir():
@@ -57,10 +57,10 @@ def folder(source: str | Path, what: str) -> Path:
 
 
 def one_file(where: Path, pattern: str, what: str) -> Path:
-    """The only file in a folder that matches.
+    """The only file in a folder that matches a pattern.
 
     Raises:
-        UserError: there is none, or more than one.
+        UserError: no file matches, or more than one.
     """
     found = sorted(where.glob(pattern))
     if not found:
@@ -71,7 +71,7 @@ def one_file(where: Path, pattern: str, what: str) -> Path:
 
 
 def scan_csv(file: Path, columns: Mapping[str, type[pl.DataType]]) -> pl.LazyFrame:
-    """A CSV file with a header, lazily, with the types given; columns that are not named are read as text.
+    """A lazy frame of a CSV file with a header, with the given column types. Other columns are read as text.
 
     Raises:
         UserError: the file is empty or lacks a column.

@@ -1,0 +1,161 @@
+"""The detector's interface: its settings, the signals it is given at each step, and the events it reports."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal, TypedDict
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ranker.errors import UserError
+
+Kind = Literal["micro", "full", "shift"]
+Status = Literal["healthy", "suspect", "diverged"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Event:
+    """A divergence, or a lasting change of a loss.
+
+    Attributes:
+        kind: ``micro``: the loss spiked and recovered. ``full``: the model is lost. ``shift``: one loss moved to a new
+            level and stayed there while the predictions stayed good; this is not a divergence (labels can change).
+        step: first step of the event.
+        task: name of the task whose loss moved first; empty where all tasks moved at once.
+        depth: highest ratio of a loss to its baseline, over all tasks; infinite where a loss was not finite.
+        length: number of steps from the first step to the recovery, or to the verdict if there was no recovery.
+        recovered_at: first step after the recovery; None if the loss did not recover.
+        judged_at: step at which the verdict was reached; ``judged_at - step`` is the latency.
+        reason: description of the event in one sentence.
+    """
+
+    kind: Kind
+    step: int
+    task: str
+    depth: float
+    length: int
+    recovered_at: int | None
+    judged_at: int
+    reason: str
+
+    def __str__(self) -> str:
+        return self.reason
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as JSON values; a depth that is not finite becomes None."""
+        return asdict(self) | {"depth": self.depth if math.isfinite(self.depth) else None}
+
+
+@dataclass(frozen=True, kw_only=True)
+class DetectorSettings:
+    """Settings of ``DivergenceDetector``.
+
+    A loss is high when it exceeds its baseline by more than each of ``jump_ratio``, ``jump_scales`` and ``jump_floor``
+    require. Each of them guards against one kind of noise: drift of a quiet loss, heavy tails, and rare positives
+    (where positives are one row in a thousand, one more positive multiplies the loss of a batch).
+
+    Attributes:
+        window: number of accepted losses that the baseline is the median of.
+        jump_ratio: smallest ratio of a high loss to the baseline.
+        jump_scales: smallest distance of a high loss from the baseline, in robust standard deviations.
+        jump_floor: smallest distance of a high loss from the baseline, as a share of the task's first loss, which is
+            the loss of the untrained model.
+        outlier_steps: number of steps that a spike of fewer than half of the tasks must last. One outlier row can raise
+            a squared error 30 times for one step without harm to the model.
+        lone_factor: where there is one task only, a shorter spike must exceed the threshold this many times.
+        max_rise: number of steps in which the baseline may at most double; a loss that grows faster is not drift.
+        startup: number of first steps in which a spike that recovers is not an event: the first steps of Adagrad are
+            noisy.
+        settle: number of consecutive steps below the threshold after which a spike is over.
+        patience: number of steps that a spike may last; a model takes 10 to 300 steps to recover.
+        lost_ratio: after ``patience`` steps, a loss this many times its baseline, for most tasks, means a lost model.
+        lost_ratio_alone: the same for a single task.
+        blowup_ratio: a spike to this many times a task's first loss is a blow-up. A model that has learned nothing
+            after a blow-up is lost; without a blow-up it may be slow.
+        nonfinite_patience: number of consecutive steps with a loss or prediction that is not finite.
+        dead_spread: standard deviation of logits below which predictions do not depend on the input.
+        dead_patience: number of consecutive steps at which all tasks are below ``dead_spread``.
+        unborn_patience: the same for a model that was never above it (heads may start at zero, during warm-up).
+        auc_tolerance: AUCs that exceed 0.5 by less than this on average are at chance (see ``auc_above_chance``).
+        auc_patience: number of consecutive steps with training AUCs at chance, after better AUCs or a blow-up.
+        lost_ne: smallest normalised entropy on the hold-out (log loss divided by the log loss of always predicting the
+            base rate), median over binary tasks, at which a model is lost if its median AUC there is at chance.
+    """
+
+    window: int = 128
+    jump_ratio: float = 1.5
+    jump_scales: float = 12.0
+    jump_floor: float = 0.1
+    outlier_steps: int = 3
+    lone_factor: float = 5.0
+    max_rise: int = 500
+    startup: int = 50
+    settle: int = 10
+    patience: int = 400
+    lost_ratio: float = 3.0
+    lost_ratio_alone: float = 10.0
+    blowup_ratio: float = 30.0
+    nonfinite_patience: int = 20
+    dead_spread: float = 1e-3
+    dead_patience: int = 50
+    unborn_patience: int = 300
+    auc_tolerance: float = 0.02
+    auc_patience: int = 200
+    lost_ne: float = 3.0
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
+                raise UserError(f"divergence detector: {field.name} must be a number above 0, got {value!r}")
+        for name, least in (("window", 16), ("jump_ratio", 1.0), ("lost_ratio", self.jump_ratio)):
+            if getattr(self, name) < least:
+                raise UserError(f"divergence detector: {name} must be at least {least:g}, got {getattr(self, name):g}")
+
+
+class Signals(TypedDict):
+    """The signals of one step, as keyword arguments of ``DivergenceDetector.update``."""
+
+    losses_T: Tensor
+    auc_T: Tensor | None
+    spread_T: Tensor | None
+    nonfinite: Tensor | None
+
+
+def reduce_signals(
+    losses_T: Tensor, auc_T: Tensor | None = None, spread_T: Tensor | None = None, nonfinite: Tensor | None = None
+) -> Signals:
+    """Reduces the signals of one step over the ranks, so that all ranks reach the same verdict at the same step.
+
+    Losses and AUCs become their mean over ranks, and the spread the root of the mean variance. ``nonfinite`` is true
+    where it is true on any rank. One all-reduce of 3 T + 1 numbers; without ``torch.distributed`` the signals pass
+    unchanged. All ranks must call this function, with the same signals present.
+
+    Returns:
+        Keyword arguments of ``DivergenceDetector.update``.
+    """
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return {"losses_T": losses_T, "auc_T": auc_T, "spread_T": spread_T, "nonfinite": nonfinite}
+    row = pack(losses_T, auc_T, spread_T.square() if spread_T is not None else None, nonfinite)
+    dist.all_reduce(row)
+    tasks, ranks = len(losses_T), dist.get_world_size()
+    mean = row / ranks
+    return {
+        "losses_T": mean[:tasks],
+        "auc_T": None if auc_T is None else mean[tasks : 2 * tasks],
+        "spread_T": None if spread_T is None else mean[2 * tasks : 3 * tasks].sqrt(),
+        "nonfinite": None if nonfinite is None else row[-1] > 0,
+    }
+
+
+def pack(losses_T: Tensor, auc_T: Tensor | None, spread_T: Tensor | None, nonfinite: Tensor | None) -> Tensor:
+    """The signals as one float32 row, [3 T + 1], on the device of the losses; nan for missing signals."""
+    losses_T = losses_T.detach().float()
+    unknown_T = losses_T.new_full(losses_T.shape, torch.nan)
+    flag = losses_T.new_zeros(1) if nonfinite is None else nonfinite.detach().to(losses_T).reshape(1)
+    return torch.cat(
+        [losses_T, *(unknown_T if x is None else x.detach().to(losses_T) for x in (auc_T, spread_T)), flag]
+    )

@@ -1,0 +1,31 @@
+"""All uses of private attributes of Lightning and of torch in training. ``test_lightning_private.py`` checks each.
+
+The versions that are known to work are bounded in pyproject.toml. When an upgrade breaks one of these functions, the
+test names it, and only this file must change.
+"""
+
+from __future__ import annotations
+
+import pytorch_lightning as pl
+from torch import nn
+
+
+def refetch(trainer: pl.Trainer) -> None:
+    """Drops the batches that Lightning has fetched ahead, and fetches again from the data loader.
+
+    Private, because Lightning has no public way to move within an epoch: its prefetcher holds one batch, and the epoch
+    loop has already noted whether that batch is the last one. A rollback moves the loader, so both are out of date.
+    """
+    loop = trainer.fit_loop
+    if loop._data_fetcher is not None:
+        iter(loop._data_fetcher)
+        loop.epoch_loop.batch_progress.is_last_batch = loop._data_fetcher.done
+
+
+def is_compiled(net: nn.Module) -> bool:
+    """Whether ``net.compile()`` was called.
+
+    Private, because torch has no public way to ask. Hooks inside a compiled module do not run on every call, so the
+    early signs must know.
+    """
+    return net._compiled_call_impl is not None

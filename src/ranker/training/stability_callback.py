@@ -1,0 +1,238 @@
+"""The stability callback: divergence detection, rollback, snapshots and capsules, in the order in which they act."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import fields
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import Callback
+
+from ranker.data.batch import Batch
+from ranker.errors import UserError, suggest
+from ranker.runs import metric_names
+from ranker.runs.run_folder import RunFolder
+from ranker.stability import DetectorSettings, DivergenceDetector, Event, reduce_signals
+from ranker.training.capsule_writer import CapsuleWriter
+from ranker.training.module import Fit
+from ranker.training.progress import Say, say_in_log
+from ranker.training.rollback import Rollback
+from ranker.training.snapshots import SnapshotRing
+
+_TITLES = {"micro": "micro divergence", "full": "full divergence", "shift": "new level of a loss"}
+
+
+class DivergenceWatch:
+    """The divergence detector of a run, and how often its verdict is read.
+
+    The signals of every step are collected on the device. They are read only every few steps, so that training does not
+    wait for the device.
+
+    Args:
+        poll_every: steps between two polls of the verdict.
+        stop: end training when the model is lost.
+        settings: fields of ``DetectorSettings`` that differ from its defaults.
+
+    Attributes:
+        poll_every: as given.
+        stop: as given.
+        detector: the detector; None before ``start``.
+
+    Raises:
+        UserError: a setting is unknown or out of range.
+    """
+
+    def __init__(self, *, poll_every: int = 10, stop: bool = True, settings: Mapping[str, Any] | None = None) -> None:
+        self.poll_every, self.stop = poll_every, stop
+        self._settings = dict(settings or {})
+        known = [field.name for field in fields(DetectorSettings)]
+        for name in self._settings:
+            if name not in known:
+                raise UserError(f"callbacks.divergence.settings: no setting '{name}'; {suggest(name, known)}")
+        DetectorSettings(**self._settings)  # refuses values out of range now
+        self.detector: DivergenceDetector | None = None
+
+    def start(self, task_names: list[str], device: torch.device, state: Mapping[str, Any] | None) -> DivergenceDetector:
+        """Makes the detector on the model's device; from a checkpoint's state if there is one."""
+        self.detector = DivergenceDetector(task_names, device=device, **self._settings)
+        if state is not None:
+            self.detector.load_state_dict(state)
+        return self.detector
+
+
+class Stability(Callback):
+    """Detects divergences, and records and mends them.
+
+    ``on_train_batch_end`` gives the order in which the parts act. Each part is a plain object; without the divergence
+    watch the others have nothing to act on.
+
+    Args:
+        divergence: the detector.
+        snapshots: training states to go back to.
+        capsules: writes a divergence to disk, for replay.
+        rollback: goes back to a snapshot after a divergence.
+        folder: the run folder; without one no event is written.
+        say: shows messages.
+
+    Raises:
+        UserError: there is a rollback, but no divergence watch or no snapshots.
+    """
+
+    def __init__(
+        self,
+        *,
+        divergence: DivergenceWatch | None = None,
+        snapshots: SnapshotRing | None = None,
+        capsules: CapsuleWriter | None = None,
+        rollback: Rollback | None = None,
+        folder: RunFolder | None = None,
+        say: Say = say_in_log,
+    ) -> None:
+        if rollback and rollback.tries and not (divergence and snapshots and snapshots.every):
+            raise UserError(
+                "callbacks.rollback needs callbacks.divergence, and callbacks.snapshots with every above 0; "
+                "or switch it off: callbacks.rollback.tries=0"
+            )
+        self.divergence, self.snapshots, self.capsules, self.rollback = divergence, snapshots, capsules, rollback
+        self._folder, self._say = folder, say
+        self._saved: Mapping[str, Any] | None = None  # the detector's state in the checkpoint
+        self._step = 0  # optimizer steps taken
+
+    @property
+    def detector(self) -> DivergenceDetector | None:
+        """The detector; None before training starts, and without a divergence watch."""
+        return self.divergence.detector if self.divergence else None
+
+    @property
+    def rollbacks(self) -> list[dict[str, Any]]:
+        """Records of the rollbacks of the run."""
+        return self.rollback.done if self.rollback else []
+
+    def overheard(self, loader: Iterable[Batch]) -> Iterable[Batch]:
+        """Wraps the training loader, so that capsules can keep its batches."""
+        return self.capsules.overheard(loader) if self.capsules and self.divergence else loader
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Makes the detector. A checkpoint has been loaded by now."""
+        module = Fit(trainer).module
+        if self.divergence:
+            self.divergence.start(module.schema.task_names, module.device, self._saved)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Takes the first snapshot."""
+        fit = Fit(trainer)
+        self._step = fit.step
+        if self.snapshots:
+            self.snapshots.start(fit, self.detector)
+        if self.capsules:
+            self.capsules.start(fit)
+        if self.rollback:
+            self.rollback.start(fit)
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Batch, batch_idx: int
+    ) -> None:
+        """Tells the capsules which batch comes next; after a rollback it does not follow the last one."""
+        if self.capsules and self.detector:
+            self.capsules.before_batch(Fit(trainer), batch, self.detector)
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Batch, batch_idx: int
+    ) -> None:
+        """Acts on one batch. Each part needs what the parts before it did.
+
+        1. The detector gets the signals, under the step that the batch belongs to.
+        2. At the poll interval its events are read and reported.
+        3. A rollback may restore an earlier state; otherwise a lost run is stopped.
+        4. A snapshot is taken if the detector objects to nothing. After a rollback none is due at this step.
+        5. The batch is recorded, and capsules of the new events are written. They start from snapshots that they kept,
+           because a rollback has removed the undone ones from the ring.
+        """
+        fit, detector = Fit(trainer), self.detector
+        signals = fit.module.signals
+        assert signals is not None
+        completed = fit.step != self._step  # a step may accumulate the gradients of several batches
+        self._step = fit.step
+        step = self._step + (not completed)
+        events: list[Event] = []
+        if self.divergence and detector:
+            detector.update(
+                step, **reduce_signals(signals.losses_T, signals.auc_T, signals.spread_T, signals.nonfinite)
+            )
+            if completed and step % self.divergence.poll_every == 0:
+                events = self._poll(fit, detector)
+                rolled_back = self._rolled_back(fit, events, detector)
+                if not rolled_back and self.divergence.stop and detector.status == "diverged":
+                    trainer.should_stop = True
+        if self.snapshots:
+            self.snapshots.after_step(fit, detector)
+        if self.capsules and detector:
+            self.capsules.after_batch(
+                fit, batch, signals, step=step, events=events, detector=detector, ring=self.snapshots
+            )
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Reads the verdict on the last steps."""
+        if self.detector:
+            fit = Fit(trainer)
+            self._write_capsules(fit, self._poll(fit, self.detector))
+
+    def finish(self, trainer: pl.Trainer) -> None:
+        """Reads the final verdict, after the hold-out was evaluated. All ranks call it."""
+        if not self.detector:
+            return
+        fit = Fit(trainer)
+        aucs, nes = (
+            [
+                fit.module.holdout.get(metric_names.task_metric(metric_names.TEST, task.name, metric), math.nan)
+                for task in fit.module.schema.tasks
+            ]
+            for metric in ("auc", "ne")
+        )
+        events = self.detector.finish(eval_auc_T=aucs, eval_ne_T=nes)
+        self._report(fit, events)
+        self._write_capsules(fit, events)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The detector's state, the number of capsules and the rollbacks. Snapshots are files of their own."""
+        return {
+            "detector": self.detector.state_dict() if self.detector else None,
+            "capsules": self.capsules.written if self.capsules else 0,
+            "rollbacks": self.rollbacks,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes over a checkpoint's state; the detector's is kept until the detector is made."""
+        self._saved = state_dict["detector"]
+        if self.capsules:
+            self.capsules.written = state_dict["capsules"]
+        if self.rollback:
+            self.rollback.done = list(state_dict["rollbacks"])
+
+    def _poll(self, fit: Fit, detector: DivergenceDetector) -> list[Event]:
+        events = detector.poll()
+        self._report(fit, events)
+        return events
+
+    def _report(self, fit: Fit, events: list[Event]) -> None:
+        """Writes events to events.jsonl and the trackers, and shows them."""
+        if not fit.trainer.is_global_zero:
+            return
+        for event in events:
+            if self._folder is not None:
+                self._folder.append_event(event.to_dict())
+            fit.module.record({metric_names.divergence(event.kind): float(event.step)})
+            title = _TITLES[event.kind]
+            self._say(f"{title}: {event}", note=f"{title} at step {event.step}")
+
+    def _rolled_back(self, fit: Fit, events: list[Event], detector: DivergenceDetector) -> bool:
+        if not (events and self.rollback and self.snapshots):
+            return False
+        return self.rollback.roll_back(fit, events, ring=self.snapshots, detector=detector, say=self._say)
+
+    def _write_capsules(self, fit: Fit, events: list[Event]) -> None:
+        if self.capsules:
+            self.capsules.write(fit, events)

@@ -1,0 +1,128 @@
+"""The parts of a training step that the Lightning module and replay share: loss, signals and gradient clipping.
+
+Lightning runs the rest of the step (backward, accumulation, optimizer, learning rate) in a training run;
+``ranker.replay.engine`` runs it by hand.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ranker.data.batch import Batch
+from ranker.data.schema import Schema
+from ranker.losses import Loss, MultitaskLoss
+from ranker.metrics import StreamingAUC
+from ranker.stability import pack
+
+
+class Trainable(Protocol):
+    """The parts of ``ranker.training.module.RankingModule`` that a step needs."""
+
+    net: nn.Module
+    schema: Schema
+    loss: MultitaskLoss
+    train_auc: StreamingAUC
+
+    def configure_optimizers(self) -> Any:
+        """An optimizer, or Lightning's dict with the optimizer and its schedule."""
+        ...
+
+
+@dataclass(frozen=True)
+class StepSignals:
+    """Signals of a training step for the divergence detector, on the device; reading them waits for the device.
+
+    Attributes:
+        losses_T: loss of each task, before task weights.
+        auc_T: streaming training AUC of each task; NaN for regressions.
+        spread_T: standard deviation of each task's logits over the batch; 0 if they do not depend on the input.
+        nonfinite: bool scalar, whether any logit is NaN or infinite.
+    """
+
+    losses_T: Tensor
+    auc_T: Tensor
+    spread_T: Tensor
+    nonfinite: Tensor
+
+    def packed(self) -> Tensor:
+        """One row of 3 T + 1 numbers, in the order of ``pack``."""
+        return pack(self.losses_T, self.auc_T, self.spread_T, self.nonfinite)
+
+
+def forward_loss(
+    trained: Trainable, batch: Batch, *, counts_T: Tensor | None = None, ranks: int = 1
+) -> tuple[Tensor, Loss]:
+    """Forward pass and loss of one rank's rows.
+
+    Args:
+        trained: the model and its loss.
+        batch: the rows, on the model's device.
+        counts_T: observed labels of each task over all ranks. None: the ranks of ``torch.distributed`` sum them, and
+            all must call.
+        ranks: number of ranks, where ``counts_T`` is given.
+
+    Returns:
+        Logits [B, T] and the loss.
+    """
+    logits_BT = trained.net(batch)
+    if counts_T is None:
+        return logits_BT, trained.loss(logits_BT, batch.labels_BT, batch.mask_BT)
+    return logits_BT, trained.loss.local(logits_BT, batch.labels_BT, batch.mask_BT, counts_T=counts_T, ranks=ranks)
+
+
+@torch.no_grad()
+def step_signals(
+    trained: Trainable, logits_BT: Tensor, labels_BT: Tensor, mask_BT: Tensor, *, losses_T: Tensor
+) -> StepSignals:
+    """Adds the rows to the training AUC and returns the signals.
+
+    Args:
+        trained: has the training AUC.
+        logits_BT: the model's output.
+        labels_BT: labels.
+        mask_BT: bool, true where a label is observed.
+        losses_T: unweighted loss of each task over all ranks.
+    """
+    trained.train_auc.update(logits_BT.detach(), labels_BT, mask_BT)
+    stats = trained.train_auc.stats()
+    return StepSignals(
+        losses_T=losses_T, auc_T=stats.auc_T, spread_T=stats.spread_T, nonfinite=stats.nonfinite_T.sum() > 0
+    )
+
+
+def clip_gradients(parameters: Iterable[Tensor], bound: float, *, by_value: bool) -> None:
+    """Clips dense and sparse gradients in place. A sparse gradient counts by its rows.
+
+        by norm    g <- g min(1, bound / (norm + 1e-6)), norm the 2-norm of all gradients together
+        by value   g <- min(max(g, -bound), bound)
+
+    Without sparse gradients this is torch's own function, also for sharded parameters.
+
+    Args:
+        parameters: parameters, in the order of the optimizer's groups.
+        bound: the bound, above 0.
+        by_value: clip each coordinate instead of the norm.
+    """
+    parameters = [p for p in parameters if p.grad is not None]
+    sparse = [p for p in parameters if p.grad is not None and p.grad.is_sparse]
+    if not sparse:
+        if by_value:
+            nn.utils.clip_grad_value_(parameters, bound)
+        else:
+            nn.utils.clip_grad_norm_(parameters, bound)
+        return
+    for param in sparse:  # rows that occur twice in a batch are added up before they are measured
+        assert param.grad is not None
+        param.grad = param.grad.coalesce()
+    gradients = [p.grad.values() if p.grad.is_sparse else p.grad for p in parameters if p.grad is not None]
+    if by_value:
+        torch._foreach_clamp_min_(gradients, -bound)
+        torch._foreach_clamp_max_(gradients, bound)
+    else:
+        norm = nn.utils.get_total_norm(gradients)
+        torch._foreach_mul_(gradients, (bound / (norm + 1e-6)).clamp(max=1.0))
