@@ -77,7 +77,7 @@ def make(study: Study, setting: Setting, *, out: Path, results: Path, parallel: 
         jobs = phase.jobs(setting, found)
         print(f"{study.name}: {phase.name}, {len(jobs)} runs", flush=True)
         if jobs and run:
-            launch(ROOT, sweep, jobs, parallel=parallel)
+            launch(ROOT / "train.py", sweep, jobs, parallel=parallel)
         runs, missing = phase.read(setting, sweep, jobs)
         if missing:
             print(f"{study.name}: {len(missing)} of {len(jobs)} runs of {phase.name} are missing", file=sys.stderr)
