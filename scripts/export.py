@@ -1,6 +1,6 @@
 """Export the model of a run, if it passes the gate: ``python scripts/export.py RUN_DIR --onnx``.
 
-Exit status 0: handed out. 2: refused, with the reasons on standard error, a line each; nothing was written.
+Exit status 0: exported. 2: refused; nothing was written, and standard error lists the reasons, one per line.
 """
 
 from __future__ import annotations
@@ -17,8 +17,7 @@ from rich.console import Console
 
 from ranker.data.columns import from_plain as from_mapping
 from ranker.errors import UserError, suggest
-from ranker.export.bundle import refuse_existing, write_json
-from ranker.export.show import counted
+from ranker.export.bundle import counted, refuse_existing, write_json
 from ranker.stability.gate import GateSettings, Verdict
 
 GATES = Path(__file__).resolve().parents[1] / "conf" / "gate"
@@ -60,8 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _export(given: argparse.Namespace, settings: GateSettings, destination: Path) -> Verdict:
     # Imported late: Lightning and torch's exporter cost seconds that --help need not wait for.
     from ranker.build import make_net, open_log
-    from ranker.export.candidate import Candidate, Weights
-    from ranker.export.release import hand_out
+    from ranker.export.release import Candidate, Weights, write_export
     from ranker.runs.run_folder import RunFolder, versions
 
     folder = RunFolder.existing(given.run)
@@ -84,7 +82,7 @@ def _export(given: argparse.Namespace, settings: GateSettings, destination: Path
         "holdout_rows": rows,
         "versions": versions(),
     }
-    return hand_out(
+    return write_export(
         candidate, evidence, settings, destination=destination, onnx=given.onnx, force=given.force, about=about
     )
 

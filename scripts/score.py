@@ -11,10 +11,9 @@ from pathlib import Path
 from rich.console import Console
 
 from ranker.errors import UserError
-from ranker.export.bundle import PROGRAMS, Export
-from ranker.export.engine import open_program
+from ranker.export.bundle import PROGRAMS, Export, counted
+from ranker.export.program_runtime import open_program
 from ranker.export.scoring import ON_BAD_ROWS, ParquetRows, score_file
-from ranker.export.show import counted
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

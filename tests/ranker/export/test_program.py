@@ -12,10 +12,8 @@ import torch
 from ranker.data.batch import Batch, Ragged
 from ranker.data.dense_statistics import NOTHING, DenseStatistics
 from ranker.data.schema import CategoricalFeature, DenseFeature, Schema, Task
-from ranker.export.agreement import difference
-from ranker.export.engine import open_program
-from ranker.export.program import Served, to_onnx, to_program
-from ranker.export.signature import Signature
+from ranker.export.program import Served, Signature, to_onnx, to_program
+from ranker.export.program_runtime import difference, open_program
 from ranker.models import PLE, MMoE, Ranker, SharedBottom
 from ranker.models.ranker_base import head_key
 

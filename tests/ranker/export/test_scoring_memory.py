@@ -16,7 +16,7 @@ SCORE = """
 import resource, sys
 from pathlib import Path
 from ranker.data.schema import CategoricalFeature, DenseFeature, Schema, Task
-from ranker.export.engine import Scored
+from ranker.export.program_runtime import Scored
 from ranker.export.scoring import ParquetRows, score_file
 
 schema = Schema(
