@@ -148,7 +148,7 @@ def rate_jobs(setting: Setting, chosen: Choices) -> list[Job]:
 
 
 def largest_stable(runs: pl.DataFrame) -> float | None:
-    """The largest multiple below the first one at which a run was lost; None if the smallest one was lost.
+    """The largest multiple below the first one at which a run diverged; None if that is the smallest one.
 
     Args:
         runs: of one model and method.

@@ -22,18 +22,7 @@ UNRECORDED = (*NOT_IDENTIFYING, "data.source", "data.root")
 DEFAULTS = {"scale": "laptop", "lr_mult": "1", "seed": "0"}  # values of keys that a job does not override
 STANDARD = ("data", "scale", "model", "optim", "lr_mult", "seed")
 METRICS = ("auc", "ne", "rmse", "calibration")
-CURVE_KEYS = (
-    "model",
-    "optim",
-    "lr_mult",
-    "seed",
-    "status",
-    "first_step",
-    "micro",
-    "train.warmup_steps",
-    "commit",
-    "machine",
-)
+CURVE_KEYS = (*STANDARD[2:], "status", "first_step", "micro", "train.warmup_steps", "commit", "machine")
 DIGITS = 5  # significant digits in the CSV files of curves
 
 
