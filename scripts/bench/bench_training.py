@@ -3,7 +3,7 @@
 The same log of KuaiRand's rows, the same shared bottom and the same MMoE (features, widths, embedding size, batch,
 threads, Adagrad with dense gradients, as many parameters), each in a process of its own, in turns: ``train.py`` as a
 user starts it, with its metrics, its divergence watch and its early signs; DeepCTR-Torch and torch-rechub as their
-examples do (``scripts/bench/training_peers.py``). A ratio takes the faster of them, and for memory the leaner. Beside them
+examples do (``training_peers.py``). A ratio takes the faster of them, and for memory the leaner. Beside them
 stand the matrix products of the step alone (``training_floor.py`` in this folder): no library can be faster.
 
 The log is KuaiRand's training days repeated to ``--rows`` rows (2,000,000; the published KuaiRand-Pure has 1.4

@@ -1,4 +1,4 @@
-"""What the stability callbacks cost beside a bare training step: ``python scripts/bench/stability_overhead.py [--rounds N]``.
+"""Cost of the stability callbacks beside a bare training step: ``python scripts/bench/stability_overhead.py``.
 
 Large at laptop scale in the real trainer, with the callbacks of conf/callbacks/default.yaml at their default settings.
 They are switched every 20 steps of one run, in an order drawn anew each round, and every such block lies between two
