@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import torch
+from tests.ranker.replay.conftest import make_batch
 
 from ranker.capsules.capsule import num_bytes
 from ranker.capsules.recorder import Recorder
-
-from .conftest import make_batch
 
 SIGNALS = torch.zeros(7)
 SIZE = num_bytes(make_batch(0, rows=8))
