@@ -10,9 +10,8 @@ import polars as pl
 from rich.console import Console
 
 from ranker.errors import UserError
-from ranker.reports.comparison import as_csv, as_markdown, as_rich, comparison, run_table
-from ranker.reports.html import as_html
-from ranker.reports.runs import load_runs, metric_names
+from ranker.reports.comparison import as_csv, as_html, as_markdown, as_rich, comparison, run_table
+from ranker.reports.run_table import load_runs, load_tracked, metric_names
 
 
 def main() -> None:
@@ -28,8 +27,6 @@ def main() -> None:
         parser.error("give run folders, CSV files or --wandb ENTITY/PROJECT")
     sources = [_load(source) for source in options.runs]
     if options.wandb:
-        from ranker.reports.tracked import load_tracked  # imported late: trackers bring Lightning, which costs seconds
-
         sources.append(load_tracked(options.wandb))
     runs = pl.concat(sources, how="diagonal_relaxed")
     if options.save:

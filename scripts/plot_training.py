@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ranker.errors import UserError
 from ranker.reports.curves import plot_training
-from ranker.reports.runs import find_runs
+from ranker.reports.run_table import find_runs
 from ranker.runs.run_folder import SUMMARY
 
 

@@ -7,10 +7,10 @@ hold-out's table. Works on a run that is still going, was killed or is lost; a p
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from pathlib import Path
 
+from ranker.atomic import write_text
 from ranker.errors import UserError
 from ranker.reports.run_page import Recorded, render
 
@@ -23,10 +23,7 @@ def main() -> None:
     options = parser.parse_args()
     out: Path = options.out or options.run / "report.html"
     page = render(Recorded.read(options.run))
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-    temporary.write_text(page, encoding="utf-8")
-    temporary.replace(out)
+    write_text(out, page)
     print(out)
 
 

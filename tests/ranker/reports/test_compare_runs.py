@@ -8,7 +8,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from ranker.reports.html import as_html
+from ranker.reports.comparison import as_html
 from support import ROOT
 
 RUNS = str(ROOT / "results" / "kuairand_laptop.csv")
