@@ -14,12 +14,10 @@ from pathlib import Path
 
 import polars as pl
 
+from ranker.atomic import write_text
 from ranker.errors import UserError, suggest
-from ranker.paper.jobs import DATA, QUICK, Data, Setting
-from ranker.paper.launch import launch
-from ranker.paper.published import differences, folder_of, load_found, publish, render
-from ranker.paper.store import write_whole
-from ranker.paper.studies import BY_NAME, STUDIES
+from ranker.paper.jobs import DATA, QUICK, Data, Setting, launch
+from ranker.paper.published import BY_NAME, STUDIES, differences, folder_of, load_found, publish, render
 from ranker.paper.study import Study
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -43,10 +41,10 @@ def main() -> None:
     parser.add_argument("--no-run", action="store_true", help="only read the runs that are there")
     options = parser.parse_intermixed_args()
     if options.what == "check":
-        wrong = differences(STUDIES, ROOT)
+        wrong = differences(ROOT)
         sys.exit("\n".join(["published numbers that the runs do not give:", *wrong]) if wrong else 0)
     if options.what == "publish":
-        print(*publish(STUDIES, ROOT), sep="\n")
+        print(*publish(ROOT), sep="\n")
         return
     if options.what != "all" and options.what not in BY_NAME:
         raise UserError(f"unknown table or figure '{options.what}'; {suggest(options.what, [*BY_NAME, 'all'])}")
@@ -74,7 +72,7 @@ def make(study: Study, setting: Setting, *, out: Path, results: Path, parallel: 
     folder.mkdir(parents=True, exist_ok=True)
     found: dict[str, pl.DataFrame] = {}
     for need in study.needs:
-        found |= load_found(BY_NAME[need], STUDIES, folder)
+        found |= load_found(BY_NAME[need], folder)
     for phase in study.phases:
         jobs = phase.jobs(setting, found)
         print(f"{study.name}: {phase.name}, {len(jobs)} runs", flush=True)
@@ -85,10 +83,10 @@ def make(study: Study, setting: Setting, *, out: Path, results: Path, parallel: 
             print(f"{study.name}: {len(missing)} of {len(jobs)} runs of {phase.name} are missing", file=sys.stderr)
         if jobs and len(missing) == len(jobs):
             raise UserError(f"{study.name}: no run of {phase.name} in {sweep}")
-        write_whole(folder / f"{phase.name}.csv", runs.write_csv())
+        write_text(folder / f"{phase.name}.csv", runs.write_csv())
         found[phase.name] = runs
     path = folder / f"{study.name}.md"
-    write_whole(path, render(study, setting.data, load_found(study, STUDIES, folder), name))
+    write_text(path, render(study, setting.data, load_found(study, folder), name))
     if study.draw is not None:
         study.draw(setting.data, found, folder / study.name)
     print(path, flush=True)

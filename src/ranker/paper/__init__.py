@@ -1,8 +1,8 @@
-"""The tables and figures of the paper, and some beyond it, from runs.
+"""Reproduction of the paper's tables and figures, and of some studies beyond it, from run folders.
 
-A study says as data which jobs it needs (``jobs``, ``grid``), reads their run folders into small CSV files (``store``)
-and writes Markdown and pictures from those files alone (``markdown``, ``pictures``), so that every published number can
-be computed again without a run (``published``). ``scripts/reproduce.py`` puts them together.
+A study (``study``) lists its training jobs as data (``jobs``), reads their run folders into small CSV files
+(``store``) and renders Markdown and figures from those CSV files only (``rendering``). Every published number can
+therefore be recomputed without training (``published``). ``scripts/reproduce.py`` is the command.
 
 Source: Tang et al., KDD 2023 (arXiv 2302.09178).
 """

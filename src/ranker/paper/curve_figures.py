@@ -1,13 +1,14 @@
-"""Figures 5 and 6: hold-out AUC over time by method and rate, and where Clippy clips."""
+"""Figures 5 and 6: hold-out AUC during training by method and rate, and Clippy's sigma by layer."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import polars as pl
 
 from ranker.paper.jobs import (
+    LABELS,
     METHODS,
     PAPER_MODELS,
     RECORDED,
@@ -17,22 +18,23 @@ from ranker.paper.jobs import (
     Data,
     Job,
     Setting,
+    grid,
 )
-from ranker.paper.jobs import grid as combinations
-from ranker.paper.markdown import table
-from ranker.paper.recorded import curves
+from ranker.paper.rendering import figure, save
+from ranker.paper.store import curves
 from ranker.paper.study import Found, Phase, Sections, Study
-from ranker.paper.table2 import RATES, Choice, choices
-from ranker.paper.table2_sections import LABELS
+from ranker.paper.table2 import RATES, Choices, choices
+from ranker.reports.comparison import as_markdown
 from ranker.reports.curves import COLOURS
+from ranker.runs.metric_names import TRAIN_LOSS, VAL, sign, task_metric
 
 WIDEST = "large_dcn"
-CLIPPED = {"optim": "clippy", "lr_mult": 2}  # the run of figure 6
-SMOOTH = 10  # steps of the running mean in figure 6
+CLIPPED = ("clippy", 2)  # method and rate of figure 6
+SMOOTH = 10  # steps in the running mean of figure 6
 
 
-def auc_jobs(setting: Setting, chosen: Mapping[tuple[str, str], Choice]) -> list[Job]:
-    """Every method at both rates on Large+DCN; GC and Clippy at their better rate on the other two."""
+def auc_jobs(setting: Setting, chosen: Choices) -> list[Job]:
+    """Every method at both rates on Large+DCN; GC and Clippy at their better rate on the other two models."""
     widest = PAPER_MODELS[0] if setting.quick else WIDEST
     made = [job for method in METHODS for rate in RATES for job in _job(setting, widest, method, rate, chosen)]
     for model in PAPER_MODELS:
@@ -43,20 +45,20 @@ def auc_jobs(setting: Setting, chosen: Mapping[tuple[str, str], Choice]) -> list
 
 
 def sigma_jobs(setting: Setting) -> list[Job]:
-    """Clippy at 2x on Large+DCN, watched at every step; one of the runs of figure 5."""
-    return _job(setting, PAPER_MODELS[0] if setting.quick else WIDEST, "clippy", 2, {})
+    """Clippy at 2x on Large+DCN with early signs at every step; figure 5 uses this run too."""
+    return _job(setting, PAPER_MODELS[0] if setting.quick else WIDEST, *CLIPPED, {})
 
 
-def _job(setting: Setting, model: str, method: str, rate: int, chosen: Mapping[tuple[str, str], Choice]) -> list[Job]:
+def _job(setting: Setting, model: str, method: str, rate: int, chosen: Choices) -> list[Job]:
     axes: dict[str, Sequence[object]] = {"model": (model,), "optim": (method,), "lr_mult": (rate,)}
     if method in THRESHOLDS:
         axes[THRESHOLDS[method][0]] = (chosen[model, method].thresholds[rate],)
-    watched = WATCHED if (method, rate) == (CLIPPED["optim"], CLIPPED["lr_mult"]) else UNWATCHED
-    return combinations((*setting.common, *RECORDED, *watched), {**axes, "seed": (0,)})
+    watched = WATCHED if (method, rate) == CLIPPED else UNWATCHED
+    return grid((*setting.common, *RECORDED, *watched), {**axes, "seed": (0,)})
 
 
-def auc_sections(data: Data, found: Found) -> Sections:  # noqa: ARG001  (the same for all data)
-    """AUC at a quarter, half and the whole of training."""
+def auc_sections(data: Data, found: Found) -> Sections:  # noqa: ARG001
+    """AUC after a quarter, half and all of training."""
     rows = []
     for (model, method, rate), run in _runs(found["fig5"]):
         points = run.drop_nulls("auc")
@@ -67,13 +69,11 @@ def auc_sections(data: Data, found: Found) -> Sections:  # noqa: ARG001  (the sa
             cells.append(f"{100 * before['auc'][-1]:.2f}" if before.height else "-")
         rows.append([LABELS[model], method, f"{rate:g}x", *cells, str(run["status"][0])])
     header = ["model", "method", "lr", "AUC at 1/4", "at 1/2", "at the end", "status"]
-    return {"auc": table(header, rows)}
+    return {"auc": as_markdown(header, rows)}
 
 
 def draw_auc(data: Data, found: Found, destination: Path) -> None:
     """Left: all methods on the widest model, 1x dashed and 2x solid. Right: Clippy against GC on every model."""
-    from ranker.paper.pictures import figure, save
-
     picture, (left, right) = figure(columns=2, width=11, height=4.2, sharey=True)
     widest = found["fig5"]["model"][0]
     for (model, method, rate), run in _runs(found["fig5"]):
@@ -96,12 +96,12 @@ def draw_auc(data: Data, found: Found, destination: Path) -> None:
     for axes in (left, right):
         axes.axhline(0.5, color="grey", linewidth=0.8, linestyle=":")
         axes.set_xlabel("step")
-        # Below: the curves leave no corner free.
+        # Below the axes, because the curves leave no free corner.
         axes.legend(frameon=False, fontsize=8, ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.15))
     save(picture, destination)
 
 
-def sigma_sections(data: Data, found: Found) -> Sections:  # noqa: ARG001  (the same for all data)
+def sigma_sections(data: Data, found: Found) -> Sections:  # noqa: ARG001
     """Median sigma of each layer, in the first quarter of training and after it."""
     curve = found["fig6"]
     last = int(curve["step"].max())  # type: ignore[arg-type]
@@ -112,16 +112,14 @@ def sigma_sections(data: Data, found: Found) -> Sections:  # noqa: ARG001  (the 
         medians = [float(part[role].median()) for part in (early, late)]  # type: ignore[arg-type]
         rows.append([role, *(f"{m:.2g}" for m in medians), f"{100 * float(clipped):.0f} %"])  # type: ignore[arg-type]
     return {
-        "sigma": table(
+        "sigma": as_markdown(
             ["layer, from the input upward", "median sigma, first quarter", "after it", "steps clipped"], rows
         )
     }
 
 
-def draw_sigma(data: Data, found: Found, destination: Path) -> None:  # noqa: ARG001  (the same for all data)
-    """Running mean of log sigma by layer."""
-    from ranker.paper.pictures import figure, save
-
+def draw_sigma(data: Data, found: Found, destination: Path) -> None:  # noqa: ARG001
+    """Running mean of log10 sigma by layer."""
     curve = found["fig6"]
     picture, axes = figure(width=7.5, height=4.2)
     for role in _roles(curve):
@@ -161,7 +159,7 @@ FIG5 = Study(
             "fig5",
             lambda setting, found: auc_jobs(setting, choices(setting, found)),
             read=lambda setting, folder, jobs: curves(
-                folder, jobs, {"loss": "train/loss", "auc": f"val/{setting.data.auc}/auc"}, every=5
+                folder, jobs, {"loss": TRAIN_LOSS, "auc": task_metric(VAL, setting.data.auc, "auc")}, every=5
             ),
         ),
     ),
@@ -173,7 +171,7 @@ FIG5 = Study(
 
 def _sigma_columns(data: Data) -> dict[str, str]:
     roles = ("dcn", "bottom_first", "bottom_top", f"head/{data.auc}", f"head/{data.rmse}")
-    return {role: f"signs/{role}/sigma" for role in roles}
+    return {role: sign(role, "sigma") for role in roles}
 
 
 FIG6 = Study(

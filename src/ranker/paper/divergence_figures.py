@@ -1,4 +1,4 @@
-"""Figures 1, 4 and 8: naive runs that jump and recover, or are lost, and what moved before the loss did."""
+"""Figures 1, 4 and 8: runs of naive Adagrad that recover or diverge, and the signals that move before the loss."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ from typing import Any, NamedTuple
 
 import polars as pl
 
-from ranker.paper.jobs import RECORDED, WATCHED, Data, Job, Setting, grid
-from ranker.paper.markdown import table
-from ranker.paper.recorded import curves
+from ranker.paper.jobs import LABELS, RECORDED, WATCHED, Data, Job, Setting, grid
+from ranker.paper.rendering import figure, save
+from ranker.paper.store import curves
 from ranker.paper.study import Found, Phase, Sections, Study
-from ranker.paper.table2_sections import LABELS
+from ranker.reports.comparison import as_markdown
+from ranker.runs.metric_names import TRAIN_LOSS, VAL, sign, task_metric
 
-# Below 1x a naive run jumps in its first steps, and recovers or not. Under warm-up it learns first and jumps later.
+# Learning rates, in multiples of 1x. Without warm-up the loss jumps in the first steps. With warm-up it jumps later.
 PLAIN: dict[str, tuple[float, ...]] = {"small": (0.25, 0.35, 0.5), "large_dcn": (0.05, 0.1, 0.15)}
 WARMED: dict[str, tuple[float, ...]] = {"small": (1, 4, 16), "large_dcn": (0.5, 2)}
 WARMUP = 100  # steps
@@ -28,17 +29,17 @@ SIGNS = {
 }
 TOP = "bottom_top"
 KEYS = ("model", "lr_mult", "seed", "train.warmup_steps")
-BEFORE = 10  # steps from moment a to moment b: the model still looks healthy
-AFTER = 50  # steps from b within which c, the highest loss, is looked for
+BEFORE = 10  # steps from moment a to moment b
+AFTER = 50  # steps after b in which the highest loss, c, is searched
 
 
 class Moments(NamedTuple):
-    """Steps of figure 4.
+    """The three steps that figure 4 marks.
 
     Attributes:
-        a: healthy, some steps before b.
-        b: the loss begins to move: first step of the detector's event.
-        c: lost: the highest loss soon after b.
+        a: still healthy, some steps before b.
+        b: the first step of the divergence that the detector found.
+        c: the highest loss soon after b.
     """
 
     a: int
@@ -47,7 +48,7 @@ class Moments(NamedTuple):
 
 
 def jobs(setting: Setting) -> list[Job]:
-    """Candidates, of which each figure takes the one that shows best what it is about."""
+    """Candidate runs. Each figure takes the one that shows its subject best."""
     made = []
     for warmup, candidates in ((None, PLAIN), (WARMUP, WARMED)):
         for model, rates in candidates.items():
@@ -62,11 +63,11 @@ def jobs(setting: Setting) -> list[Job]:
 
 
 def moments(first_step: int, curve: pl.DataFrame) -> Moments:
-    """The three moments of a run that was lost.
+    """The three moments of a diverged run.
 
     Args:
-        first_step: of the detector's event.
-        curve: with step and loss.
+        first_step: the first step of the divergence.
+        curve: its curve, with columns step and loss.
     """
     after = curve.filter(pl.col("step").is_between(first_step, first_step + AFTER) & pl.col("loss").is_finite())
     lost = after.sort("loss", descending=True, maintain_order=True)["step"]
@@ -74,8 +75,8 @@ def moments(first_step: int, curve: pl.DataFrame) -> Moments:
 
 
 def read_losses(setting: Setting, folder: Path, jobs: Sequence[Job]) -> tuple[pl.DataFrame, list[Job]]:
-    """Loss and hold-out AUC of two runs: one that recovered and one that was lost, in column ``kind``."""
-    runs, missing = curves(folder, jobs, {"loss": "train/loss", "auc": f"val/{setting.data.auc}/auc"})
+    """Loss and hold-out AUC of one run that recovered and one that diverged; column ``kind`` tells which."""
+    runs, missing = curves(folder, jobs, {"loss": TRAIN_LOSS, "auc": task_metric(VAL, setting.data.auc, "auc")})
     if runs.is_empty():
         return runs, missing
     parts = [_split(runs, _recovered(runs), "micro"), _split(runs, _lost(runs), "full")]
@@ -85,12 +86,12 @@ def read_losses(setting: Setting, folder: Path, jobs: Sequence[Job]) -> tuple[pl
 def read_signs(
     setting: Setting, folder: Path, jobs: Sequence[Job], *, roles: Sequence[str]
 ) -> tuple[pl.DataFrame, list[Job]]:
-    """Signs of some layers of the lost run, with its moments in column ``moment``.
+    """Early signs of some layers of the diverged run, with its moments in column ``moment``.
 
     Columns: ``<role>/<sign>``.
     """
-    names = {f"{role}/{sign}": f"signs/{role}/{sign}" for role in roles for sign in SIGNS}
-    columns = {"loss": "train/loss", "auc": f"val/{setting.data.auc}/auc", **names}
+    names = {f"{role}/{name}": sign(role, name) for role in roles for name in SIGNS}
+    columns = {"loss": TRAIN_LOSS, "auc": task_metric(VAL, setting.data.auc, "auc"), **names}
     runs, missing = curves(folder, jobs, columns)
     which = _lost(runs) if not runs.is_empty() else None
     if which is None:
@@ -105,21 +106,19 @@ def read_signs(
     return run.select(present).with_columns(moment.alias("moment")), missing
 
 
-def loss_sections(data: Data, found: Found) -> Sections:  # noqa: ARG001  (the same for all data)
-    """First loss, highest loss, last AUC of both runs."""
+def loss_sections(data: Data, found: Found) -> Sections:  # noqa: ARG001
+    """First, highest and last loss, and last AUC, of both runs."""
     rows = []
     for (kind,), run in found["fig1"].group_by("kind", maintain_order=True):
         losses, aucs = run["loss"].drop_nulls(), run["auc"].drop_nulls()
         peak = run.sort("loss", descending=True, nulls_last=True, maintain_order=True)
         cells = [f"{losses[0]:.3g}", f"{peak['loss'][0]:.3g} at step {peak['step'][0]}", f"{losses[-1]:.3g}"]
         rows.append([str(kind), _label(run), *cells, f"{100 * aucs[-1]:.2f}", str(run["status"][0])])
-    return {"runs": table(["divergence", "run", "first loss", "highest", "last", "last AUC", "verdict"], rows)}
+    return {"runs": as_markdown(["divergence", "run", "first loss", "highest", "last", "last AUC", "verdict"], rows)}
 
 
 def draw_losses(data: Data, found: Found, destination: Path) -> None:
-    """Loss above AUC, the recovered run left and the lost one right."""
-    from ranker.paper.pictures import figure, save
-
+    """Loss above AUC; left the run that recovered, right the run that diverged."""
     picture, axes = figure(rows=2, columns=2, width=10, height=5, sharex="col", sharey="row")
     titles = {"micro": "micro: it comes back", "full": "full: it is lost"}
     for column, kind in enumerate(("micro", "full")):
@@ -139,24 +138,22 @@ def draw_losses(data: Data, found: Found, destination: Path) -> None:
     save(picture, destination)
 
 
-def sign_sections(name: str, data: Data, found: Found) -> Sections:  # noqa: ARG001  (the same for all data)
-    """Every sign at the three moments."""
+def sign_sections(name: str, data: Data, found: Found) -> Sections:  # noqa: ARG001
+    """Every early sign at the three moments."""
     run = found[name]
     if run.is_empty():
         return {"moments": "No candidate was lost after its first step.\n"}
     at = {m: run.filter(pl.col("moment") == m) for m in ("a", "b", "c")}
     rows = [["training loss", *(_value(at[m], "loss") for m in at)]]
     for role in _roles(run):
-        for sign, label in SIGNS.items():
-            rows.append([f"{role}: {label}", *(_value(at[m], f"{role}/{sign}") for m in at)])
+        for key, label in SIGNS.items():
+            rows.append([f"{role}: {label}", *(_value(at[m], f"{role}/{key}") for m in at)])
     steps = [f"{m}, step {at[m]['step'][0]}" if at[m].height else m for m in at]
-    return {"run": _label(run) + "\n", "moments": table(["sign", *steps], rows)}
+    return {"run": _label(run) + "\n", "moments": as_markdown(["sign", *steps], rows)}
 
 
 def draw_signs(name: str, data: Data, found: Found, destination: Path) -> None:  # noqa: ARG001
-    """Loss, the three signs and the three sigmas around the moments; a column a layer."""
-    from ranker.paper.pictures import figure, save
-
+    """Loss, three early signs and three sigmas around the moments, one column per layer."""
     run = found[name]
     if run.is_empty():
         return
@@ -170,10 +167,10 @@ def draw_signs(name: str, data: Data, found: Found, destination: Path) -> None: 
         top, middle, bottom = (axes[row][column] for row in range(3))
         top.plot(around["step"], around["loss"], color="black", linewidth=1.2)
         top.set_title(f"{role}" if len(roles) > 1 else f"{_label(run)}: {role}", loc="left", fontsize=9)
-        for sign, label in list(SIGNS.items())[:3]:
-            middle.plot(around["step"], around[f"{role}/{sign}"], label=label, linewidth=1.2)
-        for sign, colour in (("sigma_gc", "#d68910"), ("sigma_agc", "#7d6608"), ("sigma_clippy", "#1a5276")):
-            bottom.plot(around["step"], around[f"{role}/{sign}"], label=SIGNS[sign], color=colour, linewidth=1.2)
+        for key, label in list(SIGNS.items())[:3]:
+            middle.plot(around["step"], around[f"{role}/{key}"], label=label, linewidth=1.2)
+        for key, colour in (("sigma_gc", "#d68910"), ("sigma_agc", "#7d6608"), ("sigma_clippy", "#1a5276")):
+            bottom.plot(around["step"], around[f"{role}/{key}"], label=SIGNS[key], color=colour, linewidth=1.2)
         for each in (top, middle, bottom):
             each.set_yscale("log")
             for moment, step in when.items():
@@ -209,15 +206,15 @@ def _split(runs: pl.DataFrame, which: dict[str, Any] | None, kind: str) -> pl.Da
 
 
 def _lost(runs: pl.DataFrame) -> dict[str, Any] | None:
-    """Of the runs that were lost, the one that was healthy longest."""
+    """The diverged run that stayed healthy longest."""
     lost = runs.filter(pl.col("status") == "diverged").unique(KEYS, maintain_order=True)
     return next(iter(lost.sort("first_step", descending=True, maintain_order=True).to_dicts()), None)
 
 
 def _recovered(runs: pl.DataFrame) -> dict[str, Any] | None:
-    """Of the runs that completed, one with a micro divergence, or else the one whose loss rose furthest.
+    """A completed run with a micro divergence, or else the completed run whose loss rose most.
 
-    The detector forgives what happens in a run's first steps.
+    The detector does not report divergences in the first steps of a run.
     """
     completed = runs.filter(pl.col("status") == "completed").group_by(KEYS, maintain_order=True)
     rise = completed.agg(pl.col("micro").first(), (pl.col("loss").max() / pl.col("loss").first()).alias("rise"))

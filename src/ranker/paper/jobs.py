@@ -1,16 +1,23 @@
-"""Jobs as data: what a table or a figure asks for, as overrides of train.py."""
+"""Training jobs as data: the overrides of ``train.py`` that a study needs, and how they are launched as one sweep."""
 
 from __future__ import annotations
 
 import itertools
+import json
+import subprocess
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-Job = tuple[str, ...]
-"""Overrides of one run, in the order in which they are given, such as ``("model=small", "lr_mult=2", "seed=0")``."""
+from ranker.atomic import write_text
+from ranker.errors import UserError
 
-# Nothing that costs time and leaves no number behind: a table needs the evaluation at the end alone.
+Job = tuple[str, ...]
+"""Overrides of one run, in order, such as ``("model=small", "lr_mult=2", "seed=0")``."""
+
+# For tables: only the final evaluation is needed, so everything else that costs time is switched off.
 BARE: Job = (
     "logger=none",
     "train.eval_every=0",
@@ -19,7 +26,7 @@ BARE: Job = (
     "train.threads=1",
     "callbacks.early_signs.every=0",
 )
-# A figure needs the loss at every step and the hold-out now and then, also of a lost run to its end.
+# For figures: the loss at every step and regular evaluations, also after a run has diverged.
 RECORDED: Job = (
     "logger=csv",
     "train.log_every=1",
@@ -31,34 +38,35 @@ RECORDED: Job = (
 )
 UNWATCHED: Job = ("callbacks.early_signs.every=0",)
 WATCHED: Job = ("callbacks.early_signs.every=1", "callbacks.early_signs.task_gradients=0")
-# --quick: long enough for every part to do its work.
-QUICK: Job = ("train.max_steps=60",)
+QUICK: Job = ("train.max_steps=60",)  # for --quick: long enough to exercise every part
 
 PAPER_MODELS = ("small", "large", "large_dcn")
 MORE_MODELS = ("moe", "ple")
 METHODS = ("adagrad", "gc", "agc", "lamb", "clippy")
+LABELS = {"small": "Small", "large": "Large", "large_dcn": "Large+DCN", "moe": "MMoE", "ple": "PLE"}
 Grids = Mapping[str, tuple[str, tuple[float, ...]]]
-"""What is searched, by method: the override's key and its values."""
-# The grids of the paper, section 4.1: naive Adagrad and Clippy have nothing to search.
+"""Search grid per method: the override key and its values."""
+# Section 4.1 of the paper. Naive Adagrad and Clippy have no threshold to search.
 THRESHOLDS: Grids = {
     "gc": ("optim.clip_norm", (1e-1, 1e-2, 1e-3)),
     "agc": ("optim.clip_factor", (1e-2, 1e-3, 1e-4)),
     "lamb": ("optim.trust_coefficient", (1e-1, 1e-2, 1e-3)),
 }
+JOBS_FILE = "jobs.json"
 
 
 @dataclass(frozen=True)
 class Data:
-    """What differs from one data set to another.
+    """Settings that depend on the data set.
 
     Attributes:
         name: the option of ``conf/data``.
-        validation: overrides that make the day before the test day the hold-out and leave the test day unread.
-        auc: the binary task whose AUC selects thresholds and stands in the main table.
-        rmse: the regression task beside it.
-        fewer_features: overrides for "a subset of the features" of table 3.
+        validation: overrides that hold out the day before the test day and do not read the test day.
+        auc: the binary task whose AUC selects thresholds and is reported in the main table.
+        rmse: the regression task reported next to it.
+        fewer_features: overrides for "a subset of the features" in table 3.
         tasks: all tasks, in order.
-        dropped: the tasks that table 3 leaves out, one after the other.
+        dropped: the two tasks that table 3 removes.
     """
 
     name: str
@@ -73,7 +81,7 @@ class Data:
 DATA = {
     "kuairand": Data(
         name="kuairand",
-        validation=("data.days=[2022-04-25,2022-05-07]",),  # the slice's test day is 2022-05-08
+        validation=("data.days=[2022-04-25,2022-05-07]",),  # the test day of the slice is 2022-05-08
         auc="is_click",
         rmse="watch_time",
         tasks=("is_click", "long_view", "is_like", "is_follow", "is_comment", "is_profile_enter", "watch_time"),
@@ -84,7 +92,7 @@ DATA = {
     ),
     "synthetic": Data(
         name="synthetic",
-        # Seven days instead of eight: the hold-out is then the eighth, the full run's last training day, row for row.
+        # Seven training days instead of eight: the hold-out is then the last training day of the full run, row for row.
         validation=("data.log.train_rows=350000",),
         auc="click",
         rmse="watch_time",
@@ -97,14 +105,14 @@ DATA = {
 
 @dataclass(frozen=True)
 class Setting:
-    """What is asked for on the command line.
+    """The options of ``scripts/reproduce.py`` that decide which jobs run.
 
     Attributes:
-        data: which data set.
+        data: the data set.
         scale: ``laptop`` or ``paper``.
-        seeds: seeds of each cell.
-        quick: fewer cells, one seed: whether the machinery works, not what the numbers are.
-        extra: further overrides of every job, such as ``data.source=DIR``.
+        seeds: number of seeds per cell.
+        quick: fewer cells and one seed, to test the code. The numbers are then no results.
+        extra: overrides added to every job, such as ``data.source=DIR``.
     """
 
     data: Data
@@ -114,23 +122,57 @@ class Setting:
     extra: Job = field(default=())
 
     @property
+    def bare(self) -> Job:
+        """Common overrides of every job of a table."""
+        return (*self.common, *BARE)
+
+    @property
     def common(self) -> Job:
         """Overrides of every job."""
         return (f"data={self.data.name}", f"scale={self.scale}", *self.extra)
 
+    @property
+    def seed_list(self) -> tuple[int, ...]:
+        """The seeds 0, 1, ..."""
+        return tuple(range(self.seeds))
+
 
 def grid(common: Iterable[str], axes: Mapping[str, Sequence[Any]]) -> list[Job]:
-    """Every combination of the axes' values, the last axis fastest.
+    """The Cartesian product of the axes; the last axis varies fastest.
 
     Args:
-        common: overrides that come first in each job.
-        axes: values by key; a value of None leaves the key out.
+        common: overrides at the start of each job.
+        axes: values per key. A value of None omits the key.
     """
     jobs = []
     for values in itertools.product(*axes.values()):
         chosen = [f"{key}={_text(value)}" for key, value in zip(axes, values, strict=True) if value is not None]
         jobs.append((*common, *chosen))
     return jobs
+
+
+def launch(root: Path, folder: Path, jobs: Sequence[Job], *, parallel: int) -> None:
+    """Runs jobs as one Hydra multirun in a child process. Jobs with a finished run in the folder are skipped.
+
+    A failed job does not stop the others. A killed sweep can be started again.
+
+    Args:
+        root: the checkout, which contains train.py.
+        folder: the sweep folder. Studies with the same data and scale share one, and so share runs.
+        jobs: what to run.
+        parallel: number of jobs at a time.
+
+    Raises:
+        UserError: the sweep could not start.
+    """
+    write_text(folder / JOBS_FILE, json.dumps([list(job) for job in jobs], indent=1))
+    command = [sys.executable, str(root / "train.py"), "-m", "hydra/sweeper=list"]
+    command += [f"hydra.sweeper.jobs={folder / JOBS_FILE}", f"hydra.sweep.dir={folder}"]
+    if parallel > 1:
+        command += ["hydra/launcher=joblib", f"hydra.launcher.n_jobs={parallel}"]
+    status = subprocess.run(command, cwd=root, check=False).returncode
+    if status not in (0, 1):  # 1: some jobs failed; the sweep has already listed them
+        raise UserError(f"the sweep in {folder} ended with status {status}; run the same command to continue")
 
 
 def _text(value: Any) -> str:

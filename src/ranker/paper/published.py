@@ -1,4 +1,4 @@
-"""What is published and whether it still is what its runs say: results/ and the documents that quote it."""
+"""All studies by name, and the published results: rendering, checking and rewriting results/ and quoting documents."""
 
 from __future__ import annotations
 
@@ -7,92 +7,116 @@ from pathlib import Path
 
 import polars as pl
 
-from ranker.paper import markdown
+from ranker.atomic import write_text
+from ranker.paper import (
+    ablation_tables,
+    analytic_studies,
+    curve_figures,
+    divergence_figures,
+    divergence_tables,
+    rendering,
+    table2,
+)
 from ranker.paper.jobs import DATA, Data
-from ranker.paper.store import read_runs, write_whole
+from ranker.paper.store import read_runs
 from ranker.paper.study import Found, Study
 
+# In the order in which ``reproduce.py all`` makes them.
+STUDIES: tuple[Study, ...] = (
+    analytic_studies.TABLE1,
+    analytic_studies.FIG3,
+    table2.TABLE2,
+    divergence_tables.TABLE3,
+    divergence_figures.FIG1,
+    divergence_figures.FIG4,
+    curve_figures.FIG5,
+    curve_figures.FIG6,
+    divergence_figures.FIG8,
+    divergence_tables.HIGH_RATES,
+    ablation_tables.RULE,
+    ablation_tables.LAMBDA,
+    ablation_tables.ADAM,
+    divergence_tables.BATCH,
+    divergence_tables.WINDOW,
+    divergence_tables.MITIGATION,
+    table2.SOFT_SHARING,
+    table2.SEARCHED_CLIPPY,
+)
+BY_NAME = {study.name: study for study in STUDIES}
 QUOTING = ("README.md", "docs/reproduction.md", "results/README.md")
 
 
 def folder_of(study: Study, data: Data, scale: str) -> str:
-    """The folder of a study's results, within results/."""
+    """The folder of a study's results, relative to results/."""
     return f"{data.name}_{scale}" if study.needs_data else "no_data"
 
 
-def command_of(study: Study, folder: str) -> str:
-    """What makes a study's results again."""
-    name, _, scale = folder.rpartition("_")
-    return f"python scripts/reproduce.py {study.name}" + (f" data={name} scale={scale}" if study.needs_data else "")
-
-
-def load_found(study: Study, studies: Sequence[Study], folder: Path) -> dict[str, pl.DataFrame]:
-    """The CSV files of a study and of those it needs, by phase."""
+def load_found(study: Study, folder: Path) -> dict[str, pl.DataFrame]:
+    """The CSV files of a study and of the studies that it needs, by phase name."""
     found: dict[str, pl.DataFrame] = {}
     for name in study.needs:
-        found |= load_found(next(s for s in studies if s.name == name), studies, folder)
+        found |= load_found(BY_NAME[name], folder)
     return found | {phase.name: read_runs(folder / f"{phase.name}.csv") for phase in study.phases}
 
 
 def render(study: Study, data: Data, found: Found, folder: str) -> str:
-    """The Markdown of a study."""
-    own = {phase.name: found[phase.name] for phase in study.phases}
-    heading = study.title + (f": {folder.replace('_', ', ')}" if study.needs_data else "")
-    return markdown.document(heading, markdown.provenance(own, command_of(study, folder)), study.sections(data, found))
-
-
-def published(studies: Sequence[Study], results: Path) -> Iterable[tuple[Path, str]]:
-    """Every published Markdown file and what it must hold, computed anew from the CSV files."""
-    for folder in sorted(path for path in results.iterdir() if path.is_dir()):
-        name = folder.name.rpartition("_")[0]
-        data = DATA.get(name, DATA["kuairand"])
-        for study in studies:
-            path = folder / f"{study.name}.md"
-            if path.is_file():
-                yield path, render(study, data, load_found(study, studies, folder), folder.name)
-
-
-def differences(studies: Sequence[Study], root: Path) -> list[str]:
-    """What is published and not what the CSV files say, a line each; empty where all agrees.
+    """The Markdown file of a study.
 
     Args:
-        studies: all studies.
+        study: the study.
+        data: its data set.
+        found: from ``load_found``.
+        folder: from ``folder_of``.
+    """
+    own = {phase.name: found[phase.name] for phase in study.phases}
+    heading, command = study.title, f"python scripts/reproduce.py {study.name}"
+    if study.needs_data:
+        name, _, scale = folder.rpartition("_")
+        heading += f": {folder.replace('_', ', ')}"
+        command += f" data={name} scale={scale}"
+    return rendering.document(heading, rendering.provenance(own, command), study.sections(data, found))
+
+
+def differences(root: Path) -> list[str]:
+    """The published lines that do not match the CSV files, as messages; empty if everything matches.
+
+    Args:
         root: the checkout, with results/ and the documents that quote it.
     """
-    told = []
-    for path, expected in published(studies, root / "results"):
-        told += _compare(path.read_text(encoding="utf-8"), expected, str(path.relative_to(root)))
-    for name in QUOTING:
-        if (root / name).is_file():
-            text = (root / name).read_text(encoding="utf-8")
-            told += _compare(text, markdown.quote(text, root), name)
-    return told
+    return [line for path, text, expected in _published(root) for line in _compare(text, expected, path, root)]
 
 
-def publish(studies: Sequence[Study], root: Path) -> list[Path]:
-    """Writes what the CSV files say into every published file and quoting document; returns those that changed."""
+def publish(root: Path) -> list[Path]:
+    """Rewrites every published file and quoting document from the CSV files; returns the files that changed."""
     changed = []
-    for path, expected in published(studies, root / "results"):
-        if path.read_text(encoding="utf-8") != expected:
-            write_whole(path, expected)
+    for path, text, expected in _published(root):
+        if text != expected:
+            write_text(path, expected)
             changed.append(path)
-    for name in QUOTING:
-        path = root / name
-        if path.is_file():
-            text = path.read_text(encoding="utf-8")
-            quoted = markdown.quote(text, root)
-            if quoted != text:
-                write_whole(path, quoted)
-                changed.append(path)
     return changed
 
 
-def _compare(text: str, expected: str, name: str) -> list[str]:
+def _published(root: Path) -> Iterable[tuple[Path, str, str]]:
+    """Path, text and expected text of every published file, the quoting documents last."""
+    for folder in sorted(path for path in (root / "results").iterdir() if path.is_dir()):
+        data = DATA.get(folder.name.rpartition("_")[0], DATA["kuairand"])
+        for study in STUDIES:
+            path = folder / f"{study.name}.md"
+            if path.is_file():
+                expected = render(study, data, load_found(study, folder), folder.name)
+                yield path, path.read_text(encoding="utf-8"), expected
+    for path in (root / name for name in QUOTING):
+        if path.is_file():
+            text = path.read_text(encoding="utf-8")
+            yield path, text, rendering.quote(text, root)
+
+
+def _compare(text: str, expected: str, path: Path, root: Path) -> list[str]:
     lines = zip(_padded(text, expected), _padded(expected, text), strict=True)
     wrong = [(i, a, b) for i, (a, b) in enumerate(lines, start=1) if a != b]
-    return [f"{name}:{i}: published '{a}', the runs say '{b}'" for i, a, b in wrong[:3]]
+    return [f"{path.relative_to(root)}:{i}: published '{a}', computed from the runs '{b}'" for i, a, b in wrong[:3]]
 
 
-def _padded(text: str, other: str) -> list[str]:
+def _padded(text: str, other: str) -> Sequence[str]:
     lines = text.splitlines()
     return lines + [""] * (len(other.splitlines()) - len(lines))

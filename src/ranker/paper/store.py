@@ -1,10 +1,9 @@
-"""From run folders to the small CSV files in results/, and back."""
+"""Reads the run folders of a sweep into tables: one row per run, or one row per run and step."""
 
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,31 +13,68 @@ import yaml
 from ranker.errors import UserError
 from ranker.paper.jobs import Job
 from ranker.runs.config_identity import NOT_IDENTIFYING, is_below
-from ranker.runs.run_folder import SUMMARY
+from ranker.runs.metric_names import TEST
+from ranker.runs.run_folder import METRICS as METRICS_FILE
+from ranker.runs.run_folder import SUMMARY, whole_lines
 
 # Settings that do not identify a published run. Where the data lie does not matter, because the data set has a name.
 UNRECORDED = (*NOT_IDENTIFYING, "data.source", "data.root")
-DEFAULTS = {"scale": "laptop", "lr_mult": "1", "seed": "0"}  # what holds where nothing is said
+DEFAULTS = {"scale": "laptop", "lr_mult": "1", "seed": "0"}  # values of keys that a job does not override
 STANDARD = ("data", "scale", "model", "optim", "lr_mult", "seed")
 METRICS = ("auc", "ne", "rmse", "calibration")
+CURVE_KEYS = (
+    "model",
+    "optim",
+    "lr_mult",
+    "seed",
+    "status",
+    "first_step",
+    "micro",
+    "train.warmup_steps",
+    "commit",
+    "machine",
+)
+DIGITS = 5  # significant digits in the CSV files of curves
 
 
 def identity(overrides: Iterable[str]) -> frozenset[tuple[str, str]]:
-    """What makes two jobs the same: their overrides, in whatever order and however a number was written."""
-    said = DEFAULTS | dict(override.split("=", 1) for override in overrides)
-    return frozenset((key, _plain(value)) for key, value in said.items() if not is_below(key, UNRECORDED))
+    """What identifies a job: its overrides, independent of their order and of how numbers are written."""
+    values = DEFAULTS | dict(override.split("=", 1) for override in overrides)
+    return frozenset((key, _normalised(value)) for key, value in values.items() if not is_below(key, UNRECORDED))
 
 
 def collect(folder: Path, jobs: Sequence[Job]) -> tuple[pl.DataFrame, list[Job]]:
-    """The runs of some jobs in a sweep's folder, one row each in the order of the jobs, and the jobs without a run.
+    """The runs of some jobs in a sweep folder, one row per run in the order of the jobs, and the jobs without a run.
 
     Columns: the standard keys, every other override by its name, lr, status, steps, examples_per_second, seconds,
-    first_step, micro, dense_parameters, run, config_hash, commit, machine, and the hold-out's ``<task>/<metric>``. Runs
-    that no job asks for and runs that failed are left out; of two runs of one job the last in name order counts.
+    first_step, micro, dense_parameters, run, config_hash, commit, machine, and ``<task>/<metric>`` on the hold-out.
+    Failed runs and runs of other jobs are ignored. If a job has two runs, the last in name order is used.
     """
     found, missing = find(folder, jobs)
     rows = [row_of(job, *run) for job, run in found]
     return pl.DataFrame(rows, infer_schema_length=None), missing
+
+
+def curves(
+    folder: Path, jobs: Sequence[Job], columns: Mapping[str, str], *, every: int = 1
+) -> tuple[pl.DataFrame, list[Job]]:
+    """Training curves from metrics.csv, one row per run and step.
+
+    Args:
+        folder: a sweep folder.
+        jobs: the runs.
+        columns: metric name by new column name. A metric that a run does not have becomes null.
+        every: keep only every n-th step, and all steps with an evaluation on the hold-out.
+
+    Returns:
+        ``CURVE_KEYS``, step and the columns; and the jobs without a run.
+
+    Raises:
+        UserError: a run has no metrics.csv.
+    """
+    found, missing = find(folder, jobs)
+    parts = [_curve(path, row_of(job, path, summary), columns, every) for job, (path, summary) in found]
+    return (pl.concat(parts, how="diagonal_relaxed") if parts else pl.DataFrame()), missing
 
 
 def find(folder: Path, jobs: Sequence[Job]) -> tuple[list[tuple[Job, tuple[Path, dict[str, Any]]]], list[Job]]:
@@ -54,12 +90,12 @@ def find(folder: Path, jobs: Sequence[Job]) -> tuple[list[tuple[Job, tuple[Path,
 
 
 def matching(runs: pl.DataFrame, overrides: Iterable[str], among: Iterable[str]) -> pl.DataFrame:
-    """The runs that were made with some overrides and without the other keys.
+    """The runs that have exactly these overrides among some keys.
 
     Args:
         runs: from ``collect`` or its CSV.
         overrides: such as ``("model=large", "data.window=1024")``.
-        among: every key that may have been overridden; one that is not in ``overrides`` must be null.
+        among: keys to compare. A key that is not in ``overrides`` must be null.
     """
     wanted = {key: _number(value) for key, value in (override.split("=", 1) for override in overrides)}
     for key in among:
@@ -75,18 +111,11 @@ def matching(runs: pl.DataFrame, overrides: Iterable[str], among: Iterable[str])
     return runs
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Writes a file so that one who is stopped in the middle leaves the old one."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
-
-
 def read_runs(path: Path) -> pl.DataFrame:
-    """A CSV of runs.
+    """Reads a CSV of runs.
 
     Raises:
-        UserError: it is not there.
+        UserError: the file does not exist.
     """
     if not path.is_file():
         raise UserError(f"no file {path}; make it with scripts/reproduce.py")
@@ -94,10 +123,9 @@ def read_runs(path: Path) -> pl.DataFrame:
 
 
 def row_of(job: Job, folder: Path, summary: dict[str, Any]) -> dict[str, Any]:
-    """The row of one run."""
-    overrides = dict(override.split("=", 1) for override in job)
+    """The row of one run; see ``collect`` for the columns."""
     row: dict[str, Any] = {key: summary[key] for key in STANDARD}
-    for key, value in overrides.items():
+    for key, value in (override.split("=", 1) for override in job):
         if key not in row and not is_below(key, UNRECORDED):
             row[key] = _number(value)
     row |= {key: summary[key] for key in ("lr", "status", "steps", "examples_per_second", "seconds")}
@@ -106,11 +134,28 @@ def row_of(job: Job, folder: Path, summary: dict[str, Any]) -> dict[str, Any]:
     row |= {key: summary.get(key) for key in ("config_hash", "commit", "machine")}
     for key, value in summary["metrics"].items():
         if key.rsplit("/", 1)[-1] in METRICS:
-            row[key.removeprefix("test/")] = None if value is None else float(f"{value:.6g}")
+            row[key.removeprefix(f"{TEST}/")] = None if value is None else float(f"{value:.6g}")
     return row
 
 
-def _plain(value: str) -> str:
+def _curve(folder: Path, row: Mapping[str, Any], columns: Mapping[str, str], every: int) -> pl.DataFrame:
+    path = folder / METRICS_FILE
+    if not path.is_file():
+        raise UserError(f"no {METRICS_FILE} in {folder}: a figure needs runs with logger=csv")
+    metrics = pl.read_csv(whole_lines(path), infer_schema_length=None)
+    wanted = [
+        (pl.col(source) if source in metrics.columns else pl.lit(None)).cast(pl.Float64).alias(name)
+        for name, source in columns.items()
+    ]
+    merged = metrics.select("step", *wanted).group_by("step", maintain_order=True).agg(pl.all().drop_nulls().last())
+    kept = merged.filter((pl.col("step") % every == 0) | pl.any_horizontal(pl.col("^auc.*$").is_not_null()))
+    named = [pl.lit(row.get(key)).alias(key) for key in CURVE_KEYS]
+    frame = kept.select(*named, "step", *columns).sort("step")
+    floats = [name for name, kind in frame.schema.items() if kind.is_float()]
+    return frame.with_columns(pl.col(floats).round_sig_figs(DIGITS))
+
+
+def _normalised(value: str) -> str:
     number = _number(value)
     return f"{number:g}" if isinstance(number, float) else value.strip().lower()
 

@@ -1,4 +1,4 @@
-"""A study: which runs a table or figure asks for, and what is written from them."""
+"""What a study is: the runs that a table or figure needs, and the functions that render it."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from ranker.paper.jobs import Data, Job, Setting
 from ranker.paper.store import collect
 
 Found = Mapping[str, pl.DataFrame]
-"""What is known so far, by name of phase: what stands in the CSV files of results/."""
+"""Results so far by phase name: the contents of the CSV files in results/."""
 
 Sections = dict[str, str]
-"""Markdown by name; a name may be quoted by a document: ``<!-- results/FOLDER/STUDY.md#NAME -->``."""
+"""Markdown by section name. A document can quote a section: ``<!-- results/FOLDER/STUDY.md#NAME -->``."""
 
 Reader = Callable[[Setting, Path, Sequence[Job]], tuple[pl.DataFrame, list[Job]]]
 
@@ -25,9 +25,9 @@ class Phase:
     """One sweep of a study.
 
     Attributes:
-        name: of its CSV, unique among all studies.
-        jobs: what to run, given what earlier phases found.
-        read: from the sweep's folder to the rows of the CSV, and the jobs that have no run.
+        name: of its CSV file, unique among all studies.
+        jobs: the jobs to run, given the results of earlier phases.
+        read: reads the sweep folder; returns the rows of the CSV and the jobs without a run.
     """
 
     name: str
@@ -40,13 +40,13 @@ class Study:
     """A table or a figure.
 
     Attributes:
-        name: as on the command line.
-        title: what it shows.
+        name: the name on the command line.
+        title: the heading of its Markdown file.
         phases: its sweeps, in order.
-        sections: the Markdown, from the CSV files alone.
-        draw: the picture, from the CSV files alone, to a path without an ending; None where there is none.
-        needs: names of studies whose phases are made first.
-        needs_data: whether it is made once for each data set, or once.
+        sections: makes the Markdown from the CSV files only.
+        draw: draws the figure from the CSV files only, to a path without suffix; None for a table.
+        needs: names of the studies that must be made first.
+        needs_data: False if the result does not depend on the data set, so that it is made only once.
     """
 
     name: str

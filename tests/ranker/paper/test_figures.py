@@ -9,7 +9,7 @@ import polars as pl
 
 from ranker.paper import curve_figures, divergence_figures
 from ranker.paper.jobs import DATA, Setting
-from ranker.paper.recorded import curves
+from ranker.paper.store import curves
 
 SETTING = Setting(DATA["kuairand"])
 

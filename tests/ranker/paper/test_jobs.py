@@ -7,12 +7,11 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
 from ranker import config
-from ranker.paper.conditions import mitigation_jobs
+from ranker.paper.divergence_tables import mitigation_jobs, table3_rows
 from ranker.paper.jobs import DATA, QUICK, THRESHOLDS, Job, Setting, grid
+from ranker.paper.published import STUDIES
 from ranker.paper.store import identity
-from ranker.paper.studies import STUDIES
 from ranker.paper.table2 import Choice
-from ranker.paper.table3 import rows
 from support import ROOT
 
 
@@ -24,7 +23,7 @@ def all_jobs(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> dict[str, lis
         for method in ("adagrad", "clippy", *THRESHOLDS)
     }
     chosen = {(m, o): Choice(2, {1: limit, 2: limit}) for m in models for o, limit in first.items()}
-    for module in ("table2.choose", "searched_clippy.choose", "rates.choices", "curve_figures.choices"):
+    for module in ("table2.choose", "divergence_tables.choices", "curve_figures.choices"):
         monkeypatch.setattr(f"ranker.paper.{module}", lambda *_, **__: chosen)
     none = dict.fromkeys(f"{study}_search" for study in ("table2", "table2_soft", "table2_clippy"))
     return {phase.name: phase.jobs(setting, none) for study in STUDIES for phase in study.phases}
@@ -65,7 +64,7 @@ def test_a_grid_is_every_combination_and_leaves_out_what_is_none() -> None:
 
 
 def test_table_3_takes_away_tasks_and_features_that_the_data_have() -> None:
-    made = rows(DATA["kuairand"])
+    made = table3_rows(DATA["kuairand"])
     assert len(made) == 7
     two = made["two tasks fewer (is_comment, watch_time)"][1]
     assert two == "data.tasks=[is_click,long_view,is_like,is_follow,is_profile_enter]"

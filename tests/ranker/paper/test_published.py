@@ -8,16 +8,15 @@ from pathlib import Path
 import pytest
 
 from ranker.errors import UserError
-from ranker.paper import fig3, markdown, table1
+from ranker.paper import analytic_studies, rendering
 from ranker.paper.jobs import DATA, Setting
 from ranker.paper.published import differences, publish, render
-from ranker.paper.studies import STUDIES
 
 ROOT = Path(__file__).parents[3]
 
 
 def test_every_published_number_is_what_its_runs_say() -> None:
-    assert differences(STUDIES, ROOT) == []
+    assert differences(ROOT) == []
 
 
 @pytest.fixture
@@ -32,11 +31,11 @@ def copy(tmp_path: Path) -> Path:
 def test_an_edited_number_is_found_and_publishing_mends_it(copy: Path) -> None:
     path = copy / "results" / "no_data" / "fig3.md"
     path.write_text(path.read_text(encoding="utf-8").replace("0.191", "0.190"), encoding="utf-8")
-    told = differences(STUDIES, copy)
+    told = differences(copy)
     assert any(line.startswith("results/no_data/fig3.md:") and "0.190" in line for line in told)
     assert any(line.startswith("README.md:") for line in told)
-    publish(STUDIES, copy)
-    assert differences(STUDIES, copy) == []
+    publish(copy)
+    assert differences(copy) == []
     text = (copy / "README.md").read_text(encoding="utf-8")
     assert text.startswith("before\n")
     assert text.endswith("<!-- end -->\nafter\n")
@@ -44,49 +43,50 @@ def test_an_edited_number_is_found_and_publishing_mends_it(copy: Path) -> None:
 
 
 def test_a_changed_run_is_found(copy: Path) -> None:
-    publish(STUDIES, copy)
+    publish(copy)
     path = copy / "results" / "no_data" / "fig3.csv"
     path.write_text(path.read_text(encoding="utf-8").replace("10.5", "11.5"), encoding="utf-8")
-    assert len(differences(STUDIES, copy)) > 1
+    assert len(differences(copy)) > 1
 
 
 def test_a_block_that_names_nothing_is_refused(copy: Path) -> None:
     with pytest.raises(UserError, match=r"fig3\.md#lost: no section 'lost'"):
-        markdown.quote("<!-- results/no_data/fig3.md#lost -->\n<!-- end -->\n", copy)
+        rendering.quote("<!-- results/no_data/fig3.md#lost -->\n<!-- end -->\n", copy)
     with pytest.raises(UserError, match="fig9"):
-        markdown.quote("<!-- results/no_data/fig9.md#loss -->\n<!-- end -->\n", copy)
+        rendering.quote("<!-- results/no_data/fig9.md#loss -->\n<!-- end -->\n", copy)
 
 
 def test_a_section_may_have_any_name_without_spaces(copy: Path) -> None:
     block = "<!-- results/x.md#at-0.4x -->\n<!-- end -->\n"
-    quoted = markdown.quote(block, copy, lambda path: "## at-0.4x\n\n| 3 of 3 |\n")
+    (copy / "results" / "x.md").write_text("## at-0.4x\n\n| 3 of 3 |\n", encoding="utf-8")
+    quoted = rendering.quote(block, copy)
     assert quoted == "<!-- results/x.md#at-0.4x -->\n| 3 of 3 |\n<!-- end -->\n"
 
 
 def test_table_1_at_a_width_is_the_sum_done_by_hand() -> None:
     d, h = 100, 512
     small = d * h + h + h * h + h + 6 * (h + 1)
-    assert table1.parameters("Small", width=d) == small
+    assert analytic_studies.parameters("Small", width=d) == small
     h = 4096
     large = d * h + h + 3 * (h * h + h) + 6 * (h + 1)
-    assert table1.parameters("Large", width=d) == large
-    assert table1.parameters("Large+DCN", width=d, cross_layers=2) == large + 2 * (d * d + d) + 2 * d
+    assert analytic_studies.parameters("Large", width=d) == large
+    assert analytic_studies.parameters("Large+DCN", width=d, cross_layers=2) == large + 2 * (d * d + d) + 2 * d
 
 
 def test_the_fitting_width_is_the_nearest() -> None:
-    width = table1.fitting_width(57e6, "Large")
-    off = [abs(table1.parameters("Large", width=width + step) - 57e6) for step in (-1, 0, 1)]
+    width = analytic_studies.fitting_width(57e6, "Large")
+    off = [abs(analytic_studies.parameters("Large", width=width + step) - 57e6) for step in (-1, 0, 1)]
     assert min(off) == off[1]
 
 
 def test_figure_3_shrinks_below_the_edge_and_grows_above() -> None:
     # x shrinks by 1 - 20 * 0.09 = -0.8 a step, or grows by -1.2
-    assert fig3.descend(0.09, steps=2)[2] == pytest.approx((0.64, 0.91**2))
-    assert fig3.descend(0.11, steps=2)[2] == pytest.approx((1.44, 0.89**2))
+    assert analytic_studies.descend(0.09, steps=2)[2] == pytest.approx((0.64, 0.91**2))
+    assert analytic_studies.descend(0.11, steps=2)[2] == pytest.approx((1.44, 0.89**2))
 
 
 def test_what_was_measured_without_a_run_is_measured_again(tmp_path: Path) -> None:
-    for study in (fig3.STUDY, table1.STUDY):
+    for study in (analytic_studies.FIG3, analytic_studies.TABLE1):
         runs, _ = study.phases[0].read(Setting(DATA["kuairand"]), tmp_path, [])
         published = ROOT / "results" / "no_data" / f"{study.name}.md"
         assert render(study, DATA["kuairand"], {study.name: runs}, "no_data") == published.read_text(encoding="utf-8")

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import polars as pl
 
-from ranker.paper import table2, table2_sections
+from ranker.paper import table2
 from ranker.paper.jobs import DATA, METHODS, Setting
-from ranker.paper.rates import largest_stable
 
+KEY = "optim.lambda_abs"
 SETTING = Setting(DATA["kuairand"], seeds=2)
 
 
@@ -71,7 +71,7 @@ def final_runs() -> pl.DataFrame:
 
 def test_the_table_gives_mean_and_deviation_the_count_of_the_lost_and_the_papers_numbers() -> None:
     chosen = {("small", method): table2.Choice(2, {1: None, 2: None}) for method in METHODS}
-    made = table2_sections.sections(SETTING.data, final_runs(), chosen, ["small"])
+    made = table2.table2_sections(SETTING.data, final_runs(), chosen, ["small"])
     first, second = made["best"].splitlines()[2:4]
     assert "| diverged 2 of 2 (2x) | 66.50 ± 0.71 (2x) |" in first
     assert "*71.68 ± 0.13 (2x)*" in second
@@ -79,8 +79,74 @@ def test_the_table_gives_mean_and_deviation_the_count_of_the_lost_and_the_papers
     assert "| Small | gc | +2.50 | -3.85 to +8.85 | 0.126 | 2 |" in made["significance"]
 
 
-def test_the_largest_stable_rate_lies_below_the_first_loss() -> None:
-    tried = {1: ["completed"] * 2, 2: ["completed"] * 2, 4: ["completed", "diverged"], 8: ["completed"]}
-    runs = pl.DataFrame([{"lr_mult": float(m), "status": s} for m, found in tried.items() for s in found])
-    assert largest_stable(runs) == 2
-    assert largest_stable(runs.filter(pl.col("lr_mult") == 4)) is None
+def clippy_run(method: str, rate: int, auc: float, seed: int = 0, **more: object) -> dict[str, object]:
+    standard = {"model": "small", "optim": method, "lr_mult": rate, "seed": seed, "status": "completed"}
+    return standard | {"is_click/auc": auc, "watch_time/rmse": 1.25} | more
+
+
+def found() -> dict[str, pl.DataFrame]:
+    aucs = {(1, 1e-2): 0.61, (1, 1e-3): 0.65, (2, 1e-2): 0.60, (2, 1e-3): 0.66, (2, 1e-4): 0.64}
+    thresholds = {"optim.clip_norm": 0.1, "optim.clip_factor": 0.01, "optim.trust_coefficient": 0.01}
+    return {
+        "table2_search": pl.DataFrame([clippy_run(method, 2, 0.6, **thresholds) for method in METHODS]),
+        "table2_final": pl.DataFrame(
+            [clippy_run(m, 2, 0.60 + 0.01 * i + 0.02 * s, seed=s) for i, m in enumerate(METHODS) for s in (0, 1)]
+        ),
+        "table2_clippy_search": pl.DataFrame(
+            [clippy_run("clippy", r, auc, **{KEY: a}) for (r, a), auc in aucs.items()]
+        ),
+        "table2_clippy_final": pl.DataFrame(
+            [clippy_run("clippy", r, 0.65 + 0.01 * r + 0.01 * s, seed=s, **{KEY: 1e-3}) for r in (1, 2) for s in (0, 1)]
+        ),
+    }
+
+
+def test_it_searches_without_the_test_day_and_trains_with_what_was_best_at_each_rate() -> None:
+    search, final = table2.SEARCHED_CLIPPY.phases
+    jobs = search.jobs(SETTING, {})
+    assert len(jobs) == 3 * 2 * 3
+    assert all("data.days=[2022-04-25,2022-05-07]" in job and "optim=clippy" in job for job in jobs)
+    jobs = final.jobs(SETTING, found())
+    assert [job[-4:] for job in jobs] == [
+        ("optim=clippy", f"lr_mult={rate}", f"{KEY}=0.001", f"seed={seed}") for rate in (1, 2) for seed in (0, 1)
+    ]
+    assert not any(override.startswith("data.days") for job in jobs for override in job)
+
+
+def test_the_table_has_both_clippys_and_the_comparison_takes_the_searched_one() -> None:
+    made = table2.SEARCHED_CLIPPY.sections(SETTING.data, found())
+    assert made["best"].splitlines()[2] == (
+        "| Small, is_click AUC | 62.00 ± 1.41 | 63.00 ± 1.41 | 64.00 ± 1.41 | 65.00 ± 1.41 | 67.50 ± 0.71 (2x, 0.001) |"
+    )
+    assert made["search"].splitlines()[2:] == [
+        "| Small | 1x | 61.00 | 65.00 | - |",
+        "| Small | 2x | 60.00 | 66.00 | 64.00 |",
+    ]
+    # against lamb, the best baseline: 67 - 63 and 68 - 65, not table 2's own clippy (64 and 66)
+    assert "| Small | lamb | +3.50 |" in made["significance"]
+
+
+def compared(clippy: list[float], gc: list[float]) -> str:
+    """The row that compares Clippy with its best baseline, from AUCs by seed."""
+    best = {}
+    for method, aucs in {"clippy": clippy, "gc": gc, "agc": [], "lamb": []}.items():
+        rows = [{"seed": s, "status": "completed", "is_click/auc": auc} for s, auc in enumerate(aucs)]
+        schema = {"seed": pl.Int64, "status": pl.String, "is_click/auc": pl.Float64}
+        best["small", method] = pl.DataFrame(rows, schema=schema)
+    return table2.significance(SETTING.data, best, ["small"]).splitlines()[2]
+
+
+def test_a_paired_difference_by_hand() -> None:
+    # d = 1, 2, 3: mean 2, standard error 1 / sqrt(3), t = 2 sqrt(3) with 2 degrees of freedom;
+    # P(abs(T) <= t) = t / sqrt(2 + t^2) there, and the 0.975 quantile is 4.30265: 2 -+ 4.30265 / sqrt(3).
+    row = compared([0.02, 0.04, 0.06], [0.01, 0.02, 0.03])
+    assert row == "| Small | gc | +2.00 | -0.48 to +4.48 | 0.074 | 3 |"
+
+
+def test_one_pair_has_a_difference_but_no_significance() -> None:
+    assert compared([0.75], [0.5]) == "| Small | gc | +25.00 | +nan to +nan | nan | 1 |"
+
+
+def test_equal_differences_are_certain_and_no_difference_is_not() -> None:
+    assert compared([0.75, 1.0], [0.5, 0.75]) == "| Small | gc | +25.00 | +25.00 to +25.00 | 0.000 | 2 |"
+    assert compared([0.75, 1.0], [0.75, 1.0]) == "| Small | gc | +0.00 | +0.00 to +0.00 | 1.000 | 2 |"

@@ -1,4 +1,4 @@
-"""Clippy taken apart: its two ideas one at a time, its two lambdas, and its bound on Adam."""
+"""Ablation tables of Clippy: its two ideas one at a time, its two lambdas, and its bound applied to Adam."""
 
 from __future__ import annotations
 
@@ -6,24 +6,25 @@ from collections.abc import Sequence
 
 import polars as pl
 
-from ranker.paper.jobs import BARE, Data, Job, Setting, grid
-from ranker.paper.markdown import cell, table
+from ranker.paper.jobs import LABELS, Data, Job, Setting, grid
+from ranker.paper.rendering import cell
 from ranker.paper.study import Found, Phase, Sections, Study
-from ranker.paper.table2_sections import LABELS
+from ranker.reports.comparison import as_markdown
 
 MODELS = ("small", "large_dcn")
 RULES = ("clippy", "clippy_norm2", "clippy_gradient", "clippy_gradient_norm2")
-# A lambda on the gradient is another unit than one on the update: three sizes of both lambdas, in the paper's ratio.
+# A bound on the gradient has another unit than a bound on the update, so both lambdas are tried at three sizes, in the
+# paper's ratio.
 SIZES = ((0.5, 1e-2), (0.05, 1e-3), (5e-3, 1e-4))
 LAMBDA_REL = (0.0, 0.1, 0.5, 1.0)
 LAMBDA_ABS = (1e-3, 1e-2, 1e-1)
-# Adam's steps are about as long as the learning rate: 1x of the data set's Adagrad is far too much for it.
+# Adam's updates are about as large as the learning rate, so 1x of the data set (meant for Adagrad) is far too high.
 ADAM_RATES = (0.005, 0.02, 0.1, 0.5)
 UNCLIPPED = 1e9
 
 
 def rule_jobs(setting: Setting) -> list[Job]:
-    """Update against gradient, infinity norm against 2-norm."""
+    """Bound on the update or on the gradient, in the infinity norm or the 2-norm."""
     jobs = []
     for rel, absolute in SIZES[:1] if setting.quick else SIZES:
         axes: dict[str, Sequence[object]] = {
@@ -33,12 +34,12 @@ def rule_jobs(setting: Setting) -> list[Job]:
             "optim.lambda_rel": (rel,),
             "optim.lambda_abs": (absolute,),
         }
-        jobs += grid((*setting.common, *BARE), {**axes, "seed": _seeds(setting)})
+        jobs += grid(setting.bare, {**axes, "seed": setting.seed_list})
     return jobs
 
 
 def lambda_jobs(setting: Setting) -> list[Job]:
-    """lambda_rel by lambda_abs at 2x."""
+    """The grid of lambda_rel and lambda_abs at 2x."""
     axes: dict[str, Sequence[object]] = {
         "model": _models(setting),
         "optim": ("clippy",),
@@ -46,26 +47,22 @@ def lambda_jobs(setting: Setting) -> list[Job]:
         "optim.lambda_rel": LAMBDA_REL[::2] if setting.quick else LAMBDA_REL,
         "optim.lambda_abs": LAMBDA_ABS[:2] if setting.quick else LAMBDA_ABS,
     }
-    return grid((*setting.common, *BARE), {**axes, "seed": _seeds(setting)})
+    return grid(setting.bare, {**axes, "seed": setting.seed_list})
 
 
 def adam_jobs(setting: Setting) -> list[Job]:
-    """Adam with Clippy's bound and without; embeddings keep an Adagrad of their own rate."""
+    """Adam with and without Clippy's bound. Embeddings use Adagrad with a separate learning rate."""
     axes: dict[str, Sequence[object]] = {
         "model": _models(setting),
         "optim": ("clippy_adam",),
         "lr_mult": ADAM_RATES[1::2] if setting.quick else ADAM_RATES,
         "optim.lambda_abs": (1e-2, UNCLIPPED),
     }
-    return grid((*setting.common, *BARE, "+optim.embedding.lr=0.4"), {**axes, "seed": _seeds(setting)})
+    return grid((*setting.bare, "+optim.embedding.lr=0.4"), {**axes, "seed": setting.seed_list})
 
 
 def _models(setting: Setting) -> tuple[str, ...]:
     return MODELS[:1] if setting.quick else MODELS
-
-
-def _seeds(setting: Setting) -> tuple[int, ...]:
-    return tuple(range(setting.seeds))
 
 
 RULE_LABELS = {
@@ -85,7 +82,7 @@ def _rules(data: Data, found: Found) -> Sections:
             sizes = [mine.filter(pl.col("optim.lambda_rel") == rel) for rel, _ in SIZES]
             rows.append([RULE_LABELS[rule], *(cell(size, f"{data.auc}/auc") for size in sizes)])
         header = [f"lambda_rel {rel:g}, lambda_abs {absolute:g}" for rel, absolute in SIZES]
-        made[model] = table([f"{LABELS[model]}, what is bounded", *header], rows)
+        made[model] = as_markdown([f"{LABELS[model]}, what is bounded", *header], rows)
     return made
 
 
@@ -97,7 +94,7 @@ def _lambdas(data: Data, found: Found) -> Sections:
         for (rel,), mine in runs.sort("optim.lambda_rel").group_by("optim.lambda_rel", maintain_order=True):
             at = [mine.filter(pl.col("optim.lambda_abs") == absolute) for absolute in columns]
             rows.append([f"{rel:g}", *(cell(runs, f"{data.auc}/auc") for runs in at)])
-        made[model] = table([f"{LABELS[model]}, lambda_rel", *(f"lambda_abs {a:g}" for a in columns)], rows)
+        made[model] = as_markdown([f"{LABELS[model]}, lambda_rel", *(f"lambda_abs {a:g}" for a in columns)], rows)
     return made
 
 
@@ -109,7 +106,7 @@ def _adam(data: Data, found: Found) -> Sections:
             clipped = pl.col("optim.lambda_abs") < UNCLIPPED
             cells = [cell(mine.filter(which), f"{data.auc}/auc") for which in (~clipped, clipped)]
             rows.append([f"{rate:g}", *cells])
-        made[model] = table([f"{LABELS[model]}, lr", "Adam", "Adam with Clippy's bound"], rows)
+        made[model] = as_markdown([f"{LABELS[model]}, lr", "Adam", "Adam with Clippy's bound"], rows)
     return made
 
 
