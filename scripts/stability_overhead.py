@@ -112,7 +112,7 @@ def measure(rounds: int) -> list[Block]:
         bare = [c for c in every if type(c).__name__ not in observing]
         chosen = {BARE: bare, ALL: list(every)}
         for name, parts in CONFIGURATIONS.items():
-            part = [_only(run.stability, parts)] if "divergence" in parts else []
+            part: list[Callback] = [_only(run.stability, parts)] if "divergence" in parts else []
             chosen[name] = [c for c in every if c in bare or type(c).__name__ in parts] + part
         board = Switchboard(order, chosen)
         every.insert(0, board)
