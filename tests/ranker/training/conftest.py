@@ -15,7 +15,6 @@ from ranker.data.synthetic import SyntheticLog
 from ranker.models import SharedBottom
 from ranker.training.bookkeeping import Bookkeeping
 from ranker.training.module import RankingModule
-from ranker.training.snapshots import SnapshotRing
 from ranker.training.stability_callback import DivergenceWatch, Stability
 
 
@@ -24,7 +23,7 @@ def fit() -> Callable[..., pl.Trainer]:
     """Fits with Clippy and a warm-up on dense features normalised by past windows; 48 steps of 128 rows."""
 
     def call(
-        callbacks: Sequence[Callback] = (), *, ring: SnapshotRing | None = None, num_workers: int = 1, **trainer: Any
+        callbacks: Sequence[Callback] = (), *, stability: Stability | None = None, num_workers: int = 1, **trainer: Any
     ) -> pl.Trainer:
         pl.seed_everything(0, verbose=False)
         log = SyntheticLog(
@@ -53,7 +52,7 @@ def fit() -> Callable[..., pl.Trainer]:
             enable_checkpointing=False,
             enable_progress_bar=False,
             enable_model_summary=False,
-            callbacks=[Bookkeeping(), Stability(divergence=DivergenceWatch(), snapshots=ring), *callbacks],
+            callbacks=[Bookkeeping(), stability or Stability(divergence=DivergenceWatch()), *callbacks],
             **trainer,
         )
         fitting.fit(module, datamodule=datamodule)

@@ -17,7 +17,7 @@ from ranker.runs.run_folder import RunFolder
 from ranker.training import snapshots
 from ranker.training.module import Fit
 from ranker.training.snapshots import SnapshotRing, capture, restore
-from ranker.training.stability_callback import Stability
+from ranker.training.stability_callback import DivergenceWatch, Stability
 
 
 def detector_of(trainer):
@@ -118,7 +118,7 @@ def test_a_damaged_file_or_another_one_is_refused(tmp_path):
 def test_the_ring_keeps_the_newest_and_is_bounded(fit):
     ring = SnapshotRing(every=5, keep=3)
 
-    fit(ring=ring)
+    fit(stability=Stability(divergence=DivergenceWatch(), snapshots=ring))
 
     assert [s.step for s in ring.snapshots] == [35, 40, 45]
 
@@ -131,7 +131,7 @@ def test_the_oldest_makes_room_before_the_next_is_taken(fit, monkeypatch):
         return capture(*given)
 
     monkeypatch.setattr(snapshots, "capture", counted)
-    fit(ring=ring)
+    fit(stability=Stability(divergence=DivergenceWatch(), snapshots=ring))
 
     assert held[:4] == [0, 1, 2, 2]
     assert max(held) == 2
@@ -152,7 +152,7 @@ def test_a_full_disk_ends_the_snapshots_on_it_and_not_the_run(fit, tmp_path, mon
     ring = SnapshotRing(every=10, keep=3, disk=3, folder=RunFolder(tmp_path))
     monkeypatch.setattr(torch, "save", full_after_some_bytes)
 
-    trainer = fit(ring=ring)
+    trainer = fit(stability=Stability(divergence=DivergenceWatch(), snapshots=ring))
 
     assert trainer.global_step == 48
     assert [s.step for s in ring.snapshots][-1] == 40, "those in memory go on"
