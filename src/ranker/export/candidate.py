@@ -22,10 +22,8 @@ from ranker.data.schema import Schema
 from ranker.errors import UserError
 from ranker.export.show import unseen
 from ranker.metrics import TaskMetrics
-from ranker.runs.run_folder import METRICS, SUMMARY
+from ranker.runs.run_folder import DATA_MODULE, GLOBAL_STEP, METRICS, NET_PREFIX, STATE_DICT, SUMMARY, whole_lines
 from ranker.stability.gate import Evidence
-
-_WEIGHTS = "net."  # where the training module's state holds the ranker's
 
 
 @dataclass(frozen=True)
@@ -53,10 +51,10 @@ class Weights:
             raise UserError(f"no checkpoint {path}")
         try:
             saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-            state = saved["state_dict"]
-            data = saved.get("RankingDataModule", {})
-            net = {name.removeprefix(_WEIGHTS): x for name, x in state.items() if name.startswith(_WEIGHTS)}
-            step = int(saved["global_step"])
+            state = saved[STATE_DICT]
+            data = saved.get(DATA_MODULE, {})
+            net = {name.removeprefix(NET_PREFIX): x for name, x in state.items() if name.startswith(NET_PREFIX)}
+            step = int(saved[GLOBAL_STEP])
         except Exception as error:  # torch has many errors for a file that is not what it should be
             raise UserError(f"{path} is no checkpoint of a run ({' '.join(str(error).split())[:120]})") from error
         known = data.get("dense_statistics")
@@ -163,8 +161,7 @@ def best_aucs(path: Path, schema: Schema) -> dict[str, tuple[float, int]]:
     """By binary task, the highest AUC among all evaluations on the hold-out, and its step."""
     if not path.is_file():
         return {}
-    with path.open(newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
+    rows = list(csv.DictReader(whole_lines(path).decode().splitlines()))
     best: dict[str, tuple[float, int]] = {}
     for task in schema.tasks:
         for name in (f"val/{task.name}/auc", f"test/{task.name}/auc"):
