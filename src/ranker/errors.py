@@ -26,3 +26,8 @@ def suggest(name: str, options: Iterable[str]) -> str:
     if near:
         return f"did you mean {' or '.join(repr(n) for n in near)}? ({listing})"
     return f"known: {listing}"
+
+
+def install_hint(extra: str) -> str:
+    """How to install the packages of an extra, such as ``export``; the package is not on PyPI yet."""
+    return f"run pip install -e '.[{extra}]' in a clone, or pip install 'evenkeel-ranker[{extra}] @ git+URL'"

@@ -24,7 +24,7 @@ CONFIG, SUMMARY, EVENTS, METRICS, CHECKPOINTS = (
     "checkpoints",
 )
 SKIPPED_ROWS = "skipped_rows.csv"
-RECORDED_PACKAGES = ("evenkeel", "torch", "pytorch-lightning", "hydra-core", "torchmetrics", "polars", "pyarrow")
+RECORDED_PACKAGES = ("evenkeel-ranker", "torch", "pytorch-lightning", "hydra-core", "torchmetrics", "polars", "pyarrow")
 
 
 class RunFolder:
