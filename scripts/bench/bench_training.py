@@ -11,9 +11,9 @@ million), because memory depends on it: the others hold all of it, train.py a wi
 others: their time to read the files is left out, while train.py reads as it trains. Each process ends after
 ``--steps`` steps; memory is at its peak by then, and ``--steps 0`` trains on every row.
 
-Install the others with ``pip install 'evenkeel[bench]' requests`` (DeepCTR-Torch imports requests without saying so),
+Install the others with ``pip install -e '.[bench]' requests`` (DeepCTR-Torch imports requests without saying so),
 or each in an environment of its own, named by ``--deepctr-python`` and ``--rechub-python``. ``--evenkeel-python`` names
-one for ``train.py``: where more than ``pip install evenkeel`` brings is installed, torchmetrics imports some of it.
+one for ``train.py``: where more than ``pip install -e .`` brings is installed, torchmetrics imports some of it.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ def train_evenkeel(root: Path, model: str, given: argparse.Namespace) -> Measure
         peak=peak,
         waited=summary["data_wait_fraction"],
         parameters=sum(summary["parameters"].values()),
-        version=summary["versions"]["evenkeel"],
+        version=summary["versions"]["evenkeel-ranker"],
     )
 
 
