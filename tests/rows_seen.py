@@ -9,7 +9,7 @@ import torch
 from pytorch_lightning.callbacks import Callback
 
 from ranker.data.batch import Batch
-from ranker.training.rollback import Rollback
+from ranker.training.stability_callback import Stability
 
 OVERRIDE = "+callbacks.rows._target_=rows_seen.RowsSeen"
 
@@ -29,6 +29,6 @@ class RowsSeen(Callback):
         self.batches.append((self._step + (not completed), batch.number, batch.row_B.tolist()))
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        done = next(c for c in trainer.callbacks if isinstance(c, Rollback)).done
+        done = next(c for c in trainer.callbacks if isinstance(c, Stability)).rollbacks
         seen = {"batches": self.batches, "rollbacks": done, "weights": pl_module.state_dict()}
         torch.save(seen, f"{trainer.default_root_dir}/seen_rank{trainer.global_rank}.pt")

@@ -245,7 +245,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 lines += compare_lengths(Path(folder), sizes=given.sizes, rounds=max(1, given.rounds // 2))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
+        return 2
     return report(lines, given.json)
 
 

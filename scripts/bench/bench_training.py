@@ -3,7 +3,7 @@
 The same log of KuaiRand's rows, the same shared bottom and the same MMoE (features, widths, embedding size, batch,
 threads, Adagrad with dense gradients, as many parameters), each in a process of its own, in turns: ``train.py`` as a
 user starts it, with its metrics, its divergence watch and its early signs; DeepCTR-Torch and torch-rechub as their
-examples do (``scripts/bench/training_peers.py``). A ratio takes the faster of them, and for memory the leaner. Beside them
+examples do (``training_peers.py``). A ratio takes the faster of them, and for memory the leaner. Beside them
 stand the matrix products of the step alone (``training_floor.py`` in this folder): no library can be faster.
 
 The log is KuaiRand's training days repeated to ``--rows`` rows (2,000,000; the published KuaiRand-Pure has 1.4
@@ -11,9 +11,9 @@ million), because memory depends on it: the others hold all of it, train.py a wi
 others: their time to read the files is left out, while train.py reads as it trains. Each process ends after
 ``--steps`` steps; memory is at its peak by then, and ``--steps 0`` trains on every row.
 
-Install the others with ``pip install 'evenkeel[bench]' requests`` (DeepCTR-Torch imports requests without saying so),
+Install the others with ``pip install -e '.[bench]' requests`` (DeepCTR-Torch imports requests without saying so),
 or each in an environment of its own, named by ``--deepctr-python`` and ``--rechub-python``. ``--evenkeel-python`` names
-one for ``train.py``: where more than ``pip install evenkeel`` brings is installed, torchmetrics imports some of it.
+one for ``train.py``: where more than ``pip install -e .`` brings is installed, torchmetrics imports some of it.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ def train_evenkeel(root: Path, model: str, given: argparse.Namespace) -> Measure
         peak=peak,
         waited=summary["data_wait_fraction"],
         parameters=sum(summary["parameters"].values()),
-        version=summary["versions"]["evenkeel"],
+        version=summary["versions"]["evenkeel-ranker"],
     )
 
 

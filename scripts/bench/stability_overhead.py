@@ -1,4 +1,4 @@
-"""What the stability callbacks cost beside a bare training step: ``python scripts/bench/stability_overhead.py [--rounds N]``.
+"""Cost of the stability callbacks beside a bare training step: ``python scripts/bench/stability_overhead.py``.
 
 Large at laptop scale in the real trainer, with the callbacks of conf/callbacks/default.yaml at their default settings.
 They are switched every 20 steps of one run, in an order drawn anew each round, and every such block lies between two
@@ -11,6 +11,7 @@ is how far to trust the rest.
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import random
 import statistics
@@ -29,6 +30,7 @@ from pytorch_lightning.callbacks import Callback
 from ranker import config
 from ranker.build import build
 from ranker.runs.run_folder import RunFolder
+from ranker.training.stability_callback import Stability
 
 ROOT = Path(__file__).resolve().parents[2]
 BLOCK = 20  # steps; every block has a step of the early signs
@@ -38,11 +40,12 @@ BARE, ALL = "bare", "all"
 ALL_A_ROUND = 4  # blocks with everything in a round, beside one of each part: the target is about them
 RESAMPLED = 2000
 TARGET = 0.03
-# Snapshots and capsules ask the watch, so that they are measured together with it.
-CONFIGURATIONS = {
-    "divergence": ("DivergenceWatch",),
-    "divergence, snapshots and rollback": ("DivergenceWatch", "SnapshotRing", "Rollback"),
-    "divergence and capsules": ("DivergenceWatch", "Capsules"),
+# Parts of the stability callback, or the type of another callback. The parts act on the detector's verdict, so they are
+# measured together with it.
+CONFIGURATIONS: dict[str, tuple[str, ...]] = {
+    "divergence": ("divergence",),
+    "divergence, snapshots and rollback": ("divergence", "snapshots", "rollback"),
+    "divergence and capsules": ("divergence", "capsules"),
     "early signs": ("EarlySigns",),
     "sharpness, off": ("SharpnessProbe",),
 }
@@ -105,15 +108,25 @@ def measure(rounds: int) -> list[Block]:
     with tempfile.TemporaryDirectory() as folder:
         run = build(cfg, RunFolder(folder), None)
         every: list[Callback] = run.trainer.callbacks  # type: ignore[attr-defined]
-        watched = {name for group in CONFIGURATIONS.values() for name in group} | {"TrainingProgress"}
-        bare = [c for c in every if type(c).__name__ not in watched]
+        observing = {"Stability", "EarlySigns", "SharpnessProbe", "TrainingProgress"}
+        bare = [c for c in every if type(c).__name__ not in observing]
         chosen = {BARE: bare, ALL: list(every)}
-        for name, types in CONFIGURATIONS.items():
-            chosen[name] = [c for c in every if c in bare or type(c).__name__ in types]
+        for name, parts in CONFIGURATIONS.items():
+            part: list[Callback] = [_only(run.stability, parts)] if "divergence" in parts else []
+            chosen[name] = [c for c in every if c in bare or type(c).__name__ in parts] + part
         board = Switchboard(order, chosen)
         every.insert(0, board)
         run.trainer.fit(run.module, datamodule=run.datamodule)
     return board.blocks[WARM_UP : len(order)]
+
+
+def _only(stability: Stability, parts: Sequence[str]) -> Stability:
+    """The callback with some of its parts, which it shares with the whole one."""
+    part = copy.copy(stability)
+    for name in ("snapshots", "capsules", "rollback"):
+        if name not in parts:
+            setattr(part, name, None)
+    return part
 
 
 @dataclass

@@ -102,5 +102,7 @@ def test_scales_offer_the_same_widths_to_refer_to() -> None:
         assert laptop.model[model].keys() == paper.model[model].keys()
 
 
-def test_the_detector_settings_on_file_are_those_of_the_class() -> None:
+def test_the_configuration_shows_the_defaults_of_the_detector_and_takes_others() -> None:
     assert dict(composed().callbacks.divergence.settings) == dataclasses.asdict(DetectorSettings())
+    changed = composed("callbacks.divergence.settings.patience=30").callbacks.divergence.settings
+    assert dict(changed) == dataclasses.asdict(DetectorSettings(patience=30))

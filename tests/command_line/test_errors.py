@@ -32,6 +32,20 @@ MISTAKES = [
     (["data.window=6x"], "window", "6x"),
     (["scale.batch_size=0"], "scale.batch_size must be 1 or more", ""),
     (["logger.kind=wandbb"], "logger.kind 'wandbb' is unknown", "'wandb'"),
+    (
+        ["callbacks.divergence.settings.patiance=30"],
+        "unknown option 'callbacks.divergence.settings.patiance'",
+        "'patience'",
+    ),
+    (
+        ["+callbacks.divergence.settings.patiance=30"],
+        "callbacks.divergence.settings: no setting 'patiance'",
+        "'patience'",
+    ),
+    (["callbacks.divergence.settings.patience=0"], "patience must be a number above 0", "0"),
+    (["+callbacks.snapshots.evry=5"], "callbacks.snapshots", "evry"),
+    (["callbacks.rollback.tries=1", "~callbacks.snapshots"], "callbacks.rollback needs", "callbacks.snapshots"),
+    (["callbacks.rollback.tries=1", "~callbacks.divergence"], "callbacks.rollback needs", "callbacks.divergence"),
     (["resume=/nowhere"], "no config.yaml in /nowhere", ""),
     (["train.max_steps=0"], "train.max_steps must be", "0"),
 ]

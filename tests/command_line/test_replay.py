@@ -79,11 +79,25 @@ def test_a_replay_reproduces_every_loss_to_the_bit(lost: Finished, replay: Repla
     assert "bit-equal over" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("override", ["trainer.precision=bf16-mixed", "trainer.accumulate_grad_batches=3"])
-def test_a_replay_is_bit_equal_in_half_precision_and_with_accumulated_gradients(
-    train_tiny: Callable[..., Finished], replay: Replay, capsys: Output, tmp_path: Path, override: str
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["trainer.precision=bf16-mixed"],
+        ["trainer.accumulate_grad_batches=3"],
+        ["model.net.sparse_embeddings=true", "trainer.gradient_clip_val=5"],
+        [
+            "model.net.sparse_embeddings=true",
+            "trainer.gradient_clip_val=0.5",
+            "trainer.gradient_clip_algorithm=value",
+            "trainer.accumulate_grad_batches=2",
+        ],
+    ],
+    ids=["half precision", "accumulated", "sparse and clipped", "sparse, clipped by value, accumulated"],
+)
+def test_a_replay_is_bit_equal_however_the_step_was_taken(
+    train_tiny: Callable[..., Finished], replay: Replay, capsys: Output, tmp_path: Path, overrides: list[str]
 ) -> None:
-    run = train_tiny(tmp_path, *LOST, override, "callbacks.divergence.poll_every=1")
+    run = train_tiny(tmp_path, *LOST, *overrides, "callbacks.divergence.poll_every=1")
     assert run.summary["status"] == "diverged"
 
     assert replay(str(capsule_of(run))) == 0

@@ -18,7 +18,7 @@ from torch.export import Dim, ExportedProgram
 from ranker.data.batch import Batch, Ragged
 from ranker.data.dense_statistics import DenseStatistics
 from ranker.data.schema import CategoricalFeature, DenseFeature, Schema, Task
-from ranker.errors import UserError
+from ranker.errors import UserError, install_hint
 
 DENSE, ONEHOT, VALUES, OFFSETS = "dense", "onehot", ".values", ".offsets"
 LOGITS, SCORES = "logits", "scores"
@@ -230,7 +230,7 @@ def to_onnx(program: ExportedProgram, served: Served, path: Path) -> None:
     try:
         import onnxscript  # noqa: F401
     except ImportError as error:
-        raise UserError("ONNX export needs more packages: pip install -e '.[export]' in a clone") from error
+        raise UserError(f"ONNX export needs more packages: {install_hint('export')}") from error
     table = {torch.ops.aten.repeat_interleave.self_Tensor: _repeat_interleave}
     size = sum(tensor.numel() * tensor.element_size() for tensor in served.state_dict().values())
     with torch.no_grad(), _quiet():

@@ -25,7 +25,7 @@ from ranker.export.program import Served, to_onnx, to_program
 from ranker.export.program_runtime import difference, open_program
 from ranker.metrics import TaskMetrics
 from ranker.runs.metric_names import TEST, VAL, task_metric
-from ranker.runs.run_folder import GLOBAL_STEP, NET_PREFIX, STATE_DICT, SUMMARY, plain
+from ranker.runs.run_folder import DATA_MODULE, GLOBAL_STEP, NET_PREFIX, STATE_DICT, SUMMARY, plain, whole_lines
 from ranker.runs.run_folder import METRICS as CURVES
 from ranker.stability.gate import Evidence, GateSettings, Verdict, judge
 
@@ -56,7 +56,7 @@ class Weights:
         try:
             saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
             state = saved[STATE_DICT]
-            data = saved.get("RankingDataModule", {})
+            data = saved.get(DATA_MODULE, {})
             net = {name.removeprefix(NET_PREFIX): x for name, x in state.items() if name.startswith(NET_PREFIX)}
             step = int(saved[GLOBAL_STEP])
         except Exception as error:  # torch raises many types of errors for an invalid file
@@ -171,8 +171,7 @@ def best_aucs(path: Path, schema: Schema) -> dict[str, tuple[float, int]]:
     """The highest AUC of all evaluations on the hold-out and its step, by binary task."""
     if not path.is_file():
         return {}
-    with path.open(newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
+    rows = list(csv.DictReader(whole_lines(path).decode().splitlines()))
     best: dict[str, tuple[float, int]] = {}
     for task in schema.tasks:
         for name in (task_metric(VAL, task.name, "auc"), task_metric(TEST, task.name, "auc")):

@@ -15,7 +15,7 @@ from ranker.paper.jobs import Job
 from ranker.runs.config_identity import NOT_IDENTIFYING, is_below
 from ranker.runs.metric_names import TEST
 from ranker.runs.run_folder import METRICS as METRICS_FILE
-from ranker.runs.run_folder import SUMMARY
+from ranker.runs.run_folder import SUMMARY, whole_lines
 
 # Settings that do not identify a published run. Where the data lie does not matter, because the data set has a name.
 UNRECORDED = (*NOT_IDENTIFYING, "data.source", "data.root")
@@ -131,7 +131,7 @@ def _curve(folder: Path, row: Mapping[str, Any], columns: Mapping[str, str], eve
     path = folder / METRICS_FILE
     if not path.is_file():
         raise UserError(f"no {METRICS_FILE} in {folder}: a figure needs runs with logger=csv")
-    metrics = pl.read_csv(path, infer_schema_length=None)
+    metrics = pl.read_csv(whole_lines(path), infer_schema_length=None)
     wanted = [
         (pl.col(source) if source in metrics.columns else pl.lit(None)).cast(pl.Float64).alias(name)
         for name, source in columns.items()

@@ -10,7 +10,7 @@ import polars as pl
 
 from ranker.errors import UserError
 from ranker.runs.metric_names import TRAIN_LOSS, VAL, task_metric
-from ranker.runs.run_folder import METRICS
+from ranker.runs.run_folder import METRICS, whole_lines
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -69,7 +69,7 @@ def _read(folder: Path) -> pl.DataFrame:
     path = folder / METRICS
     if not path.is_file():
         raise UserError(f"no {METRICS} in {folder}; a run with logger=none writes none")
-    return pl.read_csv(path, infer_schema_length=None)
+    return pl.read_csv(whole_lines(path), infer_schema_length=None)
 
 
 def _line(axes: Axes, metrics: pl.DataFrame, column: str, label: str, optim: str, *, marker: str = "") -> None:

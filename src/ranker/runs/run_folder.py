@@ -25,10 +25,10 @@ CONFIG, SUMMARY, EVENTS, METRICS, CHECKPOINTS = (
     "checkpoints",
 )
 SKIPPED_ROWS = "skipped_rows.csv"
-RECORDED_PACKAGES = ("evenkeel", "torch", "pytorch-lightning", "hydra-core", "torchmetrics", "polars", "pyarrow")
+RECORDED_PACKAGES = ("evenkeel-ranker", "torch", "pytorch-lightning", "hydra-core", "torchmetrics", "polars", "pyarrow")
 
-# Keys of a checkpoint. The first two are Lightning's; the others are names of this project's module.
-GLOBAL_STEP, STATE_DICT = "global_step", "state_dict"
+# Keys of a checkpoint. Lightning chooses the first three, the last after the name of the class.
+GLOBAL_STEP, STATE_DICT, DATA_MODULE = "global_step", "state_dict", "RankingDataModule"
 NET_PREFIX = "net."  # of the model's weights in STATE_DICT
 TRAIN_AUC = "train_auc._extra_state"  # in STATE_DICT: histograms of the training AUC, of rank 0
 TRAIN_AUC_BY_RANK = "train_auc_by_rank"  # the same of each rank
@@ -111,7 +111,8 @@ class RunFolder:
         """Drops events after a step. A run that resumes from this step will write them again."""
         path = self.path / EVENTS
         if path.is_file():
-            kept = [line for line in complete_lines(path) if _known_at(json.loads(line)) <= step]
+            lines = whole_lines(path).decode().splitlines()
+            kept = [line for line in lines if _known_at(json.loads(line)) <= step]
             write_text(path, "".join(line + "\n" for line in kept))
 
     def save_skipped_rows(self, rollbacks: Iterable[tuple[int, Iterable[tuple[int, int]]]]) -> None:
@@ -120,10 +121,10 @@ class RunFolder:
         write_text(self.path / SKIPPED_ROWS, "".join(["rollback,start,stop\n", *lines]))
 
 
-def complete_lines(path: Path) -> list[str]:
-    """The lines of a text file that is appended to, without a last line that was cut off by a killed process."""
-    text = path.read_text(encoding="utf-8")
-    return text[: text.rfind("\n") + 1].splitlines()
+def whole_lines(path: Path) -> bytes:
+    """The content of a file that is appended to, without a last line that was cut off when a process was killed."""
+    content = path.read_bytes()
+    return content[: content.rfind(b"\n") + 1]
 
 
 def _known_at(event: Mapping[str, Any]) -> int:

@@ -30,7 +30,7 @@ class MetricsCsv(Logger):
     open: they are in memory as well as at the end of the file. Older rows are only in the file. New rows are appended.
     An open row that has changed since it was written, a new column, or a value for an older row makes an atomic copy of
     the file. A process killed while it appends leaves at most a last line that is cut off; readers drop it
-    (``complete_lines``).
+    (``whole_lines``).
 
     Lightning's CSVLogger starts a new file when a run resumes. This one keeps the rows up to the step that the run
     resumes from and drops later ones, so that no step occurs twice.

@@ -6,11 +6,21 @@ import torch
 
 from ranker.capsules.capsule import num_bytes
 from ranker.capsules.recorder import Recorder
+from ranker.data.batch import Batch
 
-from .conftest import make_batch
-
+BATCH = Batch(
+    dense_BF=torch.zeros(8, 3),
+    onehot_BC=torch.zeros(8, 1, dtype=torch.int64),
+    ragged={},
+    labels_BT=torch.zeros(8, 2),
+    mask_BT=torch.ones(8, 2, dtype=torch.bool),
+    time_ms_B=torch.arange(8),
+    row_B=torch.arange(8),
+    window=0,
+    number=0,
+)
 SIGNALS = torch.zeros(7)
-SIZE = num_bytes(make_batch(0, rows=8))
+SIZE = num_bytes(BATCH)
 
 
 def recorder(batches: float) -> Recorder:
@@ -18,9 +28,8 @@ def recorder(batches: float) -> Recorder:
 
 
 def fill(made: Recorder, steps: range) -> None:
-    batch = make_batch(0, rows=8)
     for step in steps:
-        made.add(step, batch, SIGNALS)
+        made.add(step, BATCH, SIGNALS)
 
 
 def steps(made: Recorder) -> list[int]:

@@ -32,7 +32,13 @@ def test_what_does_not_decide_the_numbers_does_not_change_the_hash() -> None:
         "train.threads=2",
         "train.checkpoint_every=7",
         "data.num_workers=0",
+        "train.log_every=1",
         "callbacks.progress.refresh_every=1",
+        "callbacks.capsules.max_capsules=1",
+        "~callbacks.capsules",
+        "callbacks.snapshots.disk=2",
+        "callbacks.early_signs.every=1",
+        "callbacks.sharpness.every=10",
         "scale.model.large.hidden=[8]",  # another model's width
     ):
         assert config_hash(composed(override)) == plain, override
@@ -52,11 +58,14 @@ def test_what_decides_the_numbers_changes_the_hash() -> None:
             "train.max_steps=7",
             "data.window=1",
             "callbacks.divergence.stop=false",
+            "callbacks.divergence.settings.patience=30",
+            "callbacks.snapshots.keep=2",
+            "callbacks.rollback.tries=1",
             "~callbacks.divergence",
         )
     }
 
-    assert len(hashes) == 11
+    assert len(hashes) == 14
 
 
 def test_a_saved_configuration_has_the_hash_of_the_one_it_was_saved_from(tmp_path: Path) -> None:

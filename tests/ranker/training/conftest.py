@@ -8,21 +8,23 @@ from typing import Any
 import pytest
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import Callback
-from ranker.training.divergence_watch import DivergenceWatch
-from ranker.training.position import DataPosition
 
 from optim import build_optimizer
 from ranker.data.datamodule import RankingDataModule
 from ranker.data.synthetic import SyntheticLog
 from ranker.models import SharedBottom
+from ranker.training.bookkeeping import Bookkeeping
 from ranker.training.module import RankingModule
+from ranker.training.stability_callback import DivergenceWatch, Stability
 
 
 @pytest.fixture
 def fit() -> Callable[..., pl.Trainer]:
     """Fits with Clippy and a warm-up on dense features normalised by past windows; 48 steps of 128 rows."""
 
-    def call(callbacks: Sequence[Callback], *, num_workers: int = 1, **trainer: Any) -> pl.Trainer:
+    def call(
+        callbacks: Sequence[Callback] = (), *, stability: Stability | None = None, num_workers: int = 1, **trainer: Any
+    ) -> pl.Trainer:
         pl.seed_everything(0, verbose=False)
         log = SyntheticLog(
             train_rows=6144, eval_rows=1024, rows_per_day=2048, num_users=300, num_items=100, embedding_dim=4
@@ -50,7 +52,7 @@ def fit() -> Callable[..., pl.Trainer]:
             enable_checkpointing=False,
             enable_progress_bar=False,
             enable_model_summary=False,
-            callbacks=[DataPosition(), DivergenceWatch(), *callbacks],
+            callbacks=[Bookkeeping(), stability or Stability(divergence=DivergenceWatch()), *callbacks],
             **trainer,
         )
         fitting.fit(module, datamodule=datamodule)

@@ -8,12 +8,20 @@ from types import SimpleNamespace
 import pytest
 
 from ranker.training import metrics_csv
-from ranker.training.metrics_csv import MetricsCsv
+from ranker.training.metrics_csv import OPEN_ROWS, MetricsCsv
 
 
 def rows(path: Path) -> list[dict[str, str]]:
     with path.open(newline="") as file:
         return list(csv.DictReader(file))
+
+
+def filled(path: Path, steps: range) -> MetricsCsv:
+    log = MetricsCsv(path / "metrics.csv")
+    for step in steps:
+        log.log_metrics({"loss": float(step)}, step=step)
+    log.save()
+    return log
 
 
 def test_metrics_of_one_step_share_a_row_and_late_columns_are_added(tmp_path: Path) -> None:
@@ -29,18 +37,83 @@ def test_metrics_of_one_step_share_a_row_and_late_columns_are_added(tmp_path: Pa
     ]
 
 
-def test_a_resumed_file_keeps_the_past_and_drops_what_will_come_again(tmp_path: Path) -> None:
-    first = MetricsCsv(tmp_path / "metrics.csv")
-    for step in (10, 20, 30):
-        first.log_metrics({"loss": float(step)}, step=step)
-    first.save()
+@pytest.mark.parametrize("flush_every", [1, 7, 1000])
+def test_the_file_is_the_same_whenever_it_is_flushed(tmp_path: Path, flush_every: int) -> None:
+    log = MetricsCsv(tmp_path / "metrics.csv")
+    expected: dict[int, dict[str, str]] = {}
 
-    second = MetricsCsv(first.path)
-    second.resume(20)
-    second.log_metrics({"loss": -30.0}, step=30)
+    def record(step: int, name: str, value: float) -> None:
+        log.log_metrics({name: value}, step=step)
+        expected.setdefault(step, {"step": str(step)})[name] = str(value)
+
+    for step in range(300):
+        record(step, "loss", step / 7)
+        if step % flush_every == 0:
+            log.save()
+        if step % 50 == 0:
+            record(step, "val", 1 / (step + 1))  # after the row was written
+        if step == 200:
+            record(step, "sharpness", 3.0)  # a new column, when most rows are no longer in memory
+            record(step - 150, "late", 4.0)  # a value for one of those
+            record(-1, "loss", 5.0)  # a row before all others
+    log.finalize("success")
+
+    found = [{name: value for name, value in row.items() if value} for row in rows(log.path)]
+    assert found == [expected[step] for step in sorted(expected)]
+    assert list(rows(log.path)[0]) == ["step", "loss", "val", "sharpness", "late"]
+
+
+def test_rows_are_appended_and_only_the_newest_stay_in_memory(tmp_path: Path) -> None:
+    log = filled(tmp_path, range(1000))
+    before = log.path.stat()
+    for step in range(1000, 3000):
+        log.log_metrics({"loss": float(step)}, step=step)
+        if step % 10 == 9:
+            log.save()
+
+    assert log.path.stat().st_ino == before.st_ino, "appended to, not replaced"
+    assert [int(row["step"]) for row in rows(log.path)] == list(range(3000))
+    assert len(log._rows) == OPEN_ROWS
+
+
+def test_a_line_that_was_cut_off_is_dropped_on_resume(tmp_path: Path) -> None:
+    log = filled(tmp_path, range(5))
+    with log.path.open("ab") as file:
+        file.write(b"5,5")  # of "5,5.0": a number, but not the one that was logged
+
+    second = MetricsCsv(log.path)
+    second.resume(5)
+    second.log_metrics({"loss": 6.0}, step=6)
     second.save()
 
-    assert [(r["step"], float(r["loss"])) for r in rows(second.path)] == [("10", 10.0), ("20", 20.0), ("30", -30.0)]
+    assert [(r["step"], r["loss"]) for r in rows(log.path)][4:] == [("4", "4.0"), ("6", "6.0")]
+
+
+def test_bytes_of_a_failed_append_do_not_stay_in_the_file(tmp_path: Path) -> None:
+    log = filled(tmp_path, range(5))
+    with log.path.open("ab") as file:
+        file.write(b"5,")  # as a full disk leaves it
+    log.log_metrics({"loss": 5.0}, step=5)
+    log.save()
+
+    assert [int(row["step"]) for row in rows(log.path)] == list(range(6))
+    assert rows(log.path)[5]["loss"] == "5.0"
+
+
+def test_a_resumed_file_keeps_the_past_and_drops_what_will_come_again(tmp_path: Path) -> None:
+    first = filled(tmp_path, range(0, 3 * OPEN_ROWS))
+    step = 2 * OPEN_ROWS
+
+    second = MetricsCsv(first.path)
+    second.resume(step)
+    assert [int(row["step"]) for row in rows(first.path)] == list(range(step + 1))
+    second.log_metrics({"val": 0.5}, step=step)
+    second.log_metrics({"loss": -1.0}, step=step + 1)
+    second.save()
+
+    *_, at, after = rows(second.path)
+    assert (at["step"], at["loss"], at["val"]) == (str(step), str(float(step)), "0.5")
+    assert (after["step"], after["loss"]) == (str(step + 1), "-1.0")
 
 
 def test_resuming_without_a_file_starts_an_empty_one(tmp_path: Path) -> None:
@@ -52,7 +125,7 @@ def test_resuming_without_a_file_starts_an_empty_one(tmp_path: Path) -> None:
 
 
 def test_a_file_that_is_slow_to_write_is_written_less_often(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    seconds = itertools.count()  # every look at the clock a second later, so that writing seems to take one
+    seconds = itertools.count()  # a second passes at every look at the clock, so that writing seems to take one
     monkeypatch.setattr(metrics_csv, "time", SimpleNamespace(monotonic=lambda: float(next(seconds))))
     log = MetricsCsv(tmp_path / "metrics.csv")
     seen = []

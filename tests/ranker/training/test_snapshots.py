@@ -10,12 +10,18 @@ import numpy as np
 import pytest
 import torch
 from pytorch_lightning.callbacks import Callback
-from ranker.training.snapshot_ring import SnapshotRing
 
+from ranker.capsules.training_state import TrainingState
 from ranker.errors import UserError
 from ranker.runs.run_folder import RunFolder
-from ranker.training import snapshot_ring
-from ranker.training.snapshots import Snapshot, capture, restore
+from ranker.training import snapshots
+from ranker.training.module import Fit
+from ranker.training.snapshots import SnapshotRing, capture, restore
+from ranker.training.stability_callback import DivergenceWatch, Stability
+
+
+def detector_of(trainer):
+    return next(c for c in trainer.callbacks if isinstance(c, Stability)).detector
 
 
 class GoBack(Callback):
@@ -40,12 +46,12 @@ class GoBack(Callback):
             }
         )
         if trainer.global_step == self.at:
-            self.snapshot = capture(trainer, pl_module)
+            self.snapshot = capture(Fit(trainer), detector_of(trainer))
         if trainer.global_step == self.back_at and self.gone_back_to is None:
             if self.path is not None:
                 self.snapshot.save(self.path)
-                self.snapshot = Snapshot.load(self.path)
-            restore(self.snapshot, trainer, pl_module, skip_batches=self.skip_batches)
+                self.snapshot = TrainingState.load(self.path)
+            restore(self.snapshot, Fit(trainer), detector_of(trainer), skip_batches=self.skip_batches)
             self.gone_back_to = len(self.notes)
 
 
@@ -66,7 +72,7 @@ def test_a_snapshot_can_be_used_twice(fit):
         def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
             super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
             if trainer.global_step == 30:
-                restore(self.snapshot, trainer, pl_module)
+                restore(self.snapshot, Fit(trainer), detector_of(trainer))
 
     probe = Twice(at=10, back_at=20)
     fit([probe])
@@ -99,37 +105,22 @@ def test_leaving_out_all_that_is_left_ends_the_run(fit):
     assert len(probe.notes) == 45
 
 
-def test_the_step_can_be_set_back_too_for_a_replay(fit):
-    class Replay(Callback):
-        def on_train_start(self, trainer, pl_module):
-            restore(probe.snapshot, trainer, pl_module, step=True)
-            assert (trainer.global_step, trainer.datamodule.position) == (11, 11)
-
-    probe, second = GoBack(at=11, back_at=-1), GoBack(at=-1, back_at=-1)
-    fit([probe])
-    fit([Replay(), second])
-
-    assert second.notes == probe.notes[11:]
-
-
 def test_a_damaged_file_or_another_one_is_refused(tmp_path):
     (tmp_path / "a.pt").write_bytes(b"PK\x03\x04 cut off")
     torch.save({"weights": torch.zeros(1)}, tmp_path / "b.pt")
 
     with pytest.raises(UserError, match="cannot be read"):
-        Snapshot.load(tmp_path / "a.pt")
+        TrainingState.load(tmp_path / "a.pt")
     with pytest.raises(UserError, match="no snapshot"):
-        Snapshot.load(tmp_path / "b.pt")
+        TrainingState.load(tmp_path / "b.pt")
 
 
 def test_the_ring_keeps_the_newest_and_is_bounded(fit):
     ring = SnapshotRing(every=5, keep=3)
 
-    fit([ring])
+    fit(stability=Stability(divergence=DivergenceWatch(), snapshots=ring))
 
     assert [s.step for s in ring.snapshots] == [35, 40, 45]
-    assert ring.newest(until=44).step == 40
-    assert ring.newest(until=34) is None
 
 
 def test_the_oldest_makes_room_before_the_next_is_taken(fit, monkeypatch):
@@ -139,8 +130,8 @@ def test_the_oldest_makes_room_before_the_next_is_taken(fit, monkeypatch):
         held.append(len(ring.snapshots))
         return capture(*given)
 
-    monkeypatch.setattr(snapshot_ring, "capture", counted)
-    fit([ring])
+    monkeypatch.setattr(snapshots, "capture", counted)
+    fit(stability=Stability(divergence=DivergenceWatch(), snapshots=ring))
 
     assert held[:4] == [0, 1, 2, 2]
     assert max(held) == 2
@@ -158,11 +149,10 @@ def test_a_full_disk_ends_the_snapshots_on_it_and_not_the_run(fit, tmp_path, mon
         save(fields, path)
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    ring = SnapshotRing(every=10, keep=3, disk=3)
-    ring.folder = RunFolder(tmp_path)
+    ring = SnapshotRing(every=10, keep=3, disk=3, folder=RunFolder(tmp_path))
     monkeypatch.setattr(torch, "save", full_after_some_bytes)
 
-    trainer = fit([ring])
+    trainer = fit(stability=Stability(divergence=DivergenceWatch(), snapshots=ring))
 
     assert trainer.global_step == 48
     assert [s.step for s in ring.snapshots][-1] == 40, "those in memory go on"

@@ -14,7 +14,7 @@ import polars as pl
 import yaml
 
 from ranker.errors import UserError
-from ranker.runs.run_folder import CONFIG, EVENTS, METRICS, SUMMARY
+from ranker.runs.run_folder import CONFIG, EVENTS, METRICS, SUMMARY, whole_lines
 
 
 class Series(NamedTuple):
@@ -112,7 +112,7 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _series(path: Path) -> dict[str, Series]:
-    table = pl.read_csv(path, infer_schema=False)
+    table = pl.read_csv(whole_lines(path), infer_schema=False)
     if "step" not in table.columns:
         return {}
     steps = table["step"].cast(pl.Int64, strict=False)

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import time
 
-from ranker.training.throughput import Timed
+from ranker.training.bookkeeping import Timed
 
 
 def test_only_the_time_spent_waiting_for_items_is_counted() -> None:

@@ -1,0 +1,92 @@
+"""Each private attribute of Lightning and torch that ``lightning_private`` uses is there and means what it meant.
+
+After an upgrade of Lightning or torch these tests name what has to be changed in ``lightning_private.py``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import Callback
+from torch import nn
+
+from ranker.training.lightning_private import is_compiled, refetch
+
+CHANGED = "Lightning {} has changed {}: adapt ranker/training/lightning_private.py"
+
+
+class Numbers(pl.LightningModule):
+    """Notes the batches it is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(()))
+        self.seen: list[float] = []
+
+    def training_step(self, batch: torch.Tensor, batch_idx: int) -> torch.Tensor:
+        self.seen.append(float(batch))
+        return self.weight * batch.sum()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.0)
+
+
+class Seekable:
+    """A loader whose place can be moved."""
+
+    def __init__(self) -> None:
+        self.place = 0
+
+    def __iter__(self) -> Any:
+        while self.place < 6:
+            self.place += 1
+            yield torch.tensor(float(self.place - 1))
+
+
+class GoBackOnce(Callback):
+    def __init__(self, loader: Seekable, *, at: int, to: int, refetching: bool) -> None:
+        self.loader, self.at, self.to, self.refetching = loader, at, to, refetching
+
+    def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+        if trainer.global_step == self.at:
+            loop = trainer.fit_loop
+            assert hasattr(loop, "_data_fetcher"), CHANGED.format(pl.__version__, "trainer.fit_loop._data_fetcher")
+            assert hasattr(loop._data_fetcher, "done"), CHANGED.format(pl.__version__, "_data_fetcher.done")
+            progress = loop.epoch_loop.batch_progress
+            assert hasattr(progress, "is_last_batch"), CHANGED.format(pl.__version__, "batch_progress.is_last_batch")
+            self.loader.place = self.to
+            if self.refetching:
+                refetch(trainer)
+
+
+def seen(*, at: int, to: int, refetching: bool = True) -> list[float]:
+    loader, module = Seekable(), Numbers()
+    quiet = {"enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+    callback = GoBackOnce(loader, at=at, to=to, refetching=refetching)
+    trainer = pl.Trainer(accelerator="cpu", max_epochs=1, logger=False, callbacks=[callback], **quiet)
+    trainer.fit(module, train_dataloaders=loader)
+    return module.seen
+
+
+def test_after_refetching_the_next_batch_is_the_loaders() -> None:
+    assert seen(at=3, to=1) == [0, 1, 2, 1, 2, 3, 4, 5]
+    assert seen(at=6, to=4) == [0, 1, 2, 3, 4, 5, 4, 5], "also after the last batch"
+    assert seen(at=3, to=6) == [0, 1, 2], "also if nothing is left"
+
+
+def test_without_refetching_a_batch_in_hand_would_come_first() -> None:
+    assert seen(at=3, to=1, refetching=False) == [0, 1, 2, 3, 1, 2, 3, 4, 5], (
+        "Lightning no longer holds a batch: refetch may be unnecessary"
+    )
+
+
+@pytest.mark.filterwarnings("ignore:.*script_method.*:DeprecationWarning")  # of torch, when torch.compile is imported
+def test_torch_tells_whether_a_module_is_compiled() -> None:
+    net = nn.Linear(1, 1)
+    assert hasattr(net, "_compiled_call_impl"), f"torch {torch.__version__} has changed Module._compiled_call_impl"
+    assert not is_compiled(net)
+    net.compile()
+    assert is_compiled(net)
