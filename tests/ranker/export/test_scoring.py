@@ -1,4 +1,4 @@
-"""Streaming a Parquet file through an engine: row ids, pieces, faults, and a file that is whole or not there."""
+"""Scoring a Parquet file in pieces: row ids, bad rows, and atomic output."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A file of one enormous row group is scored in far less memory than the file takes."""
+"""Scoring a file with one very large row group needs far less memory than the size of the file."""
 
 from __future__ import annotations
 

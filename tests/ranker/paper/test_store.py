@@ -1,4 +1,4 @@
-"""From run folders to rows, and which run answers which job."""
+"""Reading run folders into rows, and matching runs with jobs."""
 
 from __future__ import annotations
 
