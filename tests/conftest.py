@@ -62,15 +62,16 @@ def train_tiny(command_line: Callable[..., None]) -> Callable[..., Finished]:
 
 @pytest.fixture
 def load_script(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
-    """Imports a file of scripts/ by its name."""
+    """Imports a file of scripts/ or scripts/bench/ by its name."""
 
     def load(name: str) -> ModuleType:
-        spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
+        file = next((ROOT / "scripts").rglob(f"{name}.py"))
+        spec = importlib.util.spec_from_file_location(name, file)
         assert spec is not None
         assert spec.loader is not None
         module = importlib.util.module_from_spec(spec)
         monkeypatch.setitem(sys.modules, name, module)  # dataclasses look their module up
-        monkeypatch.syspath_prepend(ROOT / "scripts")  # as for a script that is run: it may import its neighbours
+        monkeypatch.syspath_prepend(file.parent)  # as for a script that is run: it may import its neighbours
         spec.loader.exec_module(module)
         return module
 

@@ -1,7 +1,7 @@
-"""``hydra/sweeper=headroom``: looks for the largest stable learning rate, in rounds, with whichever launcher there is.
+"""Hydra plugin ``hydra/sweeper=headroom``: searches for the largest stable learning rate, with any launcher.
 
-Hydra takes sweepers from the namespace package ``hydra_plugins`` alone and imports all of it at every start, so this
-module is no more than the plugin; what it does is in ``ranker.sweeps.headroom_search``. Options: conf/hydra/sweeper.
+Hydra finds sweepers only in the namespace package ``hydra_plugins``, and imports all of it at every start. This module
+is therefore only the plugin class; ``ranker.sweeps.headroom_search`` has the code. Options: conf/hydra/sweeper.
 """
 
 from pathlib import Path
@@ -15,7 +15,7 @@ from omegaconf import DictConfig
 
 
 class HeadroomSweeper(Sweeper):
-    """Hands rounds of short runs to the launcher until each combination's learning rate is bracketed.
+    """Launches rounds of short runs until the largest stable learning rate of each combination is bracketed.
 
     Args:
         options: as in ``ranker.sweeps.headroom_search.Options``.
@@ -26,7 +26,7 @@ class HeadroomSweeper(Sweeper):
         self._launcher: Launcher | None = None
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
-        """Takes what Hydra gives every sweeper."""
+        """Called by Hydra before the sweep."""
         self.hydra_context, self.config = hydra_context, config
         self._launcher = Plugins.instance().instantiate_launcher(
             hydra_context=hydra_context, task_function=task_function, config=config

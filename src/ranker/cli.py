@@ -1,12 +1,14 @@
-"""Command lines: a mistake of the user's ends in one line and exit status 2, a sweep in its account."""
+"""What all commands share: a mistake of the user ends in one line and exit status 2, a sweep in its summary."""
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import ParamSpec
 
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
@@ -16,12 +18,40 @@ from ranker.errors import UserError
 from ranker.sweeps.watch import accounted
 
 FULL_ERROR = "HYDRA_FULL_ERROR"
-# Whether the user asked for the stack; the process sets the variable FULL_ERROR for itself.
+# Whether the user asked for the stack. The environment variable does not say, because run() sets it.
 _STACK_WANTED: ContextVar[bool] = ContextVar("stack wanted by the user", default=False)
 
 
+Arguments = ParamSpec("Arguments")
+
+
+def command(main: Callable[Arguments, int]) -> Callable[Arguments, int]:
+    """Decorates the main function of a command so that it returns 2 after a mistake of the user, with one line.
+
+    The stack is shown with HYDRA_FULL_ERROR=1.
+
+    Args:
+        main: returns the exit status.
+    """
+
+    @functools.wraps(main)
+    def checked(*args: Arguments.args, **options: Arguments.kwargs) -> int:
+        try:
+            return main(*args, **options)
+        except (UserError, HydraException, OmegaConfBaseException) as error:
+            if os.environ.get(FULL_ERROR) == "1":
+                raise
+            print(f"error: {config.one_line(error)}", file=sys.stderr)
+            return 2
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            return 130
+
+    return checked
+
+
 def run(main: Callable[[], None]) -> None:
-    """Runs a Hydra main so that a mistake of the user's ends in one line and exit status 2.
+    """Runs a Hydra main so that a mistake of the user ends in one line and exit status 2.
 
     The stack is shown with HYDRA_FULL_ERROR=1, as Hydra's own users expect.
     """
@@ -39,13 +69,13 @@ def run(main: Callable[[], None]) -> None:
 
 @contextmanager
 def one_line_errors(*, outermost: bool = False) -> Iterator[None]:
-    """Ends the process with one line where what is inside raises a mistake of the user's.
+    """Ends the process with one line and status 2 where the block raises an error that is the user's mistake.
 
-    Also used inside a job, since Hydra announces an error that leaves a job with lines of its own. A job of a
-    multirun lets the error pass, so that the launcher sees which job failed.
+    Also used inside a job, because Hydra adds lines of its own to an error that leaves a job. In a job of a multirun
+    the error passes, so that the launcher sees which job failed.
 
     Args:
-        outermost: nothing is around it that the error could be meant for, whatever job ran last in this process.
+        outermost: no caller handles the error, so it never passes, whatever job ran last in this process.
     """
     try:
         yield

@@ -41,3 +41,8 @@ def one_of(value: object, options: Sequence[str], where: str) -> None:
     """
     if value not in options:
         raise UserError(f"{where} '{value}' is unknown; {suggest(str(value), options)}")
+
+
+def install_hint(extra: str) -> str:
+    """How to install the packages of an extra, such as ``export``; the package is not on PyPI yet."""
+    return f"run pip install -e '.[{extra}]' in a clone, or pip install 'evenkeel-ranker[{extra}] @ git+URL'"

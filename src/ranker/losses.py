@@ -1,4 +1,4 @@
-"""The training loss: one masked mean a task, over the labels of all ranks, weighted and summed."""
+"""The training loss: one masked mean per task over the labels of all ranks, and their weighted sum."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ from ranker.data.schema import Schema
 
 
 class Loss(NamedTuple):
-    """A loss and its parts, all on the device.
+    """A loss and its parts, on the device.
+
+    With several ranks, both values are this rank's share times the number of ranks. Their mean over ranks is the loss.
 
     Attributes:
         total: scalar to call backward on, sum over tasks of weight_t * loss_t.
-        task_T: loss of each task, unweighted and detached; exactly 0 where no rank observed a label. Where there are
-            several ranks, both are this rank's share times the number of ranks: their mean over ranks is the loss.
+        task_T: loss of each task, unweighted and detached. Exactly 0 if no rank observed a label.
     """
 
     total: Tensor
@@ -26,13 +27,13 @@ class Loss(NamedTuple):
 
 
 def observed_counts(mask_BT: Tensor) -> Tensor:
-    """Observed labels a task, over the batches of all ranks.
+    """Number of observed labels per task, over the batches of all ranks.
 
     Args:
         mask_BT: bool, true where the label is observed.
 
     Returns:
-        int64 [T], on the mask's device. Under ``torch.distributed`` one all-reduce: every rank must call.
+        int64 [T], on the mask's device. Under ``torch.distributed`` this is one all-reduce, so every rank must call it.
     """
     counts_T = mask_BT.sum(0)
     if dist.is_available() and dist.is_initialized():
@@ -41,18 +42,18 @@ def observed_counts(mask_BT: Tensor) -> Tensor:
 
 
 class MultitaskLoss(nn.Module):
-    """Log loss of binary tasks, squared error of regressions.
+    """Log loss for binary tasks, squared error for regressions.
 
         l_bt   = log(1 + exp(z)) - y z   or   (z - y)^2           z logit, y label
         loss_t = sum over observed b of l_bt / n_t                n_t observed labels of task t over all ranks
         total  = sum over t of weight_t * loss_t
 
-    DDP averages gradients over R ranks. A rank's sum over its own rows divided by the global n_t would come out R times
-    too small, so it is multiplied by R; averaging the ranks' own means instead would weigh a label on a rank with few
-    of them more than one on a rank with many.
+    DDP averages gradients over R ranks. A rank's sum over its own rows, divided by the global n_t, would be R times too
+    small, so it is multiplied by R. Averaging the ranks' means instead would give a label on a rank with few labels
+    more weight than one on a rank with many.
 
-    A row that is not observed counts for nothing, whatever its label or logit, and neither does a task without labels.
-    An observed logit that is not finite makes the loss not finite, for a detector to see. Nothing waits for the device.
+    An unobserved row does not count, whatever its label or logit. A task without labels does not count. An observed
+    logit that is not finite makes the loss not finite, so that a detector sees it. There is no device synchronisation.
 
     Args:
         schema: gives each task's type and weight.
@@ -68,7 +69,7 @@ class MultitaskLoss(nn.Module):
         binary = [i for i, task in enumerate(schema.tasks) if task.type == "binary"]
         regression = [i for i, task in enumerate(schema.tasks) if task.type == "regression"]
         place = torch.tensor(binary + regression)
-        # Made from the schema, hence not in a checkpoint.
+        # Not in a checkpoint, because the schema determines them.
         self.register_buffer("binary_at", torch.tensor(binary, dtype=torch.int64), persistent=False)
         self.register_buffer("regression_at", torch.tensor(regression, dtype=torch.int64), persistent=False)
         self.register_buffer("order", torch.argsort(place), persistent=False)
@@ -81,15 +82,15 @@ class MultitaskLoss(nn.Module):
             logits_BT: the model's output.
             labels_BT: labels, any value where not observed.
             mask_BT: bool, true where observed.
-            counts_T: observed labels over all ranks, where the caller has them already; ``observed_counts`` otherwise.
+            counts_T: observed labels over all ranks, if the caller has them. Default: ``observed_counts``.
         """
         counts_T = observed_counts(mask_BT) if counts_T is None else counts_T
         ranks = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
         return self.local(logits_BT, labels_BT, mask_BT, counts_T=counts_T, ranks=ranks)
 
     def local(self, logits_BT: Tensor, labels_BT: Tensor, mask_BT: Tensor, *, counts_T: Tensor, ranks: int = 1) -> Loss:
-        """The same without any communication: counts over all ranks and their number are given."""
-        # Zeros in place of what is not observed, before any function of it: 0 * inf would be nan, backward too.
+        """The same without communication: the counts over all ranks and the number of ranks are given."""
+        # Unobserved values are replaced by 0 first, because 0 * inf is nan, in the backward pass too.
         z = torch.where(mask_BT, logits_BT.float(), 0.0)
         y = torch.where(mask_BT, labels_BT.float(), 0.0)
         log_loss = F.binary_cross_entropy_with_logits(

@@ -14,7 +14,7 @@ import torch
 
 from support import ROOT
 
-SCRIPT = ROOT / "scripts" / "bench_scale.py"
+SCRIPT = ROOT / "scripts" / "bench" / "bench_scale.py"
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from ranker.reports.runs import load_runs
+from ranker.reports.run_table import load_runs
 from support import Finished
 
 DIFFERENCES = {

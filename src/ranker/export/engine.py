@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ranker.data.batch import Batch
 from ranker.data.schema import Schema
-from ranker.errors import UserError
+from ranker.errors import UserError, install_hint
 from ranker.export.signature import LOGITS, SCORES, Signature
 
 
@@ -69,7 +69,7 @@ class _Onnx:
         try:
             import onnxruntime
         except ImportError as error:
-            raise UserError("ONNX programs need ONNX Runtime: pip install 'evenkeel[export]'") from error
+            raise UserError(f"ONNX programs need ONNX Runtime: {install_hint('export')}") from error
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         options.log_severity_level = 3  # errors alone

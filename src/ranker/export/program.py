@@ -17,7 +17,7 @@ from torch.export import Dim, ExportedProgram
 
 from ranker.data.dense_statistics import DenseStatistics
 from ranker.data.schema import Schema
-from ranker.errors import UserError
+from ranker.errors import UserError, install_hint
 from ranker.export.signature import LOGITS, SCORES, Signature
 
 EXTERNAL_ABOVE = 1_500_000_000  # bytes of weights; a protobuf, which is what an ONNX file is, ends at 2 GiB
@@ -95,7 +95,7 @@ def to_onnx(program: ExportedProgram, served: Served, path: Path) -> None:
     try:
         import onnxscript  # noqa: F401
     except ImportError as error:
-        raise UserError("ONNX needs a few packages more: pip install 'evenkeel[export]'") from error
+        raise UserError(f"ONNX needs additional packages: {install_hint('export')}") from error
     table = {torch.ops.aten.repeat_interleave.self_Tensor: _repeat_interleave}
     size = sum(tensor.numel() * tensor.element_size() for tensor in served.state_dict().values())
     with torch.no_grad(), _quiet():

@@ -151,13 +151,13 @@ def grid(common: Iterable[str], axes: Mapping[str, Sequence[Any]]) -> list[Job]:
     return jobs
 
 
-def launch(root: Path, folder: Path, jobs: Sequence[Job], *, parallel: int) -> None:
+def launch(program: Path, folder: Path, jobs: Sequence[Job], *, parallel: int) -> None:
     """Runs jobs as one Hydra multirun in a child process. Jobs with a finished run in the folder are skipped.
 
     A failed job does not stop the others. A killed sweep can be started again.
 
     Args:
-        root: the checkout, which contains train.py.
+        program: the Python file that trains.
         folder: the sweep folder. Studies with the same data and scale share one, and so share runs.
         jobs: what to run.
         parallel: number of jobs at a time.
@@ -166,11 +166,11 @@ def launch(root: Path, folder: Path, jobs: Sequence[Job], *, parallel: int) -> N
         UserError: the sweep could not start.
     """
     write_text(folder / JOBS_FILE, json.dumps([list(job) for job in jobs], indent=1))
-    command = [sys.executable, str(root / "train.py"), "-m", "hydra/sweeper=list"]
+    command = [sys.executable, str(program), "-m", "hydra/sweeper=list"]
     command += [f"hydra.sweeper.jobs={folder / JOBS_FILE}", f"hydra.sweep.dir={folder}"]
     if parallel > 1:
         command += ["hydra/launcher=joblib", f"hydra.launcher.n_jobs={parallel}"]
-    status = subprocess.run(command, cwd=root, check=False).returncode
+    status = subprocess.run(command, check=False).returncode
     if status not in (0, 1):  # 1: some jobs failed; the sweep has already listed them
         raise UserError(f"the sweep in {folder} ended with status {status}; run the same command to continue")
 

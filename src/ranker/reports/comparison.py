@@ -1,15 +1,16 @@
-"""The comparison of optimizers as a table: a row a model, mitigation and learning rate, a column an optimizer."""
+"""Comparison tables of optimizers, as Markdown, CSV, terminal table or an HTML page with sortable columns."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from html import escape
 from typing import Any
 
 import polars as pl
 from rich.table import Table
 
-from ranker.reports.runs import KEYS, MADE_WITH, by_cell
+from ranker.reports.run_table import KEYS, MADE_WITH, by_cell
 
 ORDER = {
     "model": ("small", "large", "large_dcn", "moe", "ple"),
@@ -17,12 +18,39 @@ ORDER = {
 }
 PERCENT = ("auc",)
 
+STYLE = """
+body { font: 14px/1.4 system-ui, sans-serif; margin: 2rem; color: #222; background: #fff; }
+h2 { font-size: 1.1rem; margin: 2rem 0 .5rem; }
+table { border-collapse: collapse; }
+th, td { padding: .3rem .7rem; border-bottom: 1px solid #ddd; text-align: left; font-variant-numeric: tabular-nums; }
+th { cursor: pointer; border-bottom: 2px solid #888; white-space: nowrap; }
+th[aria-sort=ascending]::after { content: " \\25b2"; } th[aria-sort=descending]::after { content: " \\25bc"; }
+@media (prefers-color-scheme: dark) { body { color: #ddd; background: #181818; } th, td { border-color: #444; } }
+"""
+
+# A cell is sorted by the number at its start. Cells that start with text come after all numbers.
+SCRIPT = """
+const key = cell => {
+  const text = cell.textContent.trim(), number = parseFloat(text);
+  return Number.isNaN(number) ? [1, text] : [0, number];
+};
+const compare = (a, b) => a[0] - b[0] || (a[1] < b[1] ? -1 : a[1] > b[1] ? 1 : 0);
+for (const head of document.querySelectorAll("th")) head.onclick = () => {
+  const table = head.closest("table"), body = table.tBodies[0], column = head.cellIndex;
+  const down = head.getAttribute("aria-sort") === "ascending";
+  for (const other of table.querySelectorAll("th")) other.removeAttribute("aria-sort");
+  head.setAttribute("aria-sort", down ? "descending" : "ascending");
+  const rows = [...body.rows].sort((a, b) => compare(key(a.cells[column]), key(b.cells[column])));
+  body.append(...(down ? rows.reverse() : rows));
+};
+"""
+
 
 def comparison(runs: pl.DataFrame, metric: str) -> tuple[list[str], list[list[str]]]:
-    """Header and rows of the table for one metric.
+    """Header and rows for one metric: one row per model, mitigation and learning rate, one column per optimizer.
 
-    A cell holds mean ± standard deviation over the seeds that completed (AUC in percent, as in the paper);
-    ``diverged k of n`` where any seed was lost, with the mean of the rest after it.
+    A cell contains mean ± standard deviation over the completed seeds (AUC in percent, as in the paper). If a seed
+    diverged or failed, ``diverged k of n`` comes first.
 
     Args:
         runs: from ``load_runs``.
@@ -35,7 +63,7 @@ def comparison(runs: pl.DataFrame, metric: str) -> tuple[list[str], list[list[st
         key = (cell["data"], cell["scale"], cell["model"], cell["mitigation"], cell["lr_mult"])
         found.setdefault(key, {})[cell["optim"]] = _cell(cell, metric)
     rank = {name: i for i, name in enumerate(ORDER["model"])}
-    # Runs without a mitigation come first: they are what the others are compared with.
+    # Runs without a mitigation come first, as the baseline.
     keys = sorted(found, key=lambda k: (k[0], k[1], rank.get(k[2], len(rank)), k[2], k[3] != "none", *k[3:]))
     several, mitigated = len({key[:2] for key in keys}) > 1, any(key[3] != "none" for key in keys)
     header = [*(["data", "scale"] if several else []), "model", *(["mitigation"] if mitigated else []), "lr", *optims]
@@ -47,9 +75,9 @@ def comparison(runs: pl.DataFrame, metric: str) -> tuple[list[str], list[list[st
 
 
 def run_table(runs: pl.DataFrame, metrics: Sequence[str]) -> tuple[list[str], list[list[str]]]:
-    """Header and rows with one row a run: what it was, how it ended and why, where its numbers come from."""
+    """Header and rows with one row per run: settings, status, reason, metrics, commit and machine."""
     columns = [*KEYS, "mitigation", "status", "first_step", *metrics, "steps", "run", *MADE_WITH]
-    columns = [column for column in columns if column in runs.columns]  # a CSV of before lacks some
+    columns = [column for column in columns if column in runs.columns]  # an old CSV has fewer
     return columns, [[_plain(value) for value in row] for row in runs.select(columns).iter_rows()]
 
 
@@ -60,7 +88,7 @@ def as_markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def as_csv(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Comma-separated values; no cell holds a comma or a quote."""
+    """Comma-separated values. Cells must contain no commas or quotes."""
     return "\n".join(",".join(row) for row in [header, *rows]) + "\n"
 
 
@@ -72,6 +100,19 @@ def as_rich(header: Sequence[str], rows: Sequence[Sequence[str]], *, title: str)
     for row in rows:
         table.add_row(*row)
     return table
+
+
+def as_html(tables: Sequence[tuple[str, Sequence[str], Sequence[Sequence[str]]]], *, title: str) -> str:
+    """An HTML page of sortable tables that loads nothing from the network.
+
+    Args:
+        tables: caption, header and rows of each.
+        title: of the page.
+    """
+    parts = "\n".join(_html_table(*table) for table in tables)
+    head = f'<meta charset="utf-8"><title>{escape(title)}</title><style>{STYLE}</style>'
+    body = f"<h1>{escape(title)}</h1>\n{parts}\n<script>{SCRIPT}</script>"
+    return f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body>{body}</body></html>\n'
 
 
 def _cell(cell: dict[str, Any], metric: str) -> str:
@@ -92,3 +133,10 @@ def _plain(value: Any) -> str:
 
 def _ordered(names: Sequence[str], order: Sequence[str]) -> list[str]:
     return sorted(names, key=lambda n: (order.index(n) if n in order else len(order), n))
+
+
+def _html_table(caption: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    head = "".join(f"<th>{escape(name)}</th>" for name in header)
+    lines = ["<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows]
+    body = "\n".join(lines)
+    return f"<h2>{escape(caption)}</h2>\n<table><thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody></table>"

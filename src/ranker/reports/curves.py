@@ -1,4 +1,4 @@
-"""Loss and AUC over training, several runs in one picture."""
+"""A figure of training loss and hold-out AUC of several runs, and the colours of the optimizers."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import polars as pl
 
 from ranker.errors import UserError
+from ranker.runs.metric_names import TRAIN_LOSS, VAL, task_metric
 from ranker.runs.run_folder import METRICS, whole_lines
 
 if TYPE_CHECKING:
@@ -18,16 +19,16 @@ COLOURS = {"adagrad": "#c0392b", "gc": "#d68910", "agc": "#7d6608", "lamb": "#6c
 
 
 def plot_training(runs: Sequence[tuple[str, str, Path]], task: str, destination: Path, *, title: str) -> None:
-    """Draws training loss above and hold-out AUC of one task below, over steps.
+    """Draws the training loss (above) and the hold-out AUC of one task (below) over steps.
 
     Args:
         runs: (label, optimizer name, run folder) of each curve.
         task: a binary task.
-        destination: the picture; its ending chooses the format (.png, .svg).
-        title: what is compared.
+        destination: the figure file; its suffix decides the format (.png, .svg).
+        title: of the figure.
 
     Raises:
-        UserError: a run has no metrics.csv, or not the task's AUC.
+        UserError: a run has no metrics.csv, or no AUC of the task.
     """
     import matplotlib
 
@@ -37,8 +38,8 @@ def plot_training(runs: Sequence[tuple[str, str, Path]], task: str, destination:
     figure, (upper, lower) = pyplot.subplots(2, 1, sharex=True, figsize=(7.5, 6), height_ratios=[1, 1])
     for label, optim, folder in runs:
         metrics = _read(folder)
-        _line(upper, metrics, "train/loss", label, optim)
-        _line(lower, metrics, f"val/{task}/auc", label, optim, marker="o")
+        _line(upper, metrics, TRAIN_LOSS, label, optim)
+        _line(lower, metrics, task_metric(VAL, task, "auc"), label, optim, marker="o")
     upper.set_yscale("log")
     upper.set_ylabel("training loss, sum of tasks")
     upper.set_title(title, loc="left")

@@ -1,11 +1,10 @@
-"""What a search for the largest stable learning rate found: lines, tables, a picture, and files to go on with."""
+"""The report of a search for the largest stable learning rate: terminal tables, JSON, CSV and a figure."""
 
 from __future__ import annotations
 
 import csv
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from ranker.atomic import replacing, write_text
 from ranker.reports.curves import COLOURS
 from ranker.runs.run_folder import plain
 from ranker.stability.lr_headroom import Headroom, Level, Outcome, headroom, survival
@@ -23,15 +23,15 @@ JSON, CSV, PICTURE = "headroom.json", "headroom.csv", "headroom.png"
 
 @dataclass(frozen=True)
 class Entry:
-    """One model and optimizer.
+    """The result for one candidate, such as one optimizer.
 
     Attributes:
-        label: what tells it from the others; empty where it is alone.
-        overrides: of all its runs.
-        outcomes: how they ended.
-        summaries: the runs' own, in the same order.
-        levels: the survival curve.
-        found: how many times 1x it survives; None where no run ended either way.
+        label: the overrides that differ between candidates; empty for a single one.
+        overrides: common to all its runs.
+        outcomes: of its runs.
+        summaries: of its runs, in the same order.
+        levels: the survival curve, one level per learning rate.
+        found: the largest stable learning rate in multiples of 1x; None if no run completed or diverged.
     """
 
     label: str
@@ -51,41 +51,49 @@ class Entry:
         *,
         confidence: float,
     ) -> Entry:
-        """Judges the outcomes."""
+        """Computes the survival curve and the headroom.
+
+        Args:
+            label: see the attributes.
+            overrides: see the attributes.
+            outcomes: see the attributes.
+            summaries: see the attributes.
+            confidence: of the intervals.
+        """
         levels = survival(outcomes, confidence=confidence)
         return cls(label, overrides, outcomes, summaries, levels, headroom(outcomes, confidence=confidence))
 
     @property
     def failures(self) -> list[Outcome]:
-        """Runs that say nothing."""
+        """Failed runs, which tell nothing about stability."""
         return [outcome for outcome in self.outcomes if outcome.survived is None]
 
     def notes(self) -> list[str]:
-        """What a person should know beside the number, a line each."""
+        """Warnings about the result, one line each."""
         notes = []
         if self.found is not None and not self.found.monotone:
-            notes.append("some learning rate survived more often than a lower one: more seeds would tell")
+            notes.append("a learning rate survived more often than a lower one: use more seeds")
         if self.found is not None and self.found.beyond == "above":
-            notes.append("most runs survive at the highest rate tried, too: raise headroom.highest")
+            notes.append("most runs survive even at the highest rate tried: raise headroom.highest")
         if self.found is not None and self.found.beyond == "below":
-            notes.append("most runs are lost at the lowest rate tried, too: lower headroom.lowest")
+            notes.append("most runs are lost even at the lowest rate tried: lower headroom.lowest")
         if self.failures:
             first = self.failures[0]
-            notes.append(f"{len(self.failures)} runs failed and say nothing, the first: {first.reason}")
+            notes.append(f"{len(self.failures)} runs failed and are not counted, the first: {first.reason}")
         return notes
 
 
 def report(entries: Sequence[Entry], folder: Path, *, confidence: float, console: Console | None = None) -> None:
-    """Prints curves and numbers, and writes headroom.json, headroom.csv and headroom.png where there is any run.
+    """Prints survival curves and headrooms. If there is any run, writes headroom.json, headroom.csv and headroom.png.
 
     Args:
-        entries: what was compared.
+        entries: one per candidate.
         folder: where the files go.
         confidence: of the intervals.
-        console: where to print; standard output where left out.
+        console: where to print; standard output by default.
     """
     console = console or Console(soft_wrap=True, highlight=False)
-    known = [entry for entry in entries if entry.found is not None]
+    known = [(entry, entry.found) for entry in entries if entry.found is not None]
     for entry in entries:
         if entry.levels:
             console.print(curve_table(entry))
@@ -100,7 +108,7 @@ def report(entries: Sequence[Entry], folder: Path, *, confidence: float, console
         console.print(f"lr headroom{of}: {value}", style="bold")
     if not any(entry.outcomes for entry in entries):
         return
-    _write(folder / JSON, json.dumps(plain(as_dict(entries, confidence=confidence)), indent=2) + "\n")
+    write_text(folder / JSON, json.dumps(plain(as_dict(entries, confidence=confidence)), indent=2) + "\n")
     write_runs(entries, folder / CSV)
     names = [CSV, JSON]
     if known:
@@ -120,16 +128,13 @@ def curve_table(entry: Entry) -> Table:
     return table
 
 
-def comparison_table(entries: Sequence[Entry], *, confidence: float) -> Table:
-    """One row an entry, the first one as the measure."""
+def comparison_table(entries: Sequence[tuple[Entry, Headroom]], *, confidence: float) -> Table:
+    """One row per entry, with the ratio to the first entry."""
     table = Table(title=f"lr headroom, {100 * confidence:g} % intervals", title_justify="left")
     for name in ("", "headroom", "beside the first", "runs"):
         table.add_column(name, justify="left" if not name else "right", no_wrap=True)
-    first = entries[0].found
-    for entry in entries:
-        found = entry.found
-        assert found is not None
-        assert first is not None
+    first = entries[0][1]
+    for entry, found in entries:
         sure = not found.beyond and not first.beyond
         times = found.value / first.value
         ratio = (f"{times:.2f}x" if times < 100 else f"{times:,.0f}x") if sure else ""
@@ -138,7 +143,7 @@ def comparison_table(entries: Sequence[Entry], *, confidence: float) -> Table:
 
 
 def as_dict(entries: Sequence[Entry], *, confidence: float) -> dict[str, Any]:
-    """Everything found, as plain data."""
+    """The contents of headroom.json."""
     return {
         "confidence": confidence,
         "entries": [
@@ -159,9 +164,8 @@ def as_dict(entries: Sequence[Entry], *, confidence: float) -> dict[str, Any]:
 
 
 def write_runs(entries: Sequence[Entry], path: Path) -> None:
-    """One row a run."""
-    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with draft.open("w", newline="", encoding="utf-8") as file:
+    """Writes headroom.csv, one row per run."""
+    with replacing(path) as draft, draft.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["label", "lr_mult", "seed", "outcome", "auc", "steps", "reason", "run"])
         for entry in entries:
@@ -170,11 +174,10 @@ def write_runs(entries: Sequence[Entry], path: Path) -> None:
                 auc = "" if math.isnan(outcome.auc) else outcome.auc
                 row = [outcome.rate, outcome.seed, word, auc, summary.get("steps"), outcome.reason, summary.get("run")]
                 writer.writerow([entry.label, *row])
-    draft.replace(path)
 
 
-def plot(entries: Sequence[Entry], path: Path, *, confidence: float) -> None:
-    """Share of runs that survive over the learning rate, with the headroom and its interval."""
+def plot(entries: Sequence[tuple[Entry, Headroom]], path: Path, *, confidence: float) -> None:
+    """Draws the share of surviving runs over the learning rate, with the headroom and its interval."""
     import matplotlib
 
     matplotlib.use("agg")
@@ -182,38 +185,30 @@ def plot(entries: Sequence[Entry], path: Path, *, confidence: float) -> None:
 
     figure, axes = pyplot.subplots(figsize=(7.5, 4.2))
     others = iter(["#1e8449", "#2e4053", "#af601a", "#884ea0", "#148f77"])
-    for place, entry in enumerate(entries):
-        assert entry.found is not None
+    for place, (entry, found) in enumerate(entries):
         rates = [level.rate for level in entry.levels]
         name = next((word.split("=", 1)[1] for word in entry.overrides if word.startswith("optim=")), "")
         colour = COLOURS.get(name) or next(others, None)
-        shift = 1.0 + 0.02 * place  # so that bars of several entries do not hide each other
+        shift = 1.0 + 0.02 * place  # so that error bars of several entries do not overlap
         at = [rate * shift for rate in rates]
         shares = [level.survived / level.runs for level in entry.levels]
         below = [share - level.low for share, level in zip(shares, entry.levels, strict=True)]
         above = [level.high - share for share, level in zip(shares, entry.levels, strict=True)]
         axes.errorbar(at, shares, [below, above], fmt="o", color=colour, capsize=2, linewidth=0.8, markersize=4)
-        label = f"{entry.label}: {entry.found}" if entry.label else str(entry.found)
+        label = f"{entry.label}: {found}" if entry.label else str(found)
         axes.plot(rates, [level.share for level in entry.levels], color=colour, label=label)
-        axes.axvline(entry.found.value, color=colour, linestyle=":", linewidth=1.0)
-        low = max(entry.found.low, min(rates))
-        axes.axvspan(low, min(entry.found.high, max(rates)), color=colour, alpha=0.08, linewidth=0)
+        axes.axvline(found.value, color=colour, linestyle=":", linewidth=1.0)
+        low = max(found.low, min(rates))
+        axes.axvspan(low, min(found.high, max(rates)), color=colour, alpha=0.08, linewidth=0)
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}x")
     axes.set_ylim(-0.04, 1.04)
     axes.set_xlabel("learning rate, in multiples of 1x")
     axes.set_ylabel("share of runs that survive")
     axes.set_title(f"lr headroom, {100 * confidence:g} % intervals", loc="left")
-    axes.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2)  # clear of the curves
+    axes.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2)  # below the curves
     axes.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()
-    draft = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
-    figure.savefig(draft, dpi=150)
+    with replacing(path) as draft:
+        figure.savefig(draft, dpi=150, format=path.suffix[1:])
     pyplot.close(figure)
-    draft.replace(path)
-
-
-def _write(path: Path, text: str) -> None:
-    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    draft.write_text(text, encoding="utf-8")
-    draft.replace(path)

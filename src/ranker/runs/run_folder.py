@@ -25,7 +25,7 @@ CONFIG, SUMMARY, EVENTS, METRICS, CHECKPOINTS = (
     "checkpoints",
 )
 SKIPPED_ROWS = "skipped_rows.csv"
-RECORDED_PACKAGES = ("evenkeel", "torch", "pytorch-lightning", "hydra-core", "torchmetrics", "polars", "pyarrow")
+RECORDED_PACKAGES = ("evenkeel-ranker", "torch", "pytorch-lightning", "hydra-core", "torchmetrics", "polars", "pyarrow")
 
 # Keys of a checkpoint. Lightning chooses the first three, the last after the name of the class.
 GLOBAL_STEP, STATE_DICT, DATA_MODULE = "global_step", "state_dict", "RankingDataModule"

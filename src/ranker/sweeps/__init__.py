@@ -1,6 +1,6 @@
-"""Sweeps that finish: jobs recognised by their configuration, failures that end nobody else, one account of them all.
+"""Multirun sweeps that can be restarted: finished jobs are skipped, and a failed job does not stop the others.
 
-``previous_runs`` finds and clears earlier attempts; ``job`` runs a
-job or skips it; ``journal`` is the file through which jobs, in whatever process, tell the sweep how they are; ``watch``
-is Hydra's callback that prints it; ``jobs_file`` is the list that ``hydra/sweeper=list`` launches.
+``job`` runs one job or skips it. ``watch`` keeps the journal of a sweep and prints its progress. ``job_list`` knows
+which jobs a sweep has and how many run at a time. ``headroom_search`` is the sweeper ``hydra/sweeper=headroom``.
+``hydra_private`` contains all uses of Hydra's private API.
 """

@@ -1,4 +1,4 @@
-"""The search for the largest stable learning rate, as rounds of jobs for one of Hydra's launchers."""
+"""The sweeper ``hydra/sweeper=headroom``: searches for the largest stable learning rate in rounds of jobs."""
 
 from __future__ import annotations
 
@@ -10,8 +10,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.utils import JobReturn
 from hydra.plugins.launcher import Launcher
 
@@ -19,13 +17,15 @@ from ranker.errors import UserError
 from ranker.reports.headroom_report import Entry, report
 from ranker.runs.run_folder import SUMMARY
 from ranker.stability.lr_headroom import Outcome, Search, settled
+from ranker.sweeps.hydra_private import expand, parse
 
-OURS = {"lr_mult": "headroom.lowest and headroom.highest", "seed": "headroom.seeds"}  # what the search itself sets
+# Keys that the search sets, and the options that control them.
+RESERVED = {"lr_mult": "headroom.lowest and headroom.highest", "seed": "headroom.seeds"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """What conf/hydra/sweeper/headroom.yaml says; see there."""
+    """The options in conf/hydra/sweeper/headroom.yaml, which documents them."""
 
     lowest: float
     highest: float
@@ -44,7 +44,7 @@ class Options:
 
     @property
     def rates(self) -> Search:
-        """How learning rates are chosen."""
+        """The search that chooses the learning rates of each round."""
         return Search(
             lowest=float(self.lowest),
             highest=float(self.highest),
@@ -56,12 +56,12 @@ class Options:
 
 @dataclass
 class Candidate:
-    """One combination of the command line's values, and what its runs did.
+    """One combination of the values on the command line, and the results of its runs.
 
     Attributes:
-        label: the overrides that tell it from the others; empty where it is the only one.
-        overrides: all of them.
-        runs: outcomes as read, with a summary each.
+        label: the overrides that differ between candidates; empty for a single candidate.
+        overrides: all overrides of its runs.
+        runs: outcome and summary of each run so far.
     """
 
     label: str
@@ -69,7 +69,7 @@ class Candidate:
     runs: list[tuple[Outcome, Mapping[str, Any]]] = field(default_factory=list)
 
     def outcomes(self, min_auc: float) -> list[Outcome]:
-        """What the runs say together."""
+        """The outcomes, with runs of too low an AUC counted as lost; see ``settled``."""
         return settled([outcome for outcome, _ in self.runs], min_auc=min_auc)
 
 
@@ -81,20 +81,20 @@ def search(
     folder: Path,
     validate: Callable[[list[list[str]]], None],
 ) -> list[Entry]:
-    """Runs rounds until every combination is done, and reports; also what is known so far, when it is broken off.
+    """Runs rounds until every combination is bracketed, then writes the report. An interrupted search reports too.
 
     Args:
-        arguments: overrides, some maybe with several values.
-        options: range, seeds, steps and the like.
+        arguments: overrides; some may have several values.
+        options: range, seeds, step and so on.
         launcher: starts the jobs.
-        folder: where runs and report go.
-        validate: composes jobs, to find a mistake before anything is started.
+        folder: where run folders and the report go.
+        validate: composes jobs, to find mistakes before anything starts.
 
     Returns:
-        What the report says of each combination.
+        The report's entry of each combination.
 
     Raises:
-        UserError: an override sets what the search sets.
+        UserError: an override sets a key that the search sets.
     """
     rates = options.rates
     candidates = combinations(arguments)
@@ -110,7 +110,7 @@ def search(
             ]
             if not jobs:
                 break
-            print(f"round {round_number}: {_words(candidates, jobs)}", flush=True)
+            print(f"round {round_number}: {_describe(candidates, jobs)}", flush=True)
             batch = [[*c.overrides, f"lr_mult={rate:g}", f"seed={seed}"] for c, rate, seed in jobs]
             if round_number == 1:
                 validate(batch[:: options.seeds])
@@ -138,22 +138,22 @@ def combinations(arguments: Sequence[str]) -> list[Candidate]:
     """Every combination of the values on the command line.
 
     Raises:
-        UserError: an override sets what the search sets.
+        UserError: an override sets a key that the search sets.
     """
-    parsed = OverridesParser.create().parse_overrides(list(arguments))
+    parsed = parse(arguments)
     for key in (override.key_or_group for override in parsed):
-        if key in OURS:
-            raise UserError(f"the search sets {key} itself; use {OURS[key]}")
+        if key in RESERVED:
+            raise UserError(f"the search sets {key} itself; use {RESERVED[key]}")
     swept = [override.get_key_element() for override in parsed if override.is_sweep_override()]
     found = []
-    for overrides in BasicSweeper.split_arguments(parsed, None)[0]:
+    for overrides in expand(parsed):
         label = " ".join(item for item in overrides if item.split("=", 1)[0] in swept)
         found.append(Candidate(label, overrides))
     return found
 
 
-def _words(candidates: Sequence[Candidate], jobs: Sequence[tuple[Candidate, float, int]]) -> str:
-    """Which learning rates a round tries, in one line."""
+def _describe(candidates: Sequence[Candidate], jobs: Sequence[tuple[Candidate, float, int]]) -> str:
+    """The learning rates of a round, in one line."""
     parts = []
     for candidate in candidates:
         rates = sorted({rate for owner, rate, _ in jobs if owner is candidate})
@@ -163,19 +163,25 @@ def _words(candidates: Sequence[Candidate], jobs: Sequence[tuple[Candidate, floa
 
 
 def summary_of(result: JobReturn) -> Mapping[str, Any]:
-    """What a job's run folder says of it; a failure where it says nothing."""
+    """The summary in a job's run folder; a failure if there is none."""
     folder = Path(result.hydra_cfg.hydra.runtime.output_dir) if result.hydra_cfg is not None else None
     if folder is not None and (folder / SUMMARY).is_file():
         return {**json.loads((folder / SUMMARY).read_text(encoding="utf-8")), "run": str(folder)}
     try:
         reason = str(result.return_value)
-    except Exception as error:  # Hydra gives back, on access, whatever the job raised
+    except Exception as error:  # Hydra raises the error of the job on access
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
     return {"status": "failed", "reason": reason, "metrics": {}, "run": str(folder)}
 
 
 def outcome_of(summary: Mapping[str, Any], *, rate: float, seed: int) -> Outcome:
-    """Whether the run survived."""
+    """The outcome of a run, from its summary.
+
+    Args:
+        summary: as in summary.json.
+        rate: its learning rate, in multiples of 1x.
+        seed: its seed.
+    """
     survived = {"completed": True, "diverged": False}.get(summary["status"])
     aucs = [value for name, value in summary["metrics"].items() if name.endswith("/auc")]
     auc = math.nan if not aucs or aucs[0] is None else float(aucs[0])

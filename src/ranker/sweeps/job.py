@@ -1,9 +1,12 @@
-"""One job of a sweep: run it, or take what an earlier call of the sweep left."""
+"""One job of a sweep: runs it, resumes an interrupted run, or uses the finished run of an earlier call."""
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
+import os
+import shutil
 import time
 import traceback
 from collections.abc import Iterator
@@ -14,44 +17,45 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from ranker import config, run_summary
+from ranker.atomic import write_text
 from ranker.errors import UserError
 from ranker.runs.config_identity import config_hash
 from ranker.runs.provenance import cores
-from ranker.runs.run_folder import SUMMARY, RunFolder
-from ranker.sweeps import previous_runs
-from ranker.sweeps.journal import BEFORE, Journal, duration
-from ranker.sweeps.launchers import is_parallel, jobs_at_a_time
+from ranker.runs.run_folder import CONFIG, SUMMARY, RunFolder
+from ranker.sweeps.job_list import is_parallel, jobs_at_a_time
+from ranker.sweeps.watch import BEFORE, Journal, duration
 
-OUTPUT, TRACEBACK = "output.txt", "traceback.txt"
+OUTPUT, TRACEBACK, LOCK = "output.txt", "traceback.txt", ".lock"
+FINISHED = ("completed", "diverged")  # a diverged run is a result; a failed run is not
 
 
 def run_job(cfg: DictConfig) -> float | None:
-    """Runs a job of a multirun, unless a run of the same configuration is finished under the sweep's folder.
+    """Runs a job of a multirun, unless a run with the same configuration is finished in the sweep folder.
 
-    A job that was killed or interrupted goes on from its checkpoint, where it has one; one that failed starts afresh.
-    A job that fails does not raise: the others go on, its reason is in its ``summary.json`` and in the sweep's
-    journal, and the account at the end lists it. An interruption ends the sweep.
+    A job that was killed or interrupted resumes from its checkpoint, if there is one. A failed job starts again. An
+    error in a job is not raised, so that the other jobs go on: its reason is written to ``summary.json`` and to the
+    sweep's journal, and is printed at the end of the sweep. An interruption ends the sweep.
 
     Returns:
-        The metric a sweep maximises; None where the job failed.
+        The metric that a sweep maximises; None if the job failed.
     """
     hydra = HydraConfig.get()
     job, folder, sweep_dir = hydra.job.num, Path(hydra.runtime.output_dir), Path(hydra.sweep.dir)
     journal, mark = Journal(sweep_dir), config_hash(cfg)
-    with previous_runs.alone(folder):
-        found = [] if cfg.resume else previous_runs.attempts(sweep_dir, mark)
-        done = next(((run, summary) for run, summary in found if summary["status"] in previous_runs.FINISHED), None)
+    with _exclusive(folder):
+        found = [] if cfg.resume else _previous_runs(sweep_dir, mark)
+        done = next(((run, summary) for run, summary in found if summary["status"] in FINISHED), None)
         if done and not cfg.force:
             run, summary = done
             journal.add(job, BEFORE, run=run)
-            print(f"job {job}: done before, {summary['status']}, in {run} (force=true does it again)", flush=True)
+            print(f"job {job}: done before, {summary['status']}, in {run} (force=true runs it again)", flush=True)
             return run_summary.objective(summary, cfg.objective)
         journal.add(job, "started", run=folder)
         start = time.monotonic()
         try:
-            checkpoint = None if cfg.resume or cfg.force else previous_runs.left_off_at(folder, mark)
+            checkpoint = None if cfg.resume or cfg.force else _checkpoint_to_resume(folder, mark)
             if cfg.resume is None and checkpoint is None:
-                previous_runs.make_room(folder, mark, [run for run, _ in found])
+                _clear(folder, mark, [run for run, _ in found])
             summary, value = _train(cfg, folder, checkpoint)
         except Exception as error:
             reason = _write_failure(cfg, folder, mark, error, time.monotonic() - start)
@@ -77,9 +81,9 @@ def _train(cfg: DictConfig, folder: Path, checkpoint: Path | None) -> tuple[dict
 
 @contextlib.contextmanager
 def _beside_others(cfg: DictConfig, folder: Path) -> Iterator[None]:
-    """Among jobs that run side by side: its share of the cores, and its words into its own folder.
+    """If jobs run in parallel: limits a job to its share of the cores, and redirects its output to its own folder.
 
-    Bars and tables of several jobs on one terminal would tear each other.
+    Progress bars and tables of several jobs would otherwise mix on one terminal.
     """
     hydra = HydraConfig.get()
     if not is_parallel(hydra.launcher):
@@ -99,13 +103,80 @@ def _beside_others(cfg: DictConfig, folder: Path) -> Iterator[None]:
 
 
 def _write_failure(cfg: DictConfig, folder: Path, mark: str, error: Exception, seconds: float) -> str:
-    """Writes down why a job failed, where the run itself did not get as far, and returns it in one line."""
+    """Writes the traceback, and a summary if the run has not written one; returns the reason in one line."""
     known = isinstance(error, UserError)
     reason = config.one_line(error) if known else f"{type(error).__name__}: {' '.join(str(error).split())}"
     run = RunFolder(folder)
     if not known:
-        (folder / TRACEBACK).write_text("".join(traceback.format_exception(error)), encoding="utf-8")
-    if cfg.resume is None and not (folder / SUMMARY).exists():  # a summary that exists is the run's own, or another's
+        write_text(folder / TRACEBACK, "".join(traceback.format_exception(error)))
+    if cfg.resume is None and not (folder / SUMMARY).exists():  # an existing summary was written by the run itself
         run.save_config(cfg)
         run.save_summary(run_summary.never_began(cfg, reason=reason, seconds=seconds) | {"config_hash": mark})
     return reason
+
+
+@contextlib.contextmanager
+def _exclusive(folder: Path) -> Iterator[None]:
+    """Locks a run folder, so that duplicate jobs, or two sweeps at once, do not run in it at the same time."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / LOCK).open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _previous_runs(sweep_dir: Path, mark: str) -> list[tuple[Path, dict[str, Any]]]:
+    """Folders and summaries of the runs in a sweep folder whose configuration has this hash."""
+    found = []
+    for path, folders, files in os.walk(sweep_dir):
+        if SUMMARY in files:
+            folders.clear()  # runs are not nested
+            summary = _read_summary(Path(path))
+            if summary.get("config_hash") == mark:
+                found.append((Path(path), summary))
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+    return found
+
+
+def _checkpoint_to_resume(folder: Path, mark: str) -> Path | None:
+    """The checkpoint from which the run in a folder resumes; None if it must start again.
+
+    Only a killed or interrupted run resumes. A failed run may have the cause of its failure in its state.
+    """
+    run, summary = RunFolder(folder), _read_summary(folder)
+    if summary and not str(summary.get("reason")).startswith("interrupted"):
+        return None
+    if not (folder / CONFIG).is_file() or config_hash(run.load_config()) != mark:
+        return None
+    return run.newest_checkpoint() if any(run.checkpoints.glob("*.ckpt")) else None
+
+
+def _clear(folder: Path, mark: str, others: list[Path]) -> None:
+    """Removes earlier attempts at a run: the contents of its folder, and other folders with the same configuration.
+
+    Hydra's files in the folder (``.hydra``, the log) belong to the job that is starting, and stay.
+
+    Raises:
+        UserError: the folder contains a different run, which would be overwritten.
+    """
+    if (folder / CONFIG).is_file() and config_hash(RunFolder(folder).load_config()) != mark:
+        raise UserError(
+            f"{folder} holds another run; add ${{config_hash:}} to hydra.sweep.subdir, so that each has its own folder"
+        )
+    for entry in folder.iterdir():
+        if entry.name in (".hydra", LOCK) or entry.suffix == ".log":
+            continue
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink()
+    for other in others:
+        if other.resolve() != folder.resolve():
+            shutil.rmtree(other)
+
+
+def _read_summary(folder: Path) -> dict[str, Any]:
+    try:
+        found = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # another job has just removed it, or it is not our file
+        return {}
+    return found if isinstance(found, dict) else {}

@@ -14,7 +14,7 @@ from pytorch_lightning.loggers import TensorBoardLogger, WandbLogger
 from pytorch_lightning.loggers.logger import Logger
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
-from ranker.errors import UserError, suggest
+from ranker.errors import UserError, install_hint, suggest
 from ranker.runs.run_folder import METRICS, RunFolder
 from ranker.training.metrics_csv import MetricsCsv
 
@@ -70,7 +70,7 @@ def build(settings: Mapping[str, Any], folder: RunFolder, *, name: str, group: s
         try:
             loggers.append(TensorBoardLogger(save_dir=str(folder.path), name="", version="tensorboard"))
         except ModuleNotFoundError as error:
-            raise UserError("logger=tensorboard needs tensorboard: pip install 'evenkeel[report]'") from error
+            raise UserError(f"logger=tensorboard needs tensorboard: {install_hint('report')}") from error
     return loggers
 
 

@@ -14,7 +14,7 @@ import pytest
 from ranker.data.parquet_log import ParquetLog
 from support import ROOT
 
-pytest.importorskip("huggingface_hub", reason="hf:// needs huggingface_hub: pip install 'evenkeel[dev]'")
+pytest.importorskip("huggingface_hub", reason="hf:// needs huggingface_hub: pip install -e '.[dev]'")
 SERVER = Path(__file__).with_name("hub_server.py")
 URL = "hf://datasets/somebody/clicks/log"
 # The hub's address is read when its package is imported: a process of its own.

@@ -117,7 +117,7 @@ def test_the_script_prints_files_and_warnings(write_log, inspect_data, capsys):
 def test_the_script_refuses_a_broken_log_with_one_line(write_log, inspect_data, capsys):
     root = write_log(DAYS)
     (root / "day=2022-04-26.parquet").write_bytes(b"")
-    assert inspect_data([str(root)]) == 1
+    assert inspect_data([str(root)]) == 2
     message = capsys.readouterr().err
     assert message.startswith("error: ")
     assert message.count("\n") == 1
@@ -145,7 +145,7 @@ def test_days_out_of_order_are_shown_with_what_the_manifest_says(write_log, insp
     ]
     entries = [dataclasses.replace(entry, time_max_ms=entry.time_min_ms + 1000) for entry in entries]
     Manifest(files=tuple(entries)).write(root)
-    assert inspect_data([str(root)]) == 1
+    assert inspect_data([str(root)]) == 2
     shown = capsys.readouterr()
     assert "manifest.json: 120 rows" in shown.out
     assert "warning: day=2022-04-30.parquet begins before day=2022-04-27.parquet ends" in shown.out

@@ -278,5 +278,5 @@ def test_the_script_prints_a_summary_and_turns_a_mistake_into_one_line(
     assert "60 rows in 3 days" in told
     assert "dropped 5 exact duplicates" in told
     assert "five_stars" in told
-    assert script.main(["kuairand", str(source), str(target)]) == 1
+    assert script.main(["kuairand", str(source), str(target)]) == 2
     assert capsys.readouterr().err.startswith("error: the log is missing: no log_standard_*.csv in")

@@ -212,7 +212,7 @@ def test_the_script_shows_the_licence_first_and_ends_with_the_command_to_train(
 ) -> None:
     server.body = zipped({"ml-1m/ratings.dat": ""})
     known = {**ARCHIVES, "movielens-1m": archive(server, server.body, "ml-1m.zip")}
-    monkeypatch.setattr(script, "ARCHIVES", known)
+    monkeypatch.setattr("ranker.commands.data_commands.ARCHIVES", known)
     assert script.main(["movielens-1m", str(tmp_path), "--yes", "--mirror", server.url + "/"]) == 0
     told = capsys.readouterr().out
     assert told.index("redistribution") < told.index("data=movielens data.source=")
@@ -222,10 +222,10 @@ def test_the_script_shows_the_licence_first_and_ends_with_the_command_to_train(
 def test_without_a_person_or_a_yes_nothing_is_fetched(
     tmp_path: Path, server: Server, script: ModuleType, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert script.main(["kuairand-pure", str(tmp_path), "--mirror", server.url]) == 1
+    assert script.main(["kuairand-pure", str(tmp_path), "--mirror", server.url]) == 2
     said = capsys.readouterr()
     assert "CC BY-SA 4.0" in said.out
-    assert said.err == "error: nobody is there to agree to the licence; add --yes\n"
+    assert said.err == "error: no terminal to accept the licence on; add --yes\n"
     assert server.asked == []
 
 

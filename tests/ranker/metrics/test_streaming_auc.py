@@ -71,7 +71,7 @@ def test_the_past_fades_by_the_decay():
     stream.update(*right)
     stream.update(*wrong)
     # Weights 1/2 and 1: right pairs 1/2 * 1/2, ties half of 2 * 1/2, of (3/2)^2 in all.
-    assert stream.compute()[0].item() == pytest.approx((0.25 + 0.5) / 2.25)
+    assert stream.stats().auc_T[0].item() == pytest.approx((0.25 + 0.5) / 2.25)
 
 
 def test_scores_beyond_the_range_count_in_the_outermost_bins():
@@ -113,17 +113,17 @@ def test_the_running_auc_goes_on_from_a_checkpoint():
     other.load_state_dict(stream.state_dict())
     for each in (stream, other):
         each.update(*some_rows(seed=1))
-    assert torch.equal(stream.compute()[[0, 2]], other.compute()[[0, 2]])
+    assert torch.equal(stream.stats().auc_T[[0, 2]], other.stats().auc_T[[0, 2]])
     stream.reset()
-    assert stream.compute().isnan().all()
+    assert stream.stats().auc_T.isnan().all()
 
 
 def test_an_empty_batch_changes_no_auc():
     stream = StreamingAUC(SCHEMA, decay=1.0)
     stream.update(*some_rows())
-    before = stream.compute()
+    before = stream.stats().auc_T
     stream.update(*(part[:0] for part in some_rows()))
-    assert torch.equal(stream.compute()[[0, 2]], before[[0, 2]])
+    assert torch.equal(stream.stats().auc_T[[0, 2]], before[[0, 2]])
 
 
 def test_updates_do_not_wait_for_the_device():
@@ -131,7 +131,7 @@ def test_updates_do_not_wait_for_the_device():
     inputs = [part.to("meta") for part in some_rows()]
     stream = StreamingAUC(SCHEMA).to("meta")
     stream.update(*inputs)
-    assert stream.compute().is_meta
+    assert stream.stats().auc_T.is_meta
 
 
 @pytest.mark.parametrize("options", [{"bins": 1}, {"logit_range": 0.0}, {"decay": 1.5}])
@@ -143,4 +143,4 @@ def test_options_that_make_no_histogram_are_refused(options):
 def test_a_schema_of_one_task_gives_one_number():
     stream = StreamingAUC(SCHEMA.select(tasks=["click"]))
     stream.update(torch.tensor([[1.0], [0.0]]), torch.tensor([[1.0], [0.0]]), torch.ones(2, 1, dtype=torch.bool))
-    assert stream.compute().tolist() == [1.0]
+    assert stream.stats().auc_T.tolist() == [1.0]

@@ -11,6 +11,6 @@ from support import ROOT
 def test_overrides_may_stand_behind_options() -> None:
     command = [sys.executable, str(ROOT / "scripts" / "reproduce.py"), "table1", "--jobs", "1", "data=kuairnd"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert done.stderr.startswith("error: data=kuairnd: "), "the override was read, and judged"
     assert "kuairand" in done.stderr

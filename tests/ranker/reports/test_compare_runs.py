@@ -8,7 +8,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from ranker.reports.html import as_html
+from ranker.reports.comparison import as_html
 from support import ROOT
 
 RUNS = str(ROOT / "results" / "kuairand_laptop.csv")
@@ -18,7 +18,10 @@ RUNS = str(ROOT / "results" / "kuairand_laptop.csv")
 def compare(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
     def call(*arguments: str) -> str:
         monkeypatch.setattr(sys, "argv", ["compare_runs.py", *arguments])
-        runpy.run_path(str(ROOT / "scripts" / "compare_runs.py"), run_name="__main__")
+        with pytest.raises(SystemExit) as end:
+            runpy.run_path(str(ROOT / "scripts" / "compare_runs.py"), run_name="__main__")
+        if end.value.code:
+            raise end.value
         return capsys.readouterr().out
 
     return call
@@ -80,9 +83,13 @@ def test_what_runs_say_is_no_markup() -> None:
     assert "x &amp; y" in page
 
 
-def test_an_unknown_metric_is_answered_with_near_names(compare: Callable[..., str]) -> None:
-    with pytest.raises(SystemExit, match="did you mean 'is_click/auc'"):
+def test_an_unknown_metric_is_answered_with_near_names(
+    compare: Callable[..., str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as end:
         compare(RUNS, "--metric", "click/auc")
+    assert end.value.code == 2
+    assert "did you mean 'is_click/auc'" in capsys.readouterr().err
 
 
 def test_without_runs_the_script_says_what_it_wants(

@@ -7,7 +7,7 @@ import pytest
 
 from ranker.errors import UserError
 from ranker.reports.comparison import as_csv, as_markdown, comparison
-from ranker.reports.runs import by_cell, load_runs
+from ranker.reports.run_table import by_cell, load_runs
 
 
 def write_run(

@@ -1,4 +1,4 @@
-"""The statistics of scripts/stability_overhead.py, on times whose overhead is known."""
+"""The statistics of scripts/bench/stability_overhead.py, on times whose overhead is known."""
 
 from __future__ import annotations
 

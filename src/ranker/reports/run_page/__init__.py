@@ -1,4 +1,4 @@
-"""One run as one HTML page that needs nothing else: no network, no fonts, no scripts from elsewhere."""
+"""The HTML report of one run: a single file that loads nothing from the network."""
 
 from ranker.reports.run_page.page import render
 from ranker.reports.run_page.recorded import Recorded

@@ -1,4 +1,4 @@
-"""Charts as inline SVG; colours are CSS variables, so that one drawing serves light and dark."""
+"""Line charts and heat maps as inline SVG. Colours are CSS classes, so that a drawing works in light and dark mode."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ HEAT_LEVELS = 16
 
 
 class Line(NamedTuple):
-    """A series with its looks: ``style`` is a CSS class, ``s0`` to ``s8`` or ``faint``; ``dots`` for rare points."""
+    """A series and its CSS class, ``s0`` to ``s8`` or ``faint``. ``dots`` marks each point of a sparse series."""
 
     label: str
     series: Series
@@ -29,7 +29,7 @@ class Line(NamedTuple):
 
 @dataclass(frozen=True)
 class Scale:
-    """From numbers to pixels; a logarithm where numbers lie far apart."""
+    """Maps numbers to pixels, linearly or logarithmically."""
 
     low: float
     high: float
@@ -38,7 +38,7 @@ class Scale:
     log: bool = False
 
     def __call__(self, value: float) -> float:
-        """The pixel of a number, held inside the frame."""
+        """The pixel of a number, clamped to the frame."""
         low, high, x = (
             (math.log10(v) for v in (self.low, self.high, max(value, self.low)))
             if self.log
@@ -52,13 +52,13 @@ class Scale:
         return self.start + min(1.0, max(0.0, share)) * (self.stop - self.start)
 
     def ticks(self) -> list[float]:
-        """A few round numbers inside."""
+        """A few round numbers in the range."""
         if self.log:
             first, last = math.ceil(math.log10(self.low) - 1e-9), math.floor(math.log10(self.high) + 1e-9)
             if last - first >= 1:
                 every = max(1, (last - first + 3) // 4)
                 return [10.0**e for e in range(first, last + 1, every)]
-            # Less than two powers of ten: round numbers as on a linear axis, if not at equal distances.
+            # Fewer than two powers of ten: use round numbers as on a linear axis.
         rough = (self.high - self.low) / 4 or 1.0
         unit = 10.0 ** math.floor(math.log10(rough))
         step = next(unit * m for m in (1, 2, 2.5, 5, 10) if unit * m >= rough * 0.999)
@@ -77,17 +77,17 @@ def line_chart(
     bounds: tuple[float, float] | None = None,
     note: str = "",
 ) -> str:
-    """Lines over steps with the run's events behind them.
+    """A chart of lines over steps, with the run's events in the background.
 
     Args:
         title: what is drawn.
-        lines: nothing is drawn of one without a finite number but its marks.
-        last_step: where the axis of steps ends, the same for all charts of a page.
+        lines: the series. Values that are not finite are drawn as marks at the upper edge.
+        last_step: end of the step axis, the same for all charts of a page.
         events: lines of events.jsonl.
-        log: whether the vertical axis is logarithmic; None decides by the numbers.
-        reference: a number to draw a line at, and its name.
-        bounds: of the vertical axis; None takes those of the numbers.
-        note: a remark below the title.
+        log: whether the vertical axis is logarithmic; None decides from the data.
+        reference: value and label of a horizontal line.
+        bounds: range of the vertical axis; None decides from the data.
+        note: a text below the title.
     """
     y = _vertical(lines, log, reference, bounds)
     x = Scale(0, last_step, LEFT, WIDTH - RIGHT)
@@ -116,16 +116,16 @@ def heat_map(
     events: Sequence[Mapping[str, Any]] = (),
     note: str = "",
 ) -> str:
-    """A row a series, a column a stretch of steps; the stronger the colour the further from harmless.
+    """A heat map with one row per series and one column per interval of steps.
 
     Args:
         title: what is drawn.
-        rows: by name, from the top down. A cell shows the smallest number of its stretch.
-        last_step: where the axis of steps ends.
-        diverging: numbers from -1 to 1, both ends coloured; else factors, 1 colourless and ``floor`` or less full.
-        floor: see there.
+        rows: series by name, from top to bottom. A cell shows the smallest value of its interval.
+        last_step: end of the step axis.
+        diverging: values from -1 to 1, both ends coloured. Otherwise factors: 1 has no colour, ``floor`` full colour.
+        floor: see ``diverging``.
         events: lines of events.jsonl.
-        note: a remark below the title.
+        note: a text below the title.
     """
     tall, left = 15, 178
     width, height = 940, TOP + tall * len(rows) + BOTTOM
@@ -143,7 +143,7 @@ def heat_map(
 
 
 def number(value: float) -> str:
-    """A number as short as a label must be."""
+    """A number in the short form of an axis label."""
     if not math.isfinite(value):
         return "not finite"
     if value == 0:
@@ -191,7 +191,7 @@ def _steps_axis(x: Scale, bottom: float) -> str:
 
 
 def _line(line: Line, x: Scale, y: Scale) -> str:
-    """The line, broken where numbers are not finite, with a mark at the upper edge there."""
+    """The line, interrupted at values that are not finite, with a mark at the upper edge instead."""
     pieces: list[list[str]] = [[]]
     marks, series = [], thinned(line.series, BINS)
     for step, value in zip(series.steps, series.values, strict=True):
@@ -230,7 +230,7 @@ def _cells(series: Series, x: Scale, top: int, tall: int, last_step: int, diverg
 
 
 def _gap(columns: Sequence[int]) -> int:
-    """How far apart looks usually lie: a look stands until the next one, but not over a hole."""
+    """Median distance of the columns with data. A cell extends to the next one, but at most this far."""
     gaps = sorted(b - a for a, b in pairwise(columns))
     return gaps[len(gaps) // 2] if gaps else HEAT_COLUMNS
 

@@ -1,32 +1,187 @@
-"""The page itself: head, facts, sections, styles."""
+"""The HTML page of a run: one string that contains its charts, tables, styles and scripts."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from html import escape
 from importlib.resources import files
 from typing import Any
 
 import yaml
 
-from ranker.reports.run_page import sections
-from ranker.reports.run_page.charts import number
-from ranker.reports.run_page.recorded import Recorded
+from ranker.reports.run_page.charts import Line, heat_map, line_chart, number
+from ranker.reports.run_page.recorded import Recorded, Series
+from ranker.runs.metric_names import (
+    LEARNING_RATE,
+    PROGRESSIVE,
+    SHARPNESS,
+    SIGMA,
+    SIGNS,
+    TASK_COSINE,
+    TASK_NORM,
+    TEST,
+    TRAIN,
+    TRAIN_LOSS,
+    VAL,
+    task_metric,
+)
 
-TOLD_AS_GOING = 120.0  # seconds without a sign of life after which a run may as well have been killed
+RUNNING_SECONDS = 120.0  # a run without summary that wrote nothing for longer counts as unfinished
+
+LAYERS = {"dcn": "s4", "bottom_first": "s0", "bottom_top": "s1"}
+SIGN_TITLES = {
+    "grad_norm": "gradient, norm2(g)",
+    "grad_over_weight": "gradient over weights, norm2(g) / norm2(w)",
+    "update_max": "update, infinity norm of r",
+    "sigma": "sigma of the optimizer in use",
+    "dead_relus": "share of dead ReLUs",
+    "activation_max": "activations, infinity norm",
+}
+RULES = {"sigma": ("in use", "s0"), "sigma_gc": ("GC", "s2"), "sigma_agc": ("AGC", "s3")}
+RULES |= {"sigma_lamb": ("LAMB", "s4"), "sigma_clippy": ("Clippy", "s1")}
+
+
+def _tasks(run: Recorded) -> str:
+    """Loss and AUC (or RMSE) of each task."""
+    names = list(dict.fromkeys(n.split("/")[0] for n in run.matching(f"{TRAIN}/") if n.endswith("/loss") and "/" in n))
+    if not names:
+        return _missing("No losses yet: metrics.csv is written every train.log_every steps (not with logger=none).")
+    charts = [_chart(run, "training loss, weighted sum of tasks", [("training", TRAIN_LOSS, "s0", False)])]
+    charts.append(_chart(run, "learning rate", [("lr", LEARNING_RATE, "s2", False)], log=False))
+    for name in names:
+        charts.append(_chart(run, f"{name}: loss", [("training", task_metric(TRAIN, name, "loss"), "s0", False)]))
+        metric = "auc" if task_metric(TRAIN, name, "auc") in run.series else "rmse"
+        wanted = [
+            ("training, streaming", task_metric(TRAIN, name, metric), "s0", False),
+            ("progressive", task_metric(PROGRESSIVE, name, metric), "s2", True),
+            ("hold-out", task_metric(VAL, name, metric), "s1", True),
+        ]
+        chance = (0.5, "no better than chance") if metric == "auc" else None
+        charts.append(_chart(run, f"{name}: {metric.upper()}", wanted, log=False if chance else None, reference=chance))
+    return _grid(charts)
+
+
+def _sigma(run: Recorded) -> str:
+    """Sigma, the clipping factor, of each tensor over steps."""
+    rows = run.matching(SIGMA)
+    if rows:
+        note = "No colour: not clipped (1). Full colour: 1/1000 or less. A cell shows the smallest value of its steps."
+        ordered = dict(sorted(rows.items(), key=lambda item: item[0].endswith("bias")))
+        return heat_map(
+            "sigma by tensor, weights first", ordered, last_step=run.last_step, events=run.events, note=note
+        )
+    if run.matching(SIGNS):
+        optim = (run.config.get("optim") or {}).get("name", "this optimizer")
+        return _missing(f"No tensor has a sigma: {optim} does not clip, or keeps no statistics.")
+    return _missing("Not recorded. Record it with callbacks.early_signs.every=10 (1 for every step).")
+
+
+def _early_signs(run: Recorded) -> str:
+    """Early signs by layer, the sigma of other clipping rules, and the gradients of the tasks."""
+    seen = run.matching(SIGNS)
+    if not seen:
+        return _missing("Not recorded. Record them with callbacks.early_signs.every=10 (1 for every step).")
+    roles = list(dict.fromkeys(n.rsplit("/", 1)[0] for n in seen if not n.startswith("task_")))
+    charts = []
+    for sign, title in SIGN_TITLES.items():
+        lines = [_layer(role, seen[f"{role}/{sign}"]) for role in reversed(roles) if f"{role}/{sign}" in seen]
+        if any(math.isfinite(v) for line in lines for v in line.series.values):
+            charts.append(line_chart(title, lines, last_step=run.last_step, events=run.events))
+    for role in (role for role in roles if role in LAYERS):
+        rules = [sign.rsplit("/", 1)[1] for sign in seen if sign.startswith(f"{role}/sigma")]
+        lines = [Line(*_rule(rule, seen[f"{role}/{rule}"])) for rule in rules]
+        if len(lines) > 1:
+            charts.append(
+                line_chart(f"{role}: sigma of each clipping rule", lines, last_step=run.last_step, events=run.events)
+            )
+    pulls = run.matching(TASK_NORM)
+    if pulls:
+        lines = [Line(task, series, f"s{i % 9}", dots=True) for i, (task, series) in enumerate(pulls.items())]
+        title = "gradient of each task on the top shared layer, norm2"
+        charts.append(line_chart(title, lines, last_step=run.last_step, events=run.events))
+    cosines = {n.replace("/", " · "): s for n, s in run.matching(TASK_COSINE).items()}
+    heat = ""
+    if cosines:
+        note = "Blue: the gradients of two tasks point the same way. Red: they are opposed."
+        title = "cosine between the tasks' gradients on the top shared layer"
+        heat = heat_map(title, cosines, last_step=run.last_step, diverging=True, note=note)
+    return _grid([*charts, heat])
+
+
+def _sharpness(run: Recorded) -> str:
+    """How close the learning rate is to the edge of stability."""
+    seen = run.matching(SHARPNESS)
+    if "ratio" not in seen:
+        return _missing("Not measured: each probe costs tens of steps. Measure it with callbacks.sharpness.every=100.")
+    edge = (1.0, "edge: above it the learning rate is too high")
+    ratio = [Line("lr over the edge 2 / eigenvalue", seen["ratio"], "s1", dots=True)]
+    values = [
+        Line(label, seen[name], style, dots=True)
+        for label, name, style in (
+            ("Hessian", "hessian", "s0"),
+            ("preconditioned, times sigma", "preconditioned", "s1"),
+        )
+        if name in seen
+    ]
+    shared: dict[str, Any] = {"last_step": run.last_step, "events": run.events}
+    return _grid(
+        [
+            line_chart("sharpness against 2 / lr", ratio, reference=edge, log=_all_positive(seen["ratio"]), **shared),
+            line_chart("largest eigenvalue", values, **shared),
+        ]
+    )
+
+
+def _events(run: Recorded) -> str:
+    """Divergences and rollbacks."""
+    if not run.events:
+        off = "divergence" not in (run.config.get("callbacks") or {}) and bool(run.config)
+        return _missing(
+            "Not recorded: this run had no callbacks.divergence (callbacks=default has it)."
+            if off
+            else "No divergence so far, and no rollback."
+        )
+    found = [e for e in run.events if e.get("kind") != "rollback"]
+    back = [e for e in run.events if e.get("kind") == "rollback"]
+    parts = []
+    if found:
+        head = ("kind", "step", "task that moved first", "depth", "length", "recovered at", "what happened")
+        keys = ("kind", "step", "task", "depth", "length", "recovered_at", "reason")
+        parts.append(_table(head, ([_badge(e), *(_text(e.get(key)) for key in keys[1:])] for e in found)))
+    if back:
+        head = ("rollback", "from step", "to step", "cause", "batches skipped", "rows skipped", "lr from then on")
+        keys = ("try", "step", "to_step", "cause", "skipped_batches", "skipped_rows", "lr")
+        parts.append(_table(head, ([_text(e.get(key)) for key in keys] for e in back)))
+    return "".join(parts)
+
+
+def _holdout(run: Recorded) -> str:
+    """Final metrics on the hold-out by task."""
+    metrics: Mapping[str, Any] = (run.summary or {}).get("metrics") or {}
+    split = {name: name.split("/") for name in metrics if name.count("/") == 2}
+    if not split:
+        return _missing("Not evaluated yet: the run evaluates the hold-out when it ends.")
+    columns = list(dict.fromkeys(metric for *_, metric in split.values()))
+    rows = []
+    for task in dict.fromkeys(parts[1] for parts in split.values()):
+        keys = [task_metric(TEST, task, column) for column in columns]
+        rows.append([escape(task), *(_metric(metrics, key) for key in keys)])
+    return _table(("task", *columns), rows)
+
 
 SECTIONS = (
-    ("tasks", "Losses and metrics by task", sections.tasks),
-    ("events", "Divergences and rollbacks", sections.events),
-    ("sigma", "Clipping by tensor", sections.sigma),
-    ("signs", "Early signs by layer", sections.early_signs),
-    ("sharpness", "Sharpness against 2 / lr", sections.sharpness),
-    ("holdout", "Hold-out, at the end of training", sections.holdout),
+    ("tasks", "Losses and metrics by task", _tasks),
+    ("events", "Divergences and rollbacks", _events),
+    ("sigma", "Clipping by tensor", _sigma),
+    ("signs", "Early signs by layer", _early_signs),
+    ("sharpness", "Sharpness against 2 / lr", _sharpness),
+    ("holdout", "Hold-out, at the end of training", _holdout),
 )
 
 
 def render(run: Recorded) -> str:
-    """The page of a run, one string of HTML with all it needs inside."""
+    """Renders the page of a run. It loads nothing from the network."""
     here = files(__package__)
     style, script = ((here / name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
     links = "".join(f'<a href="#{key}">{escape(title)}</a>' for key, title, _ in SECTIONS)
@@ -62,11 +217,11 @@ def _head(run: Recorded) -> str:
 def _status(run: Recorded) -> tuple[str, str]:
     if run.summary is not None:
         return str(run.summary.get("status", "unknown")), str(run.summary.get("reason") or "")
-    age = f"{run.age:.0f} seconds" if run.age < TOLD_AS_GOING else f"{run.age / 60:,.0f} minutes"
-    going = run.age < TOLD_AS_GOING
+    age = f"{run.age:.0f} seconds" if run.age < RUNNING_SECONDS else f"{run.age / 60:,.0f} minutes"
+    going = run.age < RUNNING_SECONDS
     return (
         "running" if going else "unfinished",
-        f"No summary.json: {'still going' if going else 'killed, or stuck'}; last wrote something {age} ago.",
+        f"No summary.json: {'still running' if going else 'killed or stuck'}; last write {age} ago.",
     )
 
 
@@ -84,24 +239,82 @@ def _facts(run: Recorded) -> Iterator[tuple[str, str]]:
         yield "seed", str(config["seed"])
     yield "steps", f"{run.last_step:,}"
     batch = (config.get("scale") or {}).get("batch_size")
-    for name, value in (("rows a step", batch), ("examples", summary.get("examples"))):
+    for name, value in (("rows per step", batch), ("examples", summary.get("examples"))):
         if value:
             yield name, f"{value:,}"
     if summary.get("examples_per_second"):
-        yield "examples a second", f"{summary['examples_per_second']:,.0f}"
+        yield "examples per second", f"{summary['examples_per_second']:,.0f}"
     if summary.get("world_size"):
         yield "ranks", str(summary["world_size"])
 
 
 def _configuration(run: Recorded) -> str:
-    said: dict[str, Any] = {"folder": str(run.folder)}
+    origin: dict[str, Any] = {"folder": str(run.folder)}
     for name in ("versions", "commit", "git", "machine", "config_hash"):
         if (run.summary or {}).get(name):
-            said[name] = run.summary[name]  # type: ignore[index]
-    both = (("Configuration", run.config), ("Where and with what", said))
+            origin[name] = run.summary[name]  # type: ignore[index]
+    both = (("Configuration", run.config), ("Folder, versions and machine", origin))
     details = "".join(
         f"<details><summary>{title}</summary><pre>{escape(yaml.safe_dump(content, sort_keys=False))}</pre></details>"
         for title, content in both
         if content
     )
     return f'<section id="configuration"><h2>Configuration</h2>{details}</section>'
+
+
+def _metric(metrics: Mapping[str, Any], key: str) -> str:
+    if key not in metrics:
+        return ""
+    value = metrics[key]
+    if value is None:
+        return "undefined"
+    return f"{value:,.0f}" if key.endswith(("/observed", "/nonfinite")) else f"{value:.4f}"
+
+
+def _chart(run: Recorded, title: str, wanted: Iterable[tuple[str, str, str, bool]], **options: Any) -> str:
+    lines = [Line(label, run.series[n], style, dots) for label, n, style, dots in wanted if n in run.series]
+    if not lines:
+        return ""
+    return line_chart(title, lines, last_step=run.last_step, events=run.events, **options)
+
+
+def _layer(role: str, series: Series) -> Line:
+    return Line(role, series, LAYERS.get(role, "faint"))
+
+
+def _rule(sign: str, series: Series) -> tuple[str, Series, str]:
+    label, style = RULES.get(sign, (sign.removeprefix("sigma_"), "s5"))
+    return label, series, style
+
+
+def _all_positive(series: Series) -> bool:
+    return all(v > 0 for v in series.values if math.isfinite(v))
+
+
+def _badge(event: Mapping[str, Any]) -> str:
+    kind = escape(str(event.get("kind")))
+    return f'<b class="kind {kind}">{kind}</b>'
+
+
+def _text(value: Any) -> str:
+    if value is None or value == "":
+        return "-"
+    if isinstance(value, float):
+        return number(value)
+    if isinstance(value, list) and len(value) == 2 and all(isinstance(v, int) for v in value):
+        return f"{value[0]:,} to {value[1] - 1:,}"
+    return f"{value:,}" if isinstance(value, int) else escape(str(value))
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    top = "".join(f"<th>{escape(name)}</th>" for name in head)
+    body = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" for row in rows)
+    return f'<div class="scroll"><table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def _grid(figures: Iterable[str]) -> str:
+    return f'<div class="grid">{"".join(figures)}</div>'
+
+
+def _missing(text: str) -> str:
+    return f'<p class="missing">{escape(text)}</p>'

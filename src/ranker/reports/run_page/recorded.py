@@ -1,4 +1,4 @@
-"""What a run folder holds, read so that a run still going, killed or lost can be shown as well."""
+"""Reads everything in a run folder, also of a run that is still running, was killed or diverged."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ranker.runs.run_folder import CONFIG, EVENTS, METRICS, SUMMARY, whole_lines
 
 
 class Series(NamedTuple):
-    """Numbers over steps, in order; nan and infinities among them."""
+    """Values over steps, in order; may contain nan and infinity."""
 
     steps: list[int]
     values: list[float]
@@ -26,15 +26,15 @@ class Series(NamedTuple):
 
 @dataclass(frozen=True)
 class Recorded:
-    """One run.
+    """The contents of one run folder.
 
     Attributes:
         folder: the run folder.
-        config: the resolved configuration; empty where it is missing.
-        summary: summary.json; None for a run that is still going, or was killed.
-        events: the lines of events.jsonl, without one that was cut off while it was written.
-        series: every column of metrics.csv by name.
-        age: seconds since the run last wrote something.
+        config: the resolved configuration; empty if it is missing.
+        summary: summary.json; None for a run that is still running or was killed.
+        events: the lines of events.jsonl, without an incomplete last line.
+        series: the columns of metrics.csv by name.
+        age: seconds since the last write.
     """
 
     folder: Path
@@ -46,10 +46,10 @@ class Recorded:
 
     @classmethod
     def read(cls, folder: str | Path) -> Recorded:
-        """Reads what is there.
+        """Reads the files that exist.
 
         Raises:
-            UserError: nothing that a run writes is there.
+            UserError: none of them exists.
         """
         folder = Path(folder).resolve()
         files = [folder / name for name in (CONFIG, SUMMARY, EVENTS, METRICS)]
@@ -70,24 +70,19 @@ class Recorded:
 
     @property
     def last_step(self) -> int:
-        """The last step that anything is known of; at least 1."""
+        """The last recorded step; at least 1."""
         recorded = [series.steps[-1] for series in self.series.values() if series.steps]
         return max(1, int((self.summary or {}).get("steps") or 0), *recorded)
 
     def matching(self, prefix: str) -> dict[str, Series]:
-        """Columns below a prefix, by the rest of their name, in the file's order."""
+        """The series whose names start with a prefix, by the rest of their names, in the order of the file."""
         return {n.removeprefix(prefix): s for n, s in self.series.items() if n.startswith(prefix) and s.steps}
-
-    def callback(self, name: str, setting: str) -> Any:
-        """A setting of a callback of the run; None where the configuration has none."""
-        node = (self.config.get("callbacks") or {}).get(name) or {}
-        return node.get(setting) if isinstance(node, dict) else None
 
 
 def thinned(series: Series, bins: int) -> Series:
-    """At most ``2 * bins`` points that keep every peak: the smallest and the largest of each stretch of steps.
+    """Reduces a series to the smallest and the largest value per bin of steps, so that every peak is kept.
 
-    The points of a stretch that are not finite are kept as one.
+    Of the values in a bin that are not finite, the first is kept too.
     """
     if len(series.steps) <= 2 * bins:
         return series

@@ -103,7 +103,7 @@ def test_one_combination_needs_no_label_and_a_failed_run_is_said_and_left_out(
     assert entry.found.low <= 5.0 < entry.found.high
     assert next(level.runs for level in entry.levels if level.rate == 8) == 1
     out = capsys.readouterr().out
-    assert "1 runs failed and say nothing, the first: OutOfMemory" in out
+    assert "1 runs failed and are not counted, the first: OutOfMemory" in out
     assert "lr headroom: " in out
 
 

@@ -1,6 +1,6 @@
-"""The matrix products of a training step, and nothing else, for scripts/bench_training.py: prints one line of JSON.
+"""Times the matrix products of a training step alone, for bench_training.py; prints one line of JSON.
 
-    python scripts/training_floor.py --root DIR model=moe scale.batch_size=1024
+    python scripts/bench/training_floor.py --root DIR model=moe scale.batch_size=1024
 
 Takes one real step of the model that ``train.py`` would train with these overrides, writes down every matrix product in
 it (shapes and strides, forward and backward), and times those products alone into memory that is there already. No
@@ -27,7 +27,7 @@ from ranker import config
 from ranker.build import make_net, open_log
 from ranker.losses import MultitaskLoss
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 ATEN = torch.ops.aten
 PRODUCTS: dict[Any, Callable[..., Tensor]] = {
     ATEN.mm.default: torch.mm,

@@ -1,6 +1,6 @@
-"""Trains another library's model on a prepared log, for scripts/bench_training.py: prints one line of JSON.
+"""Trains another library's model on a prepared log, for scripts/bench/bench_training.py: prints one line of JSON.
 
-    python scripts/training_peers.py deepctr-torch --root DIR --model shared_bottom
+    python scripts/bench/training_peers.py deepctr-torch --root DIR --model shared_bottom
 
 Needs NumPy, PyArrow, PyYAML, torch and the library itself, not this project, so that each library can live in an
 environment of its own. A library is used as its own examples use it: the columns in memory, its ``fit`` or trainer, its

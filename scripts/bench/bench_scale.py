@@ -1,4 +1,4 @@
-"""Training at the paper's widths on a GPU: ``python scripts/bench_scale.py --json results/bench_scale.json``.
+"""Training at the paper's widths on a GPU: ``python scripts/bench/bench_scale.py --json results/bench_scale.json``.
 
 Trains the paper's models on the synthetic stream through ``train.py``, in float32 and in bfloat16 (mixed), with naive
 Adagrad and with Clippy, and reports for each run
@@ -34,7 +34,7 @@ from bench_report import Line, report
 from ranker import config
 from ranker.build import make_net, open_log
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 PRECISIONS = {"32-true": torch.float32, "bf16-mixed": torch.bfloat16}
 COUNTED = 64  # examples of the batch whose FLOPs are counted; matrix products take FLOPs in proportion to it
 

@@ -1,4 +1,4 @@
-"""What the stability callbacks cost beside a bare training step: ``python scripts/stability_overhead.py [--rounds N]``.
+"""Cost of the stability callbacks beside a bare training step: ``python scripts/bench/stability_overhead.py``.
 
 Large at laptop scale in the real trainer, with the callbacks of conf/callbacks/default.yaml at their default settings.
 They are switched every 20 steps of one run, in an order drawn anew each round, and every such block lies between two
@@ -32,7 +32,7 @@ from ranker.build import build
 from ranker.runs.run_folder import RunFolder
 from ranker.training.stability_callback import Stability
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 BLOCK = 20  # steps; every block has a step of the early signs
 SHARES = {1: 0.9, 10: 0.04, 20: 0.04, 50: 0.01, 100: 0.005, 200: 0.005}  # of steps, by their longest period
 WARM_UP = 3  # blocks

@@ -1,12 +1,10 @@
+"""The journal of a sweep: states of jobs, time left, and durations in words."""
+
 from __future__ import annotations
 
 from pathlib import Path
 
-from omegaconf import OmegaConf
-
-from ranker.runs.provenance import cores
-from ranker.sweeps.journal import Account, Journal, duration
-from ranker.sweeps.launchers import is_parallel, jobs_at_a_time
+from ranker.sweeps.watch import Account, Journal, duration
 
 
 def test_the_account_is_the_latest_word_of_each_job(tmp_path: Path) -> None:
@@ -47,15 +45,3 @@ def test_a_new_call_begins_a_new_account(tmp_path: Path) -> None:
 
 def test_durations_read_as_a_person_says_them() -> None:
     assert [duration(s) for s in (4.2, 700.0, 11_100.0)] == ["4 s", "12 min", "3 h 05 min"]
-
-
-def test_jobs_that_share_a_machine_are_counted_and_others_are_not() -> None:
-    def launcher(name: str, **options: int):
-        return OmegaConf.create({"_target_": f"somewhere.{name}", **options})
-
-    assert jobs_at_a_time(launcher("JoblibLauncher", n_jobs=8), jobs=3) == 3
-    assert jobs_at_a_time(launcher("JoblibLauncher", n_jobs=2), jobs=None) == 2
-    assert jobs_at_a_time(launcher("JoblibLauncher", n_jobs=-1), jobs=None) == cores()
-    assert jobs_at_a_time(launcher("LocalLauncher"), jobs=5) == 5
-    assert jobs_at_a_time(launcher("SlurmLauncher"), jobs=5) is None
-    assert not is_parallel(launcher("BasicLauncher"))

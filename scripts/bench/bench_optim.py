@@ -1,6 +1,6 @@
 """Time one optimizer step beside torch's own Adagrad, on the tensor sets of the paper's models.
 
-    python scripts/bench_optim.py --json results/bench_optim.json --markdown results/bench_optim.md
+    python scripts/bench/bench_optim.py --json results/bench_optim.json --markdown results/bench_optim.md
 
 All candidates step the same weights and gradients, in a new order every round, for as many rounds as the time allows;
 the tables show medians, and the targets are ratios of medians of one run. Exits with 1 where a target is missed.

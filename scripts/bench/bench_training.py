@@ -1,19 +1,19 @@
-"""Training end to end, beside other libraries: python scripts/bench_training.py --source DIR [--json FILE].
+"""Training end to end, beside other libraries: python scripts/bench/bench_training.py --source DIR [--json FILE].
 
 The same log of KuaiRand's rows, the same shared bottom and the same MMoE (features, widths, embedding size, batch,
 threads, Adagrad with dense gradients, as many parameters), each in a process of its own, in turns: ``train.py`` as a
 user starts it, with its metrics, its divergence watch and its early signs; DeepCTR-Torch and torch-rechub as their
-examples do (``scripts/training_peers.py``). A ratio takes the faster of them, and for memory the leaner. Beside them
-stand the step's matrix products alone (``scripts/training_floor.py``): what no library can surpass.
+examples do (``training_peers.py``). A ratio takes the faster of them, and for memory the leaner. Beside them
+stand the matrix products of the step alone (``training_floor.py`` in this folder): no library can be faster.
 
 The log is KuaiRand's training days repeated to ``--rows`` rows (2,000,000; the published KuaiRand-Pure has 1.4
 million), because memory depends on it: the others hold all of it, train.py a window. What is counted favours the
 others: their time to read the files is left out, while train.py reads as it trains. Each process ends after
 ``--steps`` steps; memory is at its peak by then, and ``--steps 0`` trains on every row.
 
-Install the others with ``pip install 'evenkeel[bench]' requests`` (DeepCTR-Torch imports requests without saying so),
+Install the others with ``pip install -e '.[bench]' requests`` (DeepCTR-Torch imports requests without saying so),
 or each in an environment of its own, named by ``--deepctr-python`` and ``--rechub-python``. ``--evenkeel-python`` names
-one for ``train.py``: where more than ``pip install evenkeel`` brings is installed, torchmetrics imports some of it.
+one for ``train.py``: where more than ``pip install -e .`` brings is installed, torchmetrics imports some of it.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from pathlib import Path
 
 from bench_report import Line, report
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 # As in conf/scale/laptop.yaml, and the names of the two models in conf/model.
 MODELS = {"shared_bottom": ("small", [64, 64]), "mmoe": ("moe", [256, 256, 256, 256])}
 EXPERTS = 4
@@ -113,13 +113,13 @@ def train_evenkeel(root: Path, model: str, given: argparse.Namespace) -> Measure
         peak=peak,
         waited=summary["data_wait_fraction"],
         parameters=sum(summary["parameters"].values()),
-        version=summary["versions"]["evenkeel"],
+        version=summary["versions"]["evenkeel-ranker"],
     )
 
 
 def train_peer(library: str, python: str, root: Path, model: str, given: argparse.Namespace) -> Measured:
     """Another library on the same rows."""
-    command = [python, "scripts/training_peers.py", library, "--root", str(root), "--model", model]
+    command = [python, "scripts/bench/training_peers.py", library, "--root", str(root), "--model", model]
     command += ["--hidden", *map(str, MODELS[model][1]), "--experts", str(EXPERTS), "--lr", str(LR)]
     command += ["--batch-size", str(given.batch_size), "--threads", str(given.threads)]
     if given.steps:
@@ -175,7 +175,7 @@ def products_alone(root: Path, model: str, given: argparse.Namespace) -> float:
     """Examples a second of the step's matrix products and nothing else: no library is faster than that."""
     name, hidden = MODELS[model]
     widths = f"scale.model.{name}.{'expert_hidden' if model == 'mmoe' else 'hidden'}={json.dumps(hidden)}"
-    command = [sys.executable, "scripts/training_floor.py", "--root", str(root), "--threads", str(given.threads)]
+    command = [sys.executable, "scripts/bench/training_floor.py", "--root", str(root), "--threads", str(given.threads)]
     command += [f"model={name}", widths.replace(" ", ""), f"scale.batch_size={given.batch_size}"]
     command += [f"scale.model.moe.experts={EXPERTS}"] if model == "mmoe" else []
     return float(json.loads(run(command, threads=given.threads)[0].splitlines()[-1])["examples_per_second"])
@@ -204,7 +204,7 @@ def prepared(source: Path, rows: int) -> Iterator[Path]:
             run([sys.executable, "scripts/prepare_data.py", "kuairand", str(source.resolve()), str(root)], threads=2)
         if rows:
             long = Path(folder) / "long"
-            run([sys.executable, "scripts/repeat_log.py", str(root), str(long), "--rows", str(rows)], threads=2)
+            run([sys.executable, "scripts/bench/repeat_log.py", str(root), str(long), "--rows", str(rows)], threads=2)
             root = long
         yield root
 

@@ -12,7 +12,7 @@ import wandb
 
 from ranker.errors import UserError
 from ranker.reports.comparison import comparison
-from ranker.reports.tracked import load_tracked
+from ranker.reports.run_table import load_tracked
 
 PROJECT = "team/evenkeel"
 

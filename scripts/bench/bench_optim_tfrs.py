@@ -1,6 +1,6 @@
 """Time TensorFlow Recommenders' ClippyAdagrad, for bench_optim.py; runs in an environment of its own.
 
-    python scripts/bench_optim_tfrs.py '{"shapes": [[512, 512]], "scale": 1e-3, "seconds": 10, "threads": 2}'
+    python scripts/bench/bench_optim_tfrs.py '{"shapes": [[512, 512]], "scale": 1e-3, "seconds": 10, "threads": 2}'
 
 Prints one line of JSON. The step is a tf.function, as Keras runs it in training.
 """

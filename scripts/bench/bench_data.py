@@ -1,4 +1,4 @@
-"""How fast the data path is: python scripts/bench_data.py [--source DIR] [--json FILE].
+"""How fast the data path is: python scripts/bench/bench_data.py [--source DIR] [--json FILE].
 
 Every target is a ratio of two things measured in turns in this one process, so that a busy or a slow machine changes
 both alike: the loader against a bare pyarrow scan of the same columns, against the way people write it first (a
@@ -245,7 +245,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 lines += compare_lengths(Path(folder), sizes=given.sizes, rounds=max(1, given.rounds // 2))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
+        return 2
     return report(lines, given.json)
 
 

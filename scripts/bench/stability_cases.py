@@ -1,4 +1,4 @@
-"""The runs with known events that scripts/bench_stability.py judges the detector by.
+"""The runs with known events that scripts/bench/bench_stability.py judges the detector by.
 
 Generated traces, events put into the recorded signals of real healthy runs, and real runs to which something is done.
 """

@@ -1,4 +1,4 @@
-"""Makes a long log of a short one, for benchmarks: python scripts/repeat_log.py SRC DST --rows 2000000.
+"""Makes a long log of a short one, for benchmarks: python scripts/bench/repeat_log.py SRC DST --rows 2000000.
 
 The training rows of a prepared log again and again, each time later, then its hold-out; files, columns and values are
 as they were. What is measured on it says something about speed and memory at that length, nothing about learning.

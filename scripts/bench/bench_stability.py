@@ -1,9 +1,9 @@
-"""How good and how cheap divergence detection is: python scripts/bench_stability.py [--json FILE] [--seeds N].
+"""How good and how cheap divergence detection is: python scripts/bench/bench_stability.py [--json FILE] [--seeds N].
 
 Three sources of runs with known events: generated traces, events put into the recorded signals of real healthy runs,
 and real runs to which something is done (features scaled, learning rate raised, nan fed). Then healthy runs for false
 alarms, the cost of a step's detection beside a training step of Large at laptop scale, and what all stability callbacks
-cost at their defaults (``scripts/stability_overhead.py``, which also runs by itself).
+cost at their defaults (``scripts/bench/stability_overhead.py``, which also runs by itself).
 """
 
 from __future__ import annotations

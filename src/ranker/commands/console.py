@@ -1,0 +1,52 @@
+"""The console command ``evenkeel``: picks a command by its name and imports only what that command needs."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+from ranker.errors import suggest
+
+# Command: module within ranker.commands, function, description.
+COMMANDS = {
+    "train": ("train", "train", "train a model; takes Hydra overrides such as model=large optim=clippy"),
+    "headroom": ("train", "headroom", "find the largest stable learning rate with short runs"),
+    "prepare": ("data_commands", "prepare", "convert a public data set to Parquet"),
+    "download": ("data_commands", "download", "download a public data set"),
+    "inspect": ("data_commands", "inspect", "check a prepared log"),
+    "report": ("report_commands", "report", "write one run as an HTML page"),
+    "compare": ("report_commands", "compare", "print a table of several runs"),
+    "plot": ("report_commands", "plot", "draw loss and AUC of several runs"),
+    "replay": ("replay_command", "replay", "replay a divergence, try alternatives, bisect it"),
+    "export": ("export_commands", "export", "export the model of a run if it passes the gate"),
+    "score": ("export_commands", "score", "score a Parquet file with an exported model"),
+    "reproduce": ("reproduce_command", "reproduce", "reproduce a table or figure of the paper"),
+}
+
+
+def main() -> int:
+    """Runs the command named by the first argument.
+
+    Returns:
+        The exit status of the command; 2 for an unknown command.
+    """
+    name, *arguments = sys.argv[1:] or ["--help"]
+    if name in ("-h", "--help", "help"):
+        print(usage())
+        return 0
+    if name not in COMMANDS:
+        print(f"error: unknown command '{name}'; {suggest(name, COMMANDS)}", file=sys.stderr)
+        return 2
+    module, function, _ = COMMANDS[name]
+    sys.argv = [f"evenkeel {name}", *arguments]  # argparse shows it as the program's name
+    return int(getattr(importlib.import_module(f"ranker.commands.{module}"), function)() or 0)
+
+
+def usage() -> str:
+    """The list of commands."""
+    lines = [f"  {name:10} {description}" for name, (_, _, description) in COMMANDS.items()]
+    return "\n".join(["usage: evenkeel COMMAND ...", "", *lines, "", "evenkeel COMMAND --help lists its options"])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

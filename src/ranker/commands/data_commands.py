@@ -1,0 +1,143 @@
+"""``evenkeel prepare``, ``download`` and ``inspect``: public data sets and prepared logs."""
+
+from __future__ import annotations
+
+import argparse
+import datetime as dt
+import logging
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+from ranker.cli import command
+from ranker.data.filesystem import open_root
+from ranker.data.inspection import broken_checksums, inspect_log, out_of_order
+from ranker.data.manifest import MANIFEST_FILE, FileEntry, Manifest
+from ranker.data.parquet_index import constant_columns
+from ranker.data.parquet_log import ParquetLog
+from ranker.data.prepare import RECIPES, print_summary
+from ranker.data.prepare import prepare as prepare_log
+from ranker.data.prepare.download import ARCHIVES, Archive, fetch, unpack
+from ranker.errors import UserError
+
+
+@command
+def prepare(arguments: Sequence[str] | None = None) -> int:
+    """Converts a public data set; exit status 0, or 2 with one line on standard error."""
+    parser = argparse.ArgumentParser(description="Convert published files to Parquet by UTC day, a schema, a manifest.")
+    parser.add_argument("kind", choices=sorted(RECIPES), help="the data set")
+    parser.add_argument("source", metavar="SRC", help="folder with the published files")
+    parser.add_argument("destination", metavar="DST", help="folder to create")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    given = parser.parse_args(arguments)
+    manifest = prepare_log(given.kind, given.source, given.destination, progress=not given.quiet)
+    print_summary(manifest, where=given.destination)
+    return 0
+
+
+@command
+def download(arguments: Sequence[str] | None = None) -> int:
+    """Downloads a public data set; exit status 0, 1 without consent to the licence, 2 for an error."""
+    parser = argparse.ArgumentParser(description="Download (resuming), verify and unpack a public data set.")
+    parser.add_argument("name", choices=sorted(ARCHIVES), help="the data set")
+    parser.add_argument("folder", nargs="?", default="data", type=Path, help="where to put it (default: %(default)s)")
+    parser.add_argument("--yes", action="store_true", help="accept the licence without being asked")
+    parser.add_argument("--mirror", metavar="URL", help="download from this folder instead of the publisher")
+    given = parser.parse_args(arguments)
+    archive = ARCHIVES[given.name]
+    if given.mirror:
+        archive = replace(archive, url=f"{given.mirror.rstrip('/')}/{archive.file_name}")
+    print(f"{given.name}, {archive.size}, from {archive.url}\n{archive.licence}")
+    if not given.yes and not _agrees():
+        return 1
+    try:
+        data = unpack(archive, _fetch(archive, given.folder), given.folder)
+    except OSError as error:
+        raise UserError(str(error)) from error
+    print(f"ready: python train.py data={archive.kind} data.source={data}")
+    return 0
+
+
+def _agrees() -> bool:
+    if not sys.stdin.isatty():
+        raise UserError("no terminal to accept the licence on; add --yes")
+    return input("Go on? [y/N] ").strip().lower() in ("y", "yes")
+
+
+def _fetch(archive: Archive, folder: Path) -> Path:
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as bar:
+        task = bar.add_task(archive.file_name, total=None)
+        return fetch(archive, folder, progress=lambda done, total: bar.update(task, completed=done, total=total))
+
+
+@command
+def inspect(arguments: Sequence[str] | None = None) -> int:
+    """Checks a prepared log; exit status 0, also with warnings, or 2 where the log cannot be trained on."""
+    parser = argparse.ArgumentParser(description="Check a prepared log: files, label rates, bad rows, columns.")
+    parser.add_argument("root", metavar="DIR", help="a folder or URL with schema.yaml and Parquet files")
+    parser.add_argument("--quick", action="store_true", help="read the manifest and footers only, not the rows")
+    given = parser.parse_args(arguments)
+    warnings: list[str] = []
+    manifest: Manifest | None = None
+    try:
+        text = open_root(given.root).read_bytes(MANIFEST_FILE)
+        manifest = Manifest.from_json(text, where=f"{given.root}/{MANIFEST_FILE}") if text is not None else None
+        if manifest is None:
+            warnings.append(f"no {MANIFEST_FILE}: cannot tell whether the files are complete and unchanged")
+        elif given.quick:
+            _print_files(manifest.files, title=f"{MANIFEST_FILE}: {manifest.rows:,} rows")
+        else:
+            warnings += broken_checksums(Path(given.root), manifest)
+        log = _opened(given.root)
+        constants = ", ".join(constant_columns(log.index.metadata, log.schema))
+        if constants:
+            warnings.append(f"nothing can be learned from columns that never change: {constants}; drop them")
+        if not given.quick:
+            findings = inspect_log(log)
+            _print_files(findings.files, title=f"{log.num_rows:,} rows, of which {findings.bad:,} cannot be used")
+            warnings += findings.warnings
+    except UserError:
+        if manifest is not None and not given.quick:
+            _print_files(manifest.files, title=f"{MANIFEST_FILE}: {manifest.rows:,} rows")
+        _print_warnings([*warnings, *out_of_order(manifest.files if manifest is not None else ())])
+        raise
+    _print_warnings(warnings)
+    if not warnings:
+        print("nothing looks wrong")
+    return 0
+
+
+def _print_files(files: Sequence[FileEntry], *, title: str) -> None:
+    """One line per file; plain text, because label rates make it wider than most terminals."""
+    print(f"{title}\n{'file':28} {'rows':>12}  {'first (UTC)':19}  {'last (UTC)':19}  rate of positives, or mean label")
+    for entry in files:
+        first, last = (_time(time_ms) for time_ms in (entry.time_min_ms, entry.time_max_ms))
+        rates = [f"{name} {'-' if rate is None else f'{rate:.4g}'}" for name, rate in entry.label_rates.items()]
+        print(f"{entry.path:28} {entry.rows:12,}  {first:19}  {last:19}  {', '.join(rates)}")
+
+
+def _opened(root: str) -> ParquetLog:
+    """The log, without the warnings of opening it: this command prints them itself."""
+    logger = logging.getLogger("ranker.data")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        return ParquetLog(root, on_bad_rows="drop")
+    finally:
+        logger.setLevel(before)
+
+
+def _print_warnings(warnings: Sequence[str]) -> None:
+    for warning in warnings:
+        print(f"warning: {warning}")
+
+
+def _time(time_ms: int | None) -> str:
+    if time_ms is None:
+        return "-"
+    return dt.datetime.fromtimestamp(time_ms / 1000, dt.UTC).strftime("%Y-%m-%d %H:%M:%S")

@@ -1,0 +1,142 @@
+"""``evenkeel export`` and ``evenkeel score``: hand out a model that passes the gate, and score files with it."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.console import Console
+
+from ranker.cli import command
+from ranker.config import conf_folder
+from ranker.data.columns import from_plain as from_mapping
+from ranker.errors import UserError, suggest
+from ranker.export.bundle import PROGRAMS, Export, refuse_existing, write_json
+from ranker.export.engine import open_program
+from ranker.export.scoring import ON_BAD_ROWS, ParquetRows, score_file
+from ranker.export.show import counted
+from ranker.stability.gate import GateSettings, Verdict
+
+DESCRIPTION = """Export the model of a run, if it passes the gate.
+
+Exit status 0: exported. 2: refused, with one reason per line on standard error; nothing was written.
+"""
+
+
+@command
+def export(arguments: Sequence[str] | None = None) -> int:
+    """Exports the model of a run; exit status 0, or 2 where the gate refuses it."""
+    given = _parser().parse_args(arguments)
+    settings = _settings(given)
+    destination: Path = given.out or given.run / "export"
+    refuse_existing(destination, replace=given.force)
+    try:
+        verdict = _export(given, settings, destination)
+    except KeyboardInterrupt:
+        print("interrupted; nothing was written", file=sys.stderr)
+        return 130
+    if given.report:
+        write_json(given.report, verdict.to_dict())
+    for reason in verdict.reasons:
+        print(f"refused: {reason}", file=sys.stderr)
+    for check in verdict.checks:
+        if check.passed is None:
+            print(f"note: {check.about}: {check.words}", file=sys.stderr)
+    if verdict.passed:
+        print(f"exported: {destination}")
+    return 0 if verdict.passed else 2
+
+
+def _export(given: argparse.Namespace, settings: GateSettings, destination: Path) -> Verdict:
+    # Imported late: Lightning and torch's exporter cost seconds that --help need not wait for.
+    from ranker.build import make_net, open_log
+    from ranker.export.candidate import Candidate, Weights
+    from ranker.export.release import hand_out
+    from ranker.runs.run_folder import RunFolder, versions
+
+    folder = RunFolder.existing(given.run)
+    cfg = folder.load_config()
+    path = given.checkpoint or folder.newest_checkpoint()
+    weights = Weights.read(path)
+    log = open_log(cfg)
+    candidate = Candidate.load(make_net(cfg, log.schema), weights, log=log, eval_batch_size=cfg.scale.eval_batch_size)
+    print(f"{path}: {cfg.model.name}, step {weights.step}", flush=True)
+    rows = log.num_rows - log.train_rows
+    with counted("evaluating on the hold-out", total=rows, console=Console(stderr=True)) as advance:
+        metrics, positives = candidate.evaluate(advance)
+    evidence = candidate.evidence(folder.path, metrics, positives, eval_max_rows=cfg.data.eval_max_rows)
+    about: dict[str, Any] = {
+        "model": cfg.model.name,
+        "optim": cfg.optim.name,
+        "data": cfg.data.name,
+        "run": folder.path.name,
+        "step": weights.step,
+        "holdout_rows": rows,
+        "versions": versions(),
+    }
+    return hand_out(
+        candidate, evidence, settings, destination=destination, onnx=given.onnx, force=given.force, about=about
+    )
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", metavar="RUN_DIR", type=Path, help="a run folder")
+    parser.add_argument("--out", type=Path, help="where the export goes (default: RUN_DIR/export)")
+    parser.add_argument("--onnx", action="store_true", help="write an ONNX program too")
+    parser.add_argument("--checkpoint", type=Path, help="a checkpoint file (default: the newest one of the run)")
+    parser.add_argument("--force", action="store_true", help="replace an export that is there")
+    parser.add_argument("--report", type=Path, metavar="FILE", help="write the gate's report here, also when refused")
+    gate = parser.add_argument_group("the gate", "values stand in conf/gate; each of these replaces one")
+    gate.add_argument("--gate", default="default", metavar="NAME", help="a file of conf/gate (default: %(default)s)")
+    for field in dataclasses.fields(GateSettings):
+        several = str(field.type).startswith("Sequence")
+        kind = str if several else {"int": int, "float": float}[str(field.type)]
+        gate.add_argument(f"--{field.name.replace('_', '-')}", type=kind, nargs="+" if several else None)
+    return parser
+
+
+def _settings(given: argparse.Namespace) -> GateSettings:
+    gates = conf_folder() / "gate"
+    path = gates / f"{given.gate}.yaml"
+    if not path.is_file():
+        raise UserError(f"no gate '{given.gate}'; {suggest(given.gate, [p.stem for p in gates.glob('*.yaml')])}")
+    values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    names = [field.name for field in dataclasses.fields(GateSettings)]
+    values |= {name: getattr(given, name) for name in names if getattr(given, name) is not None}
+    return from_mapping(GateSettings, values, str(path))
+
+
+@command
+def score(arguments: Sequence[str] | None = None) -> int:
+    """Scores a Parquet file; exit status 0, or 2 after one line that says what is wrong."""
+    parser = argparse.ArgumentParser(description="Score a Parquet file with an exported model.")
+    parser.add_argument("export", metavar="EXPORT_DIR", type=Path, help="a folder that scripts/export.py wrote")
+    parser.add_argument("file", metavar="FILE.parquet", type=Path, help="rows to score; labels may be missing")
+    parser.add_argument("--out", type=Path, required=True, help="Parquet: the row id, and one column per task")
+    parser.add_argument("--format", choices=list(PROGRAMS), default="pt2", help="which program (default: %(default)s)")
+    parser.add_argument("--batch-rows", type=int, default=8192, help="rows at a time (default: %(default)s)")
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: the library's own choice")
+    parser.add_argument("--on-bad-rows", choices=ON_BAD_ROWS, default="raise", help="null gives such a row no score")
+    given = parser.parse_args(arguments)
+    exported = Export.read(given.export)
+    rows = ParquetRows(given.file, exported.schema, piece_rows=given.batch_rows, on_bad_rows=given.on_bad_rows)
+    engine = open_program(exported.program(given.format), schema=exported.schema, threads=given.threads)
+    start = time.monotonic()
+    try:
+        with counted("scoring", total=rows.num_rows, console=Console(stderr=True)) as advance:
+            missing = score_file(rows, engine, given.out, tasks=exported.schema.task_names, advance=advance)
+    except KeyboardInterrupt:
+        print(f"interrupted; {given.out} was not written", file=sys.stderr)
+        return 130
+    seconds = time.monotonic() - start
+    print(f"{given.out}: {rows.num_rows:,} rows, {rows.num_rows / max(seconds, 1e-9):,.0f} rows/s")
+    if missing:
+        print(f"{missing:,} rows could not be used and have no score")
+    return 0

@@ -1,0 +1,65 @@
+"""``evenkeel train`` and ``evenkeel headroom``: the commands that take Hydra overrides."""
+
+from __future__ import annotations
+
+import sys
+
+import hydra
+from omegaconf import DictConfig
+
+from ranker import cli, config
+
+config.register()
+
+HEADROOM = """Find how many times the base learning rate a model and optimizer survive, with short runs.
+
+    python scripts/stability.py model=large optim=clippy
+    python scripts/stability.py model=large optim=adagrad,clippy hydra/launcher=joblib hydra.launcher.n_jobs=4
+
+`evenkeel headroom` takes the same arguments. Overrides are those of train.py; comma-separated values are compared.
+conf/hydra/sweeper/headroom.yaml lists the options of the search, such as headroom.seeds=5.
+conf/hparams_search/headroom.yaml says how long a short run is (train.max_steps). Runs and report go to the folder
+headroom, or to hydra.sweep.dir=DIR. A second call with the same folder runs only what is missing.
+"""
+
+
+@hydra.main(version_base="1.3", config_path=str(config.conf_folder()), config_name="config")
+def _main(cfg: DictConfig) -> float | None:
+    """Builds, trains and evaluates one run; returns the metric that a sweep maximises."""
+    with cli.one_line_errors():
+        if config.is_sweep():
+            from ranker.sweeps.job import run_job
+
+            return run_job(cfg)
+        config.check(cfg)
+        from ranker.run import run  # imported late: Lightning costs seconds that --help and --cfg need not wait for
+
+        return run(cfg)
+
+
+def train() -> None:
+    """Trains a model, or several with ``-m``; ``sys.argv`` holds Hydra's arguments."""
+    # The other processes of a distributed run are started from sys.argv[0], which must be a file that trains. The
+    # console command is none, because it needs the word "train" before the overrides.
+    if not sys.argv[0].endswith("train.py"):
+        sys.argv[0] = __file__
+    cli.run(_main)
+
+
+def headroom() -> None:
+    """Searches for the largest stable learning rate: a multirun with the headroom sweeper."""
+    given = sys.argv[1:]
+    if any(word in ("-h", "--help") for word in given):
+        print(HEADROOM, end="")
+        return
+    long = "hydra.sweeper."
+    words = [long + word.removeprefix("headroom.") if word.startswith("headroom.") else word for word in given]
+    sys.argv = [__file__, "-m", "hparams_search=headroom", *words]
+    try:
+        cli.run(_main)
+    except KeyboardInterrupt:
+        sys.exit("interrupted; the same command does what is missing")
+
+
+if __name__ == "__main__":
+    train()

@@ -1,0 +1,144 @@
+"""Finished runs as one table, one row per run, from run folders or from a W&B project."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import polars as pl
+
+from ranker.errors import UserError, suggest
+from ranker.runs.metric_names import TEST
+from ranker.runs.run_folder import SUMMARY
+
+if TYPE_CHECKING:
+    from ranker.training.trackers import TrackedRun
+
+KEYS = ("data", "scale", "model", "optim", "lr_mult", "seed")
+CELL = ("data", "scale", "model", "optim", "mitigation", "lr_mult")  # equal for runs that differ only by seed
+MADE_WITH = ("reason", "config_hash", "commit", "machine")
+COPIED = ("lr", "status", "steps", "examples_per_second", "data_wait_fraction")  # from the summary
+ENDED = ("crashed", "failed", "killed", "finished")  # states of W&B
+
+
+def find_runs(folder: str | Path) -> list[Path]:
+    """Run folders at or below a folder, in name order.
+
+    Raises:
+        UserError: there is none.
+    """
+    folders = sorted(path.parent for path in Path(folder).rglob(SUMMARY))
+    if not folders:
+        raise UserError(f"no {SUMMARY} at or below {folder}; give a run folder, or the folder of a sweep")
+    return folders
+
+
+def load_runs(folder: str | Path) -> pl.DataFrame:
+    """The runs at or below a folder: settings, status, and every metric on the hold-out.
+
+    Columns: data, scale, model, optim, mitigation, lr_mult, seed, lr, status, first_step, micro, steps,
+    examples_per_second, data_wait_fraction, dense_parameters, reason, config_hash, commit, machine (null for runs of
+    older versions), run, and ``<task>/<metric>``.
+
+    Raises:
+        UserError: there is no run.
+    """
+    rows = []
+    for path in find_runs(folder):
+        rows.append(_row(json.loads((path / SUMMARY).read_text(encoding="utf-8")), path.name))
+    return pl.DataFrame(rows, infer_schema_length=None)
+
+
+def load_tracked(project: str) -> pl.DataFrame:
+    """The ended runs of a W&B project, in the format of ``load_runs``.
+
+    Runs of other programs are ignored. A run that ended without a summary, because its machine stopped, has status
+    ``failed``.
+
+    Args:
+        project: ``entity/project``.
+
+    Raises:
+        UserError: there is no run, or W&B cannot be reached.
+    """
+    from ranker.training.trackers import tracked_runs  # imported late: it imports Lightning, which takes seconds
+
+    summaries = [(run.name, _tracked_summary(run)) for run in tracked_runs(project)]
+    rows = [_row(found, name) for name, found in summaries if found is not None]
+    if not rows:
+        raise UserError(f"no finished run of evenkeel in {project}; runs are sent there with logger=wandb")
+    return pl.DataFrame(rows, infer_schema_length=None)
+
+
+def metric_names(runs: pl.DataFrame) -> list[str]:
+    """Names of the metrics, such as ``click/auc``, in the order of the table."""
+    return [column for column in runs.columns if "/" in column]
+
+
+def by_cell(runs: pl.DataFrame, metrics: Sequence[str]) -> pl.DataFrame:
+    """Mean and standard deviation over seeds for each (data, scale, model, optim, mitigation, lr_mult).
+
+    Args:
+        runs: from ``load_runs``, or the CSV it was saved to. An old CSV has no column ``mitigation``.
+        metrics: names such as ``is_click/auc``.
+
+    Returns:
+        One row per cell: its keys, ``runs``, ``diverged`` and ``failed`` (numbers of runs), and for each metric
+        ``<metric>/mean`` and ``<metric>/std`` (sample standard deviation) over the completed runs.
+
+    Raises:
+        UserError: no run has one of the metrics.
+    """
+    for metric in metrics:
+        if metric not in runs.columns:
+            raise UserError(f"no run has the metric '{metric}'; {suggest(metric, metric_names(runs))}")
+    done = pl.col("status") == "completed"
+    cells = [pl.len().alias("runs")]
+    cells += [(pl.col("status") == status).sum().alias(status) for status in ("diverged", "failed")]
+    for metric in metrics:
+        cells.append(pl.col(metric).filter(done).mean().alias(f"{metric}/mean"))
+        cells.append(pl.col(metric).filter(done).std().alias(f"{metric}/std"))
+    if "mitigation" not in runs.columns:
+        runs = runs.with_columns(mitigation=pl.lit("none"))
+    return runs.with_columns(pl.col("mitigation").fill_null("none")).group_by(CELL, maintain_order=True).agg(cells)
+
+
+def _row(summary: Mapping[str, Any], name: str) -> dict[str, Any]:
+    row = {key: summary[key] for key in (*KEYS, *COPIED)}
+    row |= {"first_step": summary["divergence"]["first_step"], "micro": summary["divergence"]["micro"]}
+    row |= {"dense_parameters": summary["parameters"]["dense"], "run": name}
+    row |= {"mitigation": summary.get("mitigation", "none")} | {key: summary.get(key) for key in MADE_WITH}
+    return row | {key.removeprefix(f"{TEST}/"): value for key, value in summary["metrics"].items()}
+
+
+def _tracked_summary(run: TrackedRun) -> dict[str, Any] | None:
+    """The contents of summary.json, rebuilt from the values in W&B; None for a run to ignore."""
+    # W&B sends numbers that JSON does not have as strings.
+    flat = {k: math.nan if v in ("NaN", "Infinity", "-Infinity") else v for k, v in run.summary.items()}
+    if run.state not in ENDED:
+        return None
+    if "status" not in flat:
+        settings = _tracked_settings(run.config)
+        if settings is None:
+            return None
+        flat = {**settings, "status": "failed", "reason": f"W&B: {run.state}", **flat}
+    if any(flat.get(key) is None for key in KEYS):
+        return None
+    return {
+        **dict.fromkeys(COPIED),
+        **flat,
+        "divergence": {"micro": flat.get("divergence/micro"), "first_step": flat.get("divergence/first_step")},
+        "parameters": {"dense": flat.get("parameters/dense")},
+        "metrics": {key: value for key, value in flat.items() if key.startswith(f"{TEST}/")},
+    }
+
+
+def _tracked_settings(config: Mapping[str, Any]) -> dict[str, Any] | None:
+    try:
+        chosen: dict[str, Any] = {key: config[key]["name"] for key in ("data", "scale", "model", "optim")}
+        return chosen | {key: config[key] for key in ("lr_mult", "seed")}
+    except (KeyError, TypeError):
+        return None
