@@ -35,7 +35,7 @@ NOT_IDENTIFYING = (
     "data.cache_dir",
     "data.log.cache_dir",
 )
-# Widths of all models. Those of the chosen model are resolved into model.net, so a resolved configuration needs no more.
+# Widths of all models. A resolved configuration has those of the chosen model in model.net too.
 _RESOLVED_INTO_OTHERS = ("scale.model",)
 
 
