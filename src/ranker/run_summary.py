@@ -1,4 +1,4 @@
-"""How a run ended: summary.json, and the table a person reads."""
+"""The summary of a run: summary.json, and the table on the console."""
 
 from __future__ import annotations
 
@@ -13,21 +13,22 @@ from ranker import config
 from ranker.errors import UserError
 from ranker.runs import provenance
 from ranker.runs.config_identity import config_hash
+from ranker.runs.metric_names import TEST, task_metric
 from ranker.runs.run_folder import versions
 
-if TYPE_CHECKING:  # a sweep reads summaries of runs done before without waiting for Lightning
+if TYPE_CHECKING:  # a sweep reads summaries of earlier runs without importing Lightning
     from ranker.build import Run
 
 NO_DIVERGENCE = {"micro": 0, "full": False, "first_step": None}
 
 
 def summarise(run: Run, *, status: str, reason: str, seconds: float) -> dict[str, Any]:
-    """What summary.json says.
+    """The content of summary.json.
 
     Args:
         run: the run.
         status: ``completed``, ``diverged`` or ``failed``.
-        reason: why it is not completed, in plain words; empty where it is.
+        reason: why it is not completed, in one sentence; empty if it is.
         seconds: wall-clock time of training and evaluation.
     """
     stability, detector = run.stability, run.stability.detector
@@ -53,7 +54,7 @@ def summarise(run: Run, *, status: str, reason: str, seconds: float) -> dict[str
 
 
 def never_began(cfg: DictConfig, *, reason: str, seconds: float) -> dict[str, Any]:
-    """The summary of a run that failed before anything was built, such as a job of a sweep with a wrong value."""
+    """The summary of a run that failed before it was built, such as a job of a sweep with a wrong value."""
     return {
         "status": "failed",
         "reason": reason,
@@ -74,15 +75,15 @@ def never_began(cfg: DictConfig, *, reason: str, seconds: float) -> dict[str, An
 
 
 def asked_for(cfg: DictConfig) -> dict[str, Any]:
-    """The choices that a comparison of runs is made by."""
+    """The choices by which runs are compared."""
     try:
         base_lr = config.base_lr(cfg)
-    except UserError:  # the reason for which a run never began
+    except UserError:  # the reason why a run never began
         base_lr = math.nan
     return {
         "model": cfg.model.name,
         "optim": cfg.optim.name,
-        "mitigation": OmegaConf.select(cfg, "mitigation.name", default="none"),  # runs made before there were any
+        "mitigation": OmegaConf.select(cfg, "mitigation.name", default="none"),  # missing in old runs
         "data": cfg.data.name,
         "scale": cfg.scale.name,
         "lr": base_lr * cfg.lr_mult,
@@ -94,7 +95,7 @@ def asked_for(cfg: DictConfig) -> dict[str, Any]:
 
 
 def made_with(cfg: DictConfig) -> dict[str, Any]:
-    """What another person needs to get the same numbers: the configuration's hash, the code, the machine."""
+    """What is needed to get the same numbers: hash of the configuration, commit, machine, versions."""
     return {
         "config_hash": config_hash(cfg),
         "commit": provenance.commit(),
@@ -104,10 +105,10 @@ def made_with(cfg: DictConfig) -> dict[str, Any]:
 
 
 def show(summary: dict[str, Any], console: Console | None = None) -> None:
-    """Prints the hold-out's metrics by task, and how the run ended."""
+    """Prints the hold-out's metrics per task, and how the run ended."""
     console = console or Console()
     if not console.is_terminal:
-        console.width = max(console.width, 110)  # a log file has no edge that the table must not cross
+        console.width = max(console.width, 110)  # a log file has no width
     metrics = summary["metrics"]
     names = list(dict.fromkeys(key.split("/")[2] for key in metrics))
     if not any(value for key, value in metrics.items() if key.endswith("/nonfinite")):
@@ -117,7 +118,7 @@ def show(summary: dict[str, Any], console: Console | None = None) -> None:
     for name in names:
         table.add_column(name, justify="right", no_wrap=True)
     for task in dict.fromkeys(key.split("/")[1] for key in metrics):
-        table.add_row(task, *(_cell(name, metrics.get(f"test/{task}/{name}")) for name in names))
+        table.add_row(task, *(_cell(name, metrics.get(task_metric(TEST, task, name))) for name in names))
     if names:
         console.print(table)
     verdict = f"{summary['status']}: {summary['reason']}" if summary["reason"] else summary["status"]
@@ -134,11 +135,11 @@ def show(summary: dict[str, Any], console: Console | None = None) -> None:
 
 
 def objective(summary: dict[str, Any], name: str | None) -> float:
-    """The number a sweep maximises; 0 where it is undefined, as it may be for a lost model."""
+    """The metric that a sweep maximises; 0 if it is undefined, as it may be for a lost model."""
     metrics = summary["metrics"]
     chosen = name or next((key for key in metrics if key.endswith("/auc")), None)
     value = metrics.get(chosen) if chosen else None
-    return value if value is not None and math.isfinite(value) else 0.0  # None: a NaN read back from summary.json
+    return value if value is not None and math.isfinite(value) else 0.0  # None is a NaN read from summary.json
 
 
 def _cell(name: str, value: float | None) -> str:

@@ -1,4 +1,4 @@
-"""A capsule: a divergence on disk, with all that is needed to train its minutes again."""
+"""A capsule: a divergence on disk, with all that is needed to train its steps again."""
 
 from __future__ import annotations
 
@@ -27,26 +27,26 @@ _TENSORS = ("dense_BF", "onehot_BC", "labels_BT", "mask_BT", "time_ms_B", "row_B
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """What ``capsule.json`` says.
+    """The content of ``capsule.json``.
 
-    Numbers of steps are those of the optimizer: after step s it has taken s steps, and the first batch after the
-    snapshot belongs to step ``snapshot_step + 1``. Where gradients are accumulated, several batches belong to a step.
+    Steps are optimizer steps: after step s the optimizer has taken s steps, and the first batch after the snapshot
+    belongs to step ``snapshot_step + 1``. With accumulated gradients, several batches belong to a step.
 
     Attributes:
         event: the divergence.
         snapshot_step: steps taken when the snapshot was made.
-        steps: of each batch in order, the step it belongs to.
-        numbers: of each batch, its place in the training order (``Batch.number``).
-        signals: of each batch, the recorded signals in the order of ``ranker.stability.pack``, float32,
+        steps: the step of each batch, in order.
+        numbers: the place of each batch in the training order (``Batch.number``).
+        signals: the recorded signals of each batch, in the order of ``ranker.stability.pack``, float32,
             written as hexadecimal floats, hence exact: losses [T], training AUCs [T], spreads [T], whether not finite.
         tasks: names of the tasks.
         world_size: ranks, each with a file of batches.
-        accumulate: batches a step.
-        seed: of the run.
-        versions: of Python and packages.
-        machine: what else decides bits: processor, threads, device.
-        note: what could not be kept, in plain words; empty where all was.
-        format: version of these files.
+        accumulate: batches per step.
+        seed: seed of the run.
+        versions: versions of Python and packages.
+        machine: what else decides the bits: processor, threads, device.
+        note: what is missing, in one sentence; empty if nothing is.
+        format: version of the format of these files.
     """
 
     event: Event
@@ -74,9 +74,9 @@ class Capsule:
 
     Attributes:
         path: its folder.
-        manifest: what it is of.
+        manifest: its description.
         schema: features and tasks of the log.
-        batches: by batch, the shares of the ranks.
+        batches: per batch, the shares of the ranks.
         state: the snapshot.
     """
 
@@ -96,7 +96,7 @@ class Capsule:
         """Reads a capsule, without running any code from it.
 
         Raises:
-            UserError: there is none, it is incomplete, or of a later format.
+            UserError: there is none, it is incomplete, or its format is newer.
         """
         path = Path(path)
         if not (path / MANIFEST).is_file():
@@ -127,17 +127,17 @@ class Capsule:
 
 
 def share_file(rank: int) -> str:
-    """Name of the file with what one rank has: its rows, and its past of the training AUC."""
+    """Name of the file of one rank: its rows, and its training AUC."""
     return f"rank{rank}.pt"
 
 
 def write_share(path: Path, batches: Sequence[Batch], auc: Tensor) -> None:
-    """Writes a rank's share: plain tensors and numbers, loadable with ``weights_only=True``."""
+    """Writes one rank's share as plain tensors and numbers, which load with ``weights_only=True``."""
     torch.save({"batches": [_plain(batch) for batch in batches], "auc": _own(auc)}, path)
 
 
 def read_share(path: Path) -> tuple[list[Batch], Tensor]:
-    """Reads what ``write_share`` wrote."""
+    """Reads a file of ``write_share``."""
     plain = torch.load(path, map_location="cpu", weights_only=True)
     return [_batch(part) for part in plain["batches"]], plain["auc"]
 
@@ -148,18 +148,18 @@ def write_state(path: Path, state: TrainingState) -> None:
 
 
 def write_manifest(path: Path, manifest: Manifest) -> None:
-    """Writes ``capsule.json``: last of all, since its presence says that the capsule is whole."""
+    """Writes ``capsule.json``. Must be the last file, because its presence means that the capsule is complete."""
     plain = asdict(manifest) | {"event": manifest.event.to_dict()}
     write_text(path / MANIFEST, json.dumps(plain, indent=1) + "\n")
 
 
 def hexadecimal(rows_SN: Tensor) -> list[list[str]]:
-    """Signals as exact text."""
+    """Signals as hexadecimal floats, which are exact."""
     return [[x.hex() for x in row] for row in rows_SN.double().tolist()]
 
 
 def differences(capsule: Manifest, versions: Mapping[str, str], machine: Mapping[str, Any]) -> list[str]:
-    """In what this process differs from the one that wrote a capsule, such as ``torch 2.13.0 there, 2.14.0 here``."""
+    """How this process differs from the one that wrote a capsule, such as ``torch 2.13.0 there, 2.14.0 here``."""
     found = []
     for then, now in ((capsule.versions, versions), (capsule.machine, machine)):
         for name in dict.fromkeys([*then, *now]):
@@ -187,6 +187,6 @@ def _batch(plain: Mapping[str, Any]) -> Batch:
 
 
 def _own(tensor: Tensor) -> Tensor:
-    """The tensor alone: torch.save would write all of the memory that a view looks into."""
+    """The tensor alone; of a view, torch.save would write all of the memory behind it."""
     tensor = tensor.detach().cpu()
     return tensor.clone() if tensor.untyped_storage().nbytes() > tensor.nbytes else tensor

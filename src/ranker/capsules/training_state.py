@@ -35,7 +35,6 @@ class TrainingState:
         auc: histograms of the training AUC: of one rank in a run, summed over all ranks in a replay.
         detector: the divergence detector's state, without unreported events; None if there is no detector.
         rng: state of torch's generator on the CPU; None leaves the generator as it is.
-        position: number of the next batch, over all ranks.
         data: state of the data module: position and dense statistics.
         process: state of the other random generators and of the precision plugin.
         healthy: whether the detector objected to nothing up to and including this step.
@@ -48,10 +47,14 @@ class TrainingState:
     auc: Tensor
     detector: dict[str, Any] | None
     rng: Tensor | None = None
-    position: int = 0
     data: dict[str, Any] = field(default_factory=dict)
     process: dict[str, Any] = field(default_factory=dict)
     healthy: bool = True
+
+    @property
+    def position(self) -> int:
+        """Number of the next batch, over all ranks."""
+        return int(self.data["position"])
 
     def save(self, path: Path) -> None:
         """Writes a file that ``torch.load(weights_only=True)`` reads, atomically."""

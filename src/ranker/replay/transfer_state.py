@@ -1,4 +1,4 @@
-"""The same minutes another way: what another model and optimizer can take over from a snapshot."""
+"""Transfers a snapshot to another model and optimizer, as far as they match."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from torch import Tensor
 from ranker.capsules.training_state import TrainingState
 from ranker.replay.engine import Engine
 
-_REPORTS = ("clip_stats",)  # optimizer state that only reports; it starts anew
+_REPORTS = ("clip_stats",)  # optimizer state that only reports; it is not transferred
 
 
 @dataclass(frozen=True, kw_only=True)
 class Carried:
-    """What was taken over.
+    """What was transferred.
 
     Attributes:
-        weights: tensors taken over.
-        fresh: names of those the snapshot has not, or in another shape; freshly drawn.
-        kept: by name of an optimizer's quantity (``sum`` is Adagrad's), tensors that go on with it.
-        reset: the same of those that start at their initial value.
+        weights: number of weight tensors transferred.
+        fresh: names of weights that the snapshot does not have in this shape; they keep their new random values.
+        kept: per quantity of the optimizer (``sum`` is Adagrad's), number of tensors for which it was transferred.
+        reset: per quantity, number of tensors for which it starts at its initial value.
         untouched: whether the run's optimizer had no state yet.
-        lr_factor: of the run's learning rate at the snapshot over that of its configuration, as after a rollback.
+        lr_factor: the run's learning rate at the snapshot divided by that of its configuration; not 1 after a rollback.
     """
 
     weights: int
@@ -37,7 +37,7 @@ class Carried:
     lr_factor: float = 1.0
 
     def __str__(self) -> str:
-        """In plain words."""
+        """One sentence."""
         said = [f"carried over: {self.weights} weight tensors"]
         said += [f"{quantity} of {count} tensors" for quantity, count in self.kept.items()]
         text = ", ".join(said)
@@ -54,16 +54,16 @@ class Carried:
 
 
 def carry(state: TrainingState, *, run: Engine, other: Engine) -> Carried:
-    """Puts another engine where the run stood at its snapshot, as far as that fits.
+    """Transfers the state of a run at its snapshot to another engine, as far as it matches.
 
-    Weights are matched by name and shape. A tensor's optimizer state is taken over where the new optimizer keeps the
-    same quantities in the same shapes (Adagrad, GC, AGC, LAMB and Clippy all keep ``sum``) and starts anew otherwise.
-    The learning rate is that of the new configuration at this step, warm-up included.
+    Weights are matched by name and shape. A tensor's optimizer state is transferred if the new optimizer keeps the same
+    quantities in the same shapes (Adagrad, GC, AGC, LAMB and Clippy all keep ``sum``); otherwise it is reset. The
+    learning rate is that of the new configuration at this step, warm-up included.
 
     Args:
         state: the snapshot.
-        run: the engine of the run as it was; it is put into the snapshot's state.
-        other: the engine to be put there.
+        run: the engine of the run as it was. It is put into the snapshot's state.
+        other: the engine that receives the state.
     """
     configured = _rates(run, state.step)
     run.restore(state)
@@ -107,7 +107,7 @@ def _carry_optimizer(
 
 
 def _quantities(engine: Engine) -> dict[str, dict[str, torch.Size]]:
-    """What the engine's optimizer keeps of each parameter, seen after a step with gradients of 0 that is undone."""
+    """The state that an optimizer of this kind keeps per parameter, found by a step with zero gradients."""
     before = {name: value.clone() for name, value in engine.module.net.state_dict().items()}
     made = engine.module.configure_optimizers()
     optimizer = made["optimizer"] if isinstance(made, Mapping) else made
@@ -136,14 +136,14 @@ def _state_of(engine: Engine, param: Tensor) -> dict[str, Tensor]:
 
 
 def _rates(engine: Engine, step: int, *, factor: float = 1.0) -> list[float]:
-    """Sets the learning rates that the configuration gives after so many steps, times a factor; returns them."""
+    """Sets the learning rates of the configuration after a number of steps, times a factor; returns them unscaled."""
     schedule = engine.schedule
     groups = engine.optimizer.param_groups
     if schedule is None:
         rates = [float(group["lr"]) for group in groups]
     else:
         schedule.base_lrs = [rate * factor for rate in schedule.base_lrs]
-        schedule.last_epoch, schedule._step_count = step, step + 1
+        schedule.last_epoch = step
         rates = [
             float(x) * shape(step) / factor for x, shape in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)
         ]

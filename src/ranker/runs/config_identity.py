@@ -34,8 +34,9 @@ NOT_IDENTIFYING = (
     "data.num_workers",  # threads that read ahead
     "data.cache_dir",
     "data.log.cache_dir",
-    "scale.model",  # widths of all models; those of the chosen one are resolved into model.net
 )
+# Widths of all models. A resolved configuration has those of the chosen model in model.net too.
+_RESOLVED_INTO_OTHERS = ("scale.model",)
 
 
 def config_hash(cfg: DictConfig) -> str:
@@ -51,7 +52,7 @@ def config_hash(cfg: DictConfig) -> str:
         plain = _plain(cfg, resolve=True)
     except OmegaConfBaseException:
         plain = _plain(cfg, resolve=False)
-    for path in NOT_IDENTIFYING:
+    for path in (*NOT_IDENTIFYING, *_RESOLVED_INTO_OTHERS):
         _drop(plain, path.split("."))
     text = json.dumps(_same_numbers(plain), sort_keys=True, separators=(",", ":"), default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:LENGTH]

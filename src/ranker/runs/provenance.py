@@ -1,4 +1,4 @@
-"""Where a number comes from: the commit of the code and the machine it ran on."""
+"""Provenance of a number: the commit of the code and the machine that it ran on."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ import torch
 
 @functools.cache
 def commit() -> str | None:
-    """The commit of the code that runs, with ``-dirty`` after it where tracked files were changed.
+    """The commit of the running code, with ``-dirty`` appended if tracked files were changed.
 
-    None outside a checkout, and where the package is installed into somebody else's. Asked once a process: the
-    modules in memory stay what they were when the checkout moves on.
+    None outside a checkout, and if the package is installed inside another project's checkout. Cached per process: the
+    modules in memory do not change when the checkout does.
     """
     here = Path(__file__).resolve()
     if _git(here, "ls-files", "--error-unmatch", here.name) is None:
@@ -39,7 +39,7 @@ def cores() -> int:
 
 
 def arithmetic(device: torch.device | str) -> dict[str, Any]:
-    """What decides the bits of a training step beside the versions: processor, its instructions, threads, device."""
+    """What decides the bits of a training step besides versions: processor, instruction set, threads, device."""
     device = torch.device(device)
     return {
         "system": f"{platform.system()} {platform.machine()}",

@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import FrameType
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import Callback, ModelCheckpoint
@@ -18,10 +18,8 @@ from ranker.data.batch import Batch
 from ranker.runs.run_folder import RunFolder
 from ranker.training.module import Fit
 
-T = TypeVar("T")
 
-
-class Timed(Generic[T]):
+class Timed:
     """An iterable that measures how long its consumer waits for the next item.
 
     Args:
@@ -31,11 +29,11 @@ class Timed(Generic[T]):
         waited: seconds waited so far, over all iterations.
     """
 
-    def __init__(self, items: Iterable[T]) -> None:
+    def __init__(self, items: Iterable[Any]) -> None:
         self.items = items
         self.waited = 0.0
 
-    def __iter__(self) -> Iterator[T]:
+    def __iter__(self) -> Iterator[Any]:
         iterator = iter(self.items)
         while True:
             start = time.perf_counter()
@@ -74,7 +72,7 @@ class Bookkeeping(Callback):
         self._waited = 0.0
         self._started = 0.0
         self._waited_before = 0.0
-        self._loader: Timed[Batch] | None = None
+        self._loader: Timed | None = None
 
     def examples_per_second(self) -> float:
         """Rows trained on per second, over all ranks; 0 before anything was measured."""

@@ -1,19 +1,19 @@
-"""Writes a capsule on a divergence: the snapshot before it and the batches around it, for scripts/replay.py."""
+"""Records the recent past of a run, and writes a capsule of it on a divergence, for scripts/replay.py."""
 
 from __future__ import annotations
 
 import shutil
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 import torch
 from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
 
 from ranker.capsules import capsule as files
 from ranker.capsules.capsule import Manifest
-from ranker.capsules.recorder import Entry, Recorder
 from ranker.capsules.training_state import TrainingState
 from ranker.data.batch import Batch
 from ranker.data.schema import SCHEMA_FILE
@@ -30,6 +30,80 @@ CAPSULES = "capsules"
 EVENTS = ("full", "micro", "both")
 _NOTICED = 30  # steps until a divergence is suspected, with the usual interval between two polls
 _AHEAD = 16  # batches that a trainer may have fetched but not trained on
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One batch that was trained on.
+
+    Attributes:
+        step: the optimizer step it belongs to.
+        batch: this rank's rows, in host memory.
+        signals: in the order of ``ranker.stability.pack``, on the device of the run.
+        size: bytes of the batch.
+    """
+
+    step: int
+    batch: Batch
+    signals: Tensor
+    size: int
+
+
+class Recorder:
+    """Keeps the newest batches, and batches of one range of steps longer.
+
+    Nothing is copied: a reference keeps a batch where the loader put it. Over the bound the oldest batches are dropped
+    first, those of the held range last.
+
+    Args:
+        max_bytes: bound on the size of all batches together.
+    """
+
+    def __init__(self, max_bytes: int) -> None:
+        self._max_bytes = max_bytes
+        self._entries: list[Entry] = []
+        self._bytes = 0
+        self._held = (0, -1)
+
+    def add(self, step: int, batch: Batch, signals: Tensor) -> None:
+        """Adds the batch just trained on."""
+        batch = replace(batch, opening=None)  # it would keep the whole window alive
+        self._entries.append(Entry(step, batch, signals, files.num_bytes(batch)))
+        self._bytes += self._entries[-1].size
+        while self._bytes > self._max_bytes and self._entries:
+            oldest = next((i for i, entry in enumerate(self._entries) if not self._is_held(entry)), 0)
+            self._bytes -= self._entries.pop(oldest).size
+
+    def hold(self, after: int, until: int) -> None:
+        """Holds the batches of steps after + 1 .. until, and no others."""
+        self._held = (after + 1, until)
+
+    def forget(self, until: int) -> None:
+        """Drops batches up to a step, but for the held ones."""
+        if self._entries and self._entries[0].step <= until:
+            self._entries = [entry for entry in self._entries if entry.step > until or self._is_held(entry)]
+            self._bytes = sum(entry.size for entry in self._entries)
+
+    def clear(self) -> None:
+        """Drops everything, and holds nothing."""
+        self._entries, self._bytes, self._held = [], 0, (0, -1)
+
+    def covers_after(self, until: int) -> int:
+        """The smallest step s such that all batches of steps s + 1 .. until are kept; ``until`` if none is."""
+        first = until
+        for entry in reversed(self._entries):
+            if entry.step <= until:
+                if entry.step < first:
+                    break
+                first = entry.step - 1
+        return first
+
+    def between(self, after: int, until: int) -> list[Entry]:
+        """Batches of steps after + 1 .. until, in order."""
+        return [entry for entry in self._entries if after < entry.step <= until]
+
+    def _is_held(self, entry: Entry) -> bool:
+        return self._held[0] <= entry.step <= self._held[1]
 
 
 class CapsuleWriter:

@@ -1,4 +1,4 @@
-"""Lightning's side of the early signs: looks at a few layers every so many steps and records what it saw."""
+"""The callback that measures early signs of divergence, per layer and at an interval."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ WhatIf = Callable[..., Mapping[str, Mapping[str, Tensor]]]
 
 
 class EarlySigns(Callback):
-    """Records what moves before the loss does, by layer, every so many steps.
+    """Records quantities that change before the loss does, per layer and every few steps.
 
     ``signs/<role>/<sign>``, role from ``Ranker.layer_names``:
 
@@ -37,26 +37,26 @@ class EarlySigns(Callback):
         sigma              factor of the optimizer in use; 1 where its method has none
         sigma_<label>      factor that another rule would have chosen on the same g, G and w
         dead_relus         share of the layer's units that are 0 for every row of the batch
-        activation_max     infinity norm of what the layer hands on, behind its ReLU; of a head, its logit
+        activation_max     infinity norm of the layer's output, after its ReLU; for a head, of its logit
 
     ``sigma/<parameter>`` of every tensor that a rule may clip. ``signs/task_norm/<task>`` and
     ``signs/task_cosine/<a>/<b>``: norms of the tasks' weighted gradients on the top shared layer's weight, and the
     cosines between them.
 
-    Numbers stay on the device and are read when metrics are written (``train.log_every``). Every rank looks, at joined
-    gradients and the largest activations of all ranks, and rank 0 writes. With accumulated gradients, activations and
-    tasks are those of the last batch of a step. A net inside torch.compile cannot be watched from outside:
-    activations and tasks are left out then. An optimizer from elsewhere tells no sigma, and r only if it keeps
-    Adagrad's accumulator.
+    Values stay on the device and are read when metrics are written (``train.log_every``). Every rank measures, from the
+    reduced gradients and the largest activations of all ranks, and rank 0 writes. With accumulated gradients,
+    activations and tasks are those of the last batch of a step. If the net is compiled with torch.compile, activations
+    and tasks are left out, because hooks inside it do not run. An optimizer without ``ReportsSteps`` has no sigma, and
+    r only if it keeps Adagrad's accumulator.
 
     Args:
-        every: steps between two looks; 1 for pictures, 0 to switch off.
+        every: steps between two measurements; 1 for figures, 0 to switch off.
         roles: which of the net's layers; None for all.
-        norms: whether to look at grad_norm, grad_over_weight, update_max.
-        activations: whether to look at dead_relus, activation_max.
+        norms: whether to measure grad_norm, grad_over_weight and update_max.
+        activations: whether to measure dead_relus and activation_max.
         sigma: whether to record the sigma of the optimizer in use.
-        task_gradients: look at the tasks' gradients every so many looks, each about as dear as a step; 0 for never.
-        what_if: called with the optimizer before its step, and with ``names`` of parameters; gives a sigma by label
+        task_gradients: measurements between two of the tasks' gradients, each of which costs about a step; 0 for never.
+        what_if: called with the optimizer before its step, and with ``names`` of parameters; returns sigma per label
             and name. None to leave it out.
 
     Raises:
@@ -84,7 +84,7 @@ class EarlySigns(Callback):
         self._norms, self._activations, self._sigma = norms, activations, sigma
         self._task_gradients = task_gradients
         if isinstance(what_if, partial):
-            # Hydra's partial walks through every loaded module at each call, 35 ms; Python's does not.
+            # Each call of Hydra's partial walks through all loaded modules, which takes 35 ms.
             what_if = partial(what_if.func, *what_if.args, **what_if.keywords)
         self._what_if = what_if
         self._names: dict[str, str] = {}  # of each role's weight
@@ -99,7 +99,7 @@ class EarlySigns(Callback):
         self._unread: list[tuple[int, list[str], Tensor]] = []
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Finds the layers, and refuses what cannot be looked at."""
+        """Finds the layers, and refuses what cannot be measured."""
         if not self._every:
             return
         net = Fit(trainer).module.net
@@ -122,7 +122,7 @@ class EarlySigns(Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Prepares for a look at the forward pass that follows."""
+        """Adds hooks to the forward pass that follows, if a measurement is due."""
         self._due = bool(self._every) and (trainer.global_step + 1) % self._every == 0
         self._batch: Batch = batch
         net = Fit(trainer).module.net
@@ -133,23 +133,23 @@ class EarlySigns(Callback):
             ]
 
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
-        """Takes what the forward pass showed, while its graph is there."""
+        """Measures the forward pass while its graph exists."""
         if not self._due or self._logits_BT is None:
             return
         if self._watched is not None:
             self._seen |= self._activation_signs(Fit(trainer).module)
-        look = (trainer.global_step + 1) // self._every
-        if self._task_gradients and look % self._task_gradients == 0 and self._shared is not None:
+        number = (trainer.global_step + 1) // self._every
+        if self._task_gradients and number % self._task_gradients == 0 and self._shared is not None:
             self._seen |= self._task_signs(Fit(trainer).module)
         self._logits_BT = None
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
-        """Looks at the gradients, and asks what other rules would make of them."""
+        """Measures the gradients, and computes what other rules would do with them."""
         if not self._due:
             return
-        self._stepped = True  # with accumulated gradients a batch may end without
+        self._stepped = True  # with accumulated gradients not every batch ends with a step
         if self._norms:
             for role, signs in layer_signs(self._weights.items(), optimizer).items():
                 self._seen |= {metric_names.sign(role, name): value for name, value in signs._asdict().items()}
@@ -158,7 +158,7 @@ class EarlySigns(Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Looks at what the optimizer did, and keeps the look until metrics are written."""
+        """Measures what the optimizer did, and keeps the values until metrics are written."""
         step = trainer.global_step
         if self._stepped:
             self._seen |= self._step_signs(trainer.optimizers[0])
@@ -174,12 +174,12 @@ class EarlySigns(Callback):
         self._read(trainer)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Writes the last looks before a crash, if the device can still tell them."""
+        """Writes the last values before a crash, if the device still responds."""
         with suppress(RuntimeError):
             self._read(trainer)
 
     def _entered(self, net: nn.Module, _inputs: object) -> None:
-        if net.training and self._watched is not None:  # a window that is scored first runs in evaluation mode
+        if net.training and self._watched is not None:  # scoring a window runs in evaluation mode
             self._watching = self._watched.measuring()
             self._watching.__enter__()
 
@@ -209,7 +209,7 @@ class EarlySigns(Callback):
         return seen
 
     def _task_signs(self, module: RankingModule) -> dict[str, Tensor]:
-        """The tasks' losses each depend on one column of the logits, so each gradient starts from that column alone."""
+        """Gradients per task. Each task's loss depends on one column of the logits, so each starts from that column."""
         assert self._logits_BT is not None
         assert self._shared is not None
         logits_BT = self._logits_BT
@@ -239,7 +239,7 @@ class EarlySigns(Callback):
         }
 
     def _step_signs(self, optimizer: Optimizer) -> dict[str, Tensor]:
-        """What the optimizer says of its own step; its r is exact whatever its update."""
+        """What the optimizer reports of its step; its r is exact for every update rule."""
         if not isinstance(optimizer, ReportsSteps):
             return {}
         steps = optimizer.last_step()
@@ -272,7 +272,7 @@ def _chosen(layers: dict[str, str], roles: Sequence[str] | None) -> dict[str, st
 
 
 def _weight_of(net: nn.Module, layer: str) -> tuple[str, nn.Parameter]:
-    """Name and value of a layer's weight: of a layer made of several, the largest matrix."""
+    """Name and value of a layer's weight; the largest one of a layer that has several."""
     below = dict(net.get_submodule(layer).named_parameters(prefix=layer))
     name = max(below, key=lambda name: below[name].numel())
     return name, below[name]

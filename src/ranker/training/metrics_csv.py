@@ -19,7 +19,6 @@ from pytorch_lightning.utilities.rank_zero import rank_zero_only
 from ranker.atomic import replacing
 
 FLUSH_SECONDS = 5.0
-FLUSH_SHARE = 0.01  # of the time may go into writing
 OPEN_ROWS = 64  # newest rows, which may still get values
 
 
@@ -71,10 +70,11 @@ class MetricsCsv(Logger):
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
         """Adds to the row of a step."""
-        self._rows.setdefault(step or 0, {"step": step or 0}).update(metrics)
+        step = step or 0
+        if time.monotonic() > self._flush_at and step > max(self._rows, default=-1):
+            self.save()  # between two steps, so that the last row is complete and can be appended
+        self._rows.setdefault(step, {"step": step}).update(metrics)
         self._columns.update(dict.fromkeys(metrics))
-        if time.monotonic() > self._flush_at:
-            self.save()
 
     @rank_zero_only
     def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
@@ -83,14 +83,12 @@ class MetricsCsv(Logger):
     @rank_zero_only
     def save(self) -> None:
         """Brings the file up to date."""
-        start = time.monotonic()
         late = any(step <= self._closed_step for step in self._rows)
         if late or len(self._columns) != self._in_header or not self.path.is_file():
             self._rebuild()
         else:
             self._extend()
-        end = time.monotonic()
-        self._flush_at = end + max(FLUSH_SECONDS, (end - start) / FLUSH_SHARE)
+        self._flush_at = time.monotonic() + FLUSH_SECONDS
 
     @rank_zero_only
     def finalize(self, status: str) -> None:

@@ -1,4 +1,4 @@
-"""Lightning's side of sharpness: measures now and then how near the step is to the edge of stability."""
+"""The callback that measures sharpness: how near the step is to the edge of stability."""
 
 from __future__ import annotations
 
@@ -29,29 +29,28 @@ log = logging.getLogger(__name__)
 
 
 class SharpnessProbe(Callback):
-    """Measures the largest eigenvalue of the Hessian, plain and preconditioned, every so many steps.
+    """Measures the largest eigenvalue of the Hessian, plain and preconditioned, at an interval.
 
         sharpness/hessian          largest eigenvalue of H
-        sharpness/preconditioned   largest eigenvalue of P^(1/2) H P^(1/2), P what the optimizer multiplies a gradient
-                                   by: sigma G^(-1/2) for the Adagrad family; unclipped, that is G^(-1/4) H G^(-1/4)
-        sharpness/ratio            that, over 2 / lr: above 1 the step to come is too large for the surface it meets
-        sharpness/error            bound on the error of the preconditioned one, as a share of it
-        sharpness/seconds          what the look took
+        sharpness/preconditioned   largest eigenvalue of P^(1/2) H P^(1/2), where the optimizer multiplies a gradient by
+                                   P: sigma G^(-1/2) for the Adagrad family; without clipping G^(-1/4) H G^(-1/4)
+        sharpness/ratio            sharpness/preconditioned divided by 2 / lr; above 1 the next step is too large
+        sharpness/error            bound on the relative error of sharpness/preconditioned
+        sharpness/seconds          duration of the measurement
 
-    H is that of the training loss on the first rows of the batch just trained on, in evaluation mode, over all
-    parameters but the embedding tables. Weights, gradients, buffers and random numbers are left as they were, to the
-    bit. Where there are several ranks the first one looks, at its own rows, and the others wait. Nan where the model
-    is lost.
+    H is the Hessian of the training loss on the first rows of the batch just trained on, in evaluation mode, over all
+    parameters but the embedding tables. Weights, gradients, buffers and random numbers do not change by a bit. With
+    several ranks the first one measures, on its own rows, and the others wait. Values are NaN where the model is lost.
 
-    A look costs up to ``2 * max_products`` Hessian-vector products, each about two gradients of ``rows`` rows, and
-    memory for ``max_products`` vectors as long as all dense weights; the first one says how long it took.
+    A measurement costs up to ``2 * max_products`` Hessian-vector products, each about two gradients of ``rows`` rows,
+    and memory for ``max_products`` vectors as long as all dense weights. The first one logs its duration.
 
     Args:
-        every: steps between two looks; 0 to switch off.
-        rows: of the batch that are looked at; H itself needs more rows than its sharpest direction does.
+        every: steps between two measurements; 0 to switch off.
+        rows: number of rows of the batch; H itself needs more rows than its sharpest direction does.
         hessian: also measure H without preconditioner, which doubles the cost.
-        max_products: at most so many Hessian-vector products an eigenvalue.
-        tolerance: of an eigenvalue, relative.
+        max_products: largest number of Hessian-vector products per eigenvalue.
+        tolerance: relative error at which an eigenvalue counts as converged.
 
     Raises:
         UserError: a number is out of range.
@@ -80,7 +79,7 @@ class SharpnessProbe(Callback):
         self._stepped = False
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Refuses what cannot be probed."""
+        """Refuses parameters that cannot be measured."""
         if self._every and any(isinstance(p, DTensor) for p in pl_module.parameters()):
             raise UserError("callbacks.sharpness cannot look at sharded parameters; use trainer=ddp, or every=0")
 
@@ -93,13 +92,13 @@ class SharpnessProbe(Callback):
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
-        """Notes that this batch ends with a step; with accumulated gradients not each does."""
+        """Notes that this batch ends with a step; with accumulated gradients not every batch does."""
         self._stepped = True
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Looks, when a look is due."""
+        """Measures, if a measurement is due."""
         stepped, self._stepped = self._stepped, False
         if not self._every or not trainer.is_global_zero or not stepped:
             return
@@ -121,7 +120,7 @@ class SharpnessProbe(Callback):
         Fit(trainer).module.record(self._last)
 
     def measure(self, module: RankingModule, optimizer: torch.optim.Optimizer, batch: Batch) -> dict[str, float]:
-        """The numbers of one look, by name; nan where loss, weights or steps are not finite."""
+        """The values of one measurement, by name; NaN where loss, weights or steps are not finite."""
         net = module.net
         named = [(n, p) for n, p in net.named_parameters() if p.requires_grad and not n.startswith("embeddings.")]
         step = step_preconditioner(optimizer, [p for _, p in named], sigma=_sigma(optimizer, named))
@@ -131,7 +130,7 @@ class SharpnessProbe(Callback):
         net.eval()
         try:
             with torch.random.fork_rng(devices=[module.device] if module.device.type == "cuda" else []):
-                # Past torch.compile, whose programs cannot be differentiated twice.
+                # forward, because compiled programs cannot be differentiated twice
                 logits_BT = net.forward(rows)
                 counts_T = rows.mask_BT.sum(0)
                 loss = module.loss.local(logits_BT, rows.labels_BT, rows.mask_BT, counts_T=counts_T).total
@@ -167,7 +166,7 @@ class SharpnessProbe(Callback):
         return found
 
     def summary(self) -> dict[str, Any] | None:
-        """What summary.json says of the looks; None where there were none."""
+        """The entry of summary.json; None if nothing was measured."""
         if not self._looks:
             return None
         last = {name.removeprefix(names.SHARPNESS): value for name, value in self._last.items()}
@@ -176,7 +175,7 @@ class SharpnessProbe(Callback):
 
 
 def _sigma(optimizer: torch.optim.Optimizer, named: list[tuple[str, torch.nn.Parameter]]) -> dict[Tensor, float]:
-    """Of the last step, where the optimizer tells; by unit or row the smallest."""
+    """Sigma of the last step, if the optimizer reports it; the smallest one where there is one per unit or row."""
     if not isinstance(optimizer, ReportsSteps):
         return {}
     steps = optimizer.last_step()

@@ -32,7 +32,7 @@ def capture(fit: Fit, detector: DivergenceDetector | None) -> TrainingState:
     process = {"precision": fit.trainer.precision_plugin.state_dict(), **_generators(fit.module.device)}
     # Reading the detector's state judges all steps so far, so its verdict is asked for afterwards.
     state = _trained(fit, detector).capture(fit.step, data=fit.data.state_dict(), process=process)
-    return replace(state, position=fit.data.position, healthy=is_healthy(detector))
+    return replace(state, healthy=is_healthy(detector))
 
 
 def is_healthy(detector: DivergenceDetector | None) -> bool:

@@ -76,8 +76,7 @@ def test_a_factory_is_called_once_and_late(array_log):
 
 
 def test_the_training_loader_can_be_wrapped(array_log):
-    data = module(array_log(40))
-    data.watch_training = lambda loader: map(len, loader)
+    data = module(array_log(40), wrap_training=lambda loader: map(len, loader))
     assert list(data.train_dataloader()) == [8] * 5
 
 

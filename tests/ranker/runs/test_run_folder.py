@@ -10,7 +10,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from ranker.errors import UserError
-from ranker.runs.run_folder import RunFolder, versions
+from ranker.runs.run_folder import RunFolder, versions, whole_lines
 
 
 def test_the_saved_configuration_is_resolved(tmp_path: Path) -> None:
@@ -85,3 +85,14 @@ def test_half_an_event_is_taken_back(tmp_path: Path, monkeypatch: pytest.MonkeyP
         signal.signal(signal.SIGXFSZ, handler)
 
     assert (tmp_path / "events.jsonl").read_text() == '{"step": 1}\n'
+
+
+def test_a_last_line_that_was_cut_off_is_not_read(tmp_path: Path) -> None:
+    path = tmp_path / "events.jsonl"
+    path.write_bytes(b'{"step": 1}\n{"step": 2}\n{"st')
+
+    assert whole_lines(path) == b'{"step": 1}\n{"step": 2}\n'
+    RunFolder(tmp_path).keep_events_until(5)
+    assert path.read_bytes() == b'{"step": 1}\n{"step": 2}\n'
+    path.write_bytes(b'{"st')
+    assert whole_lines(path) == b""

@@ -124,16 +124,19 @@ def test_resuming_without_a_file_starts_an_empty_one(tmp_path: Path) -> None:
     assert rows(log.path) == []
 
 
-def test_a_file_that_is_slow_to_write_is_written_less_often(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    seconds = itertools.count()  # a second passes at every look at the clock, so that writing seems to take one
+def test_the_file_is_flushed_between_steps_and_then_only_grows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seconds = itertools.count()  # a second passes at every look at the clock
     monkeypatch.setattr(metrics_csv, "time", SimpleNamespace(monotonic=lambda: float(next(seconds))))
     log = MetricsCsv(tmp_path / "metrics.csv")
-    seen = []
-    for step in range(500):
-        log.log_metrics({f"column_{step}": 1.0}, step=step)
+    files, lengths = [], []
+    for step in range(300):
+        log.log_metrics({"loss": 1.0}, step=step)
+        log.log_metrics({"sigma": 0.5}, step=step)
         if log.path.is_file():
-            seen.append(log.path.stat().st_mtime_ns)
+            files.append(log.path.stat().st_ino)
+            lengths.append(len(rows(log.path)))
+            assert all(row["sigma"] for row in rows(log.path)), "no row is written half"
 
-    assert 3 <= len(set(seen)) <= 6, "once after 5 seconds, then every hundred"
-    last = rows(log.path)
-    assert len(last[0]) == len(last) + 1 > 300, "each row came with a column of its own"
+    assert len(set(files)) == 1
+    assert lengths == sorted(lengths)
+    assert 50 < len(set(lengths)) < 150, "about every five seconds"
