@@ -15,11 +15,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
+from optim.native.rows import gather_rows, scatter_rows
+from optim.pages import new_state
 from torch import Tensor, nn
 
 from bench_report import Line
-from optim.native.rows import gather_rows, scatter_rows
-from optim.pages import new_state
 
 READS = {"nothing": 0, "g": 1, "w, g": 3, "w, g, G": 7}
 """What a first pass reads, and the C code's number for it."""

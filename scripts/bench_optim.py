@@ -29,13 +29,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from optim.pages import new_state
 from torch import Tensor, nn
 
 import optim
 from bench_floor import floor_rows, floors, floors_beside
 from bench_report import Line, finish, limited, met
 from bench_tensors import INPUT, SETS, Gradients, tensors, turn
-from optim.pages import new_state
 
 START = time.monotonic()
 ADAGRAD: dict[str, Any] = {"lr": 0.1, "initial_accumulator_value": 0.1}

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 
 
-
 @functools.cache
 def commit() -> str | None:
     """The commit of the code that runs, with ``-dirty`` after it where tracked files were changed.
