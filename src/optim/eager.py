@@ -230,16 +230,15 @@ class Compiled(Eager):
     def pieces(self, local: LocalParam) -> list[Piece]:
         """Return the whole tensor, flattened where that is a view and sigma needs no rows."""
         state = {key: value for key, value in local.state.items() if value.ndim}
-        if local.unit_dims is not None or not all(
-            tensor.is_contiguous() for tensor in (local.weight, local.grad, *state.values())
-        ):
+        tensors = (local.weight, local.grad, *state.values())
+        if local.unit_dims is not None or not local.weight.ndim or not all(one.is_contiguous() for one in tensors):
             return [Piece(local.weight, local.grad, local.state)]
         flat = {key: value.view(-1) for key, value in state.items()}
         return [Piece(local.weight.view(-1), local.grad.view(-1), {**local.state, **flat})]
 
     def settings(self, local: LocalParam) -> Settings:
         """Return the hyperparameters, with the learning rate as a tensor on the device."""
-        numbers = {name: local.settings[name] for name in local.method.all_hyperparameters}
+        numbers = {name: value for name, value in local.settings.items() if name not in ("params", "param_names")}
         lr = numbers["lr"]
         if not isinstance(lr, Tensor):
             numbers["lr"] = torch.full((), lr, dtype=torch.float64, device=local.weight.device)
@@ -256,12 +255,12 @@ def _takes_fused(group: TensorGroup) -> bool:
     return (
         group.never_clips
         and not torch.compiler.is_compiling()
-        and torch_private.has_fused_adagrad(device.type)
         and not settings["decoupled_weight_decay"]
         # The kernel for the CPU would wait for a learning rate that is a tensor.
         and (not isinstance(lr, Tensor) or (lr.device == device and device.type != "cpu"))
         and all(
             local.update == ADAGRAD
+            and torch_private.has_fused_adagrad(local.weight)
             and local.weight.dtype in (torch.float32, torch.float64)
             and local.grad.dtype == local.state["sum"].dtype == local.weight.dtype
             and all(tensor.is_contiguous() for tensor in (local.weight, local.grad, local.state["sum"]))

@@ -95,6 +95,8 @@ class LocalParam:
         rows: Indices of the touched rows in `param`; None for a dense gradient.
         tables: For a sparse gradient: the tensors that hold all rows, and the copies of the touched ones.
         shard_groups: Process groups that hold the other shards of this tensor, with the dimension they split.
+        unit_dims: The dimensions a reduction runs over where there is one sigma per row or unit; None for the whole
+            tensor.
     """
 
     name: str
@@ -108,13 +110,11 @@ class LocalParam:
     rows: Tensor | None
     tables: list[tuple[Tensor, Tensor]]
     shard_groups: ShardGroups
+    unit_dims: tuple[int, ...] | None = None
 
-    @property
-    def unit_dims(self) -> tuple[int, ...] | None:
-        """The dimensions a reduction runs over where there is one sigma per row or unit; None for the whole tensor."""
-        if has_several_sigmas(self.method, self.settings, self.weight.ndim, sparse=self.rows is not None):
-            return tuple(range(1, self.weight.ndim))
-        return None
+    def __post_init__(self) -> None:
+        several = has_several_sigmas(self.method, self.settings, self.weight.ndim, sparse=self.rows is not None)
+        self.unit_dims = tuple(range(1, self.weight.ndim)) if several else None
 
     def is_finite(self) -> Tensor:
         """Return whether all of the local gradient is finite, as a 0-d bool on its device."""
@@ -148,9 +148,14 @@ def make_local(
             its first dimension.
         IndexError: a sparse gradient has a row outside of its table.
     """
-    grad = _local_gradient(param)
-    weight = local_tensor(param)
-    tensors = {key: local_tensor(value) for key, value in state.items()}
+    sharding: ShardGroups = ()
+    if _is_dtensor(param):
+        sharding = shard_groups(param)
+        grad, weight = _local_gradient(param), local_tensor(param)
+        state = {key: local_tensor(value) for key, value in state.items()}
+    else:
+        assert param.grad is not None, "only parameters with a gradient are stepped"
+        grad, weight = param.grad, param.detach()
     rows, tables = None, []
     if grad.is_sparse:
         if settings["weight_decay"]:
@@ -162,10 +167,10 @@ def make_local(
             raise ValueError(f"{name}: gradients must be sparse by rows, got {grad.sparse_dim()} sparse dimensions")
         rows, grad = grad.indices()[0], grad.values()
         whole, weight = weight, weight.index_select(0, rows)
-        touched = {key: value.index_select(0, rows) if value.ndim else value for key, value in tensors.items()}
-        tables = [(whole, weight), *((tensors[key], copy) for key, copy in touched.items() if copy.ndim)]
-        tensors = touched
-    return LocalParam(name, param, method, update, settings, weight, grad, tensors, rows, tables, shard_groups(param))
+        touched = {key: value.index_select(0, rows) if value.ndim else value for key, value in state.items()}
+        tables = [(whole, weight), *((state[key], copy) for key, copy in touched.items() if copy.ndim)]
+        state = touched
+    return LocalParam(name, param, method, update, settings, weight, grad, state, rows, tables, sharding)
 
 
 @dataclass(slots=True)

@@ -189,7 +189,7 @@ def _row(local: LocalParam, state: dict[str, Any]) -> Tensor:
     if STATE_KEY not in state:
         # float64 can represent every flat index of a tensor.
         row = torch.zeros(len(FIELDS), dtype=torch.float64, device=local.weight.device)
-        row[FIELDS.index("sigma_min")] = torch.inf
+        row.select(0, FIELDS.index("sigma_min")).fill_(torch.inf)  # item assignment would copy from the host
         state[STATE_KEY] = row
     return state[STATE_KEY]
 
@@ -223,7 +223,7 @@ def last_step(param_groups: list[dict[str, Any]], state: Mapping[Tensor, dict[st
                 rows[row.device].append((name, param, row))
         for triples in rows.values():
             table = torch.stack([row for _, _, row in triples])
-            sigma, moved = table[:, FIELDS.index("sigma")], table[:, FIELDS.index("update_max")]
+            sigma, moved = (table.select(1, FIELDS.index(field)) for field in ("sigma", "update_max"))
             direction = torch.where(sigma > 0, moved / (sigma * group["lr"]), torch.nan)
             for (name, param, _), one, size in zip(triples, sigma.unbind(), direction.unbind(), strict=True):
                 sparse = param.grad is not None and param.grad.is_sparse

@@ -121,12 +121,14 @@ class TensorGroup:
 
 def make_groups(locals_: Iterable[LocalParam], backends: Sequence[Backend]) -> list[TensorGroup]:
     """Sort tensors into groups. Each goes to the first backend that takes it."""
-    groups: dict[object, list[LocalParam]] = defaultdict(list)
+    groups: dict[tuple[Any, ...], list[LocalParam]] = defaultdict(list)
     for number, local in enumerate(locals_):
-        chosen = next(index for index, backend in enumerate(backends) if backend.takes(local))
+        chosen = 0
+        while not backends[chosen].takes(local):
+            chosen += 1
         apart = None if local.unit_dims is None else number
-        groups[id(local.settings), local.weight.device, local.shard_groups, chosen, apart].append(local)
-    return [TensorGroup(together, backends[key[3]]) for key, together in groups.items()]  # type: ignore[index]
+        groups[chosen, id(local.settings), local.weight.device, local.shard_groups, apart].append(local)
+    return [TensorGroup(together, backends[key[0]]) for key, together in groups.items()]
 
 
 def choose_sigma(group: TensorGroup) -> None:

@@ -6,7 +6,7 @@ import functools
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 # A C++ kernel of torch that steps a whole list of tensors. torch.optim.Adagrad(fused=True) calls it, but cannot be
 # given this package's state and its on_nonfinite policy.
@@ -16,11 +16,24 @@ _is_functional_tensor = torch._is_functional_tensor
 _is_functorch_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 
 
+def is_plain(tensor: Tensor) -> bool:
+    """Whether a tensor is what it looks like: no subclass (FakeTensor, DTensor), no wrapper of a torch.func transform.
+
+    A wrapper has the type Tensor and no memory of its own.
+    """
+    exact = type(tensor) is Tensor or type(tensor) is nn.Parameter
+    return exact and not _is_functional_tensor(tensor) and not _is_functorch_wrapped(tensor)
+
+
 @functools.cache
-def has_fused_adagrad(device_type: str) -> bool:
-    """Whether this build of torch has its fused Adagrad kernel for a type of device (CPU; CUDA in newer versions)."""
+def _has_fused_adagrad(device_type: str) -> bool:
     key = {"cpu": "CPU", "cuda": "CUDA"}.get(device_type)
     return key is not None and torch._C._dispatch_has_kernel_for_dispatch_key(f"aten::{_FUSED_ADAGRAD}", key)
+
+
+def has_fused_adagrad(tensor: Tensor) -> bool:
+    """Whether this build of torch has its fused Adagrad kernel for a tensor. It takes plain tensors only."""
+    return is_plain(tensor) and _has_fused_adagrad(tensor.device.type)
 
 
 def fused_adagrad(
@@ -57,11 +70,6 @@ def fused_adagrad(
 def copy_all(targets: list[Tensor], values: list[Tensor]) -> None:
     """Copy values into targets: one call, where a loop over small rows costs several microseconds per tensor."""
     torch._foreach_copy_(targets, values)
-
-
-def is_wrapper(tensor: Tensor) -> bool:
-    """Whether a tensor whose type is Tensor has no memory of its own (under torch.func transforms)."""
-    return _is_functional_tensor(tensor) or _is_functorch_wrapped(tensor)
 
 
 def shard_shape_and_offsets(param: Tensor) -> tuple[Sequence[int], Sequence[int]]:

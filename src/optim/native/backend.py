@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from optim.local_params import CHUNK, LocalParam, Piece
 from optim.native.library import load
 from optim.registry import Reduction
 from optim.tensor_group import Limiting, StepSize, TensorGroup, largest_term
-from optim.torch_private import is_wrapper
+from optim.torch_private import is_plain
 from optim.updates import Adagrad
 
 REDUCTIONS = ("grad_norm", "weight_norm", "update_norm", "update_max", "overshoot")
@@ -61,12 +61,12 @@ class Native:
     def takes(self, local: LocalParam) -> bool:
         """Whether the kernels can step this tensor."""
         return (
-            isinstance(local.update, Adagrad)
-            and all(reduction.kernel is not None for reduction in local.method.reductions)
-            and not torch.compiler.is_compiling()
+            local.unit_dims is None
+            and isinstance(local.update, Adagrad)
             and local.weight.dtype in (torch.float32, torch.float64)
-            and all(_has_memory(tensor, local.weight) for tensor in (local.weight, local.grad, local.state["sum"]))
-            and local.unit_dims is None
+            and _have_memory(local.weight, local.grad, local.state["sum"])
+            and not torch.compiler.is_compiling()
+            and None not in [reduction.kernel for reduction in local.method.reductions]
             and is_available()
         )
 
@@ -119,18 +119,19 @@ class Native:
 NATIVE = Native()
 
 
-def _has_memory(tensor: Tensor, weight: Tensor) -> bool:
-    """Whether C may walk a tensor's memory: no subclass, no wrapper, no lazy negation, on the CPU, contiguous."""
-    return (
-        (type(tensor) is Tensor or type(tensor) is nn.Parameter)
-        and tensor.is_cpu
-        and tensor.dtype == weight.dtype
-        and tensor.layout is torch.strided
-        and tensor.is_contiguous()
-        and not tensor.is_neg()
-        and not tensor.is_conj()
-        and not is_wrapper(tensor)
-    )
+def _have_memory(weight: Tensor, *others: Tensor) -> bool:
+    """Whether C may walk the memory of tensors: no subclass, no wrapper, no lazy negation; on the CPU, contiguous."""
+    for tensor in (weight, *others):
+        if not (
+            is_plain(tensor)
+            and tensor.is_cpu
+            and tensor.dtype == weight.dtype
+            and tensor.layout is torch.strided
+            and tensor.is_contiguous()
+            and not tensor.is_neg()
+        ):
+            return False
+    return True
 
 
 def _buffer(rows: int, columns: int) -> Tensor:
