@@ -76,8 +76,13 @@ def test_neither_shapes_nor_learning_rates_compile_again(monkeypatch: pytest.Mon
     params = [nn.Parameter(torch.randn(shape)) for shape in ((30, 5), (7,), (4, 3, 2), (11, 13))]
     optimizer = optim.build_optimizer("clippy", params, lr=0.3, backend="compiled")
     for step in range(5):
+        if step == 1:
+            # A reduction and a step, for vectors and for what is flattened to one.
+            assert counter.frame_count == 4
+            params += [nn.Parameter(torch.randn(shape)) for shape in ((3, 17), (2, 3, 4, 5), (70_000,))]
+            optimizer.add_param_group({"params": params[-3:]})
         optimizer.param_groups[0]["lr"] = 0.3 / (1 + step)
         for param in params:
             param.grad = torch.randn_like(param)
         optimizer.step()
-    assert counter.frame_count == 2, "one reduction and one step"
+    assert counter.frame_count == 4

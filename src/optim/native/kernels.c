@@ -42,6 +42,7 @@ enum { CHUNK = 1 << 16, BLOCK = 512, LANES = 32, WAYS = 4 };
 #define FABS fabsf
 #define WORD int32_t
 #define EPSILON FLT_EPSILON
+#define SMALLEST FLT_MIN
 #include "kernels.h"
 #undef REAL
 #undef NAME
@@ -49,6 +50,7 @@ enum { CHUNK = 1 << 16, BLOCK = 512, LANES = 32, WAYS = 4 };
 #undef FABS
 #undef WORD
 #undef EPSILON
+#undef SMALLEST
 
 #define REAL double
 #define NAME(x) x##_double
@@ -56,6 +58,7 @@ enum { CHUNK = 1 << 16, BLOCK = 512, LANES = 32, WAYS = 4 };
 #define FABS fabs
 #define WORD int64_t
 #define EPSILON DBL_EPSILON
+#define SMALLEST DBL_MIN
 #include "kernels.h"
 
 static int64_t chunks(const Tensor *t) { return (t->size + CHUNK - 1) / CHUNK; }

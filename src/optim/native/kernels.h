@@ -61,6 +61,32 @@ INLINE REAL NAME(norms)(const REAL *restrict w, const REAL *restrict g, const RE
     return smallest;
 }
 
+/* The largest g^2 / G that cannot overshoot by `worst` even where the weight is 0, whose bound is the smallest:
+ * g^2 < L (G + g^2), solved for G. The margin keeps the rounding here and in the exact computation on the safe side. */
+INLINE REAL NAME(allowed)(const Settings *s, double worst, int delayed) {
+    const double limit = worst * worst * s->bound_abs * s->bound_abs * (1 - 16 * EPSILON);
+    return delayed ? limit : limit < 1 ? limit / (1 - limit) : INFINITY;
+}
+
+/* Whether g^2 / G is allowed at every one of n coordinates. Where it is, the weights need not be read. NaN, and 0 < 0,
+ * say no. Only without weight decay. */
+INLINE int NAME(totals_allow)(const REAL *restrict g, const REAL *restrict total, int64_t n, REAL allowed) {
+    REAL beyond[LANES] = {0};
+#define AT(k)                                                                                  \
+    {                                                                                          \
+        const REAL by = g[i + k] * g[i + k] + (SMALLEST - allowed * total[i + k]);             \
+        beyond[k] += (REAL)0 > by ? (REAL)0 : by; /* this way round the processor keeps NaN */ \
+    }
+    int64_t i = 0;
+    for (; i + LANES <= n; i += LANES)
+        for (int k = 0; k < LANES; k++) AT(k)
+    for (int k = 0; i + k < n; k++) AT(k)
+#undef AT
+    REAL sum = 0;
+    for (int k = 0; k < LANES; k++) sum += beyond[k];
+    return sum == 0;
+}
+
 /* Whether any of n coordinates may overshoot by `worst` or more: the comparison of squares, without root or division.
  * The margin keeps the rounding of the dozen operations on the safe side. NaN compares as "may". */
 INLINE int NAME(may_exceed)(const REAL *restrict w, const REAL *restrict g, const REAL *restrict total, int64_t n,
@@ -133,13 +159,14 @@ static void NAME(locate)(const REAL *w, const REAL *g, const REAL *total, int64_
     }
 }
 
-/* The chunk's maximum overshoot where it raises `worst`, else 0; and where it is. A block is computed exactly only where
- * the comparison of squares does not rule it out. */
+/* The chunk's maximum overshoot where it raises `worst`, else 0; and where it is. What reads least comes first: g and G
+ * alone, then the comparison of squares, then the exact computation where neither rules the block out. */
 INLINE void NAME(overshoot)(const REAL *restrict w, const REAL *restrict g, const REAL *restrict total, int64_t n,
                             const Settings *s, REAL *worst, int delayed, int inside, double *out) {
     int64_t where = -1;
     for (int64_t i = 0; i < n; i += BLOCK) {
         const int64_t size = n - i < BLOCK ? n - i : BLOCK;
+        if (s->decay == 0 && NAME(totals_allow)(g + i, total + i, size, NAME(allowed)(s, *worst, delayed))) continue;
         if (!NAME(may_exceed)(w + i, g + i, total + i, size, s, *worst, delayed)) continue;
         const REAL over = NAME(largest_overshoot)(w + i, g + i, total + i, size, s, delayed, inside);
         if (over != over) {
