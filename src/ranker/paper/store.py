@@ -28,13 +28,17 @@ UNRECORDED = (
     "callbacks.early_signs.task_gradients",
 )
 DEFAULTS = {"scale": "laptop", "lr_mult": "1", "seed": "0"}  # what holds where nothing is said
+# Overrides of runs made before a key got its present name.
+RENAMED = {
+    "model.net.hidden=${scale.model.small.hidden}": "model.net.hidden='${model.widths.small.${scale.name}}'",
+}
 STANDARD = ("data", "scale", "model", "optim", "lr_mult", "seed")
 METRICS = ("auc", "ne", "rmse", "calibration")
 
 
 def identity(overrides: Iterable[str]) -> frozenset[tuple[str, str]]:
     """What makes two jobs the same: their overrides, in whatever order and however a number was written."""
-    said = DEFAULTS | dict(override.split("=", 1) for override in overrides)
+    said = DEFAULTS | dict(RENAMED.get(override, override).split("=", 1) for override in overrides)
     return frozenset((key, _plain(value)) for key, value in said.items() if key not in UNRECORDED)
 
 

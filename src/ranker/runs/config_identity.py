@@ -27,7 +27,9 @@ LEFT_OUT = (
     "data.num_workers",  # threads that read ahead
     "data.cache_dir",
     "data.log.cache_dir",
-    "scale.model",  # widths of all models; those of the chosen one are resolved into model.net
+    "lr",  # data.base_lr of the scale times lr_mult
+    "model.widths",  # for all scales; those of the chosen scale are resolved into model.net
+    "scale.model",  # where older runs have the widths of all models
 )
 
 
@@ -46,6 +48,9 @@ def config_hash(cfg: DictConfig) -> str:
         plain = _plain(cfg, resolve=False)
     for path in LEFT_OUT:
         _drop(plain, path.split("."))
+    data = plain.get("data")
+    if isinstance(data, dict) and "root" in data:  # the former name of data.source: a run has one hash by either
+        data["root"] = data.pop("source", data["root"])
     text = json.dumps(_same_numbers(plain), sort_keys=True, separators=(",", ":"), default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:LENGTH]
 

@@ -30,6 +30,8 @@ def test_jobs_are_the_same_whatever_the_order_the_way_of_writing_and_the_machine
     )
     assert identity(first) == identity(second)
     assert identity(first) != identity((*first, "seed=1"))
+    old, new = ("${scale.model.small.hidden}", "'${model.widths.small.${scale.name}}'")
+    assert identity((f"model.net.hidden={old}",)) == identity((f"model.net.hidden={new}",))
 
 
 def test_runs_come_in_the_order_of_their_jobs_and_missing_ones_are_named(write_run: Any, tmp_path: Path) -> None:
