@@ -10,13 +10,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
 from rich.console import Console
 
 from ranker.cli import command
 from ranker.config import conf_folder
 from ranker.data.columns import from_plain as from_mapping
-from ranker.errors import UserError, suggest
 from ranker.export.bundle import PROGRAMS, Export, counted, refuse_existing, write_json
 from ranker.export.program_runtime import open_program
 from ranker.export.scoring import ON_BAD_ROWS, ParquetRows, score_file
@@ -101,14 +101,12 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _settings(given: argparse.Namespace) -> GateSettings:
-    gates = conf_folder() / "gate"
-    path = gates / f"{given.gate}.yaml"
-    if not path.is_file():
-        raise UserError(f"no gate '{given.gate}'; {suggest(given.gate, [p.stem for p in gates.glob('*.yaml')])}")
-    values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    with initialize_config_dir(str(conf_folder()), version_base="1.3"):
+        cfg = compose(overrides=[f"+gate={given.gate}"])
+    values: dict[str, Any] = OmegaConf.to_container(cfg.gate, resolve=True)  # type: ignore[assignment]
     names = [field.name for field in dataclasses.fields(GateSettings)]
     values |= {name: getattr(given, name) for name in names if getattr(given, name) is not None}
-    return from_mapping(GateSettings, values, str(path))
+    return from_mapping(GateSettings, values, f"gate={given.gate}")
 
 
 @command

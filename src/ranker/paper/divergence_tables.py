@@ -44,7 +44,7 @@ def table3_rows(data: Data) -> dict[str, Job]:
     one, two = data.dropped
     return {
         "Large+DCN": ("model=large_dcn",),
-        "smaller model": ("model=large_dcn", "model.net.hidden=${scale.model.small.hidden}"),
+        "smaller model": ("model=large_dcn", "model.net.hidden='${model.widths.small.${scale.name}}'"),
         "no DCN": ("model=large",),
         "subset of the features": ("model=large_dcn", *data.fewer_features),
         f"one task fewer ({one})": ("model=large_dcn", _tasks(data, one)),
