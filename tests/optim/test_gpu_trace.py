@@ -120,7 +120,7 @@ def test_where_sigma_is_1_for_certain_one_fused_kernel_steps_all_tensors(
         optimizer.step()
     with Watch() as watch:
         optimizer.step()
-    fused = name == "adagrad" or not tensor_lr  # whether Clippy clips at a rate that only the device knows is open
+    fused = name == "adagrad" or not tensor_lr  # with a tensor lr, Clippy cannot know that nothing clips
     assert watch.names.count("_fused_adagrad_") == int(fused)
     assert (len(watch.names) < 15) is fused
 
