@@ -48,7 +48,7 @@ class Reduction:
         kernel: The column of the C kernels that computes this reduction; None where only plain torch does.
         bound: For the kernel column "overshoot", max_i abs(r_i) / b_i: the coefficients (c0, c1, c2) of
             b_i = c0 * abs(w_i) + c1 + c2 / sqrt(G_i). The kernel may return any smaller value for a maximum of at most
-            1 / lr, so the rule must return the same sigma for all of those.
+            1 / lr, so the rule must return the same sigma for all of those. At most one such reduction per method.
     """
 
     name: str

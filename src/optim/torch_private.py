@@ -53,7 +53,7 @@ def fused_adagrad(
         weights: w, contiguous.
         grads: g, contiguous.
         sums: G, contiguous.
-        lr: Learning rate. A tensor on a CUDA device is read there.
+        lr: Learning rate. A tensor on a CUDA device is read there, as float32.
         weight_decay: Coupled weight decay.
         eps: Added to the root.
         maximize: Whether to ascend.
@@ -64,7 +64,8 @@ def fused_adagrad(
     kernel = getattr(torch, _FUSED_ADAGRAD)
     found_inf = None if ok is None else ok.logical_not().float()
     options = {"lr_decay": 0.0, "weight_decay": weight_decay, "eps": eps, "maximize": maximize}
-    kernel(weights, grads, sums, steps, lr=lr, **options, found_inf=found_inf)
+    rate = lr.float() if isinstance(lr, Tensor) else lr
+    kernel(weights, grads, sums, steps, lr=rate, **options, found_inf=found_inf)
 
 
 def copy_all(targets: list[Tensor], values: list[Tensor]) -> None:

@@ -1,4 +1,4 @@
-"""Building: names, hyperparameters, groups; what is refused and how."""
+"""`build_optimizer`: names, hyperparameters, groups, and the errors for wrong arguments."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_every_method_says_where_it_comes_from_and_what_its_hyperparameters_are(
     info = optim.get_info(name)
     assert info.reference
     assert info.summary.endswith(".")
-    # What is promised has its tests in this folder; torch's keyword `foreach` is reported as what it is, and refused.
+    # Each capability has its tests in this folder. torch's keyword `foreach` is reported as unsupported, and refused.
     promised = {"dense", "sparse", "dtensor", "closure", "tensor_lr", "compile"}
     assert {capability: capability in promised for capability in (*promised, "foreach")} == dict(info.supports)
     with pytest.raises(TypeError, match="foreach"):
@@ -197,6 +197,32 @@ def test_third_parties_register_a_rule_by_decorator(step_once: Any) -> None:
     assert optimizer.clip_stats()["w"]["sigma"] == 0.5
     with pytest.raises(ValueError, match="'half' is already registered"):
         optim.register_rule("half", summary="", reference="", update=optim.get_info("gc").update)(half)
+
+
+@pytest.mark.usefixtures("_own_registry")
+@pytest.mark.parametrize("backend", ["auto", "eager"])
+def test_a_rule_of_a_third_party_says_in_its_fields_all_that_the_engine_must_know(step_once: Any, backend: str) -> None:
+    optim.register(
+        optim.Method(
+            name="trim",
+            summary="The largest r is held below 0.5.",
+            reference="-",
+            update=optim.get_info("gc").update,
+            sigma=lambda reduced, _settings: (0.5 / reduced["update_max"]).clamp(max=1.0),
+            reductions=(optim.UPDATE_MAX,),
+            limiting=optim.UPDATE_MAX,
+            terms=lambda at, _settings: {"relative": at.weight * 0, "absolute": torch.ones_like(at.weight)},
+            feeds_clipped=lambda _settings: True,
+        )
+    )
+    grad = torch.tensor([0.1, 3.0, 1.0])
+    _, optimizer = step_once("trim", torch.ones(3), grad, lr=0.1, backend=backend)
+    row = optimizer.clip_stats()["w"]
+    sigma = 0.5 / (3.0 / (0.1 + 9.0) ** 0.5)
+    assert row["sigma"] == pytest.approx(sigma)
+    assert (row["coordinate"], row["term"]) == (1, "absolute")
+    (state,) = optimizer.state.values()
+    torch.testing.assert_close(state["sum"], 0.1 + (sigma * grad) ** 2)
 
 
 @pytest.mark.usefixtures("_own_registry")

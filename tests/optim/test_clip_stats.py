@@ -1,4 +1,4 @@
-"""What clip_stats and what_if report, and what it costs."""
+"""`clip_stats`, `last_step` and `what_if`: what they report, and that they do not wait for the device."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_the_norms_are_those_of_the_change_however_it_was_made(backend: str, nam
     optimizer = optim.build_optimizer(name, [("w", param)], **given)
     optimizer.step()
     row, change = optimizer.clip_stats()["w"], weight - param.detach()
-    # What the weights' rounding leaves of a change: 1e-7 of weights of about 1.
+    # The change of weights of about 1 has a rounding error of 1e-7.
     assert row["update_max"] == pytest.approx(float(change.abs().max()), rel=1e-3, abs=1e-6)
     assert row["update_norm"] == pytest.approx(float(change.norm()), rel=1e-3, abs=1e-4)
 

@@ -1,4 +1,4 @@
-"""What Clippy promises, for any tensors."""
+"""Properties of Clippy that hold for any tensors (hypothesis)."""
 
 from __future__ import annotations
 

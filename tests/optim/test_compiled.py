@@ -12,11 +12,11 @@ from torch._dynamo.testing import CompileCounter
 import optim
 from optim import eager
 
-CASES: list[tuple[str, dict[str, Any]]] = [
+CASES = [
     ("clippy", {"collect_stats": True, "on_nonfinite": "skip"}),
-    ("clippy", {"preset": "tfrs", "lambda_acc": 0.1, "clip_accumulator": True}),
     ("agc", {"by": "unit", "weight_decay": 0.1, "decoupled_weight_decay": True}),
-    ("lamb_adam", {"collect_stats": True}),
+    pytest.param("lamb_adam", {"collect_stats": True}, marks=pytest.mark.slow),
+    pytest.param("clippy", {"preset": "tfrs", "lambda_acc": 0.1, "clip_accumulator": True}, marks=pytest.mark.slow),
 ]
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 

@@ -1,4 +1,4 @@
-"""What a CUDA graph asks of a step: the same kernels on the same memory whatever the numbers; and a graph itself."""
+"""What a CUDA graph requires: the same kernels on the same memory whatever the numbers; and a captured graph."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_a_captured_step_replays_as_plain_steps(name: str) -> None:
     side = torch.cuda.Stream()
     for params, optimizer in ((plain, first), (captured, second)):
         fill(params, 0, 1.0)
-        with torch.cuda.stream(side):  # warm up: what state there is must exist before the capture
+        with torch.cuda.stream(side):  # warm up: the state must exist before the capture
             optimizer.step()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()

@@ -1,4 +1,4 @@
-"""The example of the README, run as its reader would."""
+"""The example of the README, run as a script."""
 
 from __future__ import annotations
 
@@ -37,5 +37,5 @@ def test_the_example_diverges_with_adagrad_and_not_with_clippy_in_ten_seconds() 
     assert worst["adagrad"] > 1000 * first["adagrad"]
     assert worst["clippy"] < 2 * first["clippy"]
     assert last["clippy"] < first["clippy"] / 4 < last["adagrad"]
-    # Seconds of one core, which a busy machine does not stretch as it does those of the clock.
+    # CPU time, because wall-clock time depends on the load of the machine.
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 10

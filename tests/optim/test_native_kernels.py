@@ -1,4 +1,4 @@
-"""The C kernels beside plain torch, where what they leave out for speed could show."""
+"""The C kernels against plain torch, where blocks that they skip could make a difference."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from optim.local_params import CHUNK
 @pytest.mark.parametrize("accumulator", ["current", "delayed"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_the_kernels_find_a_maximum_that_is_hardly_above_the_others(accumulator: str, dtype: torch.dtype) -> None:
-    """Blocks are ruled out by a bound of G kept from step to step: were it a little too high, this one would be."""
+    """Blocks are skipped where their squares are below a limit with a small margin. This one is just above it."""
     size = 3 * CHUNK + 100
     results = []
     for backend in ("auto", "eager"):
@@ -31,7 +31,7 @@ def test_the_kernels_find_a_maximum_that_is_hardly_above_the_others(accumulator:
 @pytest.mark.parametrize("size", [31, 512, 700, CHUNK, CHUNK + 700])
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
 def test_the_kernels_find_the_maximum_wherever_it_lies(size: int, weight_decay: float) -> None:
-    """Blocks are read from several places of a chunk at once, what is left over from one: no coordinate is missed."""
+    """No coordinate is missed at the ends of blocks, chunks and tensors."""
     places = sorted({p for p in (0, 31, 127, 128, size // 4, size // 2, size - 189, size - 1) if 0 <= p < size})
     for place in places:
         sigmas = []
@@ -54,7 +54,7 @@ def test_the_kernels_find_the_maximum_wherever_it_lies(size: int, weight_decay: 
 def test_what_only_just_clips_is_found_and_what_only_just_does_not_leaves_sigma_at_1(
     place: int, tensor_lr: bool
 ) -> None:
-    """Overshoots of up to 1 / lr are not searched for, and chunks whose gradients stay far below not looked into."""
+    """Overshoots of at most 1 / lr are not searched for."""
     lr, size = 0.1, 2 * CHUNK + 700
     for above, clipped in ((1.0002, True), (0.9998, False)):
         sigmas = []
@@ -75,7 +75,7 @@ def test_what_only_just_clips_is_found_and_what_only_just_does_not_leaves_sigma_
 
 @pytest.mark.parametrize("method", ["gc", "lamb", "clippy"])
 def test_a_step_is_the_same_to_the_bit_for_any_number_of_threads(method: str) -> None:
-    """Which thread steps which chunk is decided by their number; what a chunk gives is not."""
+    """The number of threads decides which thread takes a chunk, not the result of the chunk."""
     before, results = torch.get_num_threads(), []
     try:
         for threads in (1, 2, 3, 5):
@@ -118,7 +118,7 @@ def test_a_step_that_weight_decay_makes_large_is_found() -> None:
         optimizer = optim.build_optimizer("clippy", [("w", weight)], **given)
         with torch.no_grad():
             weight[CHUNK - 777] = 10.0
-        weight.grad = torch.full((CHUNK + 700,), 1e-6)  # of which nothing clips
+        weight.grad = torch.full((CHUNK + 700,), 1e-6)  # nothing clips at gradients of this size
         optimizer.step()
         sigmas.append(optimizer.clip_stats()["w"]["sigma"])
     assert sigmas[0] < 0.5

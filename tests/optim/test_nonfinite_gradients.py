@@ -46,7 +46,7 @@ def test_skip_leaves_parameters_and_state_untouched_by_one_bit_and_counts(name: 
     assert not params[1].equal(before[1])
 
 
-PLACES = (0, 65_535, 65_536, 2 * 65_536 - 400, 2 * 65_536 + 5, -1)  # ends of chunks, of the four ways, what is left
+PLACES = (0, 65_535, 65_536, 2 * 65_536 - 400, 2 * 65_536 + 5, -1)  # ends of chunks and of the tensor
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
@@ -56,7 +56,6 @@ PLACES = (0, 65_535, 65_536, 2 * 65_536 - 400, 2 * 65_536 + 5, -1)  # ends of ch
 def test_skip_sees_one_bad_value_among_many(
     name: str, given: dict[str, float], scale: float, dtype: torch.dtype
 ) -> None:
-    # Where a rule's own look at the gradients shows that they are finite, they are not looked at again.
     param = torch.nn.Parameter(torch.randn(2 * 65_536 + 777, dtype=dtype))
     optimizer = optim.build_optimizer(name, [param], **{"lr": 0.1, "on_nonfinite": "skip", **given})
     for number in range(3):
@@ -81,7 +80,7 @@ def test_what_the_step_before_knew_of_its_gradients_is_forgotten() -> None:
     params, optimizer = make("clippy", "skip")
     fill(params)
     optimizer.step()
-    optimizer.param_groups[0]["lr"] = 1e-3  # below lambda_abs, where Clippy looks at no gradient
+    optimizer.param_groups[0]["lr"] = 1e-3  # below lambda_abs, where Clippy has no first pass
     fill(params, torch.nan)
     optimizer.step()
     assert optimizer.skipped_steps == 1

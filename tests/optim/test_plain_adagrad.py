@@ -47,7 +47,7 @@ def test_clippy_that_cannot_clip_is_torchs_fused_adagrad_to_the_bit() -> None:
 @pytest.mark.parametrize("name", ["adagrad", "clippy", "gc"])
 def test_with_sigma_one_every_path_is_adagrad_to_rounding(name: str, backend: str) -> None:
     given: dict[str, Any] = {"clippy": {"lambda_abs": 1e6}, "gc": {"clip_norm": 1e6}}.get(name, {})
-    lr = torch.tensor(0.05)  # a tensor: nobody can tell in advance that nothing clips
+    lr = torch.tensor(0.05)  # a tensor, so it is not known in advance that nothing clips
     ours = run(lambda p: optim.build_optimizer(name, p, lr=lr, backend=backend, **given))
     for mine, other in zip(ours, run(lambda p: theirs(p, foreach=False)), strict=True):
         torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-6)
@@ -87,7 +87,7 @@ def test_the_c_kernels_agree_with_plain_torch(name: str, dtype: torch.dtype, opt
 @pytest.mark.parametrize("scale", [1e-3, 1.0])
 @pytest.mark.parametrize("weights", [1e-2, 1.0])
 def test_what_the_kernels_skip_never_holds_the_maximum(scale: float, weights: float) -> None:
-    # Most blocks are settled by their gradients alone; one wild coordinate in the last block must not be.
+    # Most blocks are skipped. The last block has one large gradient and must not be.
     weight, grad = torch.randn(200_000) * weights, torch.randn(200_000) * scale
     weight[199_990], grad[199_990] = 0.0, 30.0 * scale
     sigmas = []
@@ -109,7 +109,7 @@ def test_the_kernels_compile_where_there_is_a_compiler() -> None:
 
 
 def test_an_accumulator_changed_from_outside_is_looked_at_again() -> None:
-    # The kernels remember a lower bound of G; shrinking G from outside must not be missed.
+    # The kernels must keep nothing of G from one step to the next.
     weight, grad = torch.zeros(100_000), torch.full((100_000,), 1e-5)
     grad[-1] = 1e-3  # overshoots ten times as far as the rest once G is tiny
     param = torch.nn.Parameter(weight.clone())

@@ -1,4 +1,4 @@
-"""Every rule against its equation, written out anew, and against the limits in which it does nothing."""
+"""Every rule against its equation, written out independently, and in the limits where it does nothing."""
 
 from __future__ import annotations
 

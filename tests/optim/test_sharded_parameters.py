@@ -1,4 +1,4 @@
-"""Two processes, sharded or replicated, against one: same steps, same report, same decisions."""
+"""Two processes, sharded or replicated, give the same steps and reports as one."""
 
 from __future__ import annotations
 

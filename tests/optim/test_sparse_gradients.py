@@ -1,4 +1,4 @@
-"""Sparse gradients: touched rows only, duplicates summed once, one sigma a table or a row."""
+"""Sparse gradients: touched rows only, duplicates summed once, one sigma per table or per row."""
 
 from __future__ import annotations
 
@@ -66,6 +66,18 @@ def test_sigma_by_row_treats_every_row_as_a_tensor_of_its_own(problem: Any, name
     for row in (3, 7, 21):
         alone, _ = one_step(name, weight[row], summed[row])
         torch.testing.assert_close(after[row], alone)
+
+
+@pytest.mark.parametrize("backend", ["auto", "eager"])
+@pytest.mark.parametrize(("name", "given"), [("adagrad", {}), ("clippy", {"lambda_abs": 0.5})])
+def test_sigma_by_row_is_reported_where_nothing_can_clip(problem: Any, name: str, backend: str, given: Any) -> None:
+    weight, indices, values = problem
+    grad = sparse(indices, values)
+    after, optimizer = one_step(name, weight, grad, sparse_sigma="row", backend=backend, **given)
+    row = optimizer.clip_stats()["table"]
+    assert row["sigma"] == 1
+    assert row["update_norm"] == pytest.approx(float((after - weight).norm()), rel=1e-5)
+    assert optimizer.last_step()["table"].direction_max.isnan() == (name == "clippy")
 
 
 def test_the_report_names_the_coordinate_of_the_table_not_of_the_touched_rows(problem: Any) -> None:

@@ -1,4 +1,4 @@
-"""The private API of torch that this package uses is there and does what it is used for."""
+"""The private API of torch that this package uses exists and works as expected."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where the C kernels cannot be made, the step runs in plain torch and says so."""
+"""Where the C kernels cannot be compiled, the step runs in plain torch and logs it."""
 
 from __future__ import annotations
 

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from optim.eager import EAGER
 from optim.local_params import CHUNK, LocalParam, Piece
 from optim.native.library import load
 from optim.registry import Reduction
@@ -64,8 +65,8 @@ class Native:
             local.unit_dims is None
             and isinstance(local.update, Adagrad)
             and local.weight.dtype in (torch.float32, torch.float64)
-            and _have_memory(local.weight, local.grad, local.state["sum"])
             and not torch.compiler.is_compiling()
+            and _have_memory(local.weight, local.grad, local.state["sum"])
             and None not in [reduction.kernel for reduction in local.method.reductions]
             and is_available()
         )
@@ -86,7 +87,10 @@ class Native:
         }
 
     def limiting(self, group: TensorGroup) -> Limiting:
-        """Return the coordinates that the first pass found."""
+        """Return the coordinates that the first pass found, if it searched for them."""
+        limiting = group.method.limiting
+        if limiting is None or limiting.kernel != "overshoot":
+            return EAGER.limiting(group)
         columns = group.scratch.columns
         value, index, weight, grad, total = (column.contiguous() for column in columns[:, OVERSHOOT:].unbind(dim=1))
         # Sign and coupled decay are in the gradient already.
