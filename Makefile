@@ -42,7 +42,7 @@ results-check: $(STAMP)  ## compute every published table from the CSV files in 
 	@$(PY) scripts/reproduce.py check
 
 wheel-check: $(STAMP)  ## build the wheel, install it into an empty environment in another folder and train 5 steps
-	@scripts/check_wheel.sh $(CURDIR)/$(PY)
+	@$(PY) scripts/check_wheel.py
 
 format: $(STAMP)  ## rewrite the code in the project's format
 	@$(PY) -m ruff check --fix .

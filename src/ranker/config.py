@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
@@ -63,13 +62,6 @@ class Root:
     objective: str | None = None
     tags: list[str] = field(default_factory=list)
     force: bool = False
-
-
-def conf_folder() -> Path:
-    """The folder of the configuration files: ``conf`` of the clone, or its copy inside an installed package."""
-    here = Path(__file__).resolve().parent
-    clone = here.parents[1] / "conf"
-    return clone if (clone / "config.yaml").is_file() and here.parent.name == "src" else here / "conf"
 
 
 def register() -> None:

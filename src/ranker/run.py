@@ -10,6 +10,7 @@ from omegaconf import DictConfig
 
 from ranker import run_summary
 from ranker.build import Run, build, open_folder, own_process_environment
+from ranker.installation import command_line
 from ranker.runs import provenance
 from ranker.training import trackers
 
@@ -81,4 +82,4 @@ def _why(error: BaseException, run: Run) -> str:
 
 
 def _resume_command(run: Run) -> str:
-    return f"python train.py resume={run.folder.path}"
+    return f"{command_line('train')} resume={run.folder.path}"

@@ -46,7 +46,3 @@ def usage() -> str:
     """The list of commands."""
     lines = [f"  {name:10} {description}" for name, (_, _, description) in COMMANDS.items()]
     return "\n".join(["usage: evenkeel COMMAND ...", "", *lines, "", "evenkeel COMMAND --help lists its options"])
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -23,6 +23,7 @@ from ranker.data.prepare import RECIPES, print_summary
 from ranker.data.prepare import prepare as prepare_log
 from ranker.data.prepare.download import ARCHIVES, Archive, fetch, unpack
 from ranker.errors import UserError
+from ranker.installation import command_line
 
 
 @command
@@ -58,7 +59,7 @@ def download(arguments: Sequence[str] | None = None) -> int:
         data = unpack(archive, _fetch(archive, given.folder), given.folder)
     except OSError as error:
         raise UserError(str(error)) from error
-    print(f"ready: python train.py data={archive.kind} data.source={data}")
+    print(f"ready: {command_line('train')} data={archive.kind} data.source={data}")
     return 0
 
 

@@ -15,11 +15,11 @@ from omegaconf import OmegaConf
 from rich.console import Console
 
 from ranker.cli import command
-from ranker.config import conf_folder
 from ranker.data.columns import from_plain as from_mapping
 from ranker.export.bundle import PROGRAMS, Export, counted, refuse_existing, write_json
 from ranker.export.program_runtime import open_program
 from ranker.export.scoring import ON_BAD_ROWS, ParquetRows, score_file
+from ranker.installation import conf_folder
 from ranker.stability.gate import GateSettings, Verdict
 
 DESCRIPTION = """Export the model of a run, if it passes the gate.

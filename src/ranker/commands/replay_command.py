@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ranker.cli import command
-from ranker.config import conf_folder
+from ranker.installation import conf_folder
 
 
 @command

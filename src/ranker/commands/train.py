@@ -8,6 +8,7 @@ import hydra
 from omegaconf import DictConfig
 
 from ranker import cli, config
+from ranker.installation import conf_folder
 
 config.register()
 
@@ -23,7 +24,7 @@ headroom, or to hydra.sweep.dir=DIR. A second call with the same folder runs onl
 """
 
 
-@hydra.main(version_base="1.3", config_path=str(config.conf_folder()), config_name="config")
+@hydra.main(version_base="1.3", config_path=str(conf_folder()), config_name="config")
 def _main(cfg: DictConfig) -> float | None:
     """Builds, trains and evaluates one run; returns the metric that a sweep maximises."""
     with cli.one_line_errors():
@@ -60,7 +61,8 @@ def headroom() -> None:
     try:
         cli.run(_main)
     except KeyboardInterrupt:
-        sys.exit("interrupted; the same command does what is missing")
+        print("interrupted; the same command runs what is missing", file=sys.stderr)
+        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from ranker.capsules.training_state import TrainingState
 from ranker.data.batch import Batch
 from ranker.data.schema import SCHEMA_FILE
 from ranker.errors import UserError, suggest
+from ranker.installation import command_line
 from ranker.runs.provenance import arithmetic
 from ranker.runs.run_folder import RunFolder, versions
 from ranker.stability import DivergenceDetector, Event
@@ -281,7 +282,7 @@ class CapsuleWriter:
                 self._say(f"capsule of step {event.step}: ranks {missing} write to another disk; add their files")
             shutil.rmtree(final, ignore_errors=True)
             temporary.replace(final)
-            self._say(f"capsule of the {event.kind} divergence; replay it: python scripts/replay.py {final}")
+            self._say(f"capsule of the {event.kind} divergence; replay it: {command_line('replay')} {final}")
 
     def _write_common(self, fit: Fit, event: Event, state: TrainingState, entries: list[Entry], folder: Path) -> None:
         assert self._cfg is not None

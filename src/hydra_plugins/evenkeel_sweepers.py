@@ -1,40 +1,24 @@
-"""Hydra plugin ``hydra/sweeper=list hydra.sweeper.jobs=FILE``: launches the jobs of a file, with any launcher.
+"""Hydra's sweeper plugins ``list`` and ``headroom``; their options are in conf/hydra/sweeper.
 
-Hydra finds sweepers only in the namespace package ``hydra_plugins``, and imports all of it at every start. This module
-is therefore only the plugin class; ``ranker.sweeps.job_list`` has the code.
+Hydra accepts sweepers from the namespace package ``hydra_plugins`` only, and every Hydra app in the environment imports
+this module when it starts. It must therefore stay cheap: it imports nothing but Hydra, registers no configuration and
+prints nothing. The work is done by ``ranker.sweeps``, which is imported when a sweep begins.
 """
 
-# No "from __future__ import annotations": Hydra executes plugins before they are in sys.modules, where dataclasses
-# would look up annotations that are strings.
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hydra.core.config_store import ConfigStore
 from hydra.core.plugins import Plugins
 from hydra.plugins.launcher import Launcher
 from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
-from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 
-@dataclass
-class ListSweeperConf:
-    """Options of the sweeper.
-
-    Attributes:
-        jobs: a YAML or JSON file with a list of lists of overrides.
-        max_batch_size: number of jobs passed to the launcher at once; null for all.
-        params: overrides common to all jobs, in addition to those of the command line.
-    """
-
-    _target_: str = "hydra_plugins.evenkeel_list_sweeper.ListSweeper"
-    jobs: str = MISSING
-    max_batch_size: int | None = None
-    params: dict[str, str] | None = None
-
-
-ConfigStore.instance().store(group="hydra/sweeper", name="list", node=ListSweeperConf, provider="evenkeel")
+def _launcher(hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> Launcher:
+    return Plugins.instance().instantiate_launcher(
+        hydra_context=hydra_context, task_function=task_function, config=config
+    )
 
 
 class ListSweeper(Sweeper):
@@ -56,9 +40,7 @@ class ListSweeper(Sweeper):
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         """Called by Hydra before the sweep."""
         self.hydra_context, self.config = hydra_context, config
-        self._launcher = Plugins.instance().instantiate_launcher(
-            hydra_context=hydra_context, task_function=task_function, config=config
-        )
+        self._launcher = _launcher(hydra_context, task_function, config)
 
     def sweep(self, arguments: list[str]) -> Any:
         """Launches the jobs in batches, as Hydra's default sweeper does."""
@@ -82,3 +64,34 @@ class ListSweeper(Sweeper):
             for result in returns[-1]:
                 _ = result.return_value  # raises the error of the job, if it failed
         return returns
+
+
+class HeadroomSweeper(Sweeper):
+    """Launches rounds of short runs until the largest stable learning rate of each combination is bracketed.
+
+    Args:
+        options: as in ``ranker.sweeps.headroom_search.Options``.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        self._options = options
+        self._launcher: Launcher | None = None
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        """Called by Hydra before the sweep."""
+        self.hydra_context, self.config = hydra_context, config
+        self._launcher = _launcher(hydra_context, task_function, config)
+
+    def sweep(self, arguments: list[str]) -> Any:
+        """Runs the search for every combination of the comma-separated values on the command line."""
+        from ranker.sweeps.headroom_search import Options, search
+
+        assert self.config is not None
+        assert self._launcher is not None
+        return search(
+            arguments,
+            options=Options(**self._options),
+            launcher=self._launcher,
+            folder=Path(self.config.hydra.sweep.dir),
+            validate=self.validate_batch_is_legal,
+        )
