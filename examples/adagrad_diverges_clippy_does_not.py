@@ -1,4 +1,4 @@
-"""Train one small multitask network twice: with Adagrad the loss diverges, with Clippy it falls. Takes under ten seconds.
+"""Train one small multitask network twice: with Adagrad the loss diverges, with Clippy it falls. Ten seconds at most.
 
     PYTHONPATH=src python examples/adagrad_diverges_clippy_does_not.py
 
