@@ -7,7 +7,7 @@ JOBS ?= 2
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-slow check results-check format lock clean
+.PHONY: help setup train test test-slow check results-check wheel-check format lock clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-13s %s\n", $$1, $$2}'
@@ -40,6 +40,9 @@ check: $(STAMP)  ## lint, formatting, types, import contracts
 
 results-check: $(STAMP)  ## compute every published table from the CSV files in results/; fails where a number differs
 	@$(PY) scripts/reproduce.py check
+
+wheel-check: $(STAMP)  ## build the wheel, install it into an empty environment in another folder and train 5 steps
+	@scripts/check_wheel.sh $(CURDIR)/$(PY)
 
 format: $(STAMP)  ## rewrite the code in the project's format
 	@$(PY) -m ruff check --fix .

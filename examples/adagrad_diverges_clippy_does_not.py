@@ -1,10 +1,10 @@
-"""Train one small multitask network twice: with Adagrad its loss runs away, with Clippy it falls. Under ten seconds.
+"""Trains one small multitask network twice: with Adagrad the loss diverges, with Clippy it falls. Takes under 10 s.
 
     PYTHONPATH=src python examples/adagrad_diverges_clippy_does_not.py
 
-The network is what makes ranking models fragile in small: a shared bottom, two tasks, inputs whose distribution moves,
-and a learning rate that is too large for the steep places of the loss surface. Everything but the optimizer's name is
-the same in both runs.
+The network has what makes ranking models unstable: a shared bottom, two tasks, inputs whose distribution drifts, and a
+learning rate that is too large where the loss surface is steep. Everything except the optimizer's name is the same in
+both runs.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A small log of one's own in which one window of rows is broken: a real reason for which a run is lost."""
+"""A small Parquet log with one window of broken rows, which make a run diverge."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import polars as pl
 
 from support import TINY
 
-BATCH, WINDOW = 64, 256  # rows; a window is 4 batches, drawn from it at random
+BATCH, WINDOW = 64, 256  # rows; a window has 4 batches, drawn at random
 BATCHES = 320
 BAD = (60, 64)  # batches of the broken window: steps 61 to 64
 BAD_ROWS = (BAD[0] * BATCH, BAD[1] * BATCH)
@@ -42,10 +42,10 @@ RING = ("callbacks.snapshots.every=5", "callbacks.snapshots.disk=6")
 
 
 def write_log(root: Path, *, scale: float = 1e30) -> Path:
-    """Two days, the second one for evaluation; in the broken window the price is ``scale`` times what it should be.
+    """Writes two days, the second one for evaluation. In the broken window the price is multiplied by ``scale``.
 
-    1e30 is a finite number, so that no check of the log objects, and its square is none: the model is full of nan
-    after one batch.
+    1e30 is finite, so the checks of the log accept it. Its square is infinite in float32, so all weights are nan after
+    one batch.
     """
     root.mkdir(parents=True)
     (root / "schema.yaml").write_text(SCHEMA)

@@ -1,4 +1,4 @@
-"""A callback for tests that start whole runs: writes down which rows each step trained on, and may kill its process."""
+"""A callback for tests of whole runs: records the rows of each step, and can kill its own process."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from pytorch_lightning.callbacks import Callback
 
 
 class RowRecorder(Callback):
-    """One line a step: the batch's number and its row ids.
+    """Writes one line per step: the batch's number and its row ids.
 
     Args:
-        folder: where to write, a file a rank.
-        kill_at: kill -9 this process once, when a batch of this number begins; None: never.
+        folder: output folder, one file per rank.
+        kill_at: send SIGKILL to this process once, when the batch with this number begins. None: never.
     """
 
     def __init__(self, *, folder: str, kill_at: int | None = None) -> None:

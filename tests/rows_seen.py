@@ -1,4 +1,4 @@
-"""A callback that notes what each rank trained on: callbacks are configuration, so train.py takes it as any other."""
+"""A callback, added by an override, that records the rows that each rank trained on."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ OVERRIDE = "+callbacks.rows._target_=rows_seen.RowsSeen"
 
 
 class RowsSeen(Callback):
-    """Writes ``seen_rank<r>.pt`` into the run folder: by batch its step, number and rows; what was undone; weights."""
+    """Writes ``seen_rank<r>.pt`` into the run folder: step, number and rows of each batch; rollbacks; weights."""
 
     def __init__(self) -> None:
         self.batches: list[tuple[int, int, list[int]]] = []

@@ -30,10 +30,10 @@ TINY = (
     "data.num_workers=1",
     "train.eval_every=8",
     "train.threads=1",
-    "scale.model.small.hidden=[16,16]",
-    "scale.model.large.hidden=[16,16,16,16]",
-    "scale.model.moe.expert_hidden=[8,8]",
-    "scale.model.ple.expert_hidden=[8,8]",
+    "++model.widths.small.laptop=[16,16]",
+    "++model.widths.large.laptop=[16,16,16,16]",
+    "++model.widths.moe.laptop=[8,8]",
+    "++model.widths.ple.laptop=[8,8]",
 )
 
 

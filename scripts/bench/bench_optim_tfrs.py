@@ -1,4 +1,4 @@
-"""Time TensorFlow Recommenders' ClippyAdagrad, for bench_optim.py; runs in an environment of its own.
+"""Time TensorFlow Recommenders' ClippyAdagrad, for bench_optim.py; runs in a separate environment.
 
     python scripts/bench/bench_optim_tfrs.py '{"shapes": [[512, 512]], "scale": 1e-3, "seconds": 10, "threads": 2}'
 

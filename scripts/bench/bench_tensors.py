@@ -1,4 +1,4 @@
-"""The tensors that `bench_optim.py` steps: weights of the shapes of the paper's models, and gradients for them."""
+"""The tensors that `bench_optim.py` steps: weights in the shapes of the paper's models, and their gradients."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SETS["large_dcn"] = [*[(INPUT, INPUT), (INPUT,)] * 4, (INPUT,), (INPUT,), *SETS[
 
 
 def tensors(shapes: Iterable[tuple[int, ...]], device: str) -> list[nn.Parameter]:
-    """Return weights as a network starts with."""
+    """Return weights initialised as a network's."""
     generator = torch.Generator(device).manual_seed(0)
     params = []
     for shape in shapes:
@@ -28,11 +28,11 @@ def tensors(shapes: Iterable[tuple[int, ...]], device: str) -> list[nn.Parameter
 
 
 class Gradients:
-    """Normal gradients of one scale, other ones at every call, at the cost of none.
+    """Normal gradients of one scale, different ones at every call, at no cost.
 
-    The same in every round would drive the weights away, and make all coordinates of r = g / sqrt(G) alike, which no
-    training does. Drawing them anew would take longer than what is measured: each tensor's are a window, somewhere
-    else every time, of numbers drawn once.
+    The same gradients in every round would drive the weights away and make all coordinates of r = g / sqrt(G) alike,
+    which does not happen in training. Drawing new ones would take longer than the step. Each tensor's gradient is
+    therefore a window, at another place every time, of numbers that were drawn once.
     """
 
     PLACES, ALIGNED = 4096, 16  # windows, and numbers from one to the next: a cache line
@@ -47,12 +47,12 @@ class Gradients:
         self()
 
     def __call__(self) -> None:
-        """Give every tensor other gradients."""
+        """Give every tensor a different gradient."""
         for param, pool in zip(self._params, self._pools, strict=True):
             begin = self._draw.randrange(self.PLACES) * self.ALIGNED
             param.grad = pool[begin : begin + param.numel()].view(param.shape)
 
 
 def turn(params: Iterable[nn.Parameter]) -> None:
-    """Turn gradients that a model left: the same in every round would drive the weights away."""
+    """Negate gradients that a model left. The same in every round would drive the weights away."""
     torch._foreach_neg_([param.grad for param in params if param.grad is not None])

@@ -83,11 +83,11 @@ def run(command: Sequence[str], *, threads: int) -> tuple[str, float]:
 def train_evenkeel(root: Path, model: str, given: argparse.Namespace) -> Measured:
     """``train.py`` with Adagrad, its data path, metrics and divergence watch; without evaluations on the way."""
     name, hidden = MODELS[model]
-    widths = f"scale.model.{name}.{'expert_hidden' if model == 'mmoe' else 'hidden'}={json.dumps(hidden)}"
+    widths = f"model.net.{'expert_hidden' if model == 'mmoe' else 'hidden'}={json.dumps(hidden)}"
     with tempfile.TemporaryDirectory() as folder:
         overrides = [
             "data=parquet",
-            f"data.root={root}",
+            f"data.source={root}",
             f"data.base_lr.laptop={LR}",
             f"model={name}",
             widths.replace(" ", ""),
@@ -103,7 +103,7 @@ def train_evenkeel(root: Path, model: str, given: argparse.Namespace) -> Measure
             f"scale.eval_batch_size={given.batch_size}",  # the others do not evaluate: it should not set the peak
             f"hydra.run.dir={folder}",
         ]
-        overrides += [f"scale.model.moe.experts={EXPERTS}"] if model == "mmoe" else []
+        overrides += [f"model.net.experts={EXPERTS}"] if model == "mmoe" else []
         _, peak = run([given.evenkeel_python, "train.py", *overrides], threads=given.threads)
         summary = json.loads((Path(folder) / "summary.json").read_text(encoding="utf-8"))
     if summary["status"] != "completed":
@@ -174,10 +174,10 @@ def ratios(model: str, rounds: Sequence[dict[str, Measured]]) -> list[Line]:
 def products_alone(root: Path, model: str, given: argparse.Namespace) -> float:
     """Examples a second of the step's matrix products and nothing else: no library is faster than that."""
     name, hidden = MODELS[model]
-    widths = f"scale.model.{name}.{'expert_hidden' if model == 'mmoe' else 'hidden'}={json.dumps(hidden)}"
+    widths = f"model.net.{'expert_hidden' if model == 'mmoe' else 'hidden'}={json.dumps(hidden)}"
     command = [sys.executable, "scripts/bench/training_floor.py", "--root", str(root), "--threads", str(given.threads)]
     command += [f"model={name}", widths.replace(" ", ""), f"scale.batch_size={given.batch_size}"]
-    command += [f"scale.model.moe.experts={EXPERTS}"] if model == "mmoe" else []
+    command += [f"model.net.experts={EXPERTS}"] if model == "mmoe" else []
     return float(json.loads(run(command, threads=given.threads)[0].splitlines()[-1])["examples_per_second"])
 
 

@@ -68,7 +68,7 @@ def _alike(tensor: Tensor) -> Tensor:
 def record(root: Path, overrides: list[str]) -> tuple[Products, int]:
     """The products of one step, and its rows."""
     with initialize_config_dir(version_base="1.3", config_dir=str(ROOT / "conf")):
-        cfg = compose("config", overrides=["data=parquet", f"data.root={root.resolve()}", *overrides])
+        cfg = compose("config", overrides=["data=parquet", f"data.source={root.resolve()}", *overrides])
     log = open_log(cfg)
     net, criterion = make_net(cfg, log.schema), MultitaskLoss(log.schema)
     batch = log.read(0, min(cfg.scale.batch_size, log.train_rows))

@@ -1,85 +1,90 @@
-"""The step in plain torch: every device, dtype and method. The other backend must agree with it."""
+"""The step in plain torch, for every device, dtype and method: op by op, or as two functions under torch.compile."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from optim.batch import Batch, Moved
-from optim.fused import step_fused, takes_fused
-from optim.reductions import UPDATE_MAX, UPDATE_NORM, Coordinates, Reduction
-from optim.work import Piece, Work, pieces
+from optim import torch_private
+from optim.local_params import CHUNK, LocalParam, Piece, pieces
+from optim.registry import UPDATE_MAX, UPDATE_NORM, Coordinates, Reduction, Settings, Update
+from optim.tensor_group import Limiting, StepSize, TensorGroup, largest_term
+from optim.updates import ADAGRAD
+
+Sizes = tuple[Tensor, Tensor]
+"""Infinity norm and 2-norm of a step."""
 
 
-def coordinates(work: Work, piece: Piece) -> Coordinates:
-    """Compute w, g, r of a piece."""
-    weight, grad = piece.effective(work.settings)
-    update, scale = work.method.update.direction(grad, piece.state, work.settings)
-    return Coordinates(weight, grad, update, scale)
+def _reduce_piece(
+    weight: Tensor,
+    grad: Tensor,
+    state: dict[str, Tensor],
+    settings: Settings,
+    update: Update,
+    reductions: Sequence[Reduction],
+    dims: tuple[int, ...] | None,
+) -> list[Tensor]:
+    """Reduce one piece: 0-d tensors, or one number per unit."""
+    at = Piece(weight, grad, state).coordinates(update, settings)
+    return [_collapse(reduction, reduction.map(at, settings), dims) for reduction in reductions]
 
 
-class Eager:
-    """Tensor by tensor, on the CPU piece by piece, so that temporaries stay in cache."""
-
-    def takes(self, _work: Work) -> bool:
-        """Return True."""
-        return True
-
-    def renew(self, _batch: Batch) -> bool:
-        """Return False: beside these operations, finding out what to do takes no time."""
-        return False
-
-    def reduce(self, batch: Batch, reductions: Sequence[Reduction]) -> dict[str, Tensor]:
-        """Reduce the local parts."""
-        parts = [_reduce(work, reductions) for work in batch.works]
-        binding = batch.method.binding
-        if binding is not None and binding in reductions and not batch.by_unit:
-            batch.peaks = lambda: [part[binding.name] if part[binding.name].ndim else None for part in parts]
-        if batch.by_unit:
-            return parts[0]
-        return {
-            reduction.name: _stack([_join(reduction, part[reduction.name]) for part in parts])
-            for reduction in reductions
-        }
-
-    def finite(self, batch: Batch) -> Tensor:
-        """Look at all gradients."""
-        return torch.stack([work.is_finite() for work in batch.works])
-
-    def apply(self, batch: Batch, ok: Tensor | None, *, measure: bool) -> Moved | None:
-        """Take the step."""
-        if takes_fused(batch):
-            moved = self._look_ahead(batch) if measure else None
-            step_fused(batch, ok)
-            return moved
-        sigmas = [None] * len(batch.works) if batch.sigma is None else [batch.sigma] if batch.by_unit else batch.sigma
-        sizes = [
-            _apply(work, sigma, batch.clips_gradient, ok, measure)
-            for work, sigma in zip(batch.works, sigmas, strict=True)
-        ]
-        return Moved(*(_stack(list(values)) for values in zip(*sizes, strict=True))) if measure else None
-
-    def _look_ahead(self, batch: Batch) -> Moved:
-        """Return how far the step will go where the kernel that takes it cannot tell; sigma is 1 there."""
-        sizes, lr = self.reduce(batch, (UPDATE_MAX, UPDATE_NORM)), batch.settings["lr"]
-        return Moved(sizes[UPDATE_MAX.name] * lr, sizes[UPDATE_NORM.name] * lr)
+def _step_piece(
+    weight: Tensor,
+    grad: Tensor,
+    state: dict[str, Tensor],
+    sigma: Tensor | None,
+    ok: Tensor | None,
+    settings: Settings,
+    update: Update,
+    *,
+    feeds_clipped: bool,
+    clips_gradient: bool,
+    measure: bool,
+) -> tuple[dict[str, Tensor], Sizes | None]:
+    """Write w <- w - lr * sigma * r and the elementwise state; return the new counts, and the step's size if asked."""
+    lr: Any = settings["lr"]
+    before, seen = Piece(weight, grad, state).effective(settings)
+    factor = None if sigma is None else sigma.to(before.dtype)
+    fed = seen * factor if factor is not None and feeds_clipped else seen
+    if clips_gradient:
+        seen, factor = fed, None
+    direction = update.direction(seen, state, settings).update
+    after: Mapping[str, Tensor] = update.advance(fed, state, settings)
+    if settings["decoupled_weight_decay"]:
+        before = before * (1 - lr * settings["weight_decay"])
+    step = direction * (lr if factor is None else lr * factor)
+    _write(weight, before - step, ok)
+    size = (_collapse(UPDATE_MAX, step.abs(), None), _collapse(UPDATE_NORM, step, None)) if measure else None
+    for key, value in after.items():
+        if value.ndim:
+            _write(state[key], value, ok)
+    return {key: value for key, value in after.items() if not value.ndim}, size
 
 
-EAGER = Eager()
+def _limiting(local: LocalParam) -> list[Tensor]:
+    """Return the largest value of the limiting reduction, its local flat index, and w, g, r (and the scale) there.
 
-
-def _reduce(work: Work, reductions: Sequence[Reduction]) -> dict[str, Tensor]:
-    """Reduce one tensor: 0-d, [pieces] where it was cut, or one number a unit."""
-    dims = work.unit_dims
-    parts: dict[str, list[Tensor]] = {reduction.name: [] for reduction in reductions}
-    for piece in pieces(work):
-        at = coordinates(work, piece)
-        for reduction in reductions:
-            parts[reduction.name].append(_collapse(reduction, reduction.map(at, work.settings), dims))
-    return {name: values[0] if len(values) == 1 else torch.stack(values) for name, values in parts.items()}
+    All are 0-d. An empty tensor has value 0 at index -1.
+    """
+    limiting = local.method.limiting
+    assert limiting is not None, "only methods with a limiting coordinate are asked"
+    found = []
+    for number, piece in enumerate(pieces(local)):
+        at = [tensor for tensor in piece.coordinates(local.update, local.settings) if tensor is not None]
+        if local.weight.numel() == 0:
+            zero = local.weight.new_zeros(())
+            return [zero, zero.long() - 1, *(zero for _ in at)]
+        values = limiting.map(Coordinates(*at, *[None] * (4 - len(at))), local.settings)
+        value, index = values.flatten().max(dim=0)
+        found.append([value, index + number * CHUNK, *(torch.take(tensor, index) for tensor in at)])
+    columns = [torch.stack(list(values)) for values in zip(*found, strict=True)]
+    best = columns[0].argmax()
+    return [torch.take(column, best) for column in columns]
 
 
 def _collapse(reduction: Reduction, values: Tensor, dims: tuple[int, ...] | None) -> Tensor:
@@ -92,10 +97,17 @@ def _collapse(reduction: Reduction, values: Tensor, dims: tuple[int, ...] | None
     return values.amax() if dims is None else values.amax(dim=dims, keepdim=True)
 
 
-def _join(reduction: Reduction, parts: Tensor) -> Tensor:
-    if parts.ndim == 0:
-        return parts
-    return torch.linalg.vector_norm(parts) if reduction.combine == "norm" else parts.amax()
+def _join(reduction: Reduction, parts: Sequence[Tensor]) -> Tensor:
+    """Combine the reductions of a tensor's pieces."""
+    if len(parts) == 1:
+        return parts[0]
+    together = torch.stack(list(parts))
+    return torch.linalg.vector_norm(together) if reduction.combine == "norm" else together.amax()
+
+
+def _by_name(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Turn one mapping per tensor into one vector per name."""
+    return {name: _stack([part[name] for part in parts]) for name in parts[0]}
 
 
 def _stack(values: list[Tensor]) -> Tensor:
@@ -106,49 +118,172 @@ def _stack(values: list[Tensor]) -> Tensor:
     return torch.stack([value.to(dtype) for value in values])
 
 
-def _apply(
-    work: Work, sigma: Tensor | None, clips_gradient: bool, ok: Tensor | None, measure: bool
-) -> tuple[Tensor, Tensor] | None:
-    """Write w <- w - lr * sigma * r and the state of one tensor; return the infinity norm and the 2-norm if asked."""
-    after: Mapping[str, Tensor] = {}
-    sizes = []
-    for piece in pieces(work):
-        weight, step, after = _advance(work, piece, sigma, clips_gradient)
-        _write(piece.weight, weight - step, ok)
-        if measure:
-            sizes.append((_collapse(UPDATE_MAX, step.abs(), None), _collapse(UPDATE_NORM, step, None)))
-        for key, value in after.items():
-            if value.ndim or not work.weight.ndim:
-                _write(piece.state[key], value, ok)
-    if work.weight.ndim:
-        for key, value in after.items():
-            if not value.ndim:  # a count: every piece had to see the old one
-                _write(work.state[key], value, ok)
-    work.write_back()
-    if not measure:
-        return None
-    largest, norms = (torch.stack(values) for values in zip(*sizes, strict=True))
-    return _join(UPDATE_MAX, largest), _join(UPDATE_NORM, norms)
-
-
-def _advance(
-    work: Work, piece: Piece, sigma: Tensor | None, clips_gradient: bool
-) -> tuple[Tensor, Tensor, Mapping[str, Tensor]]:
-    """Return the weight, decoupled decay applied, the step to subtract from it, and the new state of a piece."""
-    settings, update = work.settings, work.method.update
-    lr: Any = settings["lr"]
-    weight, grad = piece.effective(settings)
-    sigma = None if sigma is None else sigma.to(weight.dtype)
-    fed = grad * sigma if sigma is not None and settings.get("clip_accumulator", False) else grad
-    if clips_gradient:
-        grad, sigma = fed, None
-    step = update.direction(grad, piece.state, settings).update
-    after = update.advance(fed, piece.state, settings)
-    if settings["decoupled_weight_decay"]:
-        weight = weight * (1 - lr * settings["weight_decay"])
-    return weight, step * (lr if sigma is None else lr * sigma), after
-
-
 def _write(target: Tensor, value: Tensor, ok: Tensor | None) -> None:
-    # A product with 0 would turn an infinity into NaN; a selection keeps the old bits.
+    # A product with 0 would turn an infinity into NaN. A selection keeps the old bits.
     target.copy_(value if ok is None else torch.where(ok, value.to(target.dtype), target))
+
+
+class Eager:
+    """Tensor by tensor; on the CPU piece by piece, so that temporaries stay in cache."""
+
+    reduce_piece: Callable[..., list[Tensor]] = staticmethod(_reduce_piece)
+    step_piece: Callable[..., tuple[dict[str, Tensor], Sizes | None]] = staticmethod(_step_piece)
+
+    def takes(self, _local: LocalParam) -> bool:
+        """Return True."""
+        return True
+
+    def pieces(self, local: LocalParam) -> list[Piece]:
+        """Return what one call of `reduce_piece` or `step_piece` works on."""
+        return list(pieces(local))
+
+    def settings(self, local: LocalParam) -> Settings:
+        """Return the settings that `reduce_piece` and `step_piece` see."""
+        return local.settings
+
+    def reduce(self, group: TensorGroup, reductions: Sequence[Reduction]) -> dict[str, Tensor]:
+        """Reduce the local parts."""
+        parts = [self._reduce(local, reductions, local.unit_dims) for local in group.locals]
+        return parts[0] if group.by_unit else _by_name(parts)
+
+    def _reduce(
+        self, local: LocalParam, reductions: Sequence[Reduction], dims: tuple[int, ...] | None
+    ) -> dict[str, Tensor]:
+        settings = self.settings(local)
+        cut = [
+            self.reduce_piece(piece.weight, piece.grad, piece.state, settings, local.update, reductions, dims)
+            for piece in self.pieces(local)
+        ]
+        parts = zip(*cut, strict=True)
+        return {reduction.name: _join(reduction, values) for reduction, values in zip(reductions, parts, strict=True)}
+
+    def limiting(self, group: TensorGroup) -> Limiting:
+        """Compute the limiting reduction again and take its largest coordinate."""
+        found = [_limiting(local) for local in group.locals]
+        value, position, weight, grad, update, *scale = (_stack(list(part)) for part in zip(*found, strict=True))
+        at = Coordinates(weight, grad, update, scale[0] if scale else None)
+        return Limiting(value, position, largest_term(group, at), weight == 0)
+
+    def finite(self, group: TensorGroup) -> Tensor:
+        """Check all gradients."""
+        return torch.stack([local.is_finite() for local in group.locals])
+
+    def apply(self, group: TensorGroup, ok: Tensor | None, *, measure: bool) -> StepSize | None:
+        """Take the step."""
+        if _takes_fused(group):
+            size = self._size_ahead(group) if measure else None
+            _step_fused(group, ok)
+            return size
+        sigmas = [None] * len(group.locals) if group.sigma is None else [group.sigma] if group.by_unit else group.sigma
+        pairs = zip(group.locals, sigmas, strict=True)
+        sizes = [self._step(group, local, sigma, ok, measure=measure) for local, sigma in pairs]
+        return StepSize(*(_stack(list(values)) for values in zip(*sizes, strict=True))) if measure else None
+
+    def _size_ahead(self, group: TensorGroup) -> StepSize:
+        """Return how far a step with sigma = 1 will go, for the fused kernel, which does not measure."""
+        sizes = _by_name([self._reduce(local, (UPDATE_MAX, UPDATE_NORM), None) for local in group.locals])
+        lr = group.settings["lr"]
+        return StepSize(sizes[UPDATE_MAX.name] * lr, sizes[UPDATE_NORM.name] * lr)
+
+    def _step(
+        self, group: TensorGroup, local: LocalParam, sigma: Tensor | None, ok: Tensor | None, *, measure: bool
+    ) -> tuple[Tensor, ...]:
+        """Step one tensor and its state; return the norms of the step if asked."""
+        settings, update = self.settings(local), local.update
+        feeds = sigma is not None and local.method.feeds_clipped(local.settings)
+        form = {"feeds_clipped": feeds, "clips_gradient": group.clips_gradient, "measure": measure}
+        counts: dict[str, Tensor] = {}
+        sizes = []
+        for piece in self.pieces(local):
+            counts, size = self.step_piece(piece.weight, piece.grad, piece.state, sigma, ok, settings, update, **form)
+            sizes.append(size)
+        for key, value in counts.items():  # every piece had to see the old count
+            _write(local.state[key], value, ok)
+        local.write_back()
+        if not measure:
+            return ()
+        largest, norms = zip(*(size for size in sizes if size), strict=True)
+        return _join(UPDATE_MAX, largest), _join(UPDATE_NORM, norms)
+
+
+class Compiled(Eager):
+    """The same two functions under torch.compile: one kernel for a reduction, one for a step, per tensor.
+
+    The first step compiles, which takes from some seconds to a minute. Tensors are flattened and the learning rate is
+    passed as a tensor, so that other shapes and a schedule do not compile again.
+    """
+
+    def __init__(self, compiler: str = "inductor") -> None:
+        self.compiler = compiler
+
+    # Properties, because torch.compile takes a second to import what it needs.
+    @functools.cached_property
+    def reduce_piece(self) -> Callable[..., list[Tensor]]:  # type: ignore[override]
+        """Return the compiled reduction."""
+        return torch.compile(_reduce_piece, dynamic=True, backend=self.compiler)
+
+    @functools.cached_property
+    def step_piece(self) -> Callable[..., tuple[dict[str, Tensor], Sizes | None]]:  # type: ignore[override]
+        """Return the compiled step."""
+        return torch.compile(_step_piece, dynamic=True, backend=self.compiler)
+
+    def pieces(self, local: LocalParam) -> list[Piece]:
+        """Return the whole tensor, flattened where that is a view and sigma needs no rows."""
+        state = {key: value for key, value in local.state.items() if value.ndim}
+        tensors = (local.weight, local.grad, *state.values())
+        if local.unit_dims is not None or not local.weight.ndim or not all(one.is_contiguous() for one in tensors):
+            return [Piece(local.weight, local.grad, local.state)]
+        flat = {key: value.view(-1) for key, value in state.items()}
+        return [Piece(local.weight.view(-1), local.grad.view(-1), {**local.state, **flat})]
+
+    def settings(self, local: LocalParam) -> Settings:
+        """Return the hyperparameters, with the learning rate as a tensor on the device."""
+        numbers = {name: value for name, value in local.settings.items() if name not in ("params", "param_names")}
+        lr = numbers["lr"]
+        if not isinstance(lr, Tensor):
+            numbers["lr"] = torch.full((), lr, dtype=torch.float64, device=local.weight.device)
+        return numbers
+
+
+def _takes_fused(group: TensorGroup) -> bool:
+    """Whether torch's fused Adagrad kernel computes exactly this step: sigma is 1, and the update is its Adagrad.
+
+    The kernel walks memory, so a tensor, its gradient and its state must be laid out alike.
+    """
+    settings, device = group.settings, group.device
+    lr = settings["lr"]
+    return (
+        group.never_clips
+        and not torch.compiler.is_compiling()
+        and not settings["decoupled_weight_decay"]
+        # The kernel for the CPU would wait for a learning rate that is a tensor.
+        and (not isinstance(lr, Tensor) or (lr.device == device and device.type != "cpu"))
+        and all(
+            local.update == ADAGRAD
+            and torch_private.has_fused_adagrad(local.weight)
+            and local.weight.dtype in (torch.float32, torch.float64)
+            and local.grad.dtype == local.state["sum"].dtype == local.weight.dtype
+            and all(tensor.is_contiguous() for tensor in (local.weight, local.grad, local.state["sum"]))
+            for local in group.locals
+        )
+    )
+
+
+def _step_fused(group: TensorGroup, ok: Tensor | None) -> None:
+    settings = group.settings
+    torch_private.fused_adagrad(
+        [local.weight for local in group.locals],
+        [local.grad for local in group.locals],
+        [local.state["sum"] for local in group.locals],
+        lr=settings["lr"],
+        weight_decay=settings["weight_decay"],
+        eps=settings["eps"],
+        maximize=settings["maximize"],
+        ok=ok,
+    )
+    for local in group.locals:
+        local.write_back()
+
+
+EAGER = Eager()
+COMPILED = Compiled()

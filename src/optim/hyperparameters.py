@@ -1,4 +1,4 @@
-"""Descriptions of hyperparameters, and the checks that refuse a wrong one in a single clear line."""
+"""Descriptions of hyperparameters, and the checks that refuse a wrong value with a one-line message."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ import torch
 class Hyperparameter:
     """One argument of a method: what it means and which values it may take.
 
-    The kind follows from the default: a bool is a switch, a tuple a fixed number of numbers, a string one of
-    `choices`, anything else a number in [low, high].
+    The default decides the type: a bool is a switch, a tuple a fixed number of numbers, a string one of `choices`,
+    anything else a number in [low, high].
     """
 
     name: str
@@ -31,7 +31,7 @@ class Hyperparameter:
 
     @property
     def range(self) -> str:
-        """The values it may take, for people: `(0, inf)`, `true | false`, `current | delayed`."""
+        """The allowed values as text: `(0, inf)`, `true | false`, `current | delayed`."""
         if self.choices:
             return " | ".join(self.choices)
         if isinstance(self.default, bool):
@@ -44,7 +44,7 @@ class Hyperparameter:
         """Return the value as the optimizer stores it.
 
         Raises:
-            TypeError: the value is of another kind (a string for a number, a number for a switch).
+            TypeError: the value has the wrong type (a string for a number, a number for a switch).
             ValueError: the value is out of range or not one of the choices.
         """
         if self.choices:
@@ -71,7 +71,7 @@ class Hyperparameter:
 
     def _check_number(self, value: Any, where: str) -> Any:
         if isinstance(value, torch.Tensor):
-            # A tensor's value lives on its device; looking at it here would be the host synchronisation we avoid.
+            # A tensor's value is on its device. Reading it here would wait for the device.
             if self.name != "lr" or value.numel() != 1:
                 raise TypeError(f"{where}: {self.name} must be a number, got a tensor of shape {tuple(value.shape)}")
             return value
@@ -85,7 +85,7 @@ class Hyperparameter:
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """Say which known names come closest to a misspelt one; all of them when none comes close."""
+    """Return a hint with the known names closest to a misspelt one, or all of them when none is close."""
     names = sorted(known)
     close = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
     return f"did you mean {' or '.join(close)}?" if close else f"known: {', '.join(names)}"
@@ -112,18 +112,18 @@ COMMON: tuple[Hyperparameter, ...] = (
     Hyperparameter(
         name="decoupled_weight_decay",
         default=False,
-        doc="True: w <- (1 - lr * weight_decay) * w beside the step, as in AdamW. False: g <- g + weight_decay * w.",
+        doc="True: w <- (1 - lr * weight_decay) * w, as in AdamW. False: g <- g + weight_decay * w.",
     ),
     Hyperparameter(name="maximize", default=False, doc="Ascend instead of descend."),
     Hyperparameter(
         name="sparse_sigma",
         default="table",
         choices=("table", "row"),
-        doc="One sigma for all touched rows of a sparse gradient (the authors' way), or one a row.",
+        doc="One sigma for all touched rows of a sparse gradient (as in the authors' code), or one per row.",
     ),
 )
 
-# These belong to the optimizer as a whole: every group has the same value.
+# These belong to the optimizer as a whole, not to a group.
 SHARED: tuple[Hyperparameter, ...] = (
     Hyperparameter(
         name="on_nonfinite",
@@ -131,11 +131,12 @@ SHARED: tuple[Hyperparameter, ...] = (
         choices=("propagate", "skip", "raise"),
         doc="What an infinite or NaN gradient does: pass through, skip the whole step and count it, or raise.",
     ),
-    Hyperparameter(name="collect_stats", default=False, doc="Keep what `clip_stats()` reports, on the device."),
+    Hyperparameter(name="collect_stats", default=False, doc="Keep the report of `clip_stats()`, on the device."),
     Hyperparameter(
         name="backend",
         default="auto",
-        choices=("auto", "native", "eager"),
-        doc="How tensors are stepped: by C kernels on the CPU, or by plain torch; auto: C where a compiler is found.",
+        choices=("auto", "native", "eager", "compiled"),
+        doc="native: C kernels on the CPU. eager: plain torch, any device. compiled: torch.compile, any device. "
+        "auto: C kernels where they apply and a C compiler is found, else plain torch.",
     ),
 )

@@ -1,73 +1,79 @@
-"""The optimizer: torch.optim.Optimizer around "choose sigma, then step"."""
+"""`SigmaOptimizer`, the torch.optim.Optimizer of this package: choose sigma for every tensor, then step."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping
-from typing import Any, overload
+from typing import Any, TypedDict, overload
 
 import torch
 from torch import Tensor
 
 from optim import stats
-from optim.batch import Backend, Batch, all_finite, choose_sigma, make_batches
-from optim.distributed import local_tensor
-from optim.eager import EAGER
+from optim.eager import COMPILED, EAGER
 from optim.hyperparameters import SHARED, check_names
-from optim.native.kernels import NATIVE, is_available
-from optim.pages import ask_for_huge_pages
-from optim.plan import Plan
+from optim.local_params import LocalParam, local_tensor, make_local
+from optim.native.backend import NATIVE, is_available
 from optim.registry import get_info
-from optim.work import Work, make_work
+from optim.tensor_group import Backend, TensorGroup, all_finite, choose_sigma, make_groups
 
 SKIPPED = "skipped_steps"
 WARNED = "warned_still"
 _SHARED = {spec.name: spec for spec in SHARED}
 _INTERNAL = {"params", "param_names", "method", "initial_lr", SKIPPED}
+_BACKENDS: Mapping[str, tuple[Backend, ...]] = {
+    "auto": (NATIVE, EAGER),
+    "native": (NATIVE, EAGER),
+    "eager": (EAGER,),
+    "compiled": (COMPILED,),
+}
+
+Params = Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]]
+"""What torch.optim takes. Group dicts may hold a `method` and any of its hyperparameters."""
+
+
+class Common(TypedDict, total=False):
+    """The keyword arguments that every optimizer of this package takes; `hyperparameters.py` describes them."""
+
+    weight_decay: float
+    decoupled_weight_decay: bool
+    maximize: bool
+    sparse_sigma: str
+    on_nonfinite: str
+    collect_stats: bool
+    backend: str
 
 
 class SigmaOptimizer(torch.optim.Optimizer):
     """w <- w - lr * sigma * r, every parameter group with its own method and hyperparameters.
 
-    Made by `build_optimizer`, which documents the arguments. All configuration lives in `param_groups` and all state
-    in `state`, as tensors, numbers and strings, so that checkpoints, copies and pickles need nothing special.
+    `build_optimizer` makes it by the name of a method. The subclasses in `optim.methods` (`Clippy`, `GC`, ...) make it
+    with the signature of one method. All configuration is in `param_groups` and all state in `state`, as tensors,
+    numbers and strings, so a state_dict of one loads into the other.
 
     Args:
-        params: What torch.optim takes; group dicts may hold a `method` and any of its hyperparameters.
+        params: What torch.optim takes. Group dicts may hold a `method` and any of its hyperparameters.
         method: The method of groups that name none.
-        defaults: Its hyperparameters, complete.
-        on_nonfinite: "propagate", "skip" or "raise".
-        collect_stats: Whether `clip_stats()` has anything to report.
-        backend: "auto", "native" or "eager".
+        hyperparameters: Those of the method, and `on_nonfinite`, `collect_stats`, `backend`. None means the default.
 
     Raises:
-        ValueError, TypeError: as `build_optimizer`.
+        TypeError: an unknown hyperparameter or a value of the wrong type. The message names the nearest.
+        ValueError: an unknown method, a value out of range, no parameters.
     """
 
-    _plan: Plan | None = None  # what the last step did; of no use to copies and pickles, which come without
-
-    def __init__(
-        self,
-        params: Iterable[Any],
-        *,
-        method: str,
-        defaults: Mapping[str, Any],
-        on_nonfinite: str | None = None,
-        collect_stats: bool | None = None,
-        backend: str | None = None,
-    ) -> None:
-        given = {"on_nonfinite": on_nonfinite, "collect_stats": collect_stats, "backend": backend}
-        shared = {
-            name: spec.check(spec.default if given[name] is None else given[name], method)
-            for name, spec in _SHARED.items()
-        }
+    def __init__(self, params: Params, method: str, **hyperparameters: Any) -> None:
+        shared = {}
+        for name, spec in _SHARED.items():
+            value = hyperparameters.pop(name, None)
+            shared[name] = spec.check(spec.default if value is None else value, method)
+        defaults = get_info(method).resolve(hyperparameters, where=method)
         if shared["backend"] == "native" and not is_available():
             raise ValueError(f"{method}: backend 'native' needs a C compiler and found none; use 'auto' or 'eager'")
         super().__init__(params, {"method": method, **defaults, **shared, WARNED: False})
 
     @property
     def collect_stats(self) -> bool:
-        """Whether `clip_stats()` is kept; may be switched at any time."""
+        """Whether `clip_stats()` is kept. May be switched at any time."""
         return bool(self.defaults["collect_stats"])
 
     @collect_stats.setter
@@ -77,15 +83,15 @@ class SigmaOptimizer(torch.optim.Optimizer):
     @property
     def backends(self) -> tuple[Backend, ...]:
         """What steps the tensors, in order of preference."""
-        return {"auto": (NATIVE, EAGER), "native": (NATIVE, EAGER), "eager": (EAGER,)}[self.defaults["backend"]]
+        return _BACKENDS[self.defaults["backend"]]
 
     @property
     def skipped_steps(self) -> int:
-        """How many steps `on_nonfinite="skip"` left out. Reading it waits for the device."""
+        """How many steps `on_nonfinite="skip"` skipped. Reading it waits for the device."""
         return int(sum(group[SKIPPED] for group in self.param_groups if SKIPPED in group))
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add parameters with a method and hyperparameters of their own; what is missing comes from the default method.
+        """Add parameters with their own method and hyperparameters. Missing ones come from the default method.
 
         Raises:
             TypeError: an unknown hyperparameter, or a parameter that is not real and floating.
@@ -104,15 +110,13 @@ class SigmaOptimizer(torch.optim.Optimizer):
         if "preset" in given:
             inherited = {"lr": self.defaults["lr"]}
         settings = method.resolve({name: inherited[name] for name in known if name in inherited} | given, where)
-        group["params"] = _named(group["params"], group.pop("param_names", None), start=self._parameter_count())
+        count = sum(len(other["params"]) for other in self.param_groups)
+        group["params"] = _named(group["params"], group.pop("param_names", None), start=count)
         super().add_param_group({**group, **settings})
         added = self.param_groups[-1]
         for name in self.defaults:  # torch copies every default into every group
             if name not in settings and name != "method":
                 del added[name]
-
-    def _parameter_count(self) -> int:
-        return sum(len(group["params"]) for group in self.param_groups)
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -120,7 +124,7 @@ class SigmaOptimizer(torch.optim.Optimizer):
     def step(self, closure: Callable[[], float]) -> float: ...
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """Take one step from the gradients at hand; never waits for the device (but for on_nonfinite="raise").
+        """Take one step from the current gradients. Never waits for the device, except for on_nonfinite="raise".
 
         Args:
             closure: Recomputes the loss and the gradients, and returns the loss.
@@ -129,78 +133,66 @@ class SigmaOptimizer(torch.optim.Optimizer):
             The closure's loss.
 
         Raises:
-            FloatingPointError: a gradient is not finite and on_nonfinite="raise"; nothing has been changed.
+            FloatingPointError: a gradient is not finite and on_nonfinite="raise". Nothing has been changed.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        plan = self._take_plan()
-        batches = make_batches(self.gather(), self.backends) if plan is None else plan.batches
-        if not batches:
+        groups = make_groups(self.gather(), self.backends)
+        if not groups:
             return loss
-        for batch in batches:
-            choose_sigma(batch)
-        ok = self._check_finite(batches)
-        for batch in batches:
-            go = ok.get(batch.device)
+        for group in groups:
+            choose_sigma(group)
+        ok = self._check_finite(groups)
+        for group in groups:
+            go = ok.get(group.device)
             if self.collect_stats:
-                reasons = stats.explain(batch)  # while the weights are still those that sigma was chosen for
-                moved = batch.backend.apply(batch, go, measure=True)
-                stats.record(batch, reasons, moved, self.state, go)
+                reasons = stats.explain(group)  # before the step changes the weights that sigma was chosen for
+                size = group.backend.apply(group, go, measure=True)
+                stats.record(group, reasons, size, self.state, go)
             else:
-                batch.backend.apply(batch, go, measure=False)
-        if not torch.compiler.is_compiling() and (plan := plan or Plan.of(self, batches)) is not None:
-            self._plan = plan.rest()
+                group.backend.apply(group, go, measure=False)
         return loss
 
-    def _take_plan(self) -> Plan | None:
-        """Return the plan of the step before where it holds for this one.
-
-        It is put back when the step is over: one that ended with an error would keep gradients from being freed.
-        """
-        if torch.compiler.is_compiling():
-            return None
-        plan, self._plan = self._plan, None
-        return plan if plan is not None and plan.renew(self) else None
-
-    def gather(self, *, keep_state: bool = True, names: Collection[str] | None = None) -> list[Work]:
-        """Return what a step has to do: every parameter with a gradient, in its local, dense form.
+    def gather(self, *, keep_state: bool = True, names: Collection[str] | None = None) -> list[LocalParam]:
+        """Return every parameter with a gradient, in its local, dense form.
 
         Args:
-            keep_state: Whether a fresh parameter keeps the state it is given; False changes nothing at all.
+            keep_state: Whether the fresh state of a new parameter is stored. False changes nothing at all.
             names: Only parameters of these names; None for all.
         """
-        works, native = [], NATIVE in self.backends
+        gathered = []
         for group in self.param_groups:
             method = get_info(group["method"])
+            update = method.update if method.update_for is None else method.update_for(group)
             for name, param in zip(group["param_names"], group["params"], strict=True):
                 if param.grad is None or (names is not None and name not in names):
                     continue
                 state = {key: value for key, value in self.state.get(param, {}).items() if key != stats.STATE_KEY}
                 if not state:
-                    state = method.update.init(param.detach(), group)
+                    state = update.init(param.detach(), group)
                     if keep_state:
                         self.state[param].update(state)
-                works.append(make_work(name, param, method, group, state, native=native))
-        return works
+                gathered.append(make_local(name, param, method, update, group, state))
+        return gathered
 
-    def _check_finite(self, batches: list[Batch]) -> dict[torch.device, Tensor]:
-        """Return by device whether to go on; empty where nobody asked."""
+    def _check_finite(self, groups: list[TensorGroup]) -> dict[torch.device, Tensor]:
+        """Return for every device whether to take the step; empty where nothing is checked."""
         policy = self.defaults["on_nonfinite"]
         if policy == "propagate":
             return {}
-        ok = all_finite(batches)
+        ok = all_finite(groups)
         if policy == "raise":
             if not all(ok.values()):
-                names = [work.name for batch in batches for work in batch.works if not work.is_finite()]
+                names = [local.name for group in groups for local in group.locals if not local.is_finite()]
                 raise FloatingPointError(f"gradient of {', '.join(names) or 'another rank'} is not finite")
             return {}
         counter = self.param_groups[0]
         first = next(iter(ok.values()))
         if SKIPPED not in counter:
             counter[SKIPPED] = torch.zeros((), dtype=torch.long, device=first.device)
-        counter[SKIPPED].add_(first.logical_not())  # in place: a CUDA graph knows tensors by their memory
+        counter[SKIPPED].add_(first.logical_not())  # in place: a CUDA graph addresses tensors by their memory
         return ok
 
     def clip_stats(self) -> dict[str, stats.ClipStats]:
@@ -209,7 +201,7 @@ class SigmaOptimizer(torch.optim.Optimizer):
         Reading waits for the device. See `ClipStats` for the fields.
 
         Warns:
-            UserWarning: once, when a tensor is held still by weights of 0 and a tiny lambda_abs.
+            UserWarning: once, when weights of 0 and a tiny lambda_abs keep a tensor from moving.
         """
         if not self.collect_stats:
             return {}
@@ -227,12 +219,12 @@ class SigmaOptimizer(torch.optim.Optimizer):
     def last_step(self) -> dict[str, stats.LastStep]:
         """Return by parameter name what the last step did, on the device; empty where collect_stats is off.
 
-        Copies, so that the steps to come leave them alone. Nothing waits until a number is read.
+        The tensors are copies, which later steps do not change. Nothing waits until a number is read.
         """
         return stats.last_step(self.param_groups, self.state) if self.collect_stats else {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state_dict; torch casts state to the parameter's dtype, which would lose float32 state of bfloat16.
+        """Load a state_dict. Keeps the dtype of its tensors, where torch would cast float32 state to bfloat16.
 
         Raises:
             ValueError: the groups do not fit.
@@ -242,14 +234,12 @@ class SigmaOptimizer(torch.optim.Optimizer):
         params = [param for group in self.param_groups for param in group["params"]]
         for key, param in zip(saved, params, strict=True):
             for name, value in state_dict["state"].get(key, {}).items():
-                if isinstance(value, Tensor):
-                    if self.state[param][name].dtype != value.dtype:
-                        self.state[param][name] = value.to(device=local_tensor(param).device, copy=True)
-                    ask_for_huge_pages(self.state[param][name])
+                if isinstance(value, Tensor) and self.state[param][name].dtype != value.dtype:
+                    self.state[param][name] = value.to(device=local_tensor(param).device, copy=True)
 
 
 def _named(params: Any, names: list[str] | None, start: int) -> list[tuple[str, Tensor]]:
-    """Return (name, parameter) pairs; nameless parameters are counted.
+    """Return (name, parameter) pairs. Nameless parameters are numbered.
 
     Raises:
         TypeError: a set (whose order would change between runs), or a parameter that is not real and floating.

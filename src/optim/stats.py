@@ -1,4 +1,4 @@
-"""What `clip_stats` reports: one row of numbers a parameter, kept on the device until somebody reads it."""
+"""What `clip_stats` and `last_step` report: one row of numbers per parameter, kept on the device until it is read."""
 
 from __future__ import annotations
 
@@ -10,11 +10,10 @@ from typing import Any, NamedTuple, TypedDict
 import torch
 from torch import Tensor
 
-from optim.batch import Batch, Moved
-from optim.binding import TERMS, global_index, locate
-from optim.distributed import combine_max, combine_norm
-from optim.registry import get_info
-from optim.work import Work
+from optim import torch_private
+from optim.local_params import LocalParam, combine_max, combine_norm, has_several_sigmas
+from optim.registry import TERMS, get_info
+from optim.tensor_group import StepSize, TensorGroup
 
 STATE_KEY = "clip_stats"
 
@@ -22,7 +21,7 @@ STILL = 1e-3
 """A tensor whose sigma is below this hardly moves."""
 
 DECAY = 0.99
-"""Of the moving average of sigma: it remembers about a hundred steps."""
+"""Of the moving average of sigma: its memory is about a hundred steps."""
 
 FIELDS = (
     "sigma",
@@ -36,8 +35,8 @@ FIELDS = (
     "term",
     "still",
 )
-"""Columns of a row. `coordinate` is a flat index, `term` a number into TERMS and `still` whether the weight there is 0;
-all three are -1 where no coordinate binds."""
+"""Columns of a row. `coordinate` is a flat index, `term` an index into TERMS, `still` is 1 where the weight there is 0.
+All three are -1 where no coordinate limits sigma."""
 
 
 class ClipStats(TypedDict):
@@ -54,7 +53,7 @@ class ClipStats(TypedDict):
         update_norm: Its 2-norm.
         coordinate: Flat index of the coordinate that decided sigma; None when sigma is 1 or no single one decides.
         term: The largest term of the bound there: "relative", "absolute" or "accumulator"; or None.
-        still: Whether a weight of 0 at that coordinate holds the whole tensor still (sigma below 1e-3).
+        still: Whether a weight of 0 at that coordinate keeps the whole tensor from moving (sigma below 1e-3).
     """
 
     sigma: float
@@ -75,9 +74,9 @@ class LastStep(NamedTuple):
 
     Attributes:
         sigma: The factor; by unit or row, the smallest.
-        direction_max: Infinity norm of r, per unit of learning rate and before sigma; nan where sigma is 0, and where
-            there is one sigma a unit or row, from which it cannot be told.
-        clipped: Whether the method has a rule that chooses sigma; without one it is 1.
+        direction_max: Infinity norm of r, per unit of learning rate and before sigma. NaN where sigma is 0, and where
+            there is one sigma per unit or row, because it cannot be computed then.
+        clipped: Whether the method has a rule that chooses sigma. Without one it is 1.
     """
 
     sigma: Tensor
@@ -91,7 +90,7 @@ class Reasons(NamedTuple):
     Attributes:
         sigma: By unit or row, the smallest.
         coordinate: Flat index of the coordinate that decided it.
-        term: The largest term of the bound there, a number into TERMS.
+        term: The largest term of the bound there, an index into TERMS.
         still: Whether the weight there is 0.
     """
 
@@ -101,99 +100,102 @@ class Reasons(NamedTuple):
     still: Tensor
 
 
-def explain(batch: Batch) -> Reasons:
-    """Look at what decided sigma, before the step changes the weights."""
-    sigma = _smallest_sigma(batch)
-    return Reasons(sigma, *_binding(batch, sigma))
+def explain(group: TensorGroup) -> Reasons:
+    """Find what decided sigma. Must run before the step changes the weights."""
+    sigma = _smallest_sigma(group)
+    if group.method.limiting is None or group.never_clips:
+        nothing = torch.full_like(sigma, -1)
+        return Reasons(sigma, nothing, nothing, nothing)
+    found, ranks = group.backend.limiting(group), group.process_groups
+    value = found.value.double()
+    index = torch.stack([_global_index(*pair) for pair in zip(group.locals, found.position.unbind(), strict=True)])
+    mine = (value == combine_max(value, ranks)) & (sigma < 1)
+    coordinate = combine_max(index.double().where(mine, -1.0), ranks)
+    mine &= index == coordinate
+    term, still = (combine_max(part.double().where(mine, -1.0), ranks) for part in (found.term, found.zero_weight))
+    return Reasons(sigma, coordinate, term, still)
+
+
+def _smallest_sigma(group: TensorGroup) -> Tensor:
+    """Return the vector [N] of sigma; by unit or row, the smallest of the whole tensor."""
+    if group.sigma is None:
+        return torch.ones(len(group.locals), dtype=torch.float64, device=group.device)
+    sigma = group.sigma.double()
+    if not group.by_unit:
+        return sigma
+    # The smallest as the inverse of a maximum, which shards can combine and which is 0 where a shard has no unit.
+    largest = sigma.reciprocal().amax().view(1) if sigma.numel() else sigma.new_zeros(1)
+    return combine_max(largest, group.process_groups).reciprocal()
+
+
+def _global_index(local: LocalParam, index: Tensor) -> Tensor:
+    """Return the flat index in the whole parameter of a flat index among its touched rows or in its local shard."""
+    rows, shape = local.rows, local.param.shape
+    if rows is not None:
+        if not rows.numel():
+            return index
+        width = max(1, shape[1:].numel())
+        return rows.index_select(0, (index // width).view(1)).view(()) * width + index % width
+    if not local.shard_groups:
+        return index
+    local_shape, offsets = torch_private.shard_shape_and_offsets(local.param)
+    result, stride = torch.zeros_like(index), 1
+    for size, local_size, offset in zip(reversed(shape), reversed(local_shape), reversed(offsets), strict=True):
+        result += (index % max(1, local_size) + offset) * stride
+        index = index // max(1, local_size)
+        stride *= size
+    return result
 
 
 def record(
-    batch: Batch,
+    group: TensorGroup,
     reasons: Reasons,
-    moved: Moved | None,
+    size: StepSize | None,
     state: Mapping[Tensor, dict[str, Any]],
     ok: Tensor | None,
 ) -> None:
-    """Update the rows of a batch; a skipped step leaves them alone.
+    """Update the rows of a group. A skipped step leaves them as they are.
 
     Args:
-        batch: The step it has just taken.
-        reasons: What `explain` said before it.
-        moved: What the backend measured.
-        state: The optimizer's state, in which the rows live.
+        group: The step it has just taken.
+        reasons: What `explain` returned before it.
+        size: What the backend measured.
+        state: The optimizer's state, which holds the rows.
         ok: Whether the step was taken; None when it always is.
     """
-    assert moved is not None, "the backend was asked to measure"
-    rows = [_row(work, state[work.param]) for work in batch.works]
+    assert size is not None, "the backend was asked to measure"
+    rows = [_row(local, state[local.param]) for local in group.locals]
     before = torch.stack(rows)
-    new = _advance(batch, reasons, moved, dict(zip(FIELDS, before.unbind(dim=1), strict=True)))
-    after = torch.stack(new, dim=1)
-    torch._foreach_copy_(rows, list((after if ok is None else torch.where(ok, after, before)).unbind()))
-
-
-def _row(work: Work, state: dict[str, Any]) -> Tensor:
-    """Return a parameter's row, made at its first step."""
-    if STATE_KEY not in state:
-        # float64 holds every flat index of a tensor.
-        row = torch.zeros(len(FIELDS), dtype=torch.float64, device=work.weight.device)
-        row[FIELDS.index("sigma_min")] = torch.inf
-        state[STATE_KEY] = row
-    return state[STATE_KEY]
-
-
-def _advance(batch: Batch, reasons: Reasons, moved: Moved, row: dict[str, Tensor]) -> list[Tensor]:
-    """Return the new columns, in the order of FIELDS."""
-    sigma, groups = reasons.sigma, [group for group, _ in batch.works[0].groups]
+    row = dict(zip(FIELDS, before.unbind(dim=1), strict=True))
+    sigma, ranks = reasons.sigma, group.process_groups
     new = {
         "sigma": sigma,
         "sigma_min": torch.minimum(row["sigma_min"], sigma),
         "sigma_mean": row["sigma_mean"] * DECAY + sigma * (1 - DECAY),
         "steps": row["steps"] + 1,
         "clipped_steps": row["clipped_steps"] + (sigma < 1),
-        "update_max": combine_max(moved.largest.double(), groups),
-        "update_norm": combine_norm(moved.norm.double(), groups),
+        "update_max": combine_max(size.largest.double(), ranks),
+        "update_norm": combine_norm(size.norm.double(), ranks),
         "coordinate": reasons.coordinate,
         "term": reasons.term,
         "still": reasons.still,
     }
-    return [new[field] for field in FIELDS]
+    after = torch.stack([new[field] for field in FIELDS], dim=1)
+    torch_private.copy_all(rows, list((after if ok is None else torch.where(ok, after, before)).unbind()))
 
 
-def _smallest_sigma(batch: Batch) -> Tensor:
-    """Return the vector [N] of sigma; by unit or row, the smallest of the whole tensor."""
-    if batch.sigma is None:
-        return torch.ones(len(batch.works), dtype=torch.float64, device=batch.device)
-    sigma = batch.sigma.double()
-    if not batch.by_unit:
-        return sigma
-    # The smallest as the inverse of a maximum, which shards can combine and which is 0 where a shard has no unit.
-    largest = sigma.reciprocal().amax().view(1) if sigma.numel() else sigma.new_zeros(1)
-    return combine_max(largest, [group for group, _ in batch.works[0].groups]).reciprocal()
-
-
-def _binding(batch: Batch, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return vectors: the flat index of the coordinate that decided sigma, the largest term there, and if w = 0 there.
-
-    All are -1 where sigma is not below 1 or the method looks at no single coordinate.
-    """
-    if batch.method.binding is None or batch.idle:
-        nothing = torch.full_like(sigma, -1)
-        return nothing, nothing, nothing
-    peaks = batch.peaks() if batch.peaks else [None] * len(batch.works)
-    found = [locate(work, peak) for work, peak in zip(batch.works, peaks, strict=True)]
-    groups = [group for group, _ in batch.works[0].groups]
-    value = torch.stack([place.value for place in found]).double()
-    index = torch.stack([global_index(work, place.at) for work, place in zip(batch.works, found, strict=True)])
-    term = torch.stack([place.term for place in found]).double()
-    still = torch.stack([place.still for place in found]).double()
-    mine = (value == combine_max(value, groups)) & (sigma < 1)
-    coordinate = combine_max(index.double().where(mine, -1.0), groups)
-    mine &= index == coordinate
-    return coordinate, combine_max(term.where(mine, -1.0), groups), combine_max(still.where(mine, -1.0), groups)
+def _row(local: LocalParam, state: dict[str, Any]) -> Tensor:
+    """Return a parameter's row, made at its first step."""
+    if STATE_KEY not in state:
+        # float64 can represent every flat index of a tensor.
+        row = torch.zeros(len(FIELDS), dtype=torch.float64, device=local.weight.device)
+        row.select(0, FIELDS.index("sigma_min")).fill_(torch.inf)  # item assignment would copy from the host
+        state[STATE_KEY] = row
+    return state[STATE_KEY]
 
 
 def read(param_groups: list[dict[str, Any]], state: Mapping[Tensor, dict[str, Any]]) -> dict[str, ClipStats]:
-    """Return the reports by parameter name; one transfer a device."""
+    """Return the reports by parameter name; one transfer per device."""
     rows: dict[torch.device, list[tuple[str, Tensor]]] = defaultdict(list)
     names = []
     for group in param_groups:
@@ -210,10 +212,10 @@ def read(param_groups: list[dict[str, Any]], state: Mapping[Tensor, dict[str, An
 
 
 def last_step(param_groups: list[dict[str, Any]], state: Mapping[Tensor, dict[str, Any]]) -> dict[str, LastStep]:
-    """Return what the last step did by parameter name, on the device; a few kernels a group and device."""
+    """Return what the last step did by parameter name, on the device; a few kernels per group and device."""
     report: dict[str, LastStep] = {}
     for group in param_groups:
-        clipped = get_info(group["method"]).sigma is not None
+        method = get_info(group["method"])
         rows: dict[torch.device, list[tuple[str, Tensor, Tensor]]] = defaultdict(list)
         for name, param in zip(group["param_names"], group["params"], strict=True):
             row = state.get(param, {}).get(STATE_KEY)
@@ -221,17 +223,14 @@ def last_step(param_groups: list[dict[str, Any]], state: Mapping[Tensor, dict[st
                 rows[row.device].append((name, param, row))
         for triples in rows.values():
             table = torch.stack([row for _, _, row in triples])
-            sigma, moved = table[:, FIELDS.index("sigma")], table[:, FIELDS.index("update_max")]
+            sigma, moved = (table.select(1, FIELDS.index(field)) for field in ("sigma", "update_max"))
             direction = torch.where(sigma > 0, moved / (sigma * group["lr"]), torch.nan)
-            whole = [not _several_sigmas(group, param) for _, param, _ in triples]
-            for (name, *_), one, size, known in zip(triples, sigma.unbind(), direction.unbind(), whole, strict=True):
-                report[name] = LastStep(one, size if known else torch.full_like(size, torch.nan), clipped)
+            for (name, param, _), one, size in zip(triples, sigma.unbind(), direction.unbind(), strict=True):
+                sparse = param.grad is not None and param.grad.is_sparse
+                if has_several_sigmas(method, group, param.ndim, sparse=sparse):
+                    size = torch.full_like(size, torch.nan)
+                report[name] = LastStep(one, size, method.sigma is not None)
     return report
-
-
-def _several_sigmas(group: Mapping[str, Any], param: Tensor) -> bool:
-    by_row = param.grad is not None and param.grad.is_sparse and group["sparse_sigma"] == "row"
-    return by_row or (group.get("by") == "unit" and param.ndim > 1)
 
 
 def _report(row: dict[str, float]) -> ClipStats:

@@ -1,4 +1,4 @@
-"""The sigma that other methods would have chosen on the same gradients."""
+"""`what_if`: the sigma that other methods would have chosen for the same gradients."""
 
 from __future__ import annotations
 
@@ -10,10 +10,9 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from optim.batch import Batch, choose_sigma, make_batches
 from optim.optimizer import SigmaOptimizer
 from optim.registry import get_info
-from optim.updates.adagrad import ARRANGEMENT
+from optim.tensor_group import TensorGroup, choose_sigma, make_groups
 
 Rules = Sequence[str] | Mapping[str, Mapping[str, Any]]
 
@@ -30,57 +29,53 @@ def what_if(
 def what_if(
     optimizer: SigmaOptimizer, rules: Rules, *, names: Collection[str] | None = None, read: bool = True
 ) -> dict[str, dict[str, float]] | dict[str, dict[str, Tensor]]:
-    """Return the sigma each rule would choose now, by label and parameter name; changes nothing.
+    """Return the sigma each rule would choose now, by label and parameter name. Changes nothing.
 
-    Call it after backward() and before step(): the accumulators are then those the step will use. The rule is applied
-    to the optimizer's own r, as in Figure 4 of the paper, whatever update the named method is registered with.
+    Call it after backward() and before step(), because the accumulators are then those that the step will use. The
+    rule is applied to the optimizer's own r, as in Figure 4 of the paper, whatever update the named method has.
 
     Args:
-        optimizer: Its gradients, state and learning rates are looked at.
+        optimizer: Its gradients, state and learning rates are read.
         rules: Names of methods, with their default hyperparameters; or label to hyperparameters, where `method` names
             the method if the label does not: `{"gc": {}, "mild": {"method": "agc", "clip_factor": 1e-1}}`.
-        names: Only parameters of these names; None for all. Costs a reduction a rule and parameter.
-        read: Numbers, for which the device is waited for; False gives 0-d tensors on it.
+        names: Only parameters of these names; None for all. The cost is one reduction per rule and parameter.
+        read: True returns numbers, and waits for the device. False returns 0-d tensors on the device.
 
     Raises:
         TypeError, ValueError: as `build_optimizer`, for an unknown rule or hyperparameter.
     """
     named = rules if isinstance(rules, Mapping) else {name: {} for name in rules}
-    works = optimizer.gather(keep_state=False, names=names)
+    gathered = optimizer.gather(keep_state=False, names=names)
     report: dict[str, dict[str, Tensor]] = {}
     for label, given in named.items():
-        settings = dict(given)
-        method = get_info(settings.pop("method", label))
-        own = method.resolve({"lr": 0.0, **settings}, where=f"what_if[{label!r}]")
-        # The rule's hyperparameters, over those that r depends on.
-        own = {spec.name: own[spec.name] for spec in method.hyperparameters if spec.name not in ARRANGEMENT}
-        groups = {id(work.settings): {**work.settings, **own} for work in works}
-        hypothetical = [
-            replace(
-                work, method=replace(method, update=work.method.update, idle=None), settings=groups[id(work.settings)]
-            )
-            for work in works
-        ]
+        hyperparameters = dict(given)
+        method = get_info(hyperparameters.pop("method", label))
+        own = method.resolve({"lr": 0.0, **hyperparameters}, where=f"what_if[{label!r}]")
+        # Only the rule's hyperparameters. Those of the update are the optimizer's, and so is the update itself.
+        own = {spec.name: own[spec.name] for spec in method.hyperparameters}
+        rule = replace(method, never_clips=lambda _settings: False)
+        settings = {id(local.settings): {**local.settings, **own} for local in gathered}
+        hypothetical = [replace(local, method=rule, settings=settings[id(local.settings)]) for local in gathered]
         sigmas: dict[str, Tensor] = {}
-        for batch in make_batches(hypothetical, optimizer.backends):
-            choose_sigma(batch)
-            sigmas |= _by_name(batch)
-        report[label] = {work.name: sigmas[work.name] for work in works}
+        for group in make_groups(hypothetical, optimizer.backends):
+            choose_sigma(group)
+            sigmas |= _by_name(group)
+        report[label] = {local.name: sigmas[local.name] for local in gathered}
     return _read(report) if read else report
 
 
-def _by_name(batch: Batch) -> dict[str, Tensor]:
-    names = [work.name for work in batch.works]
-    one = torch.ones((), device=batch.device)
-    if batch.sigma is None:
+def _by_name(group: TensorGroup) -> dict[str, Tensor]:
+    names = [local.name for local in group.locals]
+    one = torch.ones((), device=group.device)
+    if group.sigma is None:
         return dict.fromkeys(names, one)
-    if batch.by_unit:
-        return {names[0]: batch.sigma.amin() if batch.sigma.numel() else one}
-    return dict(zip(names, batch.sigma.unbind(), strict=True))
+    if group.by_unit:
+        return {names[0]: group.sigma.amin() if group.sigma.numel() else one}
+    return dict(zip(names, group.sigma.unbind(), strict=True))
 
 
 def _read(report: dict[str, dict[str, Tensor]]) -> dict[str, dict[str, float]]:
-    """Return the numbers, by one transfer a device."""
+    """Return the numbers, by one transfer per device."""
     by_device: dict[torch.device, list[tuple[str, str, Tensor]]] = defaultdict(list)
     for label, sigmas in report.items():
         for name, sigma in sigmas.items():

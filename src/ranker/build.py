@@ -21,7 +21,7 @@ from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.loggers.logger import Logger
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
-from ranker.config import base_lr, resumed
+from ranker.config import base_lr, outside_folder, resumed
 from ranker.data.datamodule import RankingDataModule
 from ranker.data.log import Log, Selected
 from ranker.data.schema import Schema
@@ -138,12 +138,15 @@ def build(cfg: DictConfig, folder: RunFolder, checkpoint: Path | None) -> Run:
     callbacks: list[Callback] = [bookkeeping, *others, interruption, checkpoints]
     mitigation = [name] if (name := OmegaConf.select(cfg, "mitigation.name", default="none")) != "none" else []
     loggers = trackers.build(
-        OmegaConf.to_container(cfg.logger, resolve=True),  # type: ignore[arg-type]
-        folder,
-        name=folder.path.name,
-        group=f"{cfg.data.name}/{cfg.scale.name}/{cfg.model.name}/{cfg.optim.name}/x{cfg.lr_mult:g}"
-        + "".join(f"/{name}" for name in mitigation),
-        tags=[cfg.data.name, cfg.scale.name, cfg.model.name, cfg.optim.name, *mitigation, *cfg.tags],
+        cfg.logger,
+        trackers.Tracked(
+            folder,
+            name=folder.path.name,
+            group="/".join(
+                [cfg.data.name, cfg.scale.name, cfg.model.name, cfg.optim.name, f"x{cfg.lr_mult:g}", *mitigation]
+            ),
+            tags=[cfg.data.name, cfg.scale.name, cfg.model.name, cfg.optim.name, *mitigation, *cfg.tags],
+        ),
     )
     if checkpoint is not None:
         _continue_files(loggers, folder, checkpoint)
@@ -222,7 +225,7 @@ def own_process_environment(folder: RunFolder, checkpoint: Path | None) -> Itera
     os.environ[RUN_DIR_VARIABLE] = str(folder.path)
     if checkpoint is not None:
         os.environ[CHECKPOINT_VARIABLE] = str(checkpoint)
-    sys.argv = [arguments[0], *HydraConfig.get().overrides.task]
+    sys.argv = [arguments[0], *outside_folder(), *HydraConfig.get().overrides.task]
     try:
         yield
     finally:

@@ -17,8 +17,6 @@ from omegaconf.errors import OmegaConfBaseException
 from ranker.errors import UserError, suggest
 from ranker.runs import config_identity
 
-config_identity.register()  # at import, since a worker of a parallel sweep imports this module and calls nothing
-
 
 @dataclass
 class TrainSettings:
@@ -60,6 +58,7 @@ class Root:
     train: TrainSettings = field(default_factory=TrainSettings)
     seed: int = 0
     lr_mult: float = 1.0
+    lr: float | None = None
     resume: str | None = None
     objective: str | None = None
     tags: list[str] = field(default_factory=list)
@@ -95,6 +94,14 @@ def base_lr(cfg: DictConfig) -> float:
     return float(rates[scale])
 
 
+def learning_rate(cfg: DictConfig) -> float | None:
+    """The learning rate of a run; None where the configuration is wrong, which ``check`` reports."""
+    try:
+        return base_lr(cfg) * float(cfg.lr_mult)
+    except (UserError, OmegaConfBaseException, TypeError, ValueError):
+        return None
+
+
 def check(cfg: DictConfig) -> None:
     """Refuses values that would only fail later, before anything is built.
 
@@ -105,6 +112,8 @@ def check(cfg: DictConfig) -> None:
         raise UserError(f"lr_mult must be a number above 0, got {cfg.lr_mult}; 1 is the base learning rate")
     if not base_lr(cfg) > 0:
         raise UserError(f"data.base_lr.{cfg.scale.name} must be above 0, got {base_lr(cfg)}")
+    if "lr" in cfg and cfg.lr != learning_rate(cfg):
+        raise UserError(f"lr is data.base_lr.{cfg.scale.name} times lr_mult and not set itself; change one of those")
     if cfg.seed < 0:
         raise UserError(f"seed must be 0 or more, got {cfg.seed}")
     if cfg.scale.batch_size < 1:
@@ -152,12 +161,27 @@ def resumed(cfg: DictConfig, saved: DictConfig, overrides: list[str]) -> DictCon
             raise UserError(f"'{key}' is not in the configuration of {cfg.resume}")
         OmegaConf.update(merged, key, OmegaConf.select(cfg, key), force_add=True)
     merged.resume = cfg.resume
+    merged.lr = learning_rate(merged)
     return merged
 
 
 def is_sweep() -> bool:
     """Whether what runs now is a job of a multirun."""
     return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
+
+
+def outside_folder() -> list[str]:
+    """The arguments ``--config-dir DIR`` of this command line, for the processes that it starts; empty without."""
+    sources = HydraConfig.get().runtime.config_sources
+    return [word for source in sources if source.provider == "command-line" for word in ("--config-dir", source.path)]
+
+
+def _register_resolvers() -> None:
+    config_identity.register()
+    OmegaConf.register_new_resolver("learning_rate", lambda *, _root_: learning_rate(_root_), replace=True)
+
+
+_register_resolvers()  # at import, because a worker of a parallel sweep imports this module and calls nothing
 
 
 def one_line(error: BaseException) -> str:
@@ -170,7 +194,8 @@ def one_line(error: BaseException) -> str:
             missing = cause.missing_cfg_file
             name = missing[0] if isinstance(missing, (list, tuple)) else str(missing)
             group, _, choice = name.rpartition("/")
-            return f"unknown {group or 'config'} '{choice}'; {suggest(choice, cause.options)}"
+            options = [option for option in cause.options if not option.startswith("_")]  # _base is no option
+            return f"unknown {group or 'config'} '{choice}'; {suggest(choice, options)}"
         key, parent = getattr(cause, "key", None), getattr(cause, "parent_node", None)
         if isinstance(cause, OmegaConfBaseException) and isinstance(parent, DictConfig) and key not in parent:
             where = getattr(cause, "full_key", None) or key

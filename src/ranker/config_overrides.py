@@ -11,7 +11,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
-from ranker.config import check, register
+from ranker.config import check, learning_rate, register
 from ranker.errors import UserError, suggest
 
 # What can change in a replay; the batches, their order and the seed are the capsule's.
@@ -32,7 +32,7 @@ def altered(saved: DictConfig, overrides: list[str], *, folder: Path) -> DictCon
 
     The overrides are composed with the groups that the saved configuration was made of, so that an unknown name is
     refused as train.py would, and what they change is put into the saved configuration. An option refers to other
-    values (``${scale.model.large.hidden}``) as they were saved.
+    values (``${scale.name}``) as they were saved.
 
     Args:
         saved: a resolved configuration.
@@ -54,7 +54,12 @@ def altered(saved: DictConfig, overrides: list[str], *, folder: Path) -> DictCon
     names = {
         group: OmegaConf.select(saved, f"{group}.name") for group in ("scale", "data", "model", "optim", "mitigation")
     }
-    chosen = [f"{group}={name}" for group, name in names.items() if name is not None and group not in groups]
+    # An option from outside the clone (--config-dir) has no file here; the saved configuration has its values.
+    chosen = [
+        f"{group}={name}"
+        for group, name in names.items()
+        if group not in groups and (folder / group / f"{name}.yaml").is_file()
+    ]
     composed = _composed(folder, [*chosen, *overrides])
     merged = saved.copy()
     OmegaConf.set_struct(merged, False)
@@ -66,6 +71,7 @@ def altered(saved: DictConfig, overrides: list[str], *, folder: Path) -> DictCon
     for key in (str(override.key_or_group) for override in parsed):
         if key.split(".")[0] not in groups:
             OmegaConf.update(merged, key, OmegaConf.select(composed, key), force_add=True)
+    merged.lr = learning_rate(merged)
     check(merged)
     return merged
 

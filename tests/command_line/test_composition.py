@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.utils import instantiate
 
 from ranker import config
 from ranker.data.schema import Schema
+from ranker.runs.config_identity import config_hash
 from ranker.stability import DetectorSettings
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -28,7 +31,12 @@ GROUPS = (
     "experiment",
     "hparams_search",
 )
-OPTIONS = [(group, path.stem) for group in GROUPS for path in sorted((ROOT / "conf" / group).glob("*.yaml"))]
+OPTIONS = [
+    (group, path.stem)
+    for group in GROUPS
+    for path in sorted((ROOT / "conf" / group).glob("*.yaml"))
+    if not path.stem.startswith("_")
+]
 
 SCHEMA = Schema.from_dict(
     {
@@ -53,7 +61,7 @@ def test_every_option_composes_and_its_values_are_legal(group: str, option: str)
     cfg = composed(f"{group}={option}")
 
     config.check(cfg)
-    if group not in ("experiment", "hparams_search", "callbacks"):
+    if group not in ("experiment", "hparams_search", "callbacks", "logger"):
         assert cfg[group]
 
 
@@ -94,12 +102,34 @@ def test_the_learning_rate_of_every_data_set_is_given_for_every_scale() -> None:
             assert set(composed(f"data={option}").data.base_lr) == {"laptop", "paper"}
 
 
-def test_scales_offer_the_same_widths_to_refer_to() -> None:
-    laptop, paper = (composed(f"scale={name}").scale for name in ("laptop", "paper"))
+def test_several_loggers_are_chosen_at_once() -> None:
+    assert set(composed().logger) == {"csv", "wandb"}
+    assert set(composed("logger=[csv,tensorboard]").logger) == {"csv", "tensorboard"}
+    assert set(composed("logger=[wandb,tensorboard]").logger) == {"csv", "wandb", "tensorboard"}
+    assert set(composed("logger=none").logger) == set()
 
-    assert laptop.model.keys() == paper.model.keys()
-    for model in laptop.model:
-        assert laptop.model[model].keys() == paper.model[model].keys()
+
+def test_the_learning_rate_that_is_used_is_shown() -> None:
+    assert composed("lr_mult=2").lr == 0.8
+    assert composed("lr_mult=2", "scale=paper").lr == 0.4
+    assert composed("data=parquet", "data.base_lr.laptop=0.3").lr == 0.3
+
+
+def test_parquet_takes_its_folder_by_the_name_of_the_others_and_by_its_former_name() -> None:
+    source, root = (composed("data=parquet", f"data.{name}=/log") for name in ("source", "root"))
+
+    assert source.data.log.root == root.data.log.root == "/log"
+    assert config_hash(source) == config_hash(root) != config_hash(composed("data=parquet", "data.source=/other"))
+
+
+def test_cfg_job_prints_values_and_no_interpolations(
+    command_line: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    command_line("--cfg", "job", "model=large_dcn", "scale=paper", "lr_mult=3")
+
+    shown = yaml.safe_load(capsys.readouterr().out)
+    assert shown["lr"] == pytest.approx(0.6)
+    assert shown["model"]["net"]["hidden"] == [4096] * 4
 
 
 def test_the_configuration_shows_the_defaults_of_the_detector_and_takes_others() -> None:

@@ -20,7 +20,8 @@ MISTAKES = [
     (["seed=-1"], "seed must be 0 or more", "-1"),
     (["data=kuairand"], "data=kuairand needs data.source=DIR", ""),
     (["data=kuairand", "data.source=/nowhere"], "/nowhere", ""),
-    (["data=parquet"], "data=parquet needs data.root=DIR", ""),
+    (["data=parquet"], "data=parquet needs data.source=DIR", ""),
+    (["data=parquet", "data.source=/nowhere"], "/nowhere", ""),
     (["data=parquet", "data.root=/nowhere"], "/nowhere", ""),
     (["data.tasks=[clik]"], "has no task 'clik'", "did you mean 'click'"),
     (["data.drop_features=[usr]"], "has no feature 'usr'", ""),
@@ -31,7 +32,6 @@ MISTAKES = [
     (["data.window=0"], "window", "0"),
     (["data.window=6x"], "window", "6x"),
     (["scale.batch_size=0"], "scale.batch_size must be 1 or more", ""),
-    (["logger.kind=wandbb"], "logger.kind 'wandbb' is unknown", "'wandb'"),
     (
         ["callbacks.divergence.settings.patiance=30"],
         "unknown option 'callbacks.divergence.settings.patiance'",
@@ -46,6 +46,10 @@ MISTAKES = [
     (["+callbacks.snapshots.evry=5"], "callbacks.snapshots", "evry"),
     (["callbacks.rollback.tries=1", "~callbacks.snapshots"], "callbacks.rollback needs", "callbacks.snapshots"),
     (["callbacks.rollback.tries=1", "~callbacks.divergence"], "callbacks.rollback needs", "callbacks.divergence"),
+    (["logger=wandbb"], "unknown logger 'wandbb'", "'wandb'"),
+    (["optim=base"], "unknown optim 'base'", "known: adagrad, "),
+    (["lr=0.1"], "lr is data.base_lr.laptop times lr_mult", ""),
+    (["+logger.mine._target_=builtins.dict"], "logger.mine gives a dict", ""),
     (["resume=/nowhere"], "no config.yaml in /nowhere", ""),
     (["train.max_steps=0"], "train.max_steps must be", "0"),
 ]

@@ -218,7 +218,7 @@ def test_a_program_that_disagrees_is_refused_and_the_draft_is_gone(
         (["RUN", "--gate", "defualt"], "no gate 'defualt'; did you mean 'default'"),
         (["RUN", "--tasks", "clik"], "no task 'clik'; did you mean 'click'"),
         (["RUN", "--checkpoint", "/nowhere"], "no checkpoint /nowhere"),
-        (["RUN", "--out", "RUN"], "is there and is no export"),
+        (["RUN", "--out", "RUN"], "exists and is not an export"),
     ],
 )
 def test_a_mistake_of_export_is_said_in_one_line(

@@ -19,7 +19,7 @@ from wandb.sdk.lib import config_util
 
 from support import ROOT, TINY, train_process
 
-SWEEP = ROOT / "conf" / "wandb_sweep.yaml"
+SWEEP = ROOT / "docs" / "wandb_sweep.yaml"
 DRAWN = {"lr_mult": 0.75, "optim.lambda_rel": 0.31, "optim.lambda_abs": 0.000012}
 
 

@@ -167,7 +167,8 @@ def test_overrides_are_put_into_the_saved_configuration(lost: Finished) -> None:
     assert clipped.model.net.hidden == saved.model.net.hidden
     assert clipped.optim == saved.optim
     assert (swapped.optim.name, swapped.optim.lambda_rel, swapped.lr_mult) == ("clippy", 0.25, saved.lr_mult)
-    assert swapped.model.net.hidden == saved.scale.model.large.hidden == [16] * 4  # of the run, not of the file
+    assert swapped.model.net.hidden == [512] * 4  # of the run's scale
+    assert clipped.lr == 2 * saved.lr
 
 
 def test_a_folder_that_is_no_capsule_is_one_line(replay: Replay, capsys: Output, tmp_path: Path) -> None:

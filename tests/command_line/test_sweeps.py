@@ -116,12 +116,12 @@ def test_a_run_that_was_killed_goes_on_from_its_checkpoint_unless_forced(
     (folder / "summary.json").unlink()
     capsys.readouterr()
     sweep(command_line, tmp_path, *every)
-    assert "goes on from" in capsys.readouterr().out
+    assert "resuming from" in capsys.readouterr().out
     assert summaries(tmp_path)[folder.name]["metrics"] == whole
 
     (folder / "summary.json").unlink()
     sweep(command_line, tmp_path, *every, "force=true")
-    assert "goes on from" not in capsys.readouterr().out
+    assert "resuming from" not in capsys.readouterr().out
     assert summaries(tmp_path)[folder.name]["metrics"] == whole
 
 

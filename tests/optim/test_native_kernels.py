@@ -6,8 +6,7 @@ import pytest
 import torch
 
 import optim
-from optim.native.kernels import NATIVE, PIECE
-from optim.work import CHUNK
+from optim.local_params import CHUNK
 
 
 @pytest.mark.parametrize("accumulator", ["current", "delayed"])
@@ -48,26 +47,6 @@ def test_the_kernels_find_the_maximum_wherever_it_lies(size: int, weight_decay: 
             sigmas.append(row["sigma"])
         assert sigmas[0] == pytest.approx(sigmas[1], rel=1e-5)
         assert sigmas[0] < 0.02
-
-
-@pytest.mark.parametrize("piece", [1, 129, 254, 383, 511, 515, 517])
-def test_a_small_accumulator_is_found_among_large_ones(piece: int) -> None:
-    """The bound of G is kept for every 128 coordinates: that of another place would rule this one out."""
-    size, here = CHUNK + 800, slice(128 * piece, 128 * piece + 128)
-    weight = torch.nn.Parameter(torch.zeros(size))
-    optimizer = optim.build_optimizer("clippy", [("w", weight)], lr=1.0, collect_stats=True, backend="native")
-    weight.grad = torch.full((size,), 10.0)
-    weight.grad[here] = 0.0  # G stays 0.1 here, and becomes 100 elsewhere
-    optimizer.step()
-    with torch.no_grad():
-        weight.zero_()
-    weight.grad = torch.full((size,), 0.05)
-    weight.grad[::CHUNK] = 0.5  # the first coordinate of each chunk raises the maximum to 0.05 at once
-    weight.grad[here.start + 77] = 0.06
-    optimizer.step()
-    row = optimizer.clip_stats()["w"]
-    assert row["coordinate"] == here.start + 77
-    assert row["sigma"] == pytest.approx(0.01 / (0.06 / (0.1 + 0.06**2) ** 0.5), rel=1e-4)
 
 
 @pytest.mark.parametrize("tensor_lr", [False, True])
@@ -115,20 +94,6 @@ def test_a_step_is_the_same_to_the_bit_for_any_number_of_threads(method: str) ->
         assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
 
 
-def test_an_accumulator_made_smaller_behind_the_optimizers_back_is_noticed() -> None:
-    """Writes through `.data` count as no version: bounds of the G before would rule out what now clips."""
-    size = 2 * CHUNK + 700
-    weight = torch.nn.Parameter(torch.zeros(size))
-    optimizer = optim.build_optimizer("clippy", [("w", weight)], lr=0.1, collect_stats=True, backend="native")
-    optimizer.state[weight] = {"sum": torch.full((size,), 1e4)}
-    for place, accumulator in ((5, 1e4), (CHUNK + 7, 0.1)):
-        optimizer.state[weight]["sum"].data.fill_(accumulator)
-        weight.grad = torch.full((size,), 1e-4)
-        weight.grad[place] = 0.5
-        optimizer.step()
-    assert optimizer.clip_stats()["w"]["coordinate"] == CHUNK + 7
-
-
 def test_a_step_that_is_infinite_beside_a_square_that_vanishes_is_found() -> None:
     sigmas = []
     for backend in ("native", "eager"):
@@ -143,17 +108,6 @@ def test_a_step_that_is_infinite_beside_a_square_that_vanishes_is_found() -> Non
         optimizer.step()
         sigmas.append(optimizer.clip_stats()["w"]["sigma"])
     assert sigmas == [0.0, 0.0]
-
-
-def test_bounds_of_the_accumulator_follow_it_where_gradients_alone_settle_nothing() -> None:
-    weight = torch.nn.Parameter(torch.zeros(2 * CHUNK))
-    optimizer = optim.build_optimizer("clippy", [weight], lr=1.0)
-    for _ in range(5):
-        weight.grad = torch.rand(2 * CHUNK) + 1
-        optimizer.step()
-    total = optimizer.state[weight]["sum"]
-    _, floors, _ = NATIVE._bounds[total]
-    assert floors.equal(total.view(-1, PIECE).amin(dim=1))
 
 
 def test_a_step_that_weight_decay_makes_large_is_found() -> None:

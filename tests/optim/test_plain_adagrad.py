@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import optim
-from optim.native.kernels import is_available
+from optim.native.backend import is_available
 
 SHAPES = [(300, 301), (17,), ()]
 

@@ -8,8 +8,6 @@ import pytest
 import torch
 
 import optim
-from optim.native.kernels import is_available
-from optim.work import Homes
 
 ROWS, WIDTH = 30, 4
 METHODS = ["adagrad", "gc", "agc", "lamb", "clippy", "clippy_sgd"]
@@ -113,22 +111,6 @@ def test_weight_decay_of_a_sparse_table_is_refused(problem: Any) -> None:
     weight, indices, values = problem
     with pytest.raises(ValueError, match="weight_decay is not defined for sparse gradients"):
         one_step("clippy", weight, sparse(indices, values), weight_decay=0.1)
-
-
-@pytest.mark.parametrize("width", [(), (3,), (2, 9)], ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
-def test_the_kernel_that_moves_rows_moves_them_as_torch_does(width: tuple[int, ...], dtype: torch.dtype) -> None:
-    # More rows than one thread takes; tables whose rows are of unlike size, as narrow weights and wide state are.
-    tables = [torch.randn(9_000, *width).to(dtype), torch.randn(9_000, *width)]
-    index = torch.randperm(9_000)[:5_000]
-    native, plain = (Homes.take([table.clone() for table in tables], index, native=native) for native in (True, False))
-    assert native.native == is_available()
-    for homes in (native, plain):
-        for copy in homes.copies:
-            copy.mul_(2)
-        homes.put_back()
-    for mine, theirs in zip(native.tables + native.copies, plain.tables + plain.copies, strict=True):
-        assert mine.equal(theirs)
 
 
 @pytest.mark.parametrize("row", [-1, ROWS])

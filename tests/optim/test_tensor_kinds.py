@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import optim
+from optim.native.backend import NATIVE
 
 NAMES = ["adagrad", "gc", "agc", "lamb", "clippy", "clippy_adam", "clippy_sgd"]
 
@@ -84,3 +85,76 @@ def test_a_step_counts_as_an_in_place_change_for_autograd() -> None:
     optim.build_optimizer("gc", [weight], lr=0.1).step()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
+
+
+class Subclass(torch.Tensor):
+    """A tensor whose memory the C kernels know nothing about."""
+
+
+def lazily_negated(values: torch.Tensor) -> torch.Tensor:
+    """The same values as a view whose memory holds their negatives."""
+    view = torch.complex(torch.zeros_like(values), -values).conj().imag
+    assert view.is_neg()
+    return view
+
+
+KINDS = {
+    "subclass": lambda grad: grad.as_subclass(Subclass),
+    "negated": lazily_negated,
+    "strided": lambda grad: torch.stack([grad, grad], dim=-1)[..., 0],
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", NAMES)
+def test_the_c_kernels_leave_tensors_that_are_not_plain_memory_to_torch(name: str, kind: str) -> None:
+    weight, grad = torch.randn(40, 3), torch.randn(40, 3)
+    plain, other = torch.nn.Parameter(weight.clone()), torch.nn.Parameter(weight.clone())
+    plain.grad, other.grad = grad.clone(), KINDS[kind](grad)
+    for param in (plain, other):
+        optimizer = optim.build_optimizer(name, [param], lr=0.1)
+        (local,) = optimizer.gather(keep_state=False)
+        if param is other:
+            assert not NATIVE.takes(local)
+        optimizer.step()
+    torch.testing.assert_close(plain.detach(), other.detach())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_parameter_of_a_subclass_is_left_to_torch(name: str) -> None:
+    weight, grad = torch.randn(40, 3), torch.randn(40, 3)
+    plain, other = torch.nn.Parameter(weight.clone()), weight.clone().as_subclass(Subclass).requires_grad_()
+    for param in (plain, other):
+        param.grad = grad.clone()
+        optim.build_optimizer(name, [param], lr=0.1, collect_stats=True).step()
+    torch.testing.assert_close(plain.detach(), other.detach().as_subclass(torch.Tensor))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_functional_tensors_step_as_plain_ones(name: str) -> None:
+    weight, grad = torch.randn(40, 3), torch.randn(40, 3)
+
+    def step(weight: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
+        weight.grad = grad
+        optimizer = optim.build_optimizer(name, [weight], lr=0.1)
+        optimizer.step()
+        return weight
+
+    with torch.no_grad():
+        functional = torch.func.functionalize(step)(weight.clone(), grad)
+        torch.testing.assert_close(functional, step(weight.clone(), grad))
+
+
+@pytest.mark.parametrize("backend", ["auto", "eager"])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_default_device_is_not_where_helper_tensors_go(name: str, backend: str) -> None:
+    params = [torch.nn.Parameter(torch.ones(5)), torch.nn.Parameter(torch.ones(70_000))]
+    optimizer = optim.build_optimizer(name, params, lr=0.1, backend=backend, collect_stats=True, on_nonfinite="skip")
+    for param in params:
+        param.grad = torch.ones_like(param)
+    with torch.device("meta"):
+        optimizer.step()
+        optim.what_if(optimizer, ["gc", "agc", "lamb", "clippy"])
+        report = optimizer.clip_stats()
+    assert all((param < 1).all() for param in params)
+    assert report["parameter_1"]["steps"] == 1

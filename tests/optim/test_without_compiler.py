@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import optim
-from optim.native import kernels, library
+from optim.native import backend, library
 
 
 @pytest.fixture(params=["no compiler", "no sources", "a compiler that fails"])
@@ -23,7 +23,7 @@ def _broken(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp
         monkeypatch.setattr(library, "_which", lambda _name: shutil.which("false"))
     if request.param == "no sources":
         monkeypatch.setattr(library, "_HERE", tmp_path)
-    monkeypatch.setattr(kernels, "load", library.load.__wrapped__)
+    monkeypatch.setattr(backend, "load", library.load.__wrapped__)
 
 
 def stepped(backend: str) -> torch.Tensor:

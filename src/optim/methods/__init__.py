@@ -1,5 +1,7 @@
-"""The methods: one file a rule. Importing this package registers them."""
+"""The methods, one file per rule. Importing this package imports every file in it, which registers its methods."""
 
-from optim.methods import ablations, agc, clippy, gc, lamb, plain
+import importlib
+import pkgutil
 
-__all__ = ["ablations", "agc", "clippy", "gc", "lamb", "plain"]
+for _module in pkgutil.iter_modules(__path__):
+    importlib.import_module(f"{__name__}.{_module.name}")

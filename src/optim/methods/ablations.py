@@ -1,4 +1,4 @@
-"""Clippy with its two ideas taken away, one at a time: it clips the update, and by the infinity norm.
+"""Ablations of Clippy: its bound on the update or on the gradient, by the infinity norm or by the 2-norm.
 
 With b of Clippy (methods/clippy.py), b_i = lambda_rel * abs(w_i) + lambda_abs:
 
@@ -7,11 +7,10 @@ With b of Clippy (methods/clippy.py), b_i = lambda_rel * abs(w_i) + lambda_abs:
     clippy_gradient            sigma = min(1, min_i b_i / abs(g_i))             the gradient, infinity norm
     clippy_gradient_norm2      sigma = min(1, norm2(b) / norm2(g))              the gradient, 2-norm
 
-All step along Adagrad's r. A bound on the gradient knows nothing of the learning rate or of the accumulator, so that a
-lambda there is another unit than one on the update: search it anew.
+All step along Adagrad's r. A bound on the gradient ignores the learning rate and the accumulator, so lambda has another
+unit there than in a bound on the update. Search it separately.
 
-Source: Tang et al., KDD 2023, section 4, names the two changes against AGC; these rules are this project's way to make
-them one at a time.
+Source: Tang et al., KDD 2023, section 4, names the two changes against AGC; these rules make them one at a time.
 """
 
 from __future__ import annotations
@@ -21,8 +20,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from optim.methods.clippy import LAMBDA_ABS, LAMBDA_REL
-from optim.reductions import GRAD_NORM, UPDATE_NORM, Coordinates, Reduction, Settings
-from optim.registry import register_rule
+from optim.registry import GRAD_NORM, UPDATE_NORM, Coordinates, Reduction, Settings, register_rule
 from optim.updates import ADAGRAD
 
 

@@ -1,12 +1,12 @@
-"""Clippy: no coordinate moves further than a bound, and the whole tensor slows down together.
+"""Clippy: sigma per tensor is the largest factor with which no coordinate moves further than its bound.
 
     b_i   = lambda_rel * abs(w_i) + lambda_abs + lambda_acc * G_i^(-1/2)
     sigma = min(1, min_i b_i / (eta * abs(r_i)))
 
 computed as 1 / max(1, eta * max_i abs(r_i) / b_i): the factor by which the worst coordinate overshoots. A coordinate
-with r_i = 0 never limits sigma; one with b_i = 0 and r_i != 0 makes it 0.
+with r_i = 0 never limits sigma. One with b_i = 0 and r_i != 0 makes it 0.
 
-With r of Adagrad and the current accumulator abs(r_i) <= 1, so that sigma = 1 for sure while eta <= lambda_abs.
+With r of Adagrad and the current accumulator abs(r_i) <= 1, so sigma = 1 for certain while eta <= lambda_abs.
 
 Source: Tang et al., "Improving Training Stability for Multitask Ranking Models in Recommender Systems", KDD 2023,
 Algorithm 1 (preset "paper"), and TensorFlow Recommenders' ClippyAdagrad (preset "tfrs"), from which lambda_acc comes.
@@ -15,14 +15,16 @@ Algorithm 1 (preset "paper"), and TensorFlow Recommenders' ClippyAdagrad (preset
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Unpack
 
 import torch
 from torch import Tensor
 
 from optim.hyperparameters import Hyperparameter
-from optim.reductions import Coordinates, Reduction, Settings
-from optim.registry import Method, register
+from optim.optimizer import Common, Params, SigmaOptimizer
+from optim.registry import Coordinates, Method, Reduction, Settings, register
 from optim.updates import ADAGRAD, ADAM, SGD
+from optim.updates import Adagrad as AdagradUpdate
 
 LAMBDA_REL = Hyperparameter(
     name="lambda_rel", default=0.5, low=0.0, unit="1", doc="A coordinate's largest move, as a fraction of its weight."
@@ -54,12 +56,16 @@ def overshoot(at: Coordinates, settings: Settings) -> Tensor:
     return (size / bound).where(size != 0, 0.0)
 
 
-OVERSHOOT = Reduction("overshoot", "max", overshoot)
-"""A backend may give any smaller number for one of at most 1 / eta: sigma is 1 either way."""
+def bound_coefficients(settings: Settings) -> tuple[float, float, float]:
+    """Return the factors of abs(w), 1 and G^(-1/2) in b."""
+    return settings["lambda_rel"], settings["lambda_abs"], settings.get("lambda_acc", 0.0)
+
+
+OVERSHOOT = Reduction("overshoot", "max", overshoot, kernel="overshoot", bound=bound_coefficients)
 
 
 def clippy(reduced: Mapping[str, Tensor], settings: Settings) -> Tensor:
-    """Return sigma; with eta = 0 nothing moves, and it is 1."""
+    """Return sigma. It is 1 for an overshoot of at most 1 / eta, and for eta = 0, where nothing moves."""
     lr = settings["lr"]
     worst = reduced["overshoot"] * lr
     if isinstance(lr, Tensor):
@@ -70,9 +76,14 @@ def clippy(reduced: Mapping[str, Tensor], settings: Settings) -> Tensor:
 
 
 def cannot_clip(settings: Settings) -> bool:
-    """Whether Adagrad's abs(r_i) <= 1 keeps every step within lambda_abs; False where only the device knows eta."""
+    """Whether Adagrad's abs(r_i) <= 1 keeps every step within lambda_abs. False where eta is a tensor."""
     lr = settings["lr"]
     return not isinstance(lr, Tensor) and settings["accumulator"] == "current" and lr <= settings["lambda_abs"]
+
+
+def adagrad_for(settings: Settings) -> AdagradUpdate:
+    """Return the update: G_{t-1} in place of G_t, and epsilon inside the root, as the authors' code has them."""
+    return AdagradUpdate(delayed=settings["accumulator"] == "delayed", epsilon_inside=settings["preset"] == "tfrs")
 
 
 PRESETS = {
@@ -104,9 +115,11 @@ register(
         update=ADAGRAD,
         sigma=clippy,
         reductions=(OVERSHOOT,),
-        binding=OVERSHOOT,
+        update_for=adagrad_for,
+        feeds_clipped=lambda settings: settings["clip_accumulator"],
+        never_clips=cannot_clip,
+        limiting=OVERSHOOT,
         terms=bound_terms,
-        idle=cannot_clip,
         presets=PRESETS,
         hyperparameters=(
             Hyperparameter(
@@ -148,9 +161,80 @@ for _name, _update, _defaults, _what in (
             update=_update,
             sigma=clippy,
             reductions=(OVERSHOOT,),
-            binding=OVERSHOOT,
+            limiting=OVERSHOOT,
             terms=bound_terms,
             hyperparameters=(LAMBDA_REL, LAMBDA_ABS),
             defaults=_defaults,
         )
     )
+
+
+class Clippy(SigmaOptimizer):
+    """Adagrad with sigma = min(1, min_i (lambda_rel * abs(w_i) + lambda_abs) / (lr * abs(r_i))) per tensor.
+
+    Args and errors are those of `build_optimizer("clippy", ...)`. None means that the preset decides.
+    """
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float | Tensor = 1e-2,
+        *,
+        preset: str = "paper",
+        lambda_rel: float | None = None,
+        lambda_abs: float | None = None,
+        lambda_acc: float | None = None,
+        accumulator: str | None = None,
+        clip_accumulator: bool | None = None,
+        initial_accumulator_value: float | None = None,
+        eps: float | None = None,
+        **common: Unpack[Common],
+    ) -> None:
+        bound = {"lambda_rel": lambda_rel, "lambda_abs": lambda_abs, "lambda_acc": lambda_acc}
+        form = {"preset": preset, "accumulator": accumulator, "clip_accumulator": clip_accumulator}
+        adagrad = {"initial_accumulator_value": initial_accumulator_value, "eps": eps}
+        super().__init__(params, "clippy", lr=lr, **bound, **form, **adagrad, **common)
+
+
+class ClippyAdam(SigmaOptimizer):
+    """Clippy's bound on the update of Adam. Args and errors are those of `build_optimizer("clippy_adam", ...)`."""
+
+    METHOD = "clippy_adam"
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float | Tensor = 1e-3,
+        *,
+        lambda_rel: float = 0.5,
+        lambda_abs: float = 1e-2,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        **common: Unpack[Common],
+    ) -> None:
+        bound = {"lambda_rel": lambda_rel, "lambda_abs": lambda_abs}
+        super().__init__(params, self.METHOD, lr=lr, **bound, betas=betas, eps=eps, **common)
+
+
+class ClippyAdamW(ClippyAdam):
+    """Clippy's bound on the update of AdamW, with weight_decay = 1e-2, decoupled, unless given.
+
+    Args and errors are those of `build_optimizer("clippy_adamw", ...)`.
+    """
+
+    METHOD = "clippy_adamw"
+
+
+class ClippySGD(SigmaOptimizer):
+    """Clippy's bound on gradient descent. Args and errors are those of `build_optimizer("clippy_sgd", ...)`."""
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float | Tensor = 1e-2,
+        *,
+        lambda_rel: float = 0.5,
+        lambda_abs: float = 1e-2,
+        **common: Unpack[Common],
+    ) -> None:
+        super().__init__(params, "clippy_sgd", lr=lr, lambda_rel=lambda_rel, lambda_abs=lambda_abs, **common)

@@ -3,8 +3,7 @@
     sigma = trust_coefficient * norm2(w) / norm2(r)      (phi is the identity)
 
 Where norm2(w) or norm2(r) is 0 the ratio is 1, as in the authors' code. Sigma may exceed 1: this rule scales, it does
-not clip. `lamb` is LAMB on Adagrad (Tang et al., KDD 2023); `lamb_adam` the original on Adam, where weight decay
-joins r before the norm.
+not clip. `lamb` is LAMB on Adagrad (Tang et al., KDD 2023), `lamb_adam` the original on Adam.
 
 Source: You et al., "Large Batch Optimization for Deep Learning: Training BERT in 76 minutes", ICLR 2020, Algorithm 2.
 """
@@ -12,12 +11,13 @@ Source: You et al., "Large Batch Optimization for Deep Learning: Training BERT i
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Unpack
 
 from torch import Tensor
 
 from optim.hyperparameters import Hyperparameter
-from optim.reductions import UPDATE_NORM, WEIGHT_NORM, Settings
-from optim.registry import register_rule
+from optim.optimizer import Common, Params, SigmaOptimizer
+from optim.registry import UPDATE_NORM, WEIGHT_NORM, Settings, register_rule
 from optim.updates import ADAGRAD, ADAM
 
 
@@ -55,3 +55,44 @@ def lamb(reduced: Mapping[str, Tensor], settings: Settings) -> Tensor:
     weight_norm, update_norm = reduced["weight_norm"], reduced["update_norm"]
     ratio = (weight_norm / update_norm).where((weight_norm != 0) & (update_norm != 0), 1.0)
     return settings["trust_coefficient"] * ratio
+
+
+class LAMB(SigmaOptimizer):
+    """Adagrad with sigma = trust_coefficient * norm2(w) / norm2(r) per tensor.
+
+    Args and errors are those of `build_optimizer("lamb", ...)`.
+    """
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float | Tensor = 1e-2,
+        *,
+        trust_coefficient: float = 1e-2,
+        initial_accumulator_value: float = 0.1,
+        eps: float = 1e-10,
+        **common: Unpack[Common],
+    ) -> None:
+        adagrad = {"initial_accumulator_value": initial_accumulator_value, "eps": eps}
+        super().__init__(params, "lamb", lr=lr, trust_coefficient=trust_coefficient, **adagrad, **common)
+
+
+class LAMBAdam(SigmaOptimizer):
+    """LAMB as published: Adam with sigma = trust_coefficient * norm2(w) / norm2(r) per tensor.
+
+    Args and errors are those of `build_optimizer("lamb_adam", ...)`.
+    """
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float | Tensor = 1e-3,
+        *,
+        trust_coefficient: float = 1.0,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-6,
+        **common: Unpack[Common],
+    ) -> None:
+        super().__init__(
+            params, "lamb_adam", lr=lr, trust_coefficient=trust_coefficient, betas=betas, eps=eps, **common
+        )

@@ -1,1 +1,1 @@
-"""C kernels for Adagrad's family on the CPU: two passes over memory, compiled once by the system's compiler."""
+"""C kernels for Adagrad and its rules on the CPU: two passes over memory, compiled once by the system compiler."""

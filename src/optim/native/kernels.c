@@ -1,4 +1,4 @@
-/* Adagrad's family on the CPU: reduce a list of tensors, then step them. Called from kernels.py through ctypes. */
+/* Adagrad's family on the CPU: reduce a list of tensors, then step them. Called from backend.py through ctypes. */
 
 #include <float.h>
 #include <math.h>
@@ -12,16 +12,15 @@
 typedef struct {
     void *weight;
     const void *grad;
-    void *total;   /* the accumulator G */
-    int64_t size;  /* coordinates */
-    int64_t wide;  /* double, not float */
-    void *floors;  /* G only grows: what was its smallest coordinate in every PIECE once, in G's type; null: not kept */
-    uint8_t *stale; /* of every chunk: whether the next step should bring its floors up to date; null with floors */
+    void *total;       /* the accumulator G */
+    int64_t size;      /* coordinates */
+    int64_t is_double; /* float otherwise */
 } Tensor;
 
 typedef struct {
-    double sign, decay, eps, lambda_rel, lambda_abs, lambda_acc;
-    double shrink; /* decoupled weight decay */
+    double sign, decay, eps;
+    double bound_rel, bound_abs, bound_acc; /* b = bound_rel * |w| + bound_abs + bound_acc / root */
+    double shrink;                          /* decoupled weight decay */
     int64_t delayed, inside;
     int64_t clips_gradient, feeds_clipped; /* r is of sigma * g', and so is what G is fed */
     int64_t grads, weights, updates, largest, overshoot; /* which reductions are wanted */
@@ -32,18 +31,16 @@ typedef struct {
     double keep, rate, seen, fed;
 } Factors;
 
-enum { GRAD_SQ, WEIGHT_SQ, UPDATE_SQ, UPDATE_MAX, OVERSHOOT, COLUMNS };
+enum { GRAD_SQ, WEIGHT_SQ, UPDATE_SQ, UPDATE_MAX, OVERSHOOT, INDEX, WEIGHT, GRAD, TOTAL, COLUMNS };
 enum { MOVED_SQ, MOVED_MAX, SIZES }; /* of the step taken, lr and sigma included */
 /* A float chunk of w, g and G fits a 1 MiB cache. */
-enum { CHUNK = 1 << 16, BLOCK = 512, LANES = 32, WAYS = 4, PIECE = BLOCK / WAYS };
-enum { PIECES = CHUNK / PIECE, AHEAD = 8 /* pieces */ };
+enum { CHUNK = 1 << 16, BLOCK = 512, LANES = 32, WAYS = 4 };
 
 #define REAL float
 #define NAME(x) x##_float
 #define SQRT sqrtf
 #define FABS fabsf
 #define WORD int32_t
-#define MAGNITUDE INT32_MAX
 #define EPSILON FLT_EPSILON
 #define SMALLEST FLT_MIN
 #include "kernels.h"
@@ -52,7 +49,6 @@ enum { PIECES = CHUNK / PIECE, AHEAD = 8 /* pieces */ };
 #undef SQRT
 #undef FABS
 #undef WORD
-#undef MAGNITUDE
 #undef EPSILON
 #undef SMALLEST
 
@@ -61,7 +57,6 @@ enum { PIECES = CHUNK / PIECE, AHEAD = 8 /* pieces */ };
 #define SQRT sqrt
 #define FABS fabs
 #define WORD int64_t
-#define MAGNITUDE INT64_MAX
 #define EPSILON DBL_EPSILON
 #define SMALLEST DBL_MIN
 #include "kernels.h"
@@ -73,7 +68,7 @@ static int64_t width(const Tensor *t, int64_t chunk) {
     return left < CHUNK ? left : CHUNK;
 }
 
-/* The part of n chunks that this thread works on, in every pass: what it has just read is in its own cache. */
+/* The part of n chunks that this thread works on, the same in both passes: what it has just read is in its cache. */
 typedef struct {
     int64_t begin, end;
 } Part;
@@ -102,11 +97,11 @@ void optim_reduce(const Tensor *tensors, int64_t count, const Settings *s, const
         memset(parts, 0, n * COLUMNS * sizeof(double));
 #pragma omp parallel num_threads(threads) if (n > 1)
         {
-            double worst = least; /* of this thread: what is to be surpassed */
+            double worst = least; /* of this thread: the overshoot to exceed */
             const Part mine = part_of(n);
             for (int64_t c = mine.begin; c < mine.end; c++) {
                 double *part = parts + c * COLUMNS;
-                if (tensor->wide)
+                if (tensor->is_double)
                     reduce_chunk_double(tensor, c, width(tensor, c), s, &worst, part);
                 else
                     reduce_chunk_float(tensor, c, width(tensor, c), s, &worst, part);
@@ -115,20 +110,17 @@ void optim_reduce(const Tensor *tensors, int64_t count, const Settings *s, const
         double *sum = out + t * COLUMNS;
         for (int64_t c = 0; c < n; c++, parts += COLUMNS) {
             for (int k = GRAD_SQ; k <= UPDATE_SQ; k++) sum[k] += parts[k];
-            for (int k = UPDATE_MAX; k <= OVERSHOOT; k++) sum[k] = larger(sum[k], parts[k]);
+            sum[UPDATE_MAX] = larger(sum[UPDATE_MAX], parts[UPDATE_MAX]);
+            if (parts[OVERSHOOT] != parts[OVERSHOOT] || parts[OVERSHOOT] > sum[OVERSHOOT])
+                memcpy(sum + OVERSHOOT, parts + OVERSHOOT, (COLUMNS - OVERSHOOT) * sizeof(double));
         }
     }
 }
 
-/* out: [count], whether all gradients of a tensor are finite. reduced: null, or what optim_reduce made of the tensors,
- * with any of its reductions: where that is finite, so are the gradients (a square that overflowed says nothing). */
-void optim_finite(const Tensor *tensors, int64_t count, const Settings *s, const double *reduced, uint8_t *out,
-                  int64_t threads) {
-    const int looked = reduced && (s->grads || s->weights || s->updates || s->overshoot);
+/* out: [count], whether all gradients of a tensor are finite. */
+void optim_finite(const Tensor *tensors, int64_t count, const Settings *s, uint8_t *out, int64_t threads) {
+    (void)s;
     for (int64_t t = 0; t < count; t++) {
-        const double *sum = looked ? reduced + t * COLUMNS : 0;
-        out[t] = sum && isfinite(sum[GRAD_SQ] + sum[UPDATE_SQ] + sum[OVERSHOOT]);
-        if (out[t]) continue;
         const Tensor *tensor = &tensors[t];
         const int64_t n = chunks(tensor);
         int finite = 1;
@@ -136,8 +128,8 @@ void optim_finite(const Tensor *tensors, int64_t count, const Settings *s, const
         {
             const Part mine = part_of(n);
             for (int64_t c = mine.begin; c < mine.end && finite; c++)
-                finite = tensor->wide ? chunk_finite_double(tensor, c, width(tensor, c))
-                                      : chunk_finite_float(tensor, c, width(tensor, c));
+                finite = tensor->is_double ? chunk_finite_double(tensor, c, width(tensor, c))
+                                           : chunk_finite_float(tensor, c, width(tensor, c));
         }
         out[t] = finite;
     }
@@ -166,7 +158,7 @@ void optim_step(const Tensor *tensors, int64_t count, const Settings *s, const d
             const Part mine = part_of(n);
             for (int64_t c = mine.begin; c < mine.end; c++) {
                 double *part = parts ? parts + c * SIZES : 0;
-                if (tensor->wide)
+                if (tensor->is_double)
                     step_chunk_double(tensor, c, width(tensor, c), s, &factors, part);
                 else
                     step_chunk_float(tensor, c, width(tensor, c), s, &factors, part);
@@ -178,46 +170,4 @@ void optim_step(const Tensor *tensors, int64_t count, const Settings *s, const d
             size[MOVED_MAX] = larger(size[MOVED_MAX], parts[c * SIZES + MOVED_MAX]);
         }
     }
-}
-
-/* The rows of one table, and where copies of them lie, one after the other. */
-typedef struct {
-    char *table, *copy;
-    int64_t bytes; /* a row */
-} Rows;
-
-INLINE void move_row(const Rows *r, const int64_t *rows, int64_t i, int64_t soon, int back) {
-    char *there = r->table + rows[i] * r->bytes, *here = r->copy + i * r->bytes;
-    const char *next = r->table + rows[soon] * r->bytes;
-    for (int64_t line = 0; line < r->bytes; line += 64) __builtin_prefetch(next + line, 1, 3);
-    memcpy(back ? there : here, back ? here : there, r->bytes);
-}
-
-/* Copy rows of several tables of one height out of them, or back. Every row is a miss of the cache and of the page
- * table's: rows are asked for EARLY ahead, of all tables at once, so that the misses overlap. Back goes backwards: the
- * rows that came out last are still there, or their pages. Returns whether an index is outside of the tables; nothing
- * has been touched then. */
-int64_t optim_move_rows(const Rows *tables, int64_t count, const int64_t *rows, int64_t n, int64_t height, int64_t back,
-                        int64_t threads) {
-    enum { EARLY = 24, WORTH = 2048 };
-    for (int64_t i = 0; i < n; i++)
-        if (rows[i] < 0 || rows[i] >= height) return 1;
-#pragma omp parallel num_threads(threads) if (n >= WORTH)
-    {
-        const Part mine = part_of(n);
-        const int64_t size = mine.end - mine.begin, first = back ? mine.end - 1 : mine.begin, way = back ? -1 : 1;
-        for (int64_t k = 0; k < size; k++) {
-            const int64_t soon = first + way * (k + EARLY < size ? k + EARLY : size - 1);
-            for (int64_t t = 0; t < count; t++) move_row(&tables[t], rows, first + way * k, soon, back != 0);
-        }
-    }
-    return 0;
-}
-
-/* out: [n / PIECE, rounded up], the smallest value of every piece, in the type of the values. */
-void optim_minima(const void *values, int64_t n, int64_t wide, void *out) {
-    if (wide)
-        minima_double(values, n, out);
-    else
-        minima_float(values, n, out);
 }

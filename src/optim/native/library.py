@@ -1,4 +1,4 @@
-"""Compiling and loading the C kernels: once a machine, a few seconds, then from a cache."""
+"""Compiles the C kernels, once per machine, and loads them from a cache."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-import torch  # before loading, so that the kernels share the OpenMP threads that torch brought
+import torch  # imported before loading, so that the kernels share torch's OpenMP threads
 
 _log = logging.getLogger("optim")
 _HERE = Path(__file__).parent
 _SOURCES = ("kernels.c", "kernels.h")
 _FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
-# Apple's compiler knows no -fopenmp, others no -march=native; each step back loses speed, not results.
+# Apple's compiler has no -fopenmp, others no -march=native. The variants without them are slower, not different.
 _VARIANTS = ((*_FLAGS, "-fopenmp"), _FLAGS, tuple(flag for flag in _FLAGS if flag != "-march=native"))
 
 _WITHOUT = "Adagrad, Clippy, GC, AGC and LAMB run in plain torch, several times slower"
@@ -27,7 +27,7 @@ _WITHOUT = "Adagrad, Clippy, GC, AGC and LAMB run in plain torch, several times 
 
 @functools.cache
 def load() -> ctypes.CDLL | None:
-    """Return the kernels; None, with the reason logged, where there is no compiler or the result does not load."""
+    """Return the kernels. None, with the reason logged, where there is no compiler or the library does not load."""
     compiler = next((found for name in (os.environ.get("CC"), "cc", "gcc", "clang") if (found := _which(name))), None)
     if compiler is None or platform.system() == "Windows":
         _log.info("no C compiler found: %s", _WITHOUT)
@@ -46,7 +46,7 @@ def _which(name: str | None) -> str | None:
 
 
 def _compiled(compiler: str, flags: tuple[str, ...]) -> Path:
-    """Return the compiled library, from the cache where this source, compiler and processor made one before."""
+    """Return the compiled library, from the cache where this source, compiler and processor have one."""
     source = b"".join((_HERE / name).read_bytes() for name in _SOURCES)
     key = hashlib.sha256(b"\0".join([source, compiler.encode(), " ".join(flags).encode(), _processor()])).hexdigest()
     folder = _cache_folder()
@@ -54,7 +54,7 @@ def _compiled(compiler: str, flags: tuple[str, ...]) -> Path:
     if library.exists():
         return library
     _log.info("compiling C kernels, once: %s", library)
-    # Several processes may get here at once: each compiles its own file, and the last rename wins.
+    # Several processes may get here at once. Each compiles its own file, and the last rename wins.
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         made = Path(scratch) / library.name
         command = [compiler, *flags, str(_HERE / _SOURCES[0]), "-o", str(made), "-lm"]
@@ -64,7 +64,7 @@ def _compiled(compiler: str, flags: tuple[str, ...]) -> Path:
 
 
 def _processor() -> bytes:
-    """Return what -march=native depends on: a cache may be shared by unlike machines."""
+    """Return what -march=native depends on, because different machines may share a cache."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         return "\n".join(
@@ -75,7 +75,7 @@ def _processor() -> bytes:
 
 
 def _cache_folder() -> Path:
-    """Return a folder that nobody else can write to: code is loaded from it."""
+    """Return a folder that no other user can write to, because code is loaded from it."""
     base = os.environ.get("XDG_CACHE_HOME")
     folder = (Path(base) if base else Path.home() / ".cache") / "evenkeel-optim"
     try:

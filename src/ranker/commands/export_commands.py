@@ -10,17 +10,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
 from rich.console import Console
 
 from ranker.cli import command
 from ranker.config import conf_folder
 from ranker.data.columns import from_plain as from_mapping
-from ranker.errors import UserError, suggest
-from ranker.export.bundle import PROGRAMS, Export, refuse_existing, write_json
-from ranker.export.engine import open_program
+from ranker.export.bundle import PROGRAMS, Export, counted, refuse_existing, write_json
+from ranker.export.program_runtime import open_program
 from ranker.export.scoring import ON_BAD_ROWS, ParquetRows, score_file
-from ranker.export.show import counted
 from ranker.stability.gate import GateSettings, Verdict
 
 DESCRIPTION = """Export the model of a run, if it passes the gate.
@@ -56,8 +55,7 @@ def export(arguments: Sequence[str] | None = None) -> int:
 def _export(given: argparse.Namespace, settings: GateSettings, destination: Path) -> Verdict:
     # Imported late: Lightning and torch's exporter cost seconds that --help need not wait for.
     from ranker.build import make_net, open_log
-    from ranker.export.candidate import Candidate, Weights
-    from ranker.export.release import hand_out
+    from ranker.export.release import Candidate, Weights, write_export
     from ranker.runs.run_folder import RunFolder, versions
 
     folder = RunFolder.existing(given.run)
@@ -80,7 +78,7 @@ def _export(given: argparse.Namespace, settings: GateSettings, destination: Path
         "holdout_rows": rows,
         "versions": versions(),
     }
-    return hand_out(
+    return write_export(
         candidate, evidence, settings, destination=destination, onnx=given.onnx, force=given.force, about=about
     )
 
@@ -103,14 +101,12 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _settings(given: argparse.Namespace) -> GateSettings:
-    gates = conf_folder() / "gate"
-    path = gates / f"{given.gate}.yaml"
-    if not path.is_file():
-        raise UserError(f"no gate '{given.gate}'; {suggest(given.gate, [p.stem for p in gates.glob('*.yaml')])}")
-    values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    with initialize_config_dir(str(conf_folder()), version_base="1.3"):
+        cfg = compose(overrides=[f"+gate={given.gate}"])
+    values: dict[str, Any] = OmegaConf.to_container(cfg.gate, resolve=True)  # type: ignore[assignment]
     names = [field.name for field in dataclasses.fields(GateSettings)]
     values |= {name: getattr(given, name) for name in names if getattr(given, name) is not None}
-    return from_mapping(GateSettings, values, str(path))
+    return from_mapping(GateSettings, values, f"gate={given.gate}")
 
 
 @command

@@ -43,6 +43,8 @@ def train() -> None:
     # console command is none, because it needs the word "train" before the overrides.
     if not sys.argv[0].endswith("train.py"):
         sys.argv[0] = __file__
+    if {"--cfg", "-c", "--cfg=job", "-cjob"} & set(sys.argv) and "--resolve" not in sys.argv:
+        sys.argv.append("--resolve")  # shows the learning rate and widths that will be used, not ${...}
     cli.run(_main)
 
 

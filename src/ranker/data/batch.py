@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+
+_COLUMNS = ("dense_BF", "onehot_BC", "labels_BT", "mask_BT", "time_ms_B", "row_B")
 
 
 @dataclass(frozen=True)
@@ -34,12 +37,6 @@ class Ragged:
         source = np.repeat(starts - offsets[:-1], lengths)
         source += np.arange(len(source))
         return Ragged(torch.from_numpy(self.values.numpy().take(source)), torch.from_numpy(offsets))
-
-    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Ragged:
-        """The same lists on another device."""
-        return Ragged(
-            self.values.to(device, non_blocking=non_blocking), self.offsets.to(device, non_blocking=non_blocking)
-        )
 
     @staticmethod
     def concat(parts: Sequence[Ragged]) -> Ragged:
@@ -82,69 +79,41 @@ class Batch:
         return len(self.labels_BT)
 
     def take(self, index_B: Tensor) -> Batch:
-        """The rows at the given positions, in that order, without ``opening``. CPU only."""
-        return Batch(
-            dense_BF=_take(self.dense_BF, index_B),
-            onehot_BC=_take(self.onehot_BC, index_B),
-            ragged={name: lists.take(index_B) for name, lists in self.ragged.items()},
-            labels_BT=_take(self.labels_BT, index_B),
-            mask_BT=_take(self.mask_BT, index_B),
-            time_ms_B=_take(self.time_ms_B, index_B),
-            row_B=_take(self.row_B, index_B),
-            window=self.window,
-        )
+        """The rows at the given positions, in that order, without ``number`` and ``opening``. CPU only."""
+        rows = self._each(lambda tensor: _take(tensor, index_B), lambda lists: lists.take(index_B))
+        return replace(rows, number=-1, opening=None)
 
     def slice(self, start: int, stop: int) -> Batch:
-        """Rows start .. stop-1. Only the offsets of lists are copied."""
-        ragged = {}
-        for name, lists in self.ragged.items():
+        """Rows start .. stop-1, without ``number`` and ``opening``. Only the offsets of lists are copied."""
+
+        def cut(lists: Ragged) -> Ragged:
             offsets = lists.offsets[start : stop + 1]
             low, high = int(offsets[0]), int(offsets[-1])
-            ragged[name] = Ragged(lists.values[low:high], offsets - low)
-        return Batch(
-            dense_BF=self.dense_BF[start:stop],
-            onehot_BC=self.onehot_BC[start:stop],
-            ragged=ragged,
-            labels_BT=self.labels_BT[start:stop],
-            mask_BT=self.mask_BT[start:stop],
-            time_ms_B=self.time_ms_B[start:stop],
-            row_B=self.row_B[start:stop],
-            window=self.window,
-        )
+            return Ragged(lists.values[low:high], offsets - low)
+
+        return replace(self._each(lambda tensor: tensor[start:stop], cut), number=-1, opening=None)
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Batch:
         """The same rows on another device. ``opening`` is not moved: it is moved in pieces when it is scored."""
-        return self._each(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+        return self._each_tensor(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> Batch:
         """The same rows in pinned memory, so that copies to a GPU are asynchronous. ``opening`` is not pinned."""
-        return self._each(Tensor.pin_memory)
+        return self._each_tensor(Tensor.pin_memory)
 
-    def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
-        return replace(
-            self,
-            dense_BF=change(self.dense_BF),
-            onehot_BC=change(self.onehot_BC),
-            ragged={n: Ragged(change(lists.values), change(lists.offsets)) for n, lists in self.ragged.items()},
-            labels_BT=change(self.labels_BT),
-            mask_BT=change(self.mask_BT),
-            time_ms_B=change(self.time_ms_B),
-            row_B=change(self.row_B),
-        )
+    def _each_tensor(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        return self._each(change, lambda lists: Ragged(change(lists.values), change(lists.offsets)))
+
+    def _each(self, change: Callable[[Tensor], Tensor], change_lists: Callable[[Ragged], Ragged]) -> Batch:
+        columns: dict[str, Any] = {name: change(getattr(self, name)) for name in _COLUMNS}
+        return replace(self, ragged={n: change_lists(lists) for n, lists in self.ragged.items()}, **columns)
 
     @staticmethod
     def concat(parts: Sequence[Batch]) -> Batch:
         """Concatenates the rows of several parts. CPU only."""
-        return Batch(
-            dense_BF=_join([p.dense_BF for p in parts]),
-            onehot_BC=_join([p.onehot_BC for p in parts]),
-            ragged={n: Ragged.concat([p.ragged[n] for p in parts]) for n in parts[0].ragged},
-            labels_BT=_join([p.labels_BT for p in parts]),
-            mask_BT=_join([p.mask_BT for p in parts]),
-            time_ms_B=_join([p.time_ms_B for p in parts]),
-            row_B=_join([p.row_B for p in parts]),
-            window=parts[0].window,
-        )
+        columns: dict[str, Any] = {name: _join([getattr(part, name) for part in parts]) for name in _COLUMNS}
+        ragged = {n: Ragged.concat([part.ragged[n] for part in parts]) for n in parts[0].ragged}
+        return Batch(ragged=ragged, window=parts[0].window, **columns)
 
 
 # NumPy copies whole rows in the calling thread. Torch would start a thread pool for each reading thread. All of these

@@ -62,7 +62,6 @@ class WindowedLoader:
         rank: int = 0,
         world_size: int = 1,
         start_batch: int = 0,
-        max_batches: int | None = None,
         num_workers: int = 1,
         opening: bool = False,
         pin_memory: bool = False,
@@ -77,7 +76,6 @@ class WindowedLoader:
             rank: number of this process.
             world_size: number of processes.
             start_batch: number of the first batch to draw.
-            max_batches: number of batches to draw. None draws all to the end.
             num_workers: threads that read windows ahead (one more cuts them into batches). 0 reads in the caller's
                 thread.
             opening: attach this rank's share of each window, in time order, to the window's first batch.
@@ -89,7 +87,6 @@ class WindowedLoader:
         self._log, self._plan, self._seed = log, plan, seed
         self._rank, self._world_size = rank, world_size
         self._next = start_batch
-        self._stop = plan.num_batches if max_batches is None else min(plan.num_batches, start_batch + max_batches)
         self._num_workers = num_workers
         self._opening, self._pin_memory = opening, pin_memory
         self._past = past
@@ -122,7 +119,7 @@ class WindowedLoader:
     def _tasks(self, start: int, readers: Executor) -> Iterator[Callable[[], _Cut]]:
         """One task per batch. Taking a task also starts the prefetch of the next windows."""
         windows: dict[int, Future[_Window]] = {}
-        for number in range(start, self._stop):
+        for number in range(start, self.num_batches):
             window, place = self._plan.locate(number)
             for k in self._wanted(window):
                 if k not in windows:
@@ -133,9 +130,8 @@ class WindowedLoader:
     def _wanted(self, window: int) -> Iterator[int]:
         """The current window and those to prefetch: the next one, and more if windows are small."""
         yield window
-        last, _ = self._plan.locate(self._stop - 1)
         ahead = 0
-        while self._num_workers and window < last and ahead < _ROWS_AHEAD_IN_BATCHES:
+        while self._num_workers and window + 1 < self._plan.num_windows and ahead < _ROWS_AHEAD_IN_BATCHES:
             window += 1
             ahead += self._plan.batches(window)
             yield window

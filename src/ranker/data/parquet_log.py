@@ -18,9 +18,9 @@ from ranker.data.filesystem import open_root
 from ranker.data.log import Log
 from ranker.data.manifest import MANIFEST_FILE, Manifest
 from ranker.data.parquet_index import ParquetIndex, build_index
-from ranker.data.row_faults import OnBadRows, bad_rows, check_policy, drop_rows, raise_first, write_quarantine
+from ranker.data.row_faults import POLICIES, bad_rows, drop_rows, raise_first, write_quarantine
 from ranker.data.schema import SCHEMA_FILE, Schema
-from ranker.errors import UserError
+from ranker.errors import UserError, one_of
 
 _DAY_MS = 86_400_000
 _KEPT_GROUPS = 2  # a moving window needs the row group that it leaves and the one that it enters
@@ -59,7 +59,8 @@ class ParquetLog(Log):
         Raises:
             UserError: the files do not match the schema or each other, or no rows are left for training.
         """
-        self._on_bad_rows: OnBadRows = check_policy(on_bad_rows)
+        one_of(on_bad_rows, POLICIES, "on_bad_rows")
+        self._on_bad_rows = on_bad_rows
         self._root = open_root(root)
         self.schema = schema if schema is not None else self._read_schema()
         text = self._root.read_bytes(MANIFEST_FILE)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -17,10 +16,9 @@ from pyarrow import fs
 from ranker.atomic import replacing
 from ranker.data.batch import Batch, Ragged
 from ranker.data.filesystem import Root, one_line
-from ranker.errors import UserError, suggest
+from ranker.errors import UserError
 
-OnBadRows = Literal["raise", "drop", "quarantine"]
-ON_BAD_ROWS: tuple[OnBadRows, ...] = ("raise", "drop", "quarantine")
+POLICIES = ("raise", "drop", "quarantine")  # values of on_bad_rows
 QUARANTINE_DIR = "quarantine"
 
 
@@ -51,18 +49,6 @@ class Fault:
     reason: str
     cure: str
     rows: npt.NDArray[np.int64]
-
-
-def check_policy(on_bad_rows: str) -> OnBadRows:
-    """Returns a known policy.
-
-    Raises:
-        UserError: it is not one of raise, drop, quarantine.
-    """
-    for known in ON_BAD_ROWS:
-        if on_bad_rows == known:
-            return known
-    raise UserError(f"on_bad_rows '{on_bad_rows}' is unknown; {suggest(str(on_bad_rows), ON_BAD_ROWS)}")
 
 
 def raise_first(faults: Sequence[Fault], place: Place) -> None:

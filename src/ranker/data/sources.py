@@ -24,7 +24,7 @@ def prepared(
         UserError: no folder is given, or it has no log.
     """
     if root is None:
-        raise UserError("data=parquet needs data.root=DIR, a folder of Parquet files with a schema.yaml")
+        raise UserError("data=parquet needs data.source=DIR, a folder of Parquet files with a schema.yaml")
     return ParquetLog(root, eval_days=eval_days, days=days, on_bad_rows=on_bad_rows)
 
 

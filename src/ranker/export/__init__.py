@@ -1,1 +1,1 @@
-"""From a run folder to a program that serves, and from rows to scores. Torch, and the data path; no Lightning."""
+"""Export of a trained model to a program for serving, and scoring with it. Needs no Lightning."""

@@ -1,4 +1,4 @@
-"""The folder that is handed out: programs, schema, metrics, the gate's report. It appears whole or not at all."""
+"""The folder of an export: its file names, how it is written and read, and progress messages for long passes."""
 
 from __future__ import annotations
 
@@ -6,11 +6,16 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from ranker.atomic import write_text
 from ranker.data.schema import SCHEMA_FILE, Schema
 from ranker.errors import UserError, suggest
 
@@ -21,17 +26,20 @@ PROGRAMS = {"pt2": "model.pt2", "onnx": "model.onnx"}
 
 @contextlib.contextmanager
 def new_folder(destination: Path, *, replace: bool) -> Iterator[Path]:
-    """A folder to fill, put in place when the block ends and removed when it raises.
+    """Yields a new folder, and renames it to the destination when the block ends without an error.
+
+    The draft is named after the process, so that two exports at once do not mix their files.
+
 
     Args:
-        destination: where it goes.
-        replace: put it in the place of one that is there.
+        destination: the folder to write.
+        replace: replace an existing export.
 
     Yields:
-        The draft, beside the destination and so on the same file system.
+        The folder to fill, a hidden sibling of the destination (on the same file system, so that the rename is atomic).
 
     Raises:
-        UserError: something is there and ``replace`` is false.
+        UserError: the destination exists and must not be replaced.
     """
     refuse_existing(destination, replace=replace)
     destination.parent.mkdir(parents=True, exist_ok=True)
@@ -52,32 +60,32 @@ def new_folder(destination: Path, *, replace: bool) -> Iterator[Path]:
 
 
 def refuse_existing(destination: Path, *, replace: bool) -> None:
-    """Asks first, before anything long is done.
+    """Checks a destination before the export starts.
 
     Raises:
-        UserError: something is there that is not to be replaced, or that is no export.
+        UserError: the destination exists, and is not an export or must not be replaced.
     """
     if not destination.exists():
         return
     if not (destination / ABOUT).is_file():
-        raise UserError(f"{destination} is there and is no export; give another folder with --out")
+        raise UserError(f"{destination} exists and is not an export; give another folder with --out")
     if not replace:
         raise UserError(f"{destination} holds an export already; --force replaces it, --out gives another folder")
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Writes plain data."""
-    path.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    """Writes a JSON file, atomically."""
+    write_text(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
 
 
 @dataclass(frozen=True)
 class Export:
-    """A folder that was handed out.
+    """An export folder.
 
     Attributes:
         path: the folder.
         schema: features and tasks.
-        about: what ``export.json`` says.
+        about: the contents of ``export.json``.
     """
 
     path: Path
@@ -86,10 +94,10 @@ class Export:
 
     @classmethod
     def read(cls, path: Path) -> Export:
-        """Reads all but the program.
+        """Reads everything except the programs.
 
         Raises:
-            UserError: it is no export, or one of a later version of this project.
+            UserError: the folder is not an export, or has another format version.
         """
         if not (path / ABOUT).is_file():
             raise UserError(f"no {ABOUT} in {path}; give a folder that scripts/export.py wrote")
@@ -101,10 +109,50 @@ class Export:
     def program(self, form: str) -> Path:
         """The file of a program.
 
+        Args:
+            form: ``pt2`` or ``onnx``.
+
         Raises:
-            UserError: the export does not hold this format.
+            UserError: the export does not contain this format.
         """
-        there = [name for name, file in PROGRAMS.items() if (self.path / file).is_file()]
-        if form not in there:
-            raise UserError(f"{self.path} holds no {form} program; {suggest(form, there)}")
+        formats = [name for name, file in PROGRAMS.items() if (self.path / file).is_file()]
+        if form not in formats:
+            raise UserError(f"{self.path} holds no {form} program; {suggest(form, formats)}")
         return self.path / PROGRAMS[form]
+
+
+LINE_SECONDS = 15.0
+
+
+def unseen(rows: int) -> None:
+    """Default of ``advance``: shows no progress."""
+
+
+@contextlib.contextmanager
+def counted(label: str, *, total: int, console: Console) -> Iterator[Callable[[int], None]]:
+    """Shows the progress of a pass over rows: a bar on a terminal, otherwise a line now and then.
+
+    Args:
+        label: what is being done.
+        total: number of rows.
+        console: the output.
+
+    Yields:
+        A function to call with the number of rows done since the last call.
+    """
+    if console.is_terminal:
+        columns = (TextColumn(label), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=console) as progress:
+            task = progress.add_task(label, total=total)
+            yield lambda rows: progress.advance(task, rows)
+        return
+    done, spoken = 0, time.monotonic()
+
+    def advance(rows: int) -> None:
+        nonlocal done, spoken
+        done += rows
+        if time.monotonic() - spoken >= LINE_SECONDS:
+            spoken = time.monotonic()
+            console.print(f"{label}: {done:,} of {total:,} rows", highlight=False)
+
+    yield advance

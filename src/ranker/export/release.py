@@ -1,29 +1,205 @@
-"""From a candidate to the folder that is handed out, if the gate lets it through."""
+"""Exports the model of a run: reads the checkpoint, evaluates it, applies the quality gate, writes the folder."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import replace
+import csv
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from torch import nn
 
-from ranker.data.schema import SCHEMA_FILE
-from ranker.export.agreement import difference
-from ranker.export.bundle import ABOUT, FORMAT, GATE, METRICS, PROGRAMS, new_folder, write_json
-from ranker.export.candidate import Candidate, normalisation
-from ranker.export.engine import open_program
+from ranker.data.batch import Batch
+from ranker.data.dense_statistics import NOTHING, DenseStatistics
+from ranker.data.loader import EvalLoader
+from ranker.data.log import Log
+from ranker.data.schema import SCHEMA_FILE, Schema
+from ranker.errors import UserError
+from ranker.export.bundle import ABOUT, FORMAT, GATE, METRICS, PROGRAMS, new_folder, unseen, write_json
 from ranker.export.program import Served, to_onnx, to_program
-from ranker.runs.run_folder import plain
+from ranker.export.program_runtime import difference, open_program
+from ranker.metrics import TaskMetrics
+from ranker.runs.metric_names import TEST, VAL, task_metric
+from ranker.runs.run_folder import DATA_MODULE, GLOBAL_STEP, NET_PREFIX, STATE_DICT, SUMMARY, plain, whole_lines
+from ranker.runs.run_folder import METRICS as CURVES
 from ranker.stability.gate import Evidence, GateSettings, Verdict, judge
 
 
+@dataclass(frozen=True)
+class Weights:
+    """The contents of a checkpoint that concern the model.
+
+    Attributes:
+        net: state of the ranker.
+        statistics: of the dense features after that step.
+        step: number of optimizer steps.
+    """
+
+    net: dict[str, Any]
+    statistics: DenseStatistics
+    step: int
+
+    @classmethod
+    def read(cls, path: Path) -> Weights:
+        """Reads a checkpoint. Does not execute code from the file.
+
+        Raises:
+            UserError: the file is not a checkpoint of a training run.
+        """
+        if not path.is_file():
+            raise UserError(f"no checkpoint {path}")
+        try:
+            saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            state = saved[STATE_DICT]
+            data = saved.get(DATA_MODULE, {})
+            net = {name.removeprefix(NET_PREFIX): x for name, x in state.items() if name.startswith(NET_PREFIX)}
+            step = int(saved[GLOBAL_STEP])
+        except Exception as error:  # torch raises many types of errors for an invalid file
+            raise UserError(f"{path} is not a checkpoint of a run ({' '.join(str(error).split())[:120]})") from error
+        known = data.get("dense_statistics")
+        return cls(net, NOTHING if known is None else DenseStatistics.from_state(known), step)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A model to export.
+
+    Attributes:
+        net: the ranker with the weights of the checkpoint, on the CPU, in evaluation mode.
+        weights: the checkpoint.
+        log: the log that the run was trained on.
+        eval_batch_size: rows per batch in evaluations on the hold-out.
+    """
+
+    net: nn.Module
+    weights: Weights
+    log: Log
+    eval_batch_size: int
+
+    @classmethod
+    def load(cls, net: nn.Module, weights: Weights, *, log: Log, eval_batch_size: int) -> Candidate:
+        """Loads the weights of a checkpoint into a net.
+
+        Args:
+            net: the ranker; changed in place.
+            weights: the checkpoint.
+            log: the log that the run was trained on.
+            eval_batch_size: rows per batch.
+
+        Raises:
+            UserError: the weights do not fit the net.
+        """
+        try:
+            net.load_state_dict(weights.net)
+        except RuntimeError as error:
+            lines = [line.strip() for line in str(error).splitlines()]
+            raise UserError(f"the checkpoint does not fit the run's model: {' '.join(lines[:2])}") from error
+        return cls(net.eval().requires_grad_(False), weights, log, eval_batch_size)
+
+    @property
+    def schema(self) -> Schema:
+        """Features and tasks."""
+        return self.log.schema
+
+    def holdout(self, rows: int | None = None) -> EvalLoader:
+        """The hold-out, not normalised; or blocks of it with about this number of rows."""
+        size = self.eval_batch_size if rows is None else min(rows, self.eval_batch_size)
+        return EvalLoader(self.log, start=self.log.train_rows, stop=self.log.num_rows, batch_size=size, max_rows=rows)
+
+    def sample(self, rows: int) -> Batch:
+        """About this number of rows, spread evenly over the hold-out."""
+        return Batch.concat(list(self.holdout(rows)))
+
+    def evaluate(self, advance: Callable[[int], None] = unseen) -> tuple[dict[str, float], dict[str, int]]:
+        """Metrics on the whole hold-out, and the number of positive labels (above 0) of each task.
+
+        Args:
+            advance: called with the number of rows of each batch.
+        """
+        metrics = TaskMetrics(self.schema)
+        positives_T = torch.zeros(len(self.schema.tasks), dtype=torch.int64)
+        with torch.inference_mode():
+            for batch in self.holdout():
+                known = self.weights.statistics.normalise(batch)
+                metrics.update(self.net(known), known.labels_BT, known.mask_BT)
+                positives_T += ((known.labels_BT > 0) & known.mask_BT).sum(0)
+                advance(len(batch))
+        return metrics.compute(), dict(zip(self.schema.task_names, positives_T.tolist(), strict=True))
+
+    def evidence(
+        self, folder: Path, metrics: Mapping[str, float], positives: Mapping[str, int], *, eval_max_rows: int | None
+    ) -> Evidence:
+        """The evidence for the quality gate.
+
+        Args:
+            folder: the run folder.
+            metrics: from ``evaluate``.
+            positives: from ``evaluate``.
+            eval_max_rows: rows of the hold-out in each evaluation during training; None for all.
+        """
+        state = {**dict(self.net.named_parameters()), **dict(self.net.named_buffers())}
+        status, reason = run_status(folder)
+        rows = self.log.num_rows - self.log.train_rows
+        return Evidence(
+            status=status,
+            reason=reason,
+            nonfinite_weights=[n for n, x in state.items() if x.is_floating_point() and not bool(x.isfinite().all())],
+            tasks={task.name: task.type for task in self.schema.tasks},
+            metrics=metrics,
+            rows={name: int(metrics[f"{name}/observed"]) for name in self.schema.task_names},
+            positives=positives,
+            best_auc=best_aucs(folder / CURVES, self.schema),
+            best_share=min(1.0, eval_max_rows / rows) if eval_max_rows else 1.0,
+        )
+
+
+def run_status(folder: Path) -> tuple[str, str]:
+    """Status and reason from summary.json; ``running`` if there is none."""
+    path = folder / SUMMARY
+    if not path.is_file():
+        return "running", f"there is no {SUMMARY}"
+    summary = json.loads(path.read_text(encoding="utf-8"))
+    return str(summary["status"]), str(summary.get("reason") or "")
+
+
+def best_aucs(path: Path, schema: Schema) -> dict[str, tuple[float, int]]:
+    """The highest AUC of all evaluations on the hold-out and its step, by binary task."""
+    if not path.is_file():
+        return {}
+    rows = list(csv.DictReader(whole_lines(path).decode().splitlines()))
+    best: dict[str, tuple[float, int]] = {}
+    for task in schema.tasks:
+        for name in (task_metric(VAL, task.name, "auc"), task_metric(TEST, task.name, "auc")):
+            found = [(float(row[name]), int(row["step"])) for row in rows if row.get(name)]
+            found = [(auc, step) for auc, step in found if math.isfinite(auc)]
+            if found:
+                best[task.name] = max(found + ([best[task.name]] if task.name in best else []))
+    return best
+
+
+def normalisation(statistics: DenseStatistics, schema: Schema) -> dict[str, Any] | None:
+    """Mean and standard deviation of the dense features, for export.json; None if they are not normalised."""
+    if statistics.rows == 0:
+        return None
+    std_F = np.sqrt(statistics.squares_F / statistics.rows)
+    names = [feature.name for feature in schema.dense]
+    return {
+        "rows": statistics.rows,
+        "mean": dict(zip(names, statistics.mean_F.tolist(), strict=True)),
+        "std": dict(zip(names, std_F.tolist(), strict=True)),
+    }
+
+
 class _RefusedError(Exception):
-    """Leaves the draft of a folder behind to be removed."""
+    """Leaves the block of ``new_folder``, so that the draft is removed."""
 
 
-def hand_out(
+def write_export(
     candidate: Candidate,
     evidence: Evidence,
     settings: GateSettings,
@@ -33,21 +209,21 @@ def hand_out(
     force: bool,
     about: Mapping[str, Any],
 ) -> Verdict:
-    """Judges, converts, compares what was converted, judges that, and only then puts the folder in place.
+    """Applies the gate, converts the model, applies the gate to the outputs of the programs, and writes the folder.
 
-    A model that is refused for what it is, is not converted: the agreement of its outputs is not asked.
+    A model that the gate refuses is not converted.
 
     Args:
         candidate: the model.
-        evidence: what is known of it.
-        settings: what it must show.
-        destination: the folder.
-        onnx: write an ONNX file too.
-        force: replace an export that is there.
-        about: where the model comes from; goes into export.json.
+        evidence: from ``Candidate.evidence``.
+        settings: of the gate.
+        destination: the export folder.
+        onnx: also write an ONNX program.
+        force: replace an existing export.
+        about: origin of the model, for export.json.
 
     Raises:
-        UserError: the destination is taken, or packages are missing.
+        UserError: the destination exists, or packages are missing.
     """
     verdict = judge(evidence, settings)
     if not verdict.passed:
@@ -72,7 +248,7 @@ def hand_out(
             if not verdict.passed:
                 raise _RefusedError
             candidate.schema.to_yaml(draft / SCHEMA_FILE)
-            write_json(draft / METRICS, plain({name: evidence.metrics[name] for name in evidence.metrics}))
+            write_json(draft / METRICS, plain(evidence.metrics))
             write_json(draft / GATE, plain(verdict.to_dict() | {"agreement_rows": len(rows)}))
             signature = served.signature.describe()
             known = {"dense_statistics": normalisation(statistics, candidate.schema)}

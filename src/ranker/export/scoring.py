@@ -1,9 +1,8 @@
-"""Scores a Parquet file through an exported program: a piece at a time, whatever the size of the file."""
+"""Scores a Parquet file with an exported program, in pieces, with memory use independent of the file size."""
 
 from __future__ import annotations
 
 import itertools
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from ranker.atomic import replacing
 from ranker.data.batch import Batch
 from ranker.data.checks import check_feature_columns
 from ranker.data.decode import decode
@@ -20,23 +20,23 @@ from ranker.data.loader import in_order
 from ranker.data.row_faults import Fault, Place, bad_rows, raise_first
 from ranker.data.schema import Schema
 from ranker.errors import UserError, one_of
-from ranker.export.engine import Engine
-from ranker.export.show import unseen
+from ranker.export.bundle import unseen
+from ranker.export.program_runtime import Engine
 
-ROW_GROUP = 131_072  # rows of a row group that is written: what readers expect, and a few MB
-ROW = "row"  # column of row ids where neither schema nor file names one
+ROW_GROUP = 131_072  # rows per row group of the output, a few MB
+ROW = "row"  # name of the row id column if the file has none
 ON_BAD_ROWS = ("raise", "null")
-_AHEAD = 2
-_BUFFER = 1 << 18  # bytes, a column
+_AHEAD = 2  # pieces decoded ahead
+_BUFFER = 1 << 18  # bytes per column
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Some rows of the file.
+    """Consecutive rows of the file.
 
     Attributes:
         batch: their features and row ids.
-        bad: positions of the rows that cannot be scored.
+        bad: positions of rows that cannot be scored.
     """
 
     batch: Batch
@@ -44,18 +44,18 @@ class Piece:
 
 
 class ParquetRows:
-    """The rows of one Parquet file, decoded as the training data were, a few thousand at a time.
+    """The rows of a Parquet file in pieces, decoded in the same way as training data.
 
-    Labels, masks and times may be missing; the columns of the features must be there.
+    Labels, masks and times may be missing. The columns of the features are required.
 
     Args:
         path: the file.
-        schema: what its columns mean.
-        piece_rows: rows of a piece.
-        on_bad_rows: ``raise`` stops at the first row that cannot be used; ``null`` gives it no score.
+        schema: of the export.
+        piece_rows: rows per piece.
+        on_bad_rows: ``raise`` stops at the first row that cannot be used; ``null`` gives such rows a null score.
 
     Raises:
-        UserError: it is no Parquet file, or a column is missing or of the wrong type.
+        UserError: the file is not a Parquet file, or a column is missing or has the wrong type.
     """
 
     def __init__(self, path: Path, schema: Schema, *, piece_rows: int, on_bad_rows: str = "raise") -> None:
@@ -78,14 +78,14 @@ class ParquetRows:
             leaves = pq.read_metadata(path).schema
             texts = [leaves.column(i) for i in range(len(leaves))]
             strings = [leaf.path for leaf in texts if leaf.logical_type.type == "STRING" and leaf.path in self._names]
-            # Otherwise Arrow would fetch a row group, or each of its columns, whole.
+            # Without these options Arrow reads a whole row group, or whole columns of it, into memory.
             self._file = pq.ParquetFile(path, read_dictionary=strings, pre_buffer=False, buffer_size=_BUFFER)
         except pa.ArrowException as error:
             raise UserError(f"{path} is no Parquet file, or a broken one ({one_line(error)})") from error
         self.num_rows: int = self._file.metadata.num_rows
 
     def __iter__(self) -> Iterator[Piece]:
-        """All rows in order; the next piece is decoded while one is scored."""
+        """All rows in order. The next pieces are decoded while one is scored."""
         tables = self._tables()
         fetch: Callable[[], Piece | None] = lambda: next(tables, None)  # noqa: E731
         found = in_order(itertools.repeat(fetch), workers=1, depth=_AHEAD)
@@ -128,26 +128,25 @@ def score_file(
     tasks: Sequence[str],
     advance: Callable[[int], None] = unseen,
 ) -> int:
-    """Scores rows into a Parquet file, which appears when it is whole.
+    """Scores rows and writes a Parquet file, atomically.
 
     Args:
-        rows: what is scored.
+        rows: the rows to score.
         engine: the exported program.
-        out: the file; one that is there is replaced. Columns: the row id (int64), and a float32 column a task.
-        tasks: names of the program's tasks, in order.
-        advance: told the rows of each piece.
+        out: the file; an existing one is replaced. Columns: the row id (int64), and one float32 column per task.
+        tasks: names of the tasks, in the order of the program.
+        advance: called with the number of rows of each piece.
 
     Returns:
-        How many rows got no score.
+        The number of rows without a score.
 
     Raises:
-        UserError: a row cannot be used, or the file cannot be written.
+        UserError: a row cannot be used, or the output cannot be written.
     """
     columns = pa.schema([(rows.id_name, pa.int64()), *((name, pa.float32()) for name in tasks)])
-    draft = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     missing = 0
     try:
-        with pq.ParquetWriter(draft, columns) as writer:
+        with replacing(out) as draft, pq.ParquetWriter(draft, columns) as writer:
             held: list[pa.Table] = []
             for piece in rows:
                 held.append(_scored(piece, engine, columns))
@@ -158,11 +157,8 @@ def score_file(
                 advance(len(piece.batch))
             if held:
                 writer.write_table(pa.concat_tables(held).combine_chunks())
-        draft.replace(out)
     except OSError as error:
         raise UserError(f"cannot write {out}: {one_line(error)}") from error
-    finally:
-        draft.unlink(missing_ok=True)
     return missing
 
 

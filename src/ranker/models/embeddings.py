@@ -111,7 +111,7 @@ class EmbeddingTables(nn.Module):
 
     def _one_hot_rows(self, batch: Batch, dim: int) -> Tensor:
         """Rows within the weight, [B, C_D]."""
-        columns = self._buffers[f"columns_{dim}"]
+        columns: Tensor | None = getattr(self, f"columns_{dim}")
         ids_BC = batch.onehot_BC if columns is None else batch.onehot_BC.index_select(1, columns)
         return ids_BC + self.get_buffer(f"starts_{dim}")
 

@@ -83,7 +83,7 @@ def draw_auc(data: Data, found: Found, destination: Path) -> None:
             left.plot(points["step"], points["auc"], label=f"{method} {rate:g}x", **line)
     styles = dict(zip(PAPER_MODELS, (":", "--", "-"), strict=True))
     compared = [(key, run) for key, run in _runs(found["fig5"]) if key[1] in ("gc", "clippy")]
-    best = {key: _last(run) for key, run in compared}
+    best = {key: (run["auc"].drop_nulls().to_list() or [0.0])[-1] for key, run in compared}
     for (model, method, rate), run in compared:
         rival = [value for (m, o, _), value in best.items() if (m, o) == (model, method)]
         if best[model, method, rate] == max(rival):
@@ -139,15 +139,9 @@ def _runs(curve: pl.DataFrame) -> list[tuple[tuple[str, str, float], pl.DataFram
     return [((str(m), str(o), float(str(r))), run) for (m, o, r), run in curve.group_by(keys, maintain_order=True)]
 
 
-def _last(run: pl.DataFrame) -> float:
-    points = run["auc"].drop_nulls()
-    return float(points[-1]) if len(points) else 0.0
-
-
 def _roles(curve: pl.DataFrame) -> list[str]:
-    layers = [
-        name for name in curve.columns if name in ("dcn", "bottom_first", "bottom_top") or name.startswith("head/")
-    ]
+    shared = ("dcn", "bottom_first", "bottom_top")
+    layers = [name for name in curve.columns if name in shared or name.startswith("head/")]
     return [name for name in layers if curve[name].drop_nulls().len()]  # Small has no cross layer
 
 

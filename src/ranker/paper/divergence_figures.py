@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,7 +27,6 @@ SIGNS = {
     "sigma_agc": "sigma AGC would take",
     "sigma_clippy": "sigma Clippy would take",
 }
-TOP = "bottom_top"
 KEYS = ("model", "lr_mult", "seed", "train.warmup_steps")
 BEFORE = 10  # steps from moment a to moment b
 AFTER = 50  # steps after b in which the highest loss, c, is searched
@@ -79,8 +78,9 @@ def read_losses(setting: Setting, folder: Path, jobs: Sequence[Job]) -> tuple[pl
     runs, missing = curves(folder, jobs, {"loss": TRAIN_LOSS, "auc": task_metric(VAL, setting.data.auc, "auc")})
     if runs.is_empty():
         return runs, missing
-    parts = [_split(runs, _recovered(runs), "micro"), _split(runs, _lost(runs), "full")]
-    return pl.concat([part for part in parts if part is not None] or [runs.clear()]), missing
+    found = {"micro": _recovered(runs), "full": _lost(runs)}
+    parts = [_curve(runs, which, kind) for kind, which in found.items() if which is not None]
+    return pl.concat(parts or [runs.clear()]), missing
 
 
 def read_signs(
@@ -96,12 +96,10 @@ def read_signs(
     which = _lost(runs) if not runs.is_empty() else None
     if which is None:
         return runs.clear(), missing
-    run = _split(runs, which, "full")
-    assert run is not None
+    run = _curve(runs, which, "full")
     when = moments(int(run["first_step"][0]), run)._asdict()
-    moment = pl.col("step").replace_strict(
-        {step: name for name, step in when.items()}, default=None, return_dtype=pl.String
-    )
+    names_of_steps = {step: name for name, step in when.items()}
+    moment = pl.col("step").replace_strict(names_of_steps, default=None, return_dtype=pl.String)
     present = [name for name in run.columns if run[name].null_count() < run.height]
     return run.select(present).with_columns(moment.alias("moment")), missing
 
@@ -198,9 +196,7 @@ def _roles(run: pl.DataFrame) -> list[str]:
     return list(dict.fromkeys(name.rpartition("/")[0] for name in run.columns if name.endswith("/grad_norm")))
 
 
-def _split(runs: pl.DataFrame, which: dict[str, Any] | None, kind: str) -> pl.DataFrame | None:
-    if which is None:
-        return None
+def _curve(runs: pl.DataFrame, which: dict[str, Any], kind: str) -> pl.DataFrame:
     chosen = runs.filter(*(pl.col(key).eq_missing(pl.lit(which[key])) for key in KEYS))
     return chosen.with_columns(pl.lit(kind).alias("kind"))
 
@@ -221,10 +217,6 @@ def _recovered(runs: pl.DataFrame) -> dict[str, Any] | None:
     return next(iter(rise.sort("micro", "rise", descending=True, maintain_order=True).to_dicts()), None)
 
 
-def _other_layers(data: Data) -> tuple[str, ...]:
-    return ("dcn", "bottom_first", f"head/{data.auc}", f"head/{data.rmse}")
-
-
 FIG1 = Study(
     name="fig1",
     title="Figure 1, a micro and a full divergence of naive Adagrad",
@@ -232,29 +224,27 @@ FIG1 = Study(
     sections=loss_sections,
     draw=draw_losses,
 )
-FIG4 = Study(
-    name="fig4",
-    title="Figure 4, what moves before the loss does, top shared layer",
-    phases=(
-        Phase(
-            "fig4",
-            lambda setting, _: jobs(setting),
-            read=lambda setting, folder, jobs: read_signs(setting, folder, jobs, roles=(TOP,)),
+
+
+def _signs_study(name: str, title: str, roles: Callable[[Data], Sequence[str]]) -> Study:
+    return Study(
+        name=name,
+        title=title,
+        phases=(
+            Phase(
+                name,
+                lambda setting, _: jobs(setting),
+                read=lambda setting, folder, jobs: read_signs(setting, folder, jobs, roles=roles(setting.data)),
+            ),
         ),
-    ),
-    sections=lambda data, found: sign_sections("fig4", data, found),
-    draw=lambda data, found, destination: draw_signs("fig4", data, found, destination),
-)
-FIG8 = Study(
-    name="fig8",
-    title="Figure 8, as figure 4 for the other layers",
-    phases=(
-        Phase(
-            "fig8",
-            lambda setting, _: jobs(setting),
-            read=lambda setting, folder, jobs: read_signs(setting, folder, jobs, roles=_other_layers(setting.data)),
-        ),
-    ),
-    sections=lambda data, found: sign_sections("fig8", data, found),
-    draw=lambda data, found, destination: draw_signs("fig8", data, found, destination),
+        sections=lambda data, found: sign_sections(name, data, found),
+        draw=lambda data, found, destination: draw_signs(name, data, found, destination),
+    )
+
+
+FIG4 = _signs_study("fig4", "Figure 4, what moves before the loss does, top shared layer", lambda _: ("bottom_top",))
+FIG8 = _signs_study(
+    "fig8",
+    "Figure 8, as figure 4 for the other layers",
+    lambda data: ("dcn", "bottom_first", f"head/{data.auc}", f"head/{data.rmse}"),
 )

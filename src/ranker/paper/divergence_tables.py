@@ -44,7 +44,7 @@ def table3_rows(data: Data) -> dict[str, Job]:
     one, two = data.dropped
     return {
         "Large+DCN": ("model=large_dcn",),
-        "smaller model": ("model=large_dcn", "model.net.hidden=${scale.model.small.hidden}"),
+        "smaller model": ("model=large_dcn", "model.net.hidden='${model.widths.small.${scale.name}}'"),
         "no DCN": ("model=large",),
         "subset of the features": ("model=large_dcn", *data.fewer_features),
         f"one task fewer ({one})": ("model=large_dcn", _tasks(data, one)),
@@ -148,7 +148,7 @@ def rate_jobs(setting: Setting, chosen: Choices) -> list[Job]:
 
 
 def largest_stable(runs: pl.DataFrame) -> float | None:
-    """The largest multiple below the first one at which a run was lost; None if the smallest one was lost.
+    """The largest multiple below the first one at which a run diverged; None if that is the smallest one.
 
     Args:
         runs: of one model and method.

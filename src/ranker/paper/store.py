@@ -20,26 +20,19 @@ from ranker.runs.run_folder import SUMMARY, whole_lines
 # Settings that do not identify a published run. Where the data lie does not matter, because the data set has a name.
 UNRECORDED = (*NOT_IDENTIFYING, "data.source", "data.root")
 DEFAULTS = {"scale": "laptop", "lr_mult": "1", "seed": "0"}  # values of keys that a job does not override
+# Overrides of runs that were made before a setting got its present name.
+RENAMED = {
+    "model.net.hidden=${scale.model.small.hidden}": "model.net.hidden='${model.widths.small.${scale.name}}'",
+}
 STANDARD = ("data", "scale", "model", "optim", "lr_mult", "seed")
 METRICS = ("auc", "ne", "rmse", "calibration")
-CURVE_KEYS = (
-    "model",
-    "optim",
-    "lr_mult",
-    "seed",
-    "status",
-    "first_step",
-    "micro",
-    "train.warmup_steps",
-    "commit",
-    "machine",
-)
+CURVE_KEYS = (*STANDARD[2:], "status", "first_step", "micro", "train.warmup_steps", "commit", "machine")
 DIGITS = 5  # significant digits in the CSV files of curves
 
 
 def identity(overrides: Iterable[str]) -> frozenset[tuple[str, str]]:
     """What identifies a job: its overrides, independent of their order and of how numbers are written."""
-    values = DEFAULTS | dict(override.split("=", 1) for override in overrides)
+    values = DEFAULTS | dict(RENAMED.get(override, override).split("=", 1) for override in overrides)
     return frozenset((key, _normalised(value)) for key, value in values.items() if not is_below(key, UNRECORDED))
 
 

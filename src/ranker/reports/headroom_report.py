@@ -6,7 +6,8 @@ import csv
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,52 +17,48 @@ from rich.table import Table
 from ranker.atomic import replacing, write_text
 from ranker.reports.curves import COLOURS
 from ranker.runs.run_folder import plain
-from ranker.stability.lr_headroom import Headroom, Level, Outcome, headroom, survival
+from ranker.stability.lr_headroom import Headroom, Level, Outcome, headroom, settled, survival
 
 JSON, CSV, PICTURE = "headroom.json", "headroom.csv", "headroom.png"
 
 
-@dataclass(frozen=True)
+@dataclass
 class Entry:
-    """The result for one candidate, such as one optimizer.
+    """One candidate, such as one optimizer, and the results of its runs.
 
     Attributes:
         label: the overrides that differ between candidates; empty for a single one.
         overrides: common to all its runs.
-        outcomes: of its runs.
-        summaries: of its runs, in the same order.
-        levels: the survival curve, one level per learning rate.
-        found: the largest stable learning rate in multiples of 1x; None if no run completed or diverged.
+        min_auc: a run with a lower AUC can count as lost; see ``settled``.
+        confidence: of the intervals.
+        runs: outcome and summary of each run so far.
     """
 
     label: str
-    overrides: Sequence[str]
-    outcomes: Sequence[Outcome]
-    summaries: Sequence[Mapping[str, Any]]
-    levels: Sequence[Level]
-    found: Headroom | None
+    overrides: list[str]
+    min_auc: float
+    confidence: float
+    runs: list[tuple[Outcome, Mapping[str, Any]]] = field(default_factory=list)
 
-    @classmethod
-    def of(
-        cls,
-        label: str,
-        overrides: Sequence[str],
-        outcomes: Sequence[Outcome],
-        summaries: Sequence[Mapping[str, Any]],
-        *,
-        confidence: float,
-    ) -> Entry:
-        """Computes the survival curve and the headroom.
+    @property
+    def outcomes(self) -> list[Outcome]:
+        """The outcomes of the runs so far."""
+        return settled([outcome for outcome, _ in self.runs], min_auc=self.min_auc)
 
-        Args:
-            label: see the attributes.
-            overrides: see the attributes.
-            outcomes: see the attributes.
-            summaries: see the attributes.
-            confidence: of the intervals.
-        """
-        levels = survival(outcomes, confidence=confidence)
-        return cls(label, overrides, outcomes, summaries, levels, headroom(outcomes, confidence=confidence))
+    @cached_property
+    def levels(self) -> Sequence[Level]:
+        """The survival curve, one level per learning rate. Computed once; read it only when all runs have ended."""
+        return survival(self.outcomes, confidence=self.confidence)
+
+    @cached_property
+    def found(self) -> Headroom | None:
+        """The largest stable learning rate in multiples of 1x; None if no run completed or diverged. Computed once."""
+        return headroom(self.outcomes, confidence=self.confidence)
+
+    @property
+    def results(self) -> list[tuple[Outcome, Mapping[str, Any]]]:
+        """The outcomes with the summaries of their runs."""
+        return [(outcome, summary) for outcome, (_, summary) in zip(self.outcomes, self.runs, strict=True)]
 
     @property
     def failures(self) -> list[Outcome]:
@@ -155,7 +152,7 @@ def as_dict(entries: Sequence[Entry], *, confidence: float) -> dict[str, Any]:
                 "levels": [asdict(level) for level in entry.levels],
                 "runs": [
                     {**asdict(outcome), "steps": summary.get("steps"), "run": summary.get("run")}
-                    for outcome, summary in zip(entry.outcomes, entry.summaries, strict=True)
+                    for outcome, summary in entry.results
                 ],
             }
             for entry in entries
@@ -169,7 +166,7 @@ def write_runs(entries: Sequence[Entry], path: Path) -> None:
         writer = csv.writer(file)
         writer.writerow(["label", "lr_mult", "seed", "outcome", "auc", "steps", "reason", "run"])
         for entry in entries:
-            for outcome, summary in zip(entry.outcomes, entry.summaries, strict=True):
+            for outcome, summary in entry.results:
                 word = {True: "survived", False: "lost", None: "failed"}[outcome.survived]
                 auc = "" if math.isnan(outcome.auc) else outcome.auc
                 row = [outcome.rate, outcome.seed, word, auc, summary.get("steps"), outcome.reason, summary.get("run")]

@@ -35,8 +35,8 @@ NOT_IDENTIFYING = (
     "data.cache_dir",
     "data.log.cache_dir",
 )
-# Widths of all models. A resolved configuration has those of the chosen model in model.net too.
-_RESOLVED_INTO_OTHERS = ("scale.model",)
+# What a resolved configuration repeats elsewhere: the learning rate in data.base_lr and lr_mult, widths in model.net.
+_RESOLVED_INTO_OTHERS = ("lr", "model.widths", "scale.model")  # scale.model: where runs of older versions have widths
 
 
 def config_hash(cfg: DictConfig) -> str:
@@ -54,6 +54,9 @@ def config_hash(cfg: DictConfig) -> str:
         plain = _plain(cfg, resolve=False)
     for path in (*NOT_IDENTIFYING, *_RESOLVED_INTO_OTHERS):
         _drop(plain, path.split("."))
+    data = plain.get("data")
+    if isinstance(data, dict) and "root" in data:  # the former name of data.source: a run has one hash by either
+        data["root"] = data.pop("source", data["root"])
     text = json.dumps(_same_numbers(plain), sort_keys=True, separators=(",", ":"), default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:LENGTH]
 

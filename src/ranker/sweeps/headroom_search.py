@@ -6,7 +6,7 @@ import itertools
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from hydra.plugins.launcher import Launcher
 from ranker.errors import UserError
 from ranker.reports.headroom_report import Entry, report
 from ranker.runs.run_folder import SUMMARY
-from ranker.stability.lr_headroom import Outcome, Search, settled
+from ranker.stability.lr_headroom import Outcome, Search
 from ranker.sweeps.hydra_private import expand, parse
 
 # Keys that the search sets, and the options that control them.
@@ -45,32 +45,8 @@ class Options:
     @property
     def rates(self) -> Search:
         """The search that chooses the learning rates of each round."""
-        return Search(
-            lowest=float(self.lowest),
-            highest=float(self.highest),
-            step=float(self.step),
-            tolerance=float(self.tolerance),
-            points=self.points,
-        )
-
-
-@dataclass
-class Candidate:
-    """One combination of the values on the command line, and the results of its runs.
-
-    Attributes:
-        label: the overrides that differ between candidates; empty for a single candidate.
-        overrides: all overrides of its runs.
-        runs: outcome and summary of each run so far.
-    """
-
-    label: str
-    overrides: list[str]
-    runs: list[tuple[Outcome, Mapping[str, Any]]] = field(default_factory=list)
-
-    def outcomes(self, min_auc: float) -> list[Outcome]:
-        """The outcomes, with runs of too low an AUC counted as lost; see ``settled``."""
-        return settled([outcome for outcome, _ in self.runs], min_auc=min_auc)
+        numbers = {name: float(getattr(self, name)) for name in ("lowest", "highest", "step", "tolerance")}
+        return Search(**numbers, points=self.points)
 
 
 def search(
@@ -97,44 +73,34 @@ def search(
         UserError: an override sets a key that the search sets.
     """
     rates = options.rates
-    candidates = combinations(arguments)
+    entries = combinations(arguments, options)
     folder.mkdir(parents=True, exist_ok=True)
     number = 0
     try:
         for round_number in itertools.count(1):
             jobs = [
-                (candidate, rate, seed)
-                for candidate in candidates
-                for rate in rates.next_rates(candidate.outcomes(options.min_auc))
+                (entry, rate, seed)
+                for entry in entries
+                for rate in rates.next_rates(entry.outcomes)
                 for seed in range(options.seeds)
             ]
             if not jobs:
                 break
-            print(f"round {round_number}: {_describe(candidates, jobs)}", flush=True)
-            batch = [[*c.overrides, f"lr_mult={rate:g}", f"seed={seed}"] for c, rate, seed in jobs]
+            print(f"round {round_number}: {_describe(entries, jobs)}", flush=True)
+            batch = [[*entry.overrides, f"lr_mult={rate:g}", f"seed={seed}"] for entry, rate, seed in jobs]
             if round_number == 1:
                 validate(batch[:: options.seeds])
             returns = launcher.launch(batch, initial_job_idx=number)
             number += len(batch)
-            for (candidate, rate, seed), result in zip(jobs, returns, strict=True):
+            for (entry, rate, seed), result in zip(jobs, returns, strict=True):
                 summary = summary_of(result)
-                candidate.runs.append((outcome_of(summary, rate=rate, seed=seed), summary))
+                entry.runs.append((outcome_of(summary, rate=rate, seed=seed), summary))
     finally:
-        entries = [
-            Entry.of(
-                candidate.label,
-                candidate.overrides,
-                candidate.outcomes(options.min_auc),
-                [summary for _, summary in candidate.runs],
-                confidence=options.confidence,
-            )
-            for candidate in candidates
-        ]
         report(entries, folder, confidence=options.confidence)
     return entries
 
 
-def combinations(arguments: Sequence[str]) -> list[Candidate]:
+def combinations(arguments: Sequence[str], options: Options) -> list[Entry]:
     """Every combination of the values on the command line.
 
     Raises:
@@ -148,17 +114,17 @@ def combinations(arguments: Sequence[str]) -> list[Candidate]:
     found = []
     for overrides in expand(parsed):
         label = " ".join(item for item in overrides if item.split("=", 1)[0] in swept)
-        found.append(Candidate(label, overrides))
+        found.append(Entry(label, overrides, options.min_auc, options.confidence))
     return found
 
 
-def _describe(candidates: Sequence[Candidate], jobs: Sequence[tuple[Candidate, float, int]]) -> str:
+def _describe(entries: Sequence[Entry], jobs: Sequence[tuple[Entry, float, int]]) -> str:
     """The learning rates of a round, in one line."""
     parts = []
-    for candidate in candidates:
-        rates = sorted({rate for owner, rate, _ in jobs if owner is candidate})
+    for entry in entries:
+        rates = sorted({rate for owner, rate, _ in jobs if owner is entry})
         if rates:
-            parts.append(f"{candidate.label or 'lr'} at {', '.join(f'{rate:g}x' for rate in rates)}")
+            parts.append(f"{entry.label or 'lr'} at {', '.join(f'{rate:g}x' for rate in rates)}")
     return f"{len(jobs)} runs, {'; '.join(parts)}"
 
 

@@ -70,7 +70,7 @@ def run_job(cfg: DictConfig) -> float | None:
 def _train(cfg: DictConfig, folder: Path, checkpoint: Path | None) -> tuple[dict[str, Any], float]:
     config.check(cfg)
     if checkpoint is not None:
-        print(f"goes on from {checkpoint}", flush=True)
+        print(f"resuming from {checkpoint}", flush=True)
     with _beside_others(cfg, folder):
         from ranker.run import run  # imported late: Lightning costs seconds that a job done before need not wait for
 

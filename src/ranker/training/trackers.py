@@ -1,4 +1,4 @@
-"""Experiment trackers. The only module that knows Weights & Biases."""
+"""Loggers: metrics.csv, Weights & Biases, TensorBoard. The only module that imports wandb."""
 
 from __future__ import annotations
 
@@ -9,16 +9,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.loggers import TensorBoardLogger, WandbLogger
 from pytorch_lightning.loggers.logger import Logger
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
-from ranker.errors import UserError, install_hint, suggest
+from ranker.errors import UserError, install_hint
 from ranker.runs.run_folder import METRICS, RunFolder
 from ranker.training.metrics_csv import MetricsCsv
-
-KINDS = ("wandb", "csv", "tensorboard", "none")
 
 
 def wandb_mode() -> str:
@@ -34,52 +33,106 @@ def wandb_mode() -> str:
     return "online" if logged_in else "offline"
 
 
-def build(settings: Mapping[str, Any], folder: RunFolder, *, name: str, group: str, tags: list[str]) -> list[Logger]:
-    """The loggers of a run: metrics.csv, and the tracker that was asked for.
+@dataclass(frozen=True)
+class Tracked:
+    """What a logger may want to know of a run.
 
-    Args:
-        settings: the ``logger`` group: ``kind``, and for W&B ``project``, ``entity``, ``group``.
+    Attributes:
         folder: where the files go.
         name: the run's name in the tracker.
         group: name shared by the runs that belong together, such as the seeds of one cell.
         tags: words to filter by.
+    """
+
+    folder: RunFolder
+    name: str
+    group: str
+    tags: list[str]
+
+
+def metrics_csv(run: Tracked) -> Logger:
+    """``metrics.csv`` in the run folder."""
+    return MetricsCsv(run.folder.path / METRICS)
+
+
+def weights_and_biases(run: Tracked, *, project: str, entity: str | None = None, group: str | None = None) -> Logger:
+    """Weights & Biases.
+
+    Args:
+        run: the run.
+        project: the project's name there.
+        entity: user or team; None for the user's default.
+        group: replaces the group of the run.
+    """
+    import wandb
+
+    return WandbLogger(
+        name=run.name,
+        project=project,
+        entity=entity,
+        group=group or run.group,
+        tags=run.tags,
+        save_dir=str(run.folder.path),
+        mode=wandb_mode(),
+        settings=wandb.Settings(quiet=True),  # the run prints its own summary
+    )
+
+
+def tensorboard(run: Tracked) -> Logger:
+    """TensorBoard files in the run folder.
 
     Raises:
-        UserError: the kind is unknown, or its package is not installed.
+        UserError: the package tensorboard is not installed.
     """
-    kind = settings["kind"]
-    if kind not in KINDS:
-        raise UserError(f"logger.kind '{kind}' is unknown; {suggest(kind, KINDS)}")
-    loggers: list[Logger] = [] if kind == "none" else [MetricsCsv(folder.path / METRICS)]
-    if kind == "wandb":
-        import wandb
+    try:
+        return TensorBoardLogger(save_dir=str(run.folder.path), name="", version="tensorboard")
+    except ModuleNotFoundError as error:
+        raise UserError(f"logger=tensorboard needs tensorboard: {install_hint('report')}") from error
 
-        loggers.append(
-            WandbLogger(
-                name=name,
-                project=settings["project"],
-                entity=settings["entity"],
-                group=settings["group"] or group,
-                tags=tags,
-                save_dir=str(folder.path),
-                mode=wandb_mode(),
-                settings=wandb.Settings(quiet=True),  # the run prints its own summary, in its own words
-            )
-        )
-    elif kind == "tensorboard":
-        try:
-            loggers.append(TensorBoardLogger(save_dir=str(folder.path), name="", version="tensorboard"))
-        except ModuleNotFoundError as error:
-            raise UserError(f"logger=tensorboard needs tensorboard: {install_hint('report')}") from error
+
+def build(settings: DictConfig, run: Tracked) -> list[Logger]:
+    """The loggers of a run.
+
+    Args:
+        settings: the ``logger`` group: by name, a ``_target_`` that gives a Lightning logger, or a partial one that
+            is called with ``run``.
+        run: the run.
+
+    Raises:
+        UserError: a logger cannot be built.
+    """
+    loggers = []
+    for name, node in current(settings).items():
+        made = instantiate(node, _convert_="all")
+        logger = made(run) if callable(made) and not isinstance(made, Logger) else made
+        if not isinstance(logger, Logger):
+            raise UserError(f"logger.{name!s} gives a {type(logger).__name__}, not a Lightning logger")
+        loggers.append(logger)
     return loggers
+
+
+def current(settings: DictConfig) -> DictConfig:
+    """The ``logger`` group, also of runs that were saved when it was ``kind`` and the options of W&B."""
+    if "kind" not in settings:
+        return settings
+    kind, here = settings.kind, "ranker.training.trackers"
+    nodes: dict[str, Any] = {}
+    if kind != "none":
+        nodes["csv"] = {"_target_": f"{here}.metrics_csv", "_partial_": True}
+    if kind == "wandb":
+        options = {key: settings[key] for key in ("project", "entity", "group")}
+        nodes["wandb"] = {"_target_": f"{here}.weights_and_biases", "_partial_": True, **options}
+    if kind == "tensorboard":
+        nodes["tensorboard"] = {"_target_": f"{here}.tensorboard", "_partial_": True}
+    return OmegaConf.create(nodes)
 
 
 @contextmanager
 def finishing(loggers: list[Logger]) -> Iterator[None]:
-    """Ends the tracker's run with the job's own exit status, also when it crashes or shares its process.
+    """Closes the run in the tracker with the exit status of the job, also when the job crashes.
 
-    Under multirun several jobs run in one process, and a run left open would swallow the next job's metrics; a
-    run finished with status 0 after an exception would be shown as a success.
+    Under multirun several jobs run in one process. A run that is left open would receive the metrics of the next job,
+    and a run closed with status 0 after an exception would be shown as a success.
     """
     try:
         yield
@@ -119,7 +172,7 @@ def write_config(loggers: list[Logger], cfg: DictConfig) -> None:
 
 @rank_zero_only
 def write_summary(loggers: list[Logger], summary: Mapping[str, Any]) -> None:
-    """Puts the end result where the tracker shows it: W&B's summary of the run."""
+    """Writes the result of the run to its summary in W&B."""
     for logger in loggers:
         if isinstance(logger, WandbLogger):
             flat = {k: v for k, v in summary.items() if isinstance(v, (str, int, float, bool))}
@@ -130,7 +183,7 @@ def write_summary(loggers: list[Logger], summary: Mapping[str, Any]) -> None:
 
 @dataclass(frozen=True)
 class TrackedRun:
-    """A run as the tracker has it.
+    """A run as read back from W&B.
 
     Attributes:
         name: as shown there; the name of its run folder.
@@ -146,13 +199,13 @@ class TrackedRun:
 
 
 def tracked_runs(project: str) -> list[TrackedRun]:
-    """Every run of a W&B project, oldest first.
+    """All runs of a W&B project, oldest first.
 
     Args:
         project: ``entity/project``.
 
     Raises:
-        UserError: nobody is logged in, or there is no such project, or W&B cannot be reached.
+        UserError: not logged in, no such project, or W&B cannot be reached.
     """
     if project.count("/") != 1 or not all(project.split("/")):
         raise UserError(f"--wandb wants entity/project, such as my-team/evenkeel; got '{project}'")

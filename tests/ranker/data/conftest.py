@@ -116,7 +116,7 @@ WriteLog = Callable[..., Path]
 
 @pytest.fixture
 def write_log(tmp_path: Path) -> WriteLog:
-    """Writes rows by day into Parquet files; ``change`` may touch a file's columns before it is written."""
+    """Writes rows by day into Parquet files; ``change`` may change a file's columns before they are written."""
 
     def write(
         rows_by_day: Mapping[int, int],

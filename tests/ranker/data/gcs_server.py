@@ -1,4 +1,4 @@
-"""A bucket on localhost, in the JSON API that Arrow's ``gs://`` file system speaks: python gcs_server.py FOLDER.
+"""A bucket on localhost, with the JSON API that Arrow's ``gs://`` file system uses: python gcs_server.py FOLDER.
 
 A process of its own, because that file system may hold the interpreter's lock while it waits for an answer. The
 folder's files are ``gs://b/log/NAME``.

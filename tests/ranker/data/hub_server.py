@@ -1,4 +1,4 @@
-"""A data set's repository on localhost, as ``hf://`` sees it: python hub_server.py FOLDER.
+"""A data set's repository on localhost, with the API that ``hf://`` uses: python hub_server.py FOLDER.
 
 The folder's files are ``hf://datasets/somebody/clicks/log/NAME``.
 """

@@ -1,4 +1,4 @@
-"""What the pretended object stores on localhost share: ranges, and answers that end in the middle on demand."""
+"""Common code of the fake object stores on localhost: range requests, and responses that break off on demand."""
 
 from __future__ import annotations
 

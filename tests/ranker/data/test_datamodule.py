@@ -103,7 +103,7 @@ def test_numbers_out_of_range_are_refused_before_anything_is_read(array_log, opt
 
 
 class Seen(pl.LightningModule):
-    """Notes the rows it is trained on, advances the data module, and saves a checkpoint after one of the batches."""
+    """Records the rows it is trained on, advances the data module, and saves a checkpoint after one of the batches."""
 
     def __init__(self, *, save_after=None, path=None) -> None:
         super().__init__()

@@ -36,7 +36,7 @@ def changed(log, change):
 
 
 def train(data, batches=None):
-    """Consumes batches as a trainer does; dense values of each."""
+    """Consumes batches as a trainer does. Returns the dense values of each."""
     got = []
     for batch in islice(data.train_dataloader(), batches):
         data.advance(batch)

@@ -32,7 +32,7 @@ def bucket(write_log, monkeypatch) -> Iterator[tuple[Path, str, int]]:
 
 
 def cuts(port: int, times: int) -> int:
-    """Has the next large answers end early; how many did so far."""
+    """Makes the next large responses break off. Returns the number that did so far."""
     return int(urllib.request.urlopen(f"http://127.0.0.1:{port}/cut?times={times}", timeout=10).read())
 
 

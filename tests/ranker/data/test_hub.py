@@ -46,7 +46,7 @@ def hub(write_log) -> Iterator[tuple[Path, int]]:
 
 
 def reader(port: int, start: int, stop: int, home: Path) -> subprocess.Popen[str]:
-    """Opens the log, says so, waits for a line, reads rows and prints them."""
+    """Opens the log, prints a line, waits for a line, reads rows and prints them."""
     environment = os.environ | {"HF_ENDPOINT": f"http://127.0.0.1:{port}", "HF_HOME": str(home)}
     environment |= {"PYTHONPATH": str(ROOT / "src"), "HF_HUB_DISABLE_TELEMETRY": "1"}
     command = [sys.executable, "-c", READ, URL, str(start), str(stop)]
@@ -55,7 +55,7 @@ def reader(port: int, start: int, stop: int, home: Path) -> subprocess.Popen[str
 
 
 def cuts(port: int, times: int) -> int:
-    """Has the next large answers end early; how many did so far."""
+    """Makes the next large responses break off. Returns the number that did so far."""
     return int(urllib.request.urlopen(f"http://127.0.0.1:{port}/cut?times={times}", timeout=10).read())
 
 

@@ -104,11 +104,6 @@ def test_going_on_reads_nothing_from_before_the_window(array_log):
     assert min(start for start, _ in log.reads) == 48
 
 
-def test_a_limit_stops_the_loader(array_log):
-    log = array_log(ROWS)
-    assert rows_of(loader(log, start_batch=2, max_batches=3)) == rows_of(loader(log))[2:5]
-
-
 def test_the_first_batch_of_a_window_carries_the_window_in_time_order(array_log):
     log = array_log(ROWS)
     for world_size in (1, 3):

@@ -149,9 +149,9 @@ def test_going_on_late_reads_the_row_groups_of_its_window_alone(write_log, monke
         ParquetIndex, "read", lambda self, group, names: read.append(group) or original(self, group, names)
     )
     plan = plan_windows(log, window=20, batch_size=4)
-    loader = WindowedLoader(log, plan=plan, seed=1, num_workers=0, start_batch=102, max_batches=1)
-    assert [batch.number for batch in loader] == [102]
-    assert read == [40, 41]  # of 60: those of window 20, for which nothing before it was looked at
+    loader = WindowedLoader(log, plan=plan, seed=1, num_workers=0, start_batch=102)
+    assert next(iter(loader)).number == 102
+    assert read == [40, 41]  # of 60: only those of window 20
 
 
 def test_a_row_group_is_decoded_once_however_many_windows_it_spans(write_log, monkeypatch):

@@ -157,7 +157,7 @@ def test_a_full_disk_is_said_and_nothing_stays(tmp_path: Path, monkeypatch: pyte
 
 def test_a_disk_that_fills_up_while_polars_writes_is_said_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sink = pl.LazyFrame.sink_parquet
-    # The device that is always full: the system's own error, as Polars words it.
+    # /dev/full gives the system's own error in Polars' words.
     monkeypatch.setattr(pl.LazyFrame, "sink_parquet", lambda frame, _, **named: sink(frame, "/dev/full", **named))
     with pytest.raises(UserError, match="the disk is full at"):
         prepare("movielens", ratings(tmp_path / "src"), tmp_path / "dst")

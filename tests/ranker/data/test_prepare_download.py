@@ -25,7 +25,7 @@ BODY = bytes(range(256)) * 4_000  # about a megabyte
 
 
 class Server(ThreadingHTTPServer):
-    """Serves one body under every name; ``cut_after`` lists how many bytes the next answers give before they stop."""
+    """Serves one body under every name; ``cut_after`` lists after how many bytes the next responses break off."""
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)

@@ -172,7 +172,7 @@ def test_the_slice_gives_the_rows_days_and_label_rates_it_is_known_for(real: Pat
     assert frame["time_ms"].is_sorted()
     rates = {name: frame[name].mean() for name in ("is_click", "long_view", "is_like", "is_comment", "is_follow")}
     known = {"is_click": 0.442, "long_view": 0.311, "is_like": 0.0172, "is_comment": 0.0025, "is_follow": 0.0013}
-    # The rates are known with the duplicates in, which were seldom clicked: all shift up a little.
+    # The published rates include the duplicates, which were seldom clicked, so all rates are slightly higher here.
     assert rates == pytest.approx(known, rel=0.05)
 
 

@@ -59,7 +59,7 @@ def test_a_remote_directory_without_data_is_named(write_log):
 
 
 class Flaky:
-    """A root whose reads fail so many times."""
+    """A root whose first reads fail."""
 
     def __init__(self, failures, kind=ConnectionResetError):
         self.failures, self.kind = failures, kind
@@ -77,7 +77,7 @@ def remote_root():
 
 
 class ProtocolError(Exception):
-    """As httpx raises, through fsspec: no OSError."""
+    """An error as httpx raises it through fsspec. It is not an OSError."""
 
 
 @pytest.mark.parametrize("kind", [ConnectionResetError, ProtocolError])
@@ -92,9 +92,9 @@ def test_a_failure_that_stays_says_what_failed_and_how_often(kind):
 
 
 def test_what_is_no_failure_of_the_file_system_is_left_alone(tmp_path):
-    with pytest.raises(pa.ArrowInvalid):  # a damaged file, say
+    with pytest.raises(pa.ArrowInvalid):  # for example a damaged file
         remote_root().retried(Flaky(1, pa.ArrowInvalid), what="reading x")
-    with pytest.raises(ProtocolError):  # on a local file system that is a mistake of ours
+    with pytest.raises(ProtocolError):  # on a local file system this is a bug
         filesystem.open_root(str(tmp_path)).retried(Flaky(1, ProtocolError), what="reading x")
 
 
@@ -112,7 +112,7 @@ def test_a_missing_file_and_a_local_failure_are_not_tried_again(tmp_path):
 
 
 class CuttingProxy:
-    """Passes TCP on to a port; while ``cuts`` is above 0, hangs up in the middle of a large answer."""
+    """Forwards TCP to a port. While ``cuts`` is above 0, it closes the connection during a large response."""
 
     def __init__(self, port: int) -> None:
         self.cuts = 0
@@ -152,7 +152,7 @@ class CuttingProxy:
 
 @pytest.fixture
 def s3(write_log, monkeypatch) -> Iterator[tuple[str, str, CuttingProxy]]:
-    """A log on a local server that speaks S3, behind a proxy that can hang up: its local root, its URL, the proxy."""
+    """A log on a local S3 server behind a proxy that can break connections: its local root, its URL, the proxy."""
     server_module = pytest.importorskip("moto.server")
     from pyarrow import fs
 

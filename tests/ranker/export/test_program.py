@@ -1,4 +1,4 @@
-"""Exported programs say what the eager models say, for every model and any number of rows."""
+"""Exported programs give the outputs of the eager model, for every model and any number of rows."""
 
 from __future__ import annotations
 
@@ -12,10 +12,8 @@ import torch
 from ranker.data.batch import Batch, Ragged
 from ranker.data.dense_statistics import NOTHING, DenseStatistics
 from ranker.data.schema import CategoricalFeature, DenseFeature, Schema, Task
-from ranker.export.agreement import difference
-from ranker.export.engine import open_program
-from ranker.export.program import Served, to_onnx, to_program
-from ranker.export.signature import Signature
+from ranker.export.program import Served, Signature, to_onnx, to_program
+from ranker.export.program_runtime import difference, open_program
 from ranker.models import PLE, MMoE, Ranker, SharedBottom
 from ranker.models.ranker_base import head_key
 
@@ -144,3 +142,11 @@ def test_the_description_tells_a_foreign_server_all_it_needs() -> None:
     assert inputs["onehot"]["columns"][1]["rows"] == 6  # five buckets and the row for null
     assert "last 7 ids" in inputs["seen.values"]["columns"][0]["value"]
     assert told["tasks"][1]["score"].endswith("sign(logit) * expm1(|logit|) / 0.5")
+
+
+def test_torch_has_the_private_setting_that_allows_programs_for_one_row() -> None:
+    from torch.fx.experimental import _config
+
+    if tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 7):
+        pytest.skip("torch before 2.7 does not check sizes at run time")
+    assert hasattr(_config, "backed_size_oblivious"), "torch renamed it: adapt _any_size in ranker/export/program.py"

@@ -1,4 +1,4 @@
-"""Streaming a Parquet file through an engine: row ids, pieces, faults, and a file that is whole or not there."""
+"""Scoring a Parquet file in pieces: row ids, bad rows, and atomic output."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ranker.data.batch import Batch
 from ranker.data.schema import CategoricalFeature, DenseFeature, Schema, Task
 from ranker.errors import UserError
 from ranker.export.bundle import new_folder
-from ranker.export.engine import Scored
+from ranker.export.program_runtime import Scored
 from ranker.export.scoring import ParquetRows, score_file
 
 SCHEMA = Schema(

@@ -1,4 +1,4 @@
-"""A file of one enormous row group is scored in far less memory than the file takes."""
+"""Scoring a file with one very large row group needs far less memory than the size of the file."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SCORE = """
 import resource, sys
 from pathlib import Path
 from ranker.data.schema import CategoricalFeature, DenseFeature, Schema, Task
-from ranker.export.engine import Scored
+from ranker.export.program_runtime import Scored
 from ranker.export.scoring import ParquetRows, score_file
 
 schema = Schema(

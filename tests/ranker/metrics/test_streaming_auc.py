@@ -19,7 +19,7 @@ SCHEMA = Schema(
 
 
 def one_task(logits, labels, mask=None, *, task=0):
-    """Inputs in which only one task's column says anything."""
+    """Inputs in which only one task's column has observed labels."""
     rows = len(logits)
     z, y, m = torch.zeros(rows, 3), torch.zeros(rows, 3), torch.zeros(rows, 3, dtype=torch.bool)
     z[:, task], y[:, task] = torch.tensor(logits), torch.tensor(labels)

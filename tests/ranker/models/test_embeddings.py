@@ -11,7 +11,7 @@ from ranker.models.embeddings import EmbeddingTables, by_bag, by_gather
 
 
 def numbered(schema, **options):
-    """Tables whose entries are 100 * width + row + column / 10, so that a value tells where it came from."""
+    """Tables whose entries are 100 * width + row + column / 10, so that a value identifies its entry."""
     tables = EmbeddingTables(schema, **options)
     with torch.no_grad():
         for weight in tables.parameters():
@@ -21,7 +21,7 @@ def numbered(schema, **options):
 
 
 def by_hand(tables, schema, batch):
-    """One lookup a feature and row, in the schema's order. Rows of a width: tables in the order of their owners."""
+    """One lookup per feature and row, in the schema's order. Rows of a width: tables in the order of their owners."""
     start, filled = {}, {}
     for feature in schema.categorical:
         if not feature.table:
@@ -181,7 +181,7 @@ def test_the_lookup_for_a_cpu_has_second_derivatives():
 
 
 def test_the_gradient_of_a_single_row_may_begin_anywhere_in_memory():
-    """A batch of one row: what joins its embeddings behind three dense features gives gradients at an odd offset."""
+    """With a batch of one row, embeddings concatenated after three dense features get gradients at an odd offset."""
     weight, joining = torch.randn(6, 8), torch.randn(27, 1)
     gradients = []
     for look_up in (by_bag, by_gather):

@@ -9,7 +9,6 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from hydra.utils import get_class, instantiate
-from omegaconf import OmegaConf
 
 from ranker.models import SharedBottom
 
@@ -33,15 +32,10 @@ def test_every_model_composes_and_builds_at_every_scale(model, scale, schema):
     assert net.task_names == schema.task_names
 
 
-def test_both_scales_have_the_same_keys():
-    laptop, paper = (OmegaConf.load(CONF / "scale" / f"{name}.yaml") for name in ("laptop", "paper"))
-
-    def keys(node, prefix=""):
-        if not OmegaConf.is_dict(node):
-            return {prefix}
-        return set().union(*(keys(node[key], f"{prefix}.{key}") for key in node))
-
-    assert keys(laptop) == keys(paper)
+@pytest.mark.parametrize("model", MODELS)
+def test_every_table_of_widths_has_both_scales(model):
+    for widths in composed(model).model.widths.values():
+        assert set(widths) == {"laptop", "paper"}
 
 
 @pytest.mark.parametrize("model", MODELS)

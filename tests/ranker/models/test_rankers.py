@@ -1,4 +1,4 @@
-"""What holds for every model, and the limiting cases in which one model is another."""
+"""Tests of all models, and of the special cases in which one model equals another."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ every_model = pytest.mark.parametrize("build", BUILD.values(), ids=BUILD.keys())
 
 
 def copy_bottom(source, target):
-    """Gives a one-expert model the weights of a shared bottom."""
+    """Copies the weights of a shared bottom into a model with one expert."""
     target.embeddings.load_state_dict(source.embeddings.state_dict())
     target.heads.load_state_dict(source.heads.state_dict())
     expert = target.experts[0] if isinstance(target, MMoE) else target.levels[0].shared[0]
@@ -83,7 +83,7 @@ def test_nothing_waits_for_the_device(build, schema, make_batch):
 
 
 class Served(nn.Module):
-    """A model behind plain tensors, as an exported program takes them."""
+    """A model with plain tensors as inputs, like an exported program."""
 
     def __init__(self, net):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Run folders as a sweep leaves them, without a run."""
+"""Writes run folders as a sweep would, without training."""
 
 from __future__ import annotations
 

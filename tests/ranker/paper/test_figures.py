@@ -1,4 +1,4 @@
-"""Figures from recorded curves: which run they take, the moments, and files that can be drawn again."""
+"""Figures from recorded curves: which runs are selected, their moments, and the files that are drawn."""
 
 from __future__ import annotations
 

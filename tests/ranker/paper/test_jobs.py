@@ -1,4 +1,4 @@
-"""The jobs of every study are runs that train.py takes."""
+"""The jobs of every study compose to valid configurations of train.py."""
 
 from __future__ import annotations
 

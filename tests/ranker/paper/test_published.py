@@ -1,4 +1,4 @@
-"""Published numbers are those of the runs: here, and in a copy that somebody has edited."""
+"""Published numbers match the CSV files of their runs, and edits are found."""
 
 from __future__ import annotations
 

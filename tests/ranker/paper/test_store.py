@@ -1,4 +1,4 @@
-"""From run folders to rows, and which run answers which job."""
+"""Reading run folders into rows, and matching runs with jobs."""
 
 from __future__ import annotations
 
@@ -32,8 +32,10 @@ def test_jobs_are_the_same_whatever_the_order_the_way_of_writing_and_the_machine
     assert identity(first) != identity((*first, "seed=1"))
     for unrecorded in ("callbacks.capsules.max_capsules=1", "callbacks.early_signs.every=1", "data.root=/elsewhere"):
         assert identity(first) == identity((*first, unrecorded)), unrecorded
-    for recorded in ("scale.model.large.hidden=[8]", "callbacks.rollback.tries=1", "callbacks.divergence.stop=false"):
+    for recorded in ("model.widths.large.laptop=[8]", "callbacks.rollback.tries=1", "callbacks.divergence.stop=false"):
         assert identity(first) != identity((*first, recorded)), recorded
+    old, new = ("${scale.model.small.hidden}", "'${model.widths.small.${scale.name}}'")
+    assert identity((f"model.net.hidden={old}",)) == identity((f"model.net.hidden={new}",))
 
 
 def test_runs_come_in_the_order_of_their_jobs_and_missing_ones_are_named(write_run: Any, tmp_path: Path) -> None:

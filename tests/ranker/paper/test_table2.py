@@ -1,4 +1,4 @@
-"""What the validation day chooses, what is run then, and what the table says."""
+"""Table 2: the choice on the validation day, the final jobs, and the tables with their significance test."""
 
 from __future__ import annotations
 

@@ -1,3 +1,5 @@
+"""compare_runs.py prints the same cells in every format, and the HTML page loads nothing."""
+
 from __future__ import annotations
 
 import csv

@@ -1,3 +1,5 @@
+"""Comparison tables from run folders."""
+
 from __future__ import annotations
 
 import json

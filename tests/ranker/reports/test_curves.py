@@ -1,3 +1,5 @@
+"""The figure of loss and AUC over training."""
+
 from __future__ import annotations
 
 from pathlib import Path

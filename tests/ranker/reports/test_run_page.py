@@ -1,4 +1,4 @@
-"""The page of a run: what is in it, what it says of what is not, and that a browser draws it."""
+"""The HTML page of a run: its contents, its messages about missing data, and that a browser draws it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Runs from W&B, against a stand-in with the shape of wandb 0.31's public API (apis/public/api.py and runs.py)."""
+"""Runs from W&B, with a fake of wandb 0.31's public API (apis/public/api.py and runs.py)."""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ def test_what_does_not_decide_the_numbers_does_not_change_the_hash() -> None:
         "callbacks.snapshots.disk=2",
         "callbacks.early_signs.every=1",
         "callbacks.sharpness.every=10",
-        "scale.model.large.hidden=[8]",  # another model's width
+        "model.widths.small.paper=[8]",  # the width at another scale
     ):
         assert config_hash(composed(override)) == plain, override
 
@@ -54,7 +54,7 @@ def test_what_decides_the_numbers_changes_the_hash() -> None:
             "optim=gc",
             "optim.lambda_rel=0.25",
             "model=large",
-            "scale.model.small.hidden=[8]",
+            "model.widths.small.laptop=[8]",
             "train.max_steps=7",
             "data.window=1",
             "callbacks.divergence.stop=false",

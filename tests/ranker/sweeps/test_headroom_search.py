@@ -1,4 +1,4 @@
-"""Rounds of runs through a launcher that only writes what they would have left."""
+"""The headroom search with a fake launcher that only writes the summaries of runs."""
 
 from __future__ import annotations
 

@@ -16,6 +16,7 @@ LEFT, RIGHT, TOP, BOTTOM = 52, 10, 12, 26
 BINS = 240
 HEAT_COLUMNS = 120
 HEAT_LEVELS = 16
+HEAT_FLOOR = 1e-3
 
 
 class Line(NamedTuple):
@@ -39,15 +40,9 @@ class Scale:
 
     def __call__(self, value: float) -> float:
         """The pixel of a number, clamped to the frame."""
-        low, high, x = (
-            (math.log10(v) for v in (self.low, self.high, max(value, self.low)))
-            if self.log
-            else (
-                self.low,
-                self.high,
-                value,
-            )
-        )
+        low, high, x = self.low, self.high, value
+        if self.log:
+            low, high, x = (math.log10(v) for v in (low, high, max(value, low)))
         share = (x - low) / (high - low) if high > low else 0.5
         return self.start + min(1.0, max(0.0, share)) * (self.stop - self.start)
 
@@ -74,8 +69,6 @@ def line_chart(
     events: Sequence[Mapping[str, Any]] = (),
     log: bool | None = None,
     reference: tuple[float, str] | None = None,
-    bounds: tuple[float, float] | None = None,
-    note: str = "",
 ) -> str:
     """A chart of lines over steps, with the run's events in the background.
 
@@ -86,10 +79,8 @@ def line_chart(
         events: lines of events.jsonl.
         log: whether the vertical axis is logarithmic; None decides from the data.
         reference: value and label of a horizontal line.
-        bounds: range of the vertical axis; None decides from the data.
-        note: a text below the title.
     """
-    y = _vertical(lines, log, reference, bounds)
+    y = _vertical(lines, log, reference)
     x = Scale(0, last_step, LEFT, WIDTH - RIGHT)
     parts = [_axes(x, y), _events(events, x)]
     if reference is not None:
@@ -103,7 +94,7 @@ def line_chart(
     svg = _svg(
         "line", HEIGHT, title, "".join(parts) + f'<line class="cursor" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>', frame
     )
-    return _figure(title, svg, legend=[(line.label, line.style) for line in lines], note=note)
+    return _figure(title, svg, legend=[(line.label, line.style) for line in lines])
 
 
 def heat_map(
@@ -112,7 +103,6 @@ def heat_map(
     *,
     last_step: int,
     diverging: bool = False,
-    floor: float = 1e-3,
     events: Sequence[Mapping[str, Any]] = (),
     note: str = "",
 ) -> str:
@@ -122,8 +112,8 @@ def heat_map(
         title: what is drawn.
         rows: series by name, from top to bottom. A cell shows the smallest value of its interval.
         last_step: end of the step axis.
-        diverging: values from -1 to 1, both ends coloured. Otherwise factors: 1 has no colour, ``floor`` full colour.
-        floor: see ``diverging``.
+        diverging: values from -1 to 1, both ends coloured. Otherwise factors: no colour at 1, full colour at
+            ``HEAT_FLOOR``.
         events: lines of events.jsonl.
         note: a text below the title.
     """
@@ -135,7 +125,7 @@ def heat_map(
         top = TOP + tall * place
         shown = name if len(name) < 30 else "…" + name[-28:]
         parts.append(f'<text class="row" x="{left - 6}" y="{top + 11}" text-anchor="end">{escape(shown)}</text>')
-        parts += _cells(series, x, top, tall - 1, last_step, diverging, floor)
+        parts += _cells(series, x, top, tall - 1, last_step, diverging)
     bottom = height - BOTTOM
     parts.append(_steps_axis(x, bottom))
     parts.append(_events(events, x, bottom=bottom))
@@ -154,14 +144,10 @@ def number(value: float) -> str:
     return f"{value:.4g}"
 
 
-def _vertical(
-    lines: Sequence[Line], log: bool | None, reference: tuple[float, str] | None, bounds: tuple[float, float] | None
-) -> Scale:
+def _vertical(lines: Sequence[Line], log: bool | None, reference: tuple[float, str] | None) -> Scale:
     finite = [v for line in lines for v in line.series.values if math.isfinite(v)]
     if reference is not None:
         finite.append(reference[0])
-    if bounds is not None:
-        return Scale(*bounds, HEIGHT - BOTTOM, TOP)
     positive = [v for v in finite if v > 0]
     if log is None:
         log = bool(positive) and len(positive) == len(finite) and max(positive) > 30 * min(positive)
@@ -211,7 +197,7 @@ def _line(line: Line, x: Scale, y: Scale) -> str:
     return curve + "".join(marks)
 
 
-def _cells(series: Series, x: Scale, top: int, tall: int, last_step: int, diverging: bool, floor: float) -> list[str]:
+def _cells(series: Series, x: Scale, top: int, tall: int, last_step: int, diverging: bool) -> list[str]:
     lowest: dict[int, float] = {}
     for step, value in zip(series.steps, series.values, strict=True):
         column = min(HEAT_COLUMNS - 1, step * HEAT_COLUMNS // (last_step + 1))
@@ -221,7 +207,7 @@ def _cells(series: Series, x: Scale, top: int, tall: int, last_step: int, diverg
     for column, following in zip(columns, [*columns[1:], HEAT_COLUMNS], strict=True):
         value = lowest[column]
         start, stop = (x(c * (last_step + 1) / HEAT_COLUMNS) for c in (column, min(following, column + _gap(columns))))
-        look = _look(value, diverging, floor)
+        look = _look(value, diverging)
         cells.append(
             f'<rect class="{look}" x="{start:.1f}" y="{top}" width="{max(stop - start, 1):.1f}" height="{tall}">'
             f"<title>{number(value)}</title></rect>"
@@ -235,12 +221,12 @@ def _gap(columns: Sequence[int]) -> int:
     return gaps[len(gaps) // 2] if gaps else HEAT_COLUMNS
 
 
-def _look(value: float, diverging: bool, floor: float) -> str:
+def _look(value: float, diverging: bool) -> str:
     if not math.isfinite(value):
         return "unknown"
     if diverging:
         return f"{'minus' if value < 0 else 'plus'} h{round(min(1.0, abs(value)) * HEAT_LEVELS)}"
-    strength = math.log(max(value, floor)) / math.log(floor) if value < 1 else 0.0
+    strength = math.log(max(value, HEAT_FLOOR)) / math.log(HEAT_FLOOR) if value < 1 else 0.0
     return f"hot h{round(min(1.0, strength) * HEAT_LEVELS)}"
 
 

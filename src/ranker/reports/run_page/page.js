@@ -1,5 +1,5 @@
 "use strict";
-// Under the pointer: the step, and the number of every line there, read back from what is drawn.
+// Tooltip: the step under the pointer and the value of each line there, read from the drawn paths.
 const readout = document.getElementById("readout");
 const charts = document.querySelectorAll("svg.chart.line");
 const short = (v) => (v !== 0 && (Math.abs(v) >= 1e5 || Math.abs(v) < 1e-3) ? v.toExponential(2) : String(+v.toPrecision(4)));

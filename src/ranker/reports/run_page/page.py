@@ -68,9 +68,8 @@ def _sigma(run: Recorded) -> str:
     if rows:
         note = "No colour: not clipped (1). Full colour: 1/1000 or less. A cell shows the smallest value of its steps."
         ordered = dict(sorted(rows.items(), key=lambda item: item[0].endswith("bias")))
-        return heat_map(
-            "sigma by tensor, weights first", ordered, last_step=run.last_step, events=run.events, note=note
-        )
+        title = "sigma by tensor, weights first"
+        return heat_map(title, ordered, last_step=run.last_step, events=run.events, note=note)
     if run.matching(SIGNS):
         optim = (run.config.get("optim") or {}).get("name", "this optimizer")
         return _missing(f"No tensor has a sigma: {optim} does not clip, or keeps no statistics.")
@@ -85,28 +84,28 @@ def _early_signs(run: Recorded) -> str:
     roles = list(dict.fromkeys(n.rsplit("/", 1)[0] for n in seen if not n.startswith("task_")))
     charts = []
     for sign, title in SIGN_TITLES.items():
-        lines = [_layer(role, seen[f"{role}/{sign}"]) for role in reversed(roles) if f"{role}/{sign}" in seen]
+        lines = [
+            Line(role, seen[f"{role}/{sign}"], LAYERS.get(role, "faint"))
+            for role in reversed(roles)
+            if f"{role}/{sign}" in seen
+        ]
         if any(math.isfinite(v) for line in lines for v in line.series.values):
-            charts.append(line_chart(title, lines, last_step=run.last_step, events=run.events))
+            charts.append(_draw(run, title, lines))
     for role in (role for role in roles if role in LAYERS):
         rules = [sign.rsplit("/", 1)[1] for sign in seen if sign.startswith(f"{role}/sigma")]
         lines = [Line(*_rule(rule, seen[f"{role}/{rule}"])) for rule in rules]
         if len(lines) > 1:
-            charts.append(
-                line_chart(f"{role}: sigma of each clipping rule", lines, last_step=run.last_step, events=run.events)
-            )
+            charts.append(_draw(run, f"{role}: sigma of each clipping rule", lines))
     pulls = run.matching(TASK_NORM)
     if pulls:
         lines = [Line(task, series, f"s{i % 9}", dots=True) for i, (task, series) in enumerate(pulls.items())]
-        title = "gradient of each task on the top shared layer, norm2"
-        charts.append(line_chart(title, lines, last_step=run.last_step, events=run.events))
+        charts.append(_draw(run, "gradient of each task on the top shared layer, norm2", lines))
     cosines = {n.replace("/", " · "): s for n, s in run.matching(TASK_COSINE).items()}
-    heat = ""
     if cosines:
         note = "Blue: the gradients of two tasks point the same way. Red: they are opposed."
         title = "cosine between the tasks' gradients on the top shared layer"
-        heat = heat_map(title, cosines, last_step=run.last_step, diverging=True, note=note)
-    return _grid([*charts, heat])
+        charts.append(heat_map(title, cosines, last_step=run.last_step, diverging=True, note=note))
+    return _grid(charts)
 
 
 def _sharpness(run: Recorded) -> str:
@@ -116,32 +115,19 @@ def _sharpness(run: Recorded) -> str:
         return _missing("Not measured: each probe costs tens of steps. Measure it with callbacks.sharpness.every=100.")
     edge = (1.0, "edge: above it the learning rate is too high")
     ratio = [Line("lr over the edge 2 / eigenvalue", seen["ratio"], "s1", dots=True)]
-    values = [
-        Line(label, seen[name], style, dots=True)
-        for label, name, style in (
-            ("Hessian", "hessian", "s0"),
-            ("preconditioned, times sigma", "preconditioned", "s1"),
-        )
-        if name in seen
-    ]
-    shared: dict[str, Any] = {"last_step": run.last_step, "events": run.events}
-    return _grid(
-        [
-            line_chart("sharpness against 2 / lr", ratio, reference=edge, log=_all_positive(seen["ratio"]), **shared),
-            line_chart("largest eigenvalue", values, **shared),
-        ]
-    )
+    positive = all(v > 0 for v in seen["ratio"].values if math.isfinite(v))
+    curves = (("Hessian", "hessian", "s0"), ("preconditioned, times sigma", "preconditioned", "s1"))
+    values = [Line(label, seen[name], style, dots=True) for label, name, style in curves if name in seen]
+    against = _draw(run, "sharpness against 2 / lr", ratio, reference=edge, log=positive)
+    return _grid([against, _draw(run, "largest eigenvalue", values)])
 
 
 def _events(run: Recorded) -> str:
     """Divergences and rollbacks."""
     if not run.events:
         off = "divergence" not in (run.config.get("callbacks") or {}) and bool(run.config)
-        return _missing(
-            "Not recorded: this run had no callbacks.divergence (callbacks=default has it)."
-            if off
-            else "No divergence so far, and no rollback."
-        )
+        reason = "Not recorded: this run had no callbacks.divergence (callbacks=default has it)."
+        return _missing(reason if off else "No divergence so far, and no rollback.")
     found = [e for e in run.events if e.get("kind") != "rollback"]
     back = [e for e in run.events if e.get("kind") == "rollback"]
     parts = []
@@ -273,22 +259,16 @@ def _metric(metrics: Mapping[str, Any], key: str) -> str:
 
 def _chart(run: Recorded, title: str, wanted: Iterable[tuple[str, str, str, bool]], **options: Any) -> str:
     lines = [Line(label, run.series[n], style, dots) for label, n, style, dots in wanted if n in run.series]
-    if not lines:
-        return ""
+    return _draw(run, title, lines, **options) if lines else ""
+
+
+def _draw(run: Recorded, title: str, lines: Sequence[Line], **options: Any) -> str:
     return line_chart(title, lines, last_step=run.last_step, events=run.events, **options)
-
-
-def _layer(role: str, series: Series) -> Line:
-    return Line(role, series, LAYERS.get(role, "faint"))
 
 
 def _rule(sign: str, series: Series) -> tuple[str, Series, str]:
     label, style = RULES.get(sign, (sign.removeprefix("sigma_"), "s5"))
     return label, series, style
-
-
-def _all_positive(series: Series) -> bool:
-    return all(v > 0 for v in series.values if math.isfinite(v))
 
 
 def _badge(event: Mapping[str, Any]) -> str:

@@ -1,0 +1,201 @@
+"""The backend that calls the C kernels, and the structures that it passes to them."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from optim.local_params import CHUNK, LocalParam, Piece
+from optim.native.library import load
+from optim.registry import Reduction
+from optim.tensor_group import Limiting, StepSize, TensorGroup, largest_term
+from optim.torch_private import is_plain
+from optim.updates import Adagrad
+
+REDUCTIONS = ("grad_norm", "weight_norm", "update_norm", "update_max", "overshoot")
+"""What the C code computes, in the order of its columns. Of norms it returns the squares."""
+COLUMNS = (*REDUCTIONS, "index", "weight", "grad", "total")
+"""Then, for the largest overshoot: its flat index, and w, g (sign and decay included) and G there."""
+OVERSHOOT = COLUMNS.index("overshoot")
+NO_BOUND = (0.0, 0.0, 0.0)
+
+
+class _Tensor(ctypes.Structure):
+    _fields_ = (
+        ("weight", ctypes.c_void_p),
+        ("grad", ctypes.c_void_p),
+        ("total", ctypes.c_void_p),
+        ("size", ctypes.c_int64),
+        ("is_double", ctypes.c_int64),
+    )
+
+
+class _Settings(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_double) for name in ("sign", "decay", "eps", "bound_rel", "bound_abs", "bound_acc")),
+        ("shrink", ctypes.c_double),
+        *((name, ctypes.c_int64) for name in ("delayed", "inside", "clips_gradient", "feeds_clipped")),
+        *((name, ctypes.c_int64) for name in ("grads", "weights", "updates", "largest", "overshoot")),
+    )
+
+
+class _Scratch(NamedTuple):
+    """Of one step of a group: its tensors as the C code sees them, and what the first pass made of each."""
+
+    tensors: ctypes.Array[_Tensor]
+    columns: Tensor | None
+
+
+def is_available() -> bool:
+    """Whether the kernels are there. Compiles them at the first call."""
+    return load() is not None
+
+
+class Native:
+    """Dense, contiguous float32 and float64 tensors on the CPU, stepped by Adagrad, whose reductions are in C."""
+
+    def takes(self, local: LocalParam) -> bool:
+        """Whether the kernels can step this tensor."""
+        return (
+            local.unit_dims is None
+            and isinstance(local.update, Adagrad)
+            and local.weight.dtype in (torch.float32, torch.float64)
+            and _have_memory(local.weight, local.grad, local.state["sum"])
+            and not torch.compiler.is_compiling()
+            and None not in [reduction.kernel for reduction in local.method.reductions]
+            and is_available()
+        )
+
+    def reduce(self, group: TensorGroup, reductions: Sequence[Reduction]) -> dict[str, Tensor]:
+        """Reduce the local parts, in float64."""
+        tensors = _tensors(group)
+        chunks = sum(-(-tensor.size // CHUNK) for tensor in tensors)
+        parts, columns = _buffer(chunks, len(COLUMNS)), _buffer(len(tensors), len(COLUMNS))
+        # An overshoot of at most 1 / lr does not clip, so the search for the largest one starts there.
+        lr = _lr(group) if any(reduction.kernel == "overshoot" for reduction in reductions) else None
+        _call("optim_reduce", tensors, _settings(group, reductions), lr, parts, columns)
+        group.scratch = _Scratch(tensors, columns)
+        found = {reduction: columns[:, COLUMNS.index(reduction.kernel or "")] for reduction in reductions}
+        return {
+            reduction.name: column.sqrt() if reduction.combine == "norm" else column
+            for reduction, column in found.items()
+        }
+
+    def limiting(self, group: TensorGroup) -> Limiting:
+        """Return the coordinates that the first pass found."""
+        columns = group.scratch.columns
+        value, index, weight, grad, total = (column.contiguous() for column in columns[:, OVERSHOOT:].unbind(dim=1))
+        # Sign and coupled decay are in the gradient already.
+        settings = {**group.settings, "maximize": False, "weight_decay": 0.0}
+        at = Piece(weight, grad, {"sum": total}).coordinates(group.locals[0].update, settings)
+        return Limiting(value, index.long(), largest_term(group, at), weight == 0)
+
+    def finite(self, group: TensorGroup) -> Tensor:
+        """Check all gradients."""
+        finite = torch.empty(len(group.locals), dtype=torch.bool, device="cpu")
+        _call("optim_finite", _tensors(group), _settings(group, ()), finite)
+        return finite
+
+    def apply(self, group: TensorGroup, ok: Tensor | None, *, measure: bool) -> StepSize | None:
+        """Take the step."""
+        tensors = group.scratch.tensors if group.scratch else _tensors(group)
+        parts, out = None, None
+        if measure:
+            chunks = max(-(-tensor.size // CHUNK) for tensor in tensors)
+            parts, out = _buffer(chunks, 2), _buffer(len(tensors), 2)
+        sigma = None if group.sigma is None else group.sigma.double().contiguous()
+        _call("optim_step", tensors, _settings(group, ()), sigma, _lr(group), ok, parts, out)
+        # Autograd must know that these were written to, as after any in-place operation.
+        torch.autograd.graph.increment_version([local.weight for local in group.locals])
+        for local in group.locals:
+            local.write_back()
+        return None if out is None else StepSize(largest=out[:, 1], norm=out[:, 0].sqrt())
+
+
+NATIVE = Native()
+
+
+def _have_memory(weight: Tensor, *others: Tensor) -> bool:
+    """Whether C may walk the memory of tensors: no subclass, no wrapper, no lazy negation; on the CPU, contiguous."""
+    for tensor in (weight, *others):
+        if not (
+            is_plain(tensor)
+            and tensor.is_cpu
+            and tensor.dtype == weight.dtype
+            and tensor.layout is torch.strided
+            and tensor.is_contiguous()
+            and not tensor.is_neg()
+        ):
+            return False
+    return True
+
+
+def _buffer(rows: int, columns: int) -> Tensor:
+    return torch.empty(max(1, rows), columns, dtype=torch.float64, device="cpu")
+
+
+def _tensors(group: TensorGroup) -> ctypes.Array[_Tensor]:
+    return (_Tensor * len(group.locals))(
+        *(
+            _Tensor(
+                local.weight.data_ptr(),
+                local.grad.data_ptr(),
+                local.state["sum"].data_ptr(),
+                local.weight.numel(),
+                local.weight.dtype == torch.float64,
+            )
+            for local in group.locals
+        )
+    )
+
+
+def _settings(group: TensorGroup, reductions: Sequence[Reduction]) -> _Settings:
+    given, update = group.settings, group.locals[0].update
+    assert isinstance(update, Adagrad), "takes() checked that"
+    bounds = [reduction.bound(given) for reduction in reductions if reduction.bound is not None]
+    relative, absolute, accumulator = bounds[0] if bounds else NO_BOUND
+    wanted = {reduction.kernel for reduction in reductions}
+    decoupled = given["decoupled_weight_decay"]
+    return _Settings(
+        sign=-1.0 if given["maximize"] else 1.0,
+        decay=0.0 if decoupled else given["weight_decay"],
+        eps=given["eps"],
+        bound_rel=relative,
+        bound_abs=absolute,
+        bound_acc=accumulator,
+        shrink=given["weight_decay"] if decoupled else 0.0,
+        delayed=update.delayed,
+        inside=update.epsilon_inside,
+        clips_gradient=group.clips_gradient,
+        feeds_clipped=group.method.feeds_clipped(given),
+        grads="grad_norm" in wanted,
+        weights="weight_norm" in wanted,
+        updates="update_norm" in wanted or "update_max" in wanted,
+        largest="update_max" in wanted,
+        overshoot="overshoot" in wanted,
+    )
+
+
+def _call(
+    name: str, tensors: ctypes.Array[_Tensor], settings: _Settings, *arguments: Tensor | ctypes.c_double | None
+) -> None:
+    library = load()
+    assert library is not None, "takes() checked that the kernels are there"
+    count, threads = ctypes.c_int64(len(tensors)), ctypes.c_int64(torch.get_num_threads())
+    getattr(library, name)(tensors, count, ctypes.byref(settings), *map(_pointer, arguments), threads)
+
+
+def _lr(group: TensorGroup) -> Tensor | ctypes.c_double:
+    """Return the learning rate where C can read it."""
+    lr = group.settings["lr"]
+    return lr.to(device="cpu", dtype=torch.float64) if isinstance(lr, Tensor) else ctypes.c_double(lr)
+
+
+def _pointer(given: Tensor | ctypes.c_double | None) -> Any:
+    if isinstance(given, Tensor):
+        return ctypes.c_void_p(given.data_ptr())
+    return None if given is None else ctypes.byref(given)
