@@ -188,25 +188,28 @@ def _configured_callbacks(
     The progress bar comes first. The stability callback comes before the early signs, the sharpness probe and a user's
     own callbacks, which look at the state that it leaves.
     """
-    given: dict[str, dict[str, Any]] = {
-        "progress": {"speed": speed},
-        "snapshots": {"folder": folder},
-        "rollback": {"folder": folder},
-        "capsules": {"folder": folder, "cfg": cfg},
-    }
-    made: dict[str, Any] = {}
-    for name in sorted(cfg.callbacks, key=lambda name: name != "progress"):
-        if name == "capsules":
-            given[name]["say"] = made["progress"].say if "progress" in made else say_in_log
+    nodes = dict(cfg.callbacks)
+
+    def make(name: str, **given: Any) -> Any:
+        """The object of a node; None without a node. Objects go to a partial, because Hydra would resolve ``cfg``."""
+        node = nodes.pop(name, None)
         try:
-            # Objects are passed to a partial, because Hydra would take a DictConfig among them for configuration.
-            made[name] = instantiate(cfg.callbacks[name], _convert_="all", _partial_=True)(**given.get(name, {}))
+            return None if node is None else instantiate(node, _convert_="all", _partial_=True)(**given)
         except TypeError as error:  # an argument that the class does not have
             raise UserError(f"callbacks.{name}: {error}") from error
-    progress = made.pop("progress", None)
-    parts = {name: made.pop(name, None) for name in ("divergence", "snapshots", "capsules", "rollback")}
-    stability = Stability(**parts, folder=folder, say=progress.say if progress else say_in_log)
-    return stability, [*([progress] if progress else []), stability, *made.values()]
+
+    progress = make("progress", speed=speed)
+    say = progress.say if progress else say_in_log
+    stability = Stability(
+        divergence=make("divergence"),
+        snapshots=make("snapshots", folder=folder),
+        capsules=make("capsules", folder=folder, cfg=cfg, say=say),
+        rollback=make("rollback", folder=folder),
+        folder=folder,
+        say=say,
+    )
+    made = [progress, stability, *map(make, list(nodes))]
+    return stability, [callback for callback in made if callback is not None]
 
 
 @contextmanager

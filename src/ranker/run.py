@@ -1,4 +1,4 @@
-"""One run from configuration to summary.json."""
+"""Runs training from a configuration to summary.json."""
 
 from __future__ import annotations
 
