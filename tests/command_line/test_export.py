@@ -215,7 +215,7 @@ def test_a_program_that_disagrees_is_refused_and_the_draft_is_gone(
     ("arguments", "told"),
     [
         (["/nowhere"], "no config.yaml in /nowhere"),
-        (["RUN", "--gate", "defualt"], "no gate 'defualt'; did you mean 'default'"),
+        (["RUN", "--gate", "defualt"], "unknown gate 'defualt'; did you mean 'default'"),
         (["RUN", "--tasks", "clik"], "no task 'clik'; did you mean 'click'"),
         (["RUN", "--checkpoint", "/nowhere"], "no checkpoint /nowhere"),
         (["RUN", "--out", "RUN"], "exists and is not an export"),

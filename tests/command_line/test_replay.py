@@ -168,7 +168,7 @@ def test_overrides_are_put_into_the_saved_configuration(lost: Finished) -> None:
     assert clipped.optim == saved.optim
     assert (swapped.optim.name, swapped.optim.lambda_rel, swapped.lr_mult) == ("clippy", 0.25, saved.lr_mult)
     assert swapped.model.net.hidden == [512] * 4  # of the run's scale
-    assert clipped.lr == 2 * saved.lr
+    assert (saved.lr, clipped.lr) == (300 * 0.4, 2 * 0.4)
 
 
 def test_a_folder_that_is_no_capsule_is_one_line(replay: Replay, capsys: Output, tmp_path: Path) -> None:
