@@ -17,7 +17,18 @@ import optim
 from optim import registry
 
 CONF = Path(__file__).parents[2] / "conf" / "optim"
-YAMLS = {path.stem: yaml.safe_load(path.read_text()) for path in CONF.glob("*.yaml")}
+
+
+def inherited(name: str) -> dict[str, Any]:
+    """The values of a file of conf/optim, with those of the files that its defaults list names."""
+    content = yaml.safe_load((CONF / f"{name}.yaml").read_text())
+    parents, values = content.pop("defaults", ["_self_"]), {}
+    for parent in parents:
+        values |= content if parent == "_self_" else inherited(parent)
+    return values
+
+
+YAMLS = {path.stem: inherited(path.stem) for path in CONF.glob("[!_]*.yaml")}  # _base.yaml and its like are no options
 
 
 def methods_by_parameter(optimizer: optim.SigmaOptimizer) -> dict[str, str]:

@@ -8,9 +8,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from ranker.models.mlp import MLP
 from torch import Tensor, nn
 
+from ranker.models.layers import MLP
 from ranker.stability import early_signs
 from ranker.stability.early_signs import (
     LayerActivations,
