@@ -1,4 +1,4 @@
-"""Names of the metrics that a run writes: one home for what writers, reports and studies must agree on.
+"""Names of the metrics that a run writes, for the code that writes them and for reports and studies that read them.
 
 A name is a path. ``train/loss``, ``train/<task>/<metric>``, ``val/<task>/<metric>``, ``test/<task>/<metric>``,
 ``progressive/<task>/<metric>``, ``signs/<role>/<sign>``, ``sigma/<parameter>``, ``sharpness/<quantity>``,
@@ -36,8 +36,3 @@ def sharpness(quantity: str) -> str:
 def divergence(kind: str) -> str:
     """Name under which an event of a kind is logged; its value is the step of the event."""
     return f"{DIVERGENCE}{kind}"
-
-
-def without_phase(name: str) -> str:
-    """``test/click/auc`` as ``click/auc``: the form of published tables."""
-    return name.split("/", 1)[1]

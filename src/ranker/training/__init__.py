@@ -1,1 +1,1 @@
-"""Training: the Lightning module, its callbacks, the run folder and the trackers."""
+"""Training: the Lightning module, the training step, the callbacks and the trackers."""
