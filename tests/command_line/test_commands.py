@@ -79,15 +79,6 @@ def test_a_mistake_in_a_script_exits_with_2() -> None:
     assert done.stderr.startswith(b"error: ")
 
 
-def test_the_hydra_plugins_import_neither_torch_nor_the_framework() -> None:
-    """Every Hydra application in the environment imports them at its start."""
-    code = (
-        "import sys, hydra_plugins.evenkeel_list_sweeper, hydra_plugins.evenkeel_headroom_sweeper; print(*sys.modules)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert not {"torch", "ranker", "optim", "pytorch_lightning"} & set(done.stdout.split())
-
-
 @pytest.mark.slow
 def test_training_on_two_processes_from_another_folder(tmp_path: Path) -> None:
     environment = os.environ | {"WANDB_MODE": "offline", "OMP_NUM_THREADS": "1"}
