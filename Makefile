@@ -26,7 +26,7 @@ setup: $(STAMP)  ## make .venv and install the project with its tested versions
 train: $(STAMP)  ## train on the synthetic stream; ARGS="model=small optim=adagrad" passes overrides
 	@$(PY) train.py $(ARGS)
 
-test: $(STAMP)  ## run the default tests (under 5 minutes on 2 cores)
+test: $(STAMP)  ## run the default tests (under 4 minutes on 2 cores)
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) -q $(ARGS)
 
 test-slow: $(STAMP)  ## run the long tests too

@@ -166,7 +166,7 @@ def _through(needed: Sequence[str], alone: Sequence[str], of: int, what: str) ->
     if len(alone) == of:
         return f"all alike; the {what} of any one of them is enough"
     if alone:
-        return f"none is needed; the {what} of {', '.join(alone)} is enough alone"
+        return f"none is needed; the {what} of {' or of '.join(alone)} alone is enough"
     return "several are needed together"
 
 
