@@ -44,7 +44,7 @@ class ListSweeper(Sweeper):
 
     def sweep(self, arguments: list[str]) -> Any:
         """Launches the jobs in batches, as Hydra's default sweeper does."""
-        from ranker.sweeps.hydra_private import expand, parse
+        from ranker.hydra_private import expand, parse
         from ranker.sweeps.job_list import combine, read_jobs
 
         assert self.config is not None

@@ -8,11 +8,11 @@ from typing import Any
 
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
 from ranker.config import check, learning_rate, register
 from ranker.errors import UserError, suggest
+from ranker.hydra_private import parse
 
 # What can change in a replay; the batches, their order and the seed are the capsule's.
 REPLAYABLE = (
@@ -43,7 +43,7 @@ def altered(saved: DictConfig, overrides: list[str], *, folder: Path) -> DictCon
         UserError: an override of something that a replay cannot change.
         HydraException: an override that train.py would refuse.
     """
-    parsed = OverridesParser.create().parse_overrides(overrides)
+    parsed = parse(overrides)
     for override in parsed:
         key, line = str(override.key_or_group), override.input_line
         if not any(key == name or key.startswith(f"{name}.") for name in REPLAYABLE):

@@ -2,5 +2,4 @@
 
 ``job`` runs one job or skips it. ``watch`` keeps the journal of a sweep and prints its progress. ``job_list`` knows
 which jobs a sweep has and how many run at a time. ``headroom_search`` is the sweeper ``hydra/sweeper=headroom``.
-``hydra_private`` contains all uses of Hydra's private API.
 """

@@ -14,10 +14,10 @@ from hydra.core.utils import JobReturn
 from hydra.plugins.launcher import Launcher
 
 from ranker.errors import UserError
+from ranker.hydra_private import expand, parse
 from ranker.reports.headroom_report import Entry, report
 from ranker.runs.run_folder import SUMMARY
 from ranker.stability.lr_headroom import Outcome, Search
-from ranker.sweeps.hydra_private import expand, parse
 
 # Keys that the search sets, and the options that control them.
 RESERVED = {"lr_mult": "headroom.lowest and headroom.highest", "seed": "headroom.seeds"}

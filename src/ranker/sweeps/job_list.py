@@ -10,8 +10,8 @@ import yaml
 from omegaconf import DictConfig
 
 from ranker.errors import UserError
+from ranker.hydra_private import expand, parse
 from ranker.runs.provenance import cores
-from ranker.sweeps.hydra_private import expand, parse
 
 
 def read_jobs(path: str | Path) -> list[list[str]]:

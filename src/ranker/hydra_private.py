@@ -1,4 +1,4 @@
-"""All uses of Hydra's private API, with the reason for each. ``tests/ranker/sweeps/test_hydra_private.py`` checks them.
+"""All uses of Hydra's private API, with the reason for each. ``tests/ranker/test_hydra_private.py`` checks them.
 
 ``BasicSweeper.split_arguments`` expands ``seed=0,1 lr_mult=1,2`` into jobs. Hydra has no public function for that, and
 our own would have to repeat the semantics of Hydra's override grammar. ``OverridesParser`` parses that grammar; it is

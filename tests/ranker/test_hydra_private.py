@@ -1,13 +1,13 @@
-"""Hydra's private API still behaves as ``ranker.sweeps.hydra_private`` expects."""
+"""Hydra's private API still behaves as ``ranker.hydra_private`` expects."""
 
 from __future__ import annotations
 
 import pytest
 from hydra.errors import HydraException
 
-from ranker.sweeps.hydra_private import expand, parse
+from ranker.hydra_private import expand, parse
 
-CHANGED = "Hydra's BasicSweeper.split_arguments changed; adapt ranker/sweeps/hydra_private.py"
+CHANGED = "Hydra's BasicSweeper.split_arguments changed; adapt ranker/hydra_private.py"
 
 
 def test_comma_separated_values_become_jobs_and_the_last_value_of_a_key_wins() -> None:
