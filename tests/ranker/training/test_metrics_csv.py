@@ -140,3 +140,13 @@ def test_the_file_is_flushed_between_steps_and_then_only_grows(tmp_path: Path, m
     assert len(set(files)) == 1
     assert lengths == sorted(lengths)
     assert 50 < len(set(lengths)) < 150, "about every five seconds"
+
+
+def test_a_value_that_becomes_shorter_leaves_nothing_of_the_longer_one(tmp_path: Path) -> None:
+    log = filled(tmp_path, range(3))
+    log.log_metrics({"loss": 0.123456789}, step=2)
+    log.save()
+    log.log_metrics({"loss": 1}, step=2)
+    log.save()
+
+    assert (tmp_path / "metrics.csv").read_text().splitlines() == ["step,loss", "0,0.0", "1,1.0", "2,1"]
