@@ -67,7 +67,8 @@ def test_compiled_steps_as_plain_torch(name: str, given: dict[str, Any], monkeyp
 @pytest.mark.parametrize("name", optim.list_optimizers())
 def test_compiled_by_inductor_steps_as_plain_torch(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     use("inductor", monkeypatch)
-    assert_same(name, {"collect_stats": True})
+    decay = {"weight_decay": 0.1} if name == "clippy_adamw" else {}  # its default, which sparse gradients cannot have
+    assert_same(name, {"collect_stats": True, **decay})
 
 
 def test_neither_shapes_nor_learning_rates_compile_again(monkeypatch: pytest.MonkeyPatch) -> None:
