@@ -13,6 +13,7 @@ import polars as pl
 from ranker.atomic import write_text
 from ranker.cli import command
 from ranker.errors import UserError, suggest
+from ranker.installation import clone
 from ranker.paper.jobs import DATA, QUICK, Data, Setting, launch
 from ranker.paper.published import BY_NAME, STUDIES, differences, folder_of, load_found, publish, render
 from ranker.paper.study import Study
@@ -103,8 +104,7 @@ def make(study: Study, setting: Setting, *, out: Path, results: Path, parallel: 
 
 def _root() -> Path:
     """The clone, or the current folder where the package is installed without one."""
-    clone = Path(__file__).resolve().parents[3]
-    return clone if (clone / "pyproject.toml").is_file() else Path.cwd()
+    return clone() or Path.cwd()
 
 
 def _published_root() -> Path:

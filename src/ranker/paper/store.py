@@ -105,14 +105,19 @@ def matching(runs: pl.DataFrame, overrides: Iterable[str], among: Iterable[str])
 
 
 def read_runs(path: Path) -> pl.DataFrame:
-    """Reads a CSV of runs.
+    """Reads a CSV of runs. Overrides with a former name (``RENAMED``) get the present one; the file keeps what was run.
 
     Raises:
         UserError: the file does not exist.
     """
     if not path.is_file():
         raise UserError(f"no file {path}; make it with scripts/reproduce.py")
-    return pl.read_csv(path, infer_schema_length=None)
+    runs = pl.read_csv(path, infer_schema_length=None)
+    for former, present in RENAMED.items():
+        (key, value), renamed = former.split("=", 1), present.split("=", 1)[1]
+        if key in runs.columns:
+            runs = runs.with_columns(pl.col(key).cast(pl.String).replace(value, renamed))
+    return runs
 
 
 def row_of(job: Job, folder: Path, summary: dict[str, Any]) -> dict[str, Any]:
