@@ -173,6 +173,7 @@ def build_module(cfg: DictConfig, schema: Schema) -> RankingModule:
         optimizer=instantiate(cfg.optim, _convert_="all"),
         lr=base_lr(cfg) * cfg.lr_mult,
         warmup_steps=cfg.train.warmup_steps,
+        head_bias=cfg.train.head_bias,
         progressive=cfg.train.progressive,
         score_rows=cfg.scale.eval_batch_size,
         log_every=cfg.train.log_every,

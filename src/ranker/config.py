@@ -28,6 +28,7 @@ class TrainSettings:
         checkpoint_every: write a checkpoint every so many steps; 0 writes none but on interruption.
         log_every: write metrics every so many steps.
         warmup_steps: raise the learning rate linearly from 0 over so many steps; 0 for none.
+        head_bias: where the heads' biases start: ``labels``, at the constant that fits the first window best; ``zero``.
         compile: run the model through torch.compile.
         threads: CPU threads of torch; 0 leaves torch's own choice.
     """
@@ -38,6 +39,7 @@ class TrainSettings:
     checkpoint_every: int = 100
     log_every: int = 10
     warmup_steps: int = 0
+    head_bias: str = "labels"
     compile: bool = False
     threads: int = 0
 

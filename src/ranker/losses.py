@@ -41,6 +41,28 @@ def observed_counts(mask_BT: Tensor) -> Tensor:
     return counts_T
 
 
+def best_constants(schema: Schema, labels_BT: Tensor, mask_BT: Tensor) -> Tensor:
+    """The logit of each task that minimises its loss if every row gets the same one, shape [T].
+
+        binary       log((n_1 + 1) / (n_0 + 1))     n_1, n_0 observed labels of 1 and 0
+        regression   sum over observed b of y_b / n
+
+    One label of each kind is added, so that a task without positives keeps finite log odds. A task without labels
+    gets 0.
+
+    Args:
+        schema: gives each task's type.
+        labels_BT: labels, transformed as the loss reads them; any value where not observed.
+        mask_BT: bool, true where observed.
+    """
+    y_BT = torch.where(mask_BT, labels_BT, 0.0).double()
+    count_T, sum_T = mask_BT.sum(0), y_BT.sum(0)
+    log_odds_T = torch.log((sum_T + 1.0) / (count_T - sum_T + 1.0))
+    mean_T = sum_T / count_T.clamp(min=1)
+    binary_T = torch.tensor([task.type == "binary" for task in schema.tasks], device=labels_BT.device)
+    return torch.where(binary_T, log_odds_T, mean_T).float()
+
+
 class MultitaskLoss(nn.Module):
     """Log loss for binary tasks, squared error for regressions.
 

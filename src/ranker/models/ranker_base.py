@@ -59,6 +59,16 @@ class Ranker(nn.Module, ABC):
         """Module names of the heads, by ``head/<task>``."""
         return {f"head/{task}": f"heads.linear.{head_key(task)}" for task in self.task_names}
 
+    @torch.no_grad()
+    def set_head_biases(self, logits_T: Tensor) -> None:
+        """Sets the bias of each head, so that the untrained model starts near these logits.
+
+        Args:
+            logits_T: one logit per task, in the order of the tasks.
+        """
+        for module, value in zip(self.head_names().values(), logits_T.tolist(), strict=True):
+            self.get_parameter(f"{module}.bias").fill_(value)
+
     def count_parameters(self) -> dict[str, int]:
         """Numbers of parameters: ``embedding``, and ``dense`` for all others, which the paper's Table 1 counts."""
         embedding = sum(p.numel() for p in self.embeddings.parameters())

@@ -16,8 +16,10 @@ from torch.optim.lr_scheduler import LambdaLR
 from ranker.data.batch import Batch
 from ranker.data.datamodule import RankingDataModule
 from ranker.data.schema import Schema
-from ranker.losses import MultitaskLoss
+from ranker.errors import one_of
+from ranker.losses import MultitaskLoss, best_constants
 from ranker.metrics import StreamingAUC, TaskMetrics
+from ranker.models import Ranker
 from ranker.runs import metric_names as names
 from ranker.runs.run_folder import STATE_DICT, TRAIN_AUC, TRAIN_AUC_BY_RANK
 from ranker.training.training_step import StepSignals, clip_gradients, forward_loss, step_signals
@@ -25,6 +27,9 @@ from ranker.training.training_step import StepSignals, clip_gradients, forward_l
 log = logging.getLogger(__name__)
 
 OptimizerFactory = Callable[..., Optimizer]
+
+HEAD_BIASES = ("labels", "zero")
+_ROWS_FOR_HEAD_BIASES = 65_536
 
 
 class RankingModule(pl.LightningModule):
@@ -36,6 +41,9 @@ class RankingModule(pl.LightningModule):
         optimizer: called as ``optimizer(model_or_params=net, lr=lr)``.
         lr: learning rate per step, multiplier included.
         warmup_steps: raise the learning rate linearly from lr / warmup_steps to lr over this many steps; 0 for none.
+        head_bias: ``labels`` starts each head's bias at the constant that fits the labels of the first window best (log
+            odds or mean). Without it, the first steps pay for the distance, with the largest gradients of the run.
+            ``zero`` keeps the model's own initial values.
         progressive: score a window before it is trained on, where batches carry ``opening``.
         score_rows: rows per forward pass when scoring.
         log_every: steps between two writes of the metrics.
@@ -50,6 +58,7 @@ class RankingModule(pl.LightningModule):
         optimizer: OptimizerFactory,
         lr: float,
         warmup_steps: int = 0,
+        head_bias: str = "zero",
         progressive: bool = True,
         score_rows: int = 8192,
         log_every: int = 10,
@@ -61,6 +70,8 @@ class RankingModule(pl.LightningModule):
         self.lr = lr
         self._optimizer_factory = optimizer
         self._warmup_steps = warmup_steps
+        one_of(head_bias, HEAD_BIASES, "train.head_bias")
+        self._head_bias = head_bias
         self._progressive = progressive
         self._score_rows = score_rows
         self.log_every = log_every
@@ -77,6 +88,15 @@ class RankingModule(pl.LightningModule):
     def forward(self, batch: Batch) -> Tensor:
         """Logits, shape [B, T]."""
         return self.net(batch)
+
+    def on_fit_start(self) -> None:
+        """Starts the biases of the heads from the first window's labels. A resumed run has its weights already."""
+        if self._head_bias == "zero" or self.trainer.ckpt_path is not None:
+            return
+        data = Fit(self.trainer).data
+        start, stop = data.plan.rows(0)
+        rows = data.log.read(start, min(stop, start + _ROWS_FOR_HEAD_BIASES))  # the same rows on each rank
+        cast(Ranker, self.net).set_head_biases(best_constants(self.schema, rows.labels_BT, rows.mask_BT))
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Forward pass and loss; keeps the signals that the divergence detector and the progress bar read."""
