@@ -93,6 +93,8 @@ class PastWindows:
     """For each window, the statistics of the windows that were trained on before it.
 
     The statistics before window k cover rows of windows 0 .. k - 1 only (fewer if some were skipped), never its own.
+    The first window has nothing before it and is normalised by its own statistics. Raw values there would make the
+    inputs jump at the second window, which can cost the model.
     Every rank reads whole windows, so all ranks compute the same numbers without communication.
     """
 

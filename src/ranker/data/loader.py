@@ -152,7 +152,10 @@ class WindowedLoader:
             return _Window(rows, order, None)
         earlier = previous.result().known if previous is not None else None
         before = earlier[1] if earlier is not None else self._past.before(window)
-        return _Window(before.normalise(rows), order, (before, before.joined(DenseStatistics.of(rows))))
+        own = DenseStatistics.of(rows)
+        if window == 0 or not before.rows:  # nothing is before the first window: raw values here would jump afterwards
+            return _Window(own.normalise(rows), order, (own, own))
+        return _Window(before.normalise(rows), order, (before, before.joined(own)))
 
     def _cut(self, future: Future[_Window], window: int, place: int, number: int) -> _Cut:
         """Batch ``number``: this rank's share of the window's batch at ``place``."""
