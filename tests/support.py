@@ -30,6 +30,7 @@ TINY = (
     "data.num_workers=1",
     "train.eval_every=8",
     "train.threads=1",
+    "train.warmup_steps=0",  # so few steps leave no time for one
     "++model.widths.small.laptop=[16,16]",
     "++model.widths.large.laptop=[16,16,16,16]",
     "++model.widths.moe.laptop=[8,8]",

@@ -10,8 +10,10 @@ import torch
 from hydra import compose, initialize_config_dir
 from hydra.utils import get_class, instantiate
 
+from ranker import config
 from ranker.models import SharedBottom
 
+config.register()
 CONF = Path(__file__).parents[3] / "conf"
 MODELS = ["small", "large", "large_dcn", "moe", "ple"]
 
@@ -49,7 +51,14 @@ def test_paper_widths_are_those_of_table_1_and_laptop_an_eighth():
     for model, widths in (("small", [512, 512]), ("large", [4096] * 4), ("large_dcn", [4096] * 4)):
         assert list(composed(model, "paper").model.net.hidden) == widths
         assert list(composed(model, "laptop").model.net.hidden) == [width // 8 for width in widths]
-    assert composed("small", "paper").scale.batch_size == 65536
+
+
+def test_batch_and_warm_up_are_those_of_the_data_set_at_the_scale():
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        laptop = compose("config", ["data=kuairand", "data.source=x"])
+        paper = compose("config", ["data=kuairand", "data.source=x", "scale=paper"])
+    assert (laptop.scale.batch_size, laptop.train.warmup_steps) == (256, 200)
+    assert paper.scale.batch_size == 65536, "of the paper"
 
 
 def test_large_dcn_has_cross_layers_with_layer_norm_and_large_has_none(schema):
