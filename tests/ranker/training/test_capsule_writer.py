@@ -40,17 +40,17 @@ def test_over_the_bound_the_oldest_goes_first_and_what_is_held_last() -> None:
     made = recorder(5)
     fill(made, range(1, 8))
     assert steps(made) == [3, 4, 5, 6, 7]
-    made.hold(3, 5)
+    made.hold([(3, 5)])
     fill(made, range(8, 11))
     assert steps(made) == [4, 5, 8, 9, 10]
-    made.hold(0, -1)
+    made.hold([])
     fill(made, range(11, 13))
     assert steps(made) == [8, 9, 10, 11, 12]
 
 
 def test_a_stretch_longer_than_the_bound_loses_its_beginning() -> None:
     made = recorder(3)
-    made.hold(0, 100)
+    made.hold([(0, 100)])
     fill(made, range(1, 6))
     assert steps(made) == [3, 4, 5]
     assert made.covers_after(5) == 2
@@ -66,7 +66,7 @@ def test_coverage_ends_at_the_first_gap() -> None:
 def test_forgetting_spares_what_is_held_and_clearing_does_not() -> None:
     made = recorder(10)
     fill(made, range(1, 9))
-    made.hold(1, 3)
+    made.hold([(1, 3)])
     made.forget(6)
     assert steps(made) == [2, 3, 7, 8]
     made.clear()
