@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
 
 from ranker.capsules.training_state import TrainingState, copied
 from ranker.errors import UserError, one_of
@@ -139,6 +140,8 @@ class Rollback:
             first, rate = snapshot.position, self._rate(snapshot.step)
         else:
             restore_history(snapshot, fit, detector)
+            if detector.step_cut is not None:  # the step size that was lost is not lost once more
+                detector.step_cut.reset()
             if self._restore == "accumulators":
                 self._give_back_accumulators(snapshot, fit, switched=switched)
         ring.forget_after(snapshot.step, now=before)
@@ -147,6 +150,8 @@ class Rollback:
         if self._optim is not None and (len(self.done) == 1 or (self._restore == "all" and not switched)):
             self._switch(fit)
             rate = 1.0  # it has the rate of the configuration
+        if detector.step_cut is not None:
+            detector.step_cut.watch(fit.trainer.optimizers[0])
         _scale_lr(fit, self._rate(before) / rate)
         record["lr"] = float(fit.trainer.optimizers[0].param_groups[0]["lr"])
         self._write(fit, record)
@@ -210,10 +215,10 @@ class Rollback:
         wanted = initial_state(net, made_optimizer(fit.module.configure_optimizers))
         take_over(old, net, fit.trainer.optimizers[0], wanted)
         for config, epoch in zip(fit.trainer.lr_scheduler_configs, last, strict=True):
-            scheduler = config.scheduler
-            scheduler.last_epoch = epoch
+            schedule = cast(LambdaLR, config.scheduler)
+            schedule.last_epoch = epoch
             groups = fit.trainer.optimizers[0].param_groups
-            for group, base, shape in zip(groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True):
+            for group, base, shape in zip(groups, schedule.base_lrs, schedule.lr_lambdas, strict=True):
                 group["lr"] = base * shape(epoch)
 
     def _give_back_accumulators(self, snapshot: TrainingState, fit: Fit, *, switched: bool) -> None:
