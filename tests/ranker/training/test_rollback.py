@@ -11,45 +11,12 @@ from torch import Tensor
 
 from optim import build_optimizer
 from ranker.errors import UserError
-from ranker.stability import Event
-from ranker.training.module import Fit
 from ranker.training.rollback import Rollback
 from ranker.training.snapshots import SnapshotRing, thinned
-from ranker.training.stability_callback import DivergenceWatch, Stability
+from ranker.training.stability_callback import Stability
+from scripted_verdicts import Verdicts
 
 LR, WARMUP = 0.1, 30  # of the fixture fit
-
-
-class Verdicts(DivergenceWatch):
-    """Reports full divergences at chosen steps: by step of the verdict, the first step of the event."""
-
-    def __init__(self, **by_step: int) -> None:
-        quiet = {"jump_ratio": 1e6, "lost_ratio": 1e6}  # no verdict and no suspicion of its own
-        super().__init__(poll_every=1, settings=quiet)
-        self.by_step = {int(step.removeprefix("at")): first for step, first in by_step.items()}
-
-    def start(self, fit: Fit, state: Any) -> Any:
-        detector = super().start(fit, state)
-
-        def poll(*, wait: bool = False) -> list[Event]:
-            first = self.by_step.get(fit.step)
-            if first is None:
-                return []
-            return [
-                Event(
-                    kind="full",
-                    step=first,
-                    task="",
-                    depth=1.0,
-                    length=1,
-                    recovered_at=None,
-                    judged_at=fit.step,
-                    reason="said so",
-                )
-            ]
-
-        detector.poll = poll
-        return detector
 
 
 class Notes(Callback):
@@ -61,10 +28,6 @@ class Notes(Callback):
         self.weights: dict[int, dict[str, Tensor]] = {}
         self.sums: dict[int, dict[str, Tensor]] = {}
         self.method: dict[int, str] = {}
-        self.before: dict[int, dict[str, Tensor]] = {}  # weights before the stability callback acts
-
-    def on_before_zero_grad(self, trainer, pl_module, optimizer):
-        pass
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         step, optimizer = trainer.global_step, trainer.optimizers[0]
@@ -94,7 +57,7 @@ def other(name: str, **options: Any):
 
 
 def test_a_late_verdict_goes_back_to_before_the_first_step_and_leaves_out_the_event_alone(fit) -> None:
-    notes, rollback, trainer = run(fit, Verdicts(at44=18), back_steps=2, skip_batches=6)
+    notes, rollback, trainer = run(fit, Verdicts({44: 18}), back_steps=2, skip_batches=6)
 
     (record,) = rollback.done
     assert (record["event_step"], record["step"], record["to_step"]) == (18, 44, 16)
@@ -106,7 +69,7 @@ def test_a_late_verdict_goes_back_to_before_the_first_step_and_leaves_out_the_ev
 
 def test_the_accumulators_alone_come_back(fit) -> None:
     undisturbed, _, _ = run(fit, Verdicts())
-    notes, rollback, trainer = run(fit, Verdicts(at30=18), back_steps=2, restore="accumulators")
+    notes, rollback, trainer = run(fit, Verdicts({30: 18}), back_steps=2, restore="accumulators")
 
     (record,) = rollback.done
     assert (record["restored"], record["snapshot_step"], record["to_step"]) == ("accumulators", 16, 30)
@@ -122,7 +85,7 @@ def test_the_accumulators_alone_come_back(fit) -> None:
 @pytest.mark.parametrize("restore", ["all", "nothing"])
 def test_another_optimizer_takes_over_with_the_accumulators_and_the_schedule(fit, restore: str) -> None:
     optim = other("gc", clip_norm=1e-3, clip_accumulator=True)
-    notes, _, _ = run(fit, Verdicts(at22=18), back_steps=2, skip_batches=0, restore=restore, optim=optim)
+    notes, _, _ = run(fit, Verdicts({22: 18}), back_steps=2, skip_batches=0, restore=restore, optim=optim)
 
     back = 16 if restore == "all" else 22
     assert (notes.method[21], notes.method[22], notes.method[48]) == ("clippy", "gc", "gc")
@@ -133,7 +96,7 @@ def test_another_optimizer_takes_over_with_the_accumulators_and_the_schedule(fit
 
 
 def test_an_optimizer_that_keeps_other_quantities_starts_them_anew(fit) -> None:
-    notes, _, trainer = run(fit, Verdicts(at22=18), restore="nothing", optim=other("clippy_adam"))
+    notes, _, trainer = run(fit, Verdicts({22: 18}), restore="nothing", optim=other("clippy_adam"))
 
     assert notes.method[48] == "clippy_adam"
     assert notes.sums[48] == {}
@@ -143,7 +106,7 @@ def test_an_optimizer_that_keeps_other_quantities_starts_them_anew(fit) -> None:
 
 def test_a_second_rollback_behind_the_first_has_the_other_optimizer_too(fit) -> None:
     optim = other("gc", clip_norm=1e-3)
-    notes, rollback, _ = run(fit, Verdicts(at22=18, at25=24), back_steps=2, skip_batches=2, optim=optim, lr_factor=0.5)
+    notes, rollback, _ = run(fit, Verdicts({22: 18, 25: 24}), back_steps=2, skip_batches=2, optim=optim, lr_factor=0.5)
 
     first, second = rollback.done
     assert first["to_step"] == second["to_step"] == 16
@@ -155,7 +118,7 @@ def test_a_second_rollback_behind_the_first_has_the_other_optimizer_too(fit) -> 
 
 
 def test_the_same_stretch_lost_again_leaves_out_twice_as_many(fit) -> None:
-    _, rollback, _ = run(fit, Verdicts(at18=15, at20=19, at36=35), back_steps=2, skip_batches=4)
+    _, rollback, _ = run(fit, Verdicts({18: 15, 20: 19, 36: 35}), back_steps=2, skip_batches=4)
 
     first, second, third = rollback.done
     assert first["skipped_batches"] == [12, 16]
@@ -165,7 +128,7 @@ def test_the_same_stretch_lost_again_leaves_out_twice_as_many(fit) -> None:
 
 
 def test_a_lower_rate_rises_back_over_the_given_steps(fit) -> None:
-    notes, _, _ = run(fit, Verdicts(at34=33), back_steps=1, restore="nothing", lr_factor=0.2, lr_steps=8)
+    notes, _, _ = run(fit, Verdicts({34: 33}), back_steps=1, restore="nothing", lr_factor=0.2, lr_steps=8)
 
     expected = [LR * (0.2 + 0.8 * min(k / 8, 1.0)) for k in range(14)]
     assert [notes.lr[34 + k] for k in range(14)] == pytest.approx(expected)
@@ -173,7 +136,7 @@ def test_a_lower_rate_rises_back_over_the_given_steps(fit) -> None:
 
 
 def test_a_snapshot_from_within_the_ramp_gives_the_ramp_of_the_last_rollback(fit) -> None:
-    notes, rollback, _ = run(fit, Verdicts(at32=30, at42=41), back_steps=1, skip_batches=1, lr_factor=0.2, lr_steps=16)
+    notes, rollback, _ = run(fit, Verdicts({32: 30, 42: 41}), back_steps=1, skip_batches=1, lr_factor=0.2, lr_steps=16)
 
     assert rollback.done[1]["to_step"] == 40, "a snapshot of a step of the first ramp"
     shape = 1.0  # the first rollback went back to step 28, and twelve steps later warm-up was over
