@@ -105,7 +105,9 @@ def span(capsule: Capsule) -> tuple[int, int, int]:
     return capsule.manifest.snapshot_step, steps[0], steps[-1]
 
 
-@pytest.mark.parametrize(("first", "judged", "snapshot"), [(1, 1, 0), (1, 40, 0), (3, 48, 0), (12, 45, 0), (47, 48, 44)])
+@pytest.mark.parametrize(
+    ("first", "judged", "snapshot"), [(1, 1, 0), (1, 40, 0), (3, 48, 0), (12, 45, 0), (47, 48, 44)]
+)
 def test_a_verdict_however_late_finds_the_past_of_its_first_step(fit, tmp_path, first, judged, snapshot) -> None:
     (capsule,) = capsules(fit, tmp_path, Verdicts({judged: first})).values()
 
@@ -116,7 +118,7 @@ def test_a_verdict_however_late_finds_the_past_of_its_first_step(fit, tmp_path, 
 
 def test_the_past_of_a_suspicion_that_has_ended_is_still_there(fit, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(capsule_writer, "_LATE", 4)
-    over = {step: 18 for step in range(19, 24)} | {step: 30 for step in range(31, 34)}
+    over = dict.fromkeys(range(19, 24), 18) | dict.fromkeys(range(31, 34), 30)
 
     (capsule,) = capsules(fit, tmp_path, Verdicts({46: 18}, suspected=over)).values()
 
@@ -138,7 +140,7 @@ def test_a_full_divergence_of_which_nothing_is_left_has_the_steps_before_its_ver
 def test_a_micro_divergence_that_turns_out_to_be_full_keeps_its_capsule(fit, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(capsule_writer, "_LATE", 4)
 
-    over = {step: 18 for step in range(19, 24)} | {30: 29, 34: 33, 38: 37}  # the last two are held
+    over = dict.fromkeys(range(19, 24), 18) | {30: 29, 34: 33, 38: 37}  # the last two are held
     verdicts = Verdicts({46: 18}, micro={24: 18}, suspected=over)
 
     (capsule,) = capsules(fit, tmp_path, verdicts).values()
