@@ -24,6 +24,7 @@ REPLAYABLE = (
     "trainer.gradient_clip_val",
     "trainer.gradient_clip_algorithm",
     "trainer.precision",
+    "callbacks.rollback",
 )
 
 
@@ -45,12 +46,12 @@ def altered(saved: DictConfig, overrides: list[str], *, folder: Path) -> DictCon
     """
     parsed = parse(overrides)
     for override in parsed:
-        key, line = str(override.key_or_group), override.input_line
+        key, line = _key(override), override.input_line
         if not any(key == name or key.startswith(f"{name}.") for name in REPLAYABLE):
             raise UserError(f"'{line}' cannot change in a replay; {suggest(key, REPLAYABLE)}")
         if override.is_sweep_override() or override.is_delete():
             raise UserError(f"'{line}': a replay takes one value an override; give each alternative its own --try")
-    groups = [str(o.key_or_group) for o in parsed if (folder / str(o.key_or_group)).is_dir()]
+    groups = [_key(o) for o in parsed if (folder / _key(o)).is_dir()]
     names = {
         group: OmegaConf.select(saved, f"{group}.name") for group in ("scale", "data", "model", "optim", "mitigation")
     }
@@ -68,12 +69,17 @@ def altered(saved: DictConfig, overrides: list[str], *, folder: Path) -> DictCon
     if "mitigation" in groups:
         before = _composed(folder, [*chosen, f"mitigation={names['mitigation'] or 'none'}"])
         _spread(merged, before, _composed(folder, [*chosen, f"mitigation={composed.mitigation.name}"]))
-    for key in (str(override.key_or_group) for override in parsed):
+    for key in map(_key, parsed):
         if key.split(".")[0] not in groups:
             OmegaConf.update(merged, key, OmegaConf.select(composed, key), force_add=True)
     merged.lr = learning_rate(merged)
     check(merged)
     return merged
+
+
+def _key(override: Any) -> str:
+    """Where an override acts: of ``optim@callbacks.rollback.optim=clippy``, what stands behind the @."""
+    return str(override.package or override.key_or_group)
 
 
 def _composed(folder: Path, overrides: list[str]) -> DictConfig:

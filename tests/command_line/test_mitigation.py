@@ -9,7 +9,9 @@ import pytest
 from omegaconf import OmegaConf
 
 from ranker.reports.run_table import load_runs
-from support import Finished
+from ranker.stability import DivergenceDetector
+from scripted_verdicts import event
+from support import CALM, ROOT, Finished
 
 DIFFERENCES = {
     "none": {},
@@ -18,6 +20,24 @@ DIFFERENCES = {
     "layer_norm": {"model.net.layer_norm": True},
     "wide_window": {"data.window": 131072},
     "global_clip": {"trainer.gradient_clip_val": 1.0},
+    "skip_nonfinite": {"optim.on_nonfinite": "skip"},
+}
+_TRIES = {"callbacks.rollback.tries": 3}
+WAYS_OUT = {
+    "rollback": {},
+    "rollback_rewarm": {"callbacks.rollback.lr_factor": 0.1, "callbacks.rollback.lr_steps": 200},
+    "rollback_clippy": {"callbacks.rollback.optim.name": "clippy"},
+    "clip_accumulator": {
+        "callbacks.rollback.optim.name": "gc",
+        "callbacks.rollback.optim.clip_accumulator": True,
+    },
+    "give_back_accumulators": {"callbacks.rollback.restore": "accumulators"},
+    "rewarm": {
+        "callbacks.rollback.restore": "nothing",
+        "callbacks.rollback.lr_factor": 0.1,
+        "callbacks.rollback.lr_steps": 200,
+    },
+    "switch_to_clippy": {"callbacks.rollback.restore": "nothing", "callbacks.rollback.optim.name": "clippy"},
 }
 
 
@@ -35,6 +55,44 @@ def test_every_mitigation_trains_and_is_recorded(
     for other, values in DIFFERENCES.items():
         for key, value in values.items():
             assert (OmegaConf.select(cfg, key) == value) == (other == name), key
+
+
+def test_every_option_is_tested() -> None:
+    assert {path.stem for path in (ROOT / "conf" / "mitigation").glob("*.yaml")} == {*DIFFERENCES, *WAYS_OUT}
+
+
+@pytest.mark.parametrize("name", WAYS_OUT)
+def test_every_way_out_acts_on_a_verdict_and_is_recorded(
+    train_tiny: Callable[..., Finished], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    poll = DivergenceDetector.poll
+    once = [True]
+
+    def lost_at_20(self, *, wait=False):
+        events = poll(self, wait=wait)
+        if self.buffered_until == 20 and once.pop():
+            return [event(15, 20)]
+        return events
+
+    update = DivergenceDetector.update
+
+    def noted(self, step, *given, **signals):
+        self.buffered_until = step
+        update(self, step, *given, **signals)
+
+    monkeypatch.setattr(DivergenceDetector, "update", noted)
+    monkeypatch.setattr(DivergenceDetector, "poll", lost_at_20)
+    settings = ("optim=adagrad", "lr_mult=0.1", "train.eval_every=0", "data.log.train_rows=12288")
+
+    run = train_tiny(tmp_path, f"mitigation={name}", *settings, *CALM, "callbacks.snapshots.every=5")
+
+    assert run.summary["mitigation"] == name
+    (rollback,) = run.summary["rollbacks"]
+    cfg = OmegaConf.load(run.folder / "config.yaml")
+    for key, value in (_TRIES | WAYS_OUT[name]).items():
+        assert OmegaConf.select(cfg, key) == value, key
+    assert rollback["restored"] == OmegaConf.select(cfg, "callbacks.rollback.restore")
+    assert rollback["to_step"] == (rollback["snapshot_step"] if rollback["restored"] == "all" else 20)
 
 
 @pytest.mark.parametrize("sparse", [False, True])

@@ -121,10 +121,15 @@ def test_the_budget_of_tries_ends_in_a_diverged_run(train_tiny: Train, tmp_path:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    "way",
+    [(), ("optim@callbacks.rollback.optim=gc", "callbacks.rollback.lr_steps=100")],
+    ids=["same", "other optimizer"],
+)
 def test_a_run_interrupted_after_a_rollback_goes_on_as_if_it_had_not_been(
-    train_tiny: Train, command_line: Callable[..., None], tmp_path: Path, bad_rows: None
+    train_tiny: Train, command_line: Callable[..., None], tmp_path: Path, bad_rows: None, way: tuple[str, ...]
 ) -> None:
-    settings = (*SETTINGS, *RING, *ROLLBACK, "callbacks.rollback.lr_factor=0.5", "train.warmup_steps=150")
+    settings = (*SETTINGS, *RING, *ROLLBACK, *way, "callbacks.rollback.lr_factor=0.5", "train.warmup_steps=150")
     whole = train_tiny(tmp_path / "whole", *settings)
     first = train_tiny(tmp_path / "cut", *settings, "train.checkpoint_every=130", "train.max_steps=137")
     (first.folder / "summary.json").unlink()

@@ -147,7 +147,9 @@ def test_two_ranks_go_back_together_lose_no_other_row_and_can_be_killed(
         return finished(folder)
 
     end = BATCHES - 20 + 25  # steps: 20 batches left out, 25 steps taken twice
-    settings = (*broken, *TWO_RANKS, *RING, "train.log_every=1", OVERRIDE)
+    # Another optimizer takes over, and the rate rises back: both must be the same on the ranks, and after a kill.
+    way = ("optim@callbacks.rollback.optim=gc", "callbacks.rollback.lr_factor=0.5", "callbacks.rollback.lr_steps=60")
+    settings = (*broken, *TWO_RANKS, *RING, *way, "train.log_every=1", OVERRIDE)
     lost = run(tmp_path / "lost", *settings, f"hydra.run.dir={tmp_path / 'lost'}")
     last = f"train.checkpoint_every={end}"
     saved = run(tmp_path / "saved", *settings, *ROLLBACK, last, f"hydra.run.dir={tmp_path / 'saved'}")

@@ -153,6 +153,12 @@ def write_manifest(path: Path, manifest: Manifest) -> None:
     write_text(path / MANIFEST, json.dumps(plain, indent=1) + "\n")
 
 
+def replace_event(path: Path, event: Event) -> None:
+    """Writes another event into the ``capsule.json`` of a complete capsule: a later verdict on the same steps."""
+    plain = json.loads((path / MANIFEST).read_text(encoding="utf-8")) | {"event": event.to_dict()}
+    write_text(path / MANIFEST, json.dumps(plain, indent=1) + "\n")
+
+
 def hexadecimal(rows_SN: Tensor) -> list[list[str]]:
     """Signals as hexadecimal floats, which are exact."""
     return [[x.hex() for x in row] for row in rows_SN.double().tolist()]

@@ -16,6 +16,7 @@ from ranker.paper import (
     divergence_tables,
     rendering,
     table2,
+    ways_out,
 )
 from ranker.paper.jobs import DATA, Data
 from ranker.paper.store import read_runs
@@ -41,6 +42,7 @@ STUDIES: tuple[Study, ...] = (
     divergence_tables.MITIGATION,
     table2.SOFT_SHARING,
     table2.SEARCHED_CLIPPY,
+    ways_out.WAYS_OUT,
 )
 BY_NAME = {study.name: study for study in STUDIES}
 QUOTING = ("README.md", "docs/reproduction.md", "results/README.md")

@@ -26,6 +26,7 @@ from ranker.replay.trajectory import (
     table_of_replays,
 )
 from ranker.replay.transfer_state import carry
+from ranker.replay.way_out import is_asked, replay_way_out
 from ranker.runs.provenance import arithmetic
 from ranker.runs.run_folder import plain, versions
 
@@ -86,9 +87,9 @@ class Session:
             for overrides, cfg in zip(tries, configs, strict=True):
                 name = " ".join(overrides)
                 describe(name)
-                other = build_engine(cfg, self.capsule.schema, device=self.device)
+                other = self._build(cfg)
                 transferred.append(f"{name}: {carry(state, run=self._engine(), other=other)}")
-                trajectories.append(other.run(manifest.steps, self.capsule.batches, name=name, tick=advance))
+                trajectories.append(self._trained(other, cfg, overrides, name=name, tick=advance))
         for line in transferred:
             self.console.print(line)
         self._show(trajectories, out)
@@ -116,7 +117,18 @@ class Session:
         self.console.print(f"{findings.replays} replays; {out / BISECTION}")
 
     def _engine(self) -> Engine:
-        return build_engine(self.cfg, self.capsule.schema, device=self.device)
+        return self._build(self.cfg)
+
+    def _build(self, cfg: DictConfig) -> Engine:
+        return build_engine(cfg, self.capsule.schema, device=self.device)
+
+    def _trained(
+        self, engine: Engine, cfg: DictConfig, overrides: Sequence[str], *, name: str, tick: Callable[[], None]
+    ) -> Trajectory:
+        steps, batches = self.capsule.manifest.steps, self.capsule.batches
+        if is_asked(cfg, self.cfg, overrides):
+            return replay_way_out(engine, cfg, steps, batches, make=self._build, name=name, tick=tick)
+        return engine.run(steps, batches, name=name, tick=tick)
 
     def _describe(self) -> None:
         manifest, event = self.capsule.manifest, self.capsule.manifest.event

@@ -2,18 +2,11 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
-
-import torch
-from torch import Tensor
 
 from ranker.capsules.training_state import TrainingState
 from ranker.replay.engine import Engine
-
-_REPORTS = ("clip_stats",)  # optimizer state that only reports; it is not transferred
+from ranker.training.optimizer_transfer import initial_state, made_optimizer, state_by_name, take_over
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,9 +62,10 @@ def carry(state: TrainingState, *, run: Engine, other: Engine) -> Carried:
     run.restore(state)
     actual = [float(group["lr"]) for group in run.optimizer.param_groups]
     factor = actual[0] / configured[0] if configured[0] else 1.0
-    quantities = _quantities(other)
+    net = other.module.net
+    wanted = initial_state(net, made_optimizer(other.module.configure_optimizers))
     weights, fresh = _carry_weights(run, other)
-    kept, reset = _carry_optimizer(run, other, quantities)
+    kept, reset = take_over(state_by_name(run.module.net, run.optimizer), net, other.optimizer, wanted)
     _rates(other, state.step, factor=factor)
     other.restore_history(state)
     return Carried(
@@ -89,50 +83,6 @@ def _carry_weights(run: Engine, other: Engine) -> tuple[int, list[str]]:
     fits = {name: old[name] for name, value in new.items() if name in old and old[name].shape == value.shape}
     other.module.net.load_state_dict(fits, strict=False)
     return len(fits), [name for name in new if name not in fits]
-
-
-def _carry_optimizer(
-    run: Engine, other: Engine, quantities: Mapping[str, Mapping[str, torch.Size]]
-) -> tuple[dict[str, int], dict[str, int]]:
-    old = {name: _state_of(run, param) for name, param in run.module.net.named_parameters()}
-    kept: Counter[str] = Counter()
-    reset: Counter[str] = Counter()
-    for name, param in other.module.net.named_parameters():
-        wanted, there = quantities.get(name, {}), old.get(name, {})
-        fits = bool(wanted) and all(key in there and there[key].shape == shape for key, shape in wanted.items())
-        if fits:
-            other.optimizer.state[param] = {key: there[key].clone() for key in wanted}
-        (kept if fits else reset).update(wanted.keys())
-    return dict(kept), dict(reset)
-
-
-def _quantities(engine: Engine) -> dict[str, dict[str, torch.Size]]:
-    """The state that an optimizer of this kind keeps per parameter, found by a step with zero gradients."""
-    before = {name: value.clone() for name, value in engine.module.net.state_dict().items()}
-    made = engine.module.configure_optimizers()
-    optimizer = made["optimizer"] if isinstance(made, Mapping) else made
-    named = dict(engine.module.net.named_parameters())
-    for param in named.values():
-        param.grad = torch.zeros_like(param)
-    optimizer.step()
-    found = {
-        name: {
-            key: value.shape
-            for key, value in optimizer.state[param].items()
-            if isinstance(value, Tensor) and key not in _REPORTS
-        }
-        for name, param in named.items()
-        if param in optimizer.state
-    }
-    for param in named.values():
-        param.grad = None
-    engine.module.net.load_state_dict(before)
-    return found
-
-
-def _state_of(engine: Engine, param: Tensor) -> dict[str, Tensor]:
-    state: Mapping[str, Any] = engine.optimizer.state.get(param, {})
-    return {key: value for key, value in state.items() if isinstance(value, Tensor)}
 
 
 def _rates(engine: Engine, step: int, *, factor: float = 1.0) -> list[float]:

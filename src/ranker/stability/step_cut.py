@@ -105,6 +105,10 @@ class StepCut:
             for name, cut, grown in zip(self.names, self._cut_L.unbind(), self._grown_L.unbind(), strict=True)
         }
 
+    def watch(self, optimizer: torch.optim.Optimizer) -> None:
+        """Looks at another optimizer's accumulators from now on: one that has taken over the weights."""
+        self._optimizer = optimizer
+
     def reset(self) -> None:
         """Forgets the past; the next comparison begins at the next step."""
         self._ring.clear()

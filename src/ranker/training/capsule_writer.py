@@ -29,7 +29,8 @@ from ranker.training.training_step import StepSignals
 
 CAPSULES = "capsules"
 EVENTS = ("full", "micro", "both")
-_NOTICED = 30  # steps until a divergence is suspected, with the usual interval between two polls
+_LATE = 400  # steps by which a verdict may come late without any suspicion before it
+_HOLDS = 2  # suspected events whose past is kept, also after the suspicion has ended
 _AHEAD = 16  # batches that a trainer may have fetched but not trained on
 
 
@@ -51,10 +52,10 @@ class Entry:
 
 
 class Recorder:
-    """Keeps the newest batches, and batches of one range of steps longer.
+    """Keeps the newest batches, and batches of some ranges of steps longer.
 
     Nothing is copied: a reference keeps a batch where the loader put it. Over the bound the oldest batches are dropped
-    first, those of the held range last.
+    first, those of the held ranges last.
 
     Args:
         max_bytes: bound on the size of all batches together.
@@ -64,7 +65,7 @@ class Recorder:
         self._max_bytes = max_bytes
         self._entries: list[Entry] = []
         self._bytes = 0
-        self._held = (0, -1)
+        self._held: list[tuple[int, int]] = []
 
     def add(self, step: int, batch: Batch, signals: Tensor) -> None:
         """Adds the batch just trained on."""
@@ -75,9 +76,9 @@ class Recorder:
             oldest = next((i for i, entry in enumerate(self._entries) if not self._is_held(entry)), 0)
             self._bytes -= self._entries.pop(oldest).size
 
-    def hold(self, after: int, until: int) -> None:
-        """Holds the batches of steps after + 1 .. until, and no others."""
-        self._held = (after + 1, until)
+    def hold(self, ranges: Iterable[tuple[int, int]]) -> None:
+        """Holds the batches of steps after + 1 .. until of each range (after, until), and no others."""
+        self._held = list(ranges)
 
     def forget(self, until: int) -> None:
         """Drops batches up to a step, but for the held ones."""
@@ -87,7 +88,7 @@ class Recorder:
 
     def clear(self) -> None:
         """Drops everything, and holds nothing."""
-        self._entries, self._bytes, self._held = [], 0, (0, -1)
+        self._entries, self._bytes, self._held = [], 0, []
 
     def covers_after(self, until: int) -> int:
         """The smallest step s such that all batches of steps s + 1 .. until are kept; ``until`` if none is."""
@@ -104,16 +105,20 @@ class Recorder:
         return [entry for entry in self._entries if after < entry.step <= until]
 
     def _is_held(self, entry: Entry) -> bool:
-        return self._held[0] <= entry.step <= self._held[1]
+        return any(after < entry.step <= until for after, until in self._held)
 
 
 class CapsuleWriter:
     """Keeps the recent past of a run, and writes it when the detector reports an event.
 
-    Some verdicts come hundreds of steps after the first step of the event. So what the detector suspects is kept until
-    its verdict. All ranks reach the same verdict at the same step, and each writes the rows it has trained on. If the
-    past before an event is no longer complete, the capsule starts at the oldest snapshot from which it is, and says so;
-    without any before the event, no capsule is written.
+    Some verdicts come hundreds of steps after the first step of the event. So the batches of about the last 400 steps
+    are kept, as far as the bound allows, and the past of the last two suspected events longer, also after the suspicion
+    has ended: a spike whose loss comes back may be found to be lost later. All ranks reach the same verdict at the same
+    step, and each writes the rows it has trained on.
+
+    If the past before an event is no longer complete, the capsule starts at the oldest snapshot from which it is, and
+    says so. A full divergence always has a capsule: where no snapshot from before it is left, the capsule has the steps
+    before the verdict. A full divergence that began as a micro divergence takes over the capsule of that.
 
     The snapshots are those of the ring. After a rollback a new past begins, with a snapshot of its own.
 
@@ -123,13 +128,14 @@ class CapsuleWriter:
         steps_after: a capsule ends this many steps after the event's first step, or at the step of the verdict if that
             is earlier.
         max_megabytes: bound on the batches, in host memory and in a capsule; the snapshot comes on top.
-        max_capsules: number of capsules per run; the last one is reserved for a full divergence.
+        max_capsules: number of capsules per run; the last one is reserved for a full divergence, and a further full
+            divergence replaces the newest.
         folder: the run folder; without one no capsule is written.
         cfg: the configuration of the run, in a capsule with every interpolation resolved.
         say: shows messages.
 
     Attributes:
-        written: number of capsules of the run.
+        written: first steps of the events that have a capsule, in the order in which they were written.
 
     Raises:
         UserError: a setting out of range.
@@ -167,9 +173,9 @@ class CapsuleWriter:
         self._past: list[TrainingState] = []  # the ring's since then; kept here, because a rollback empties the ring
         self._host: dict[int, Batch] = {}  # batches in host memory that have not been trained on yet
         self._step = 0
-        self._held: TrainingState | None = None  # snapshot with which a capsule of the suspected event would begin
-        self._since: int | None = None  # first step of the suspected event
-        self.written = 0
+        self._held: dict[int, TrainingState] = {}  # by first step of a suspected event, where its capsule would begin
+        self._since: int | None = None  # first step of the event that is suspected now
+        self.written: list[int] = []
 
     # Recording.
 
@@ -188,7 +194,11 @@ class CapsuleWriter:
             self._turn = fit.step
             self._past = [capture(fit, detector)]
             self._recorder.clear()
-            self._since = None
+            self._since, self._held = None, {}
+
+    def break_off(self) -> None:
+        """The state was changed between two batches: the next batch starts a new past."""
+        self._number = -2
 
     def after_batch(
         self,
@@ -214,16 +224,20 @@ class CapsuleWriter:
         """
         self._step, self._number = fit.step, batch.number
         self._recorder.add(step, self._host.pop(batch.number, batch), signals.packed())
+        there = ring.snapshots if ring is not None else []
         newest = self._past[-1].step if self._past else self._turn - 1
-        self._past += [s for s in ring.snapshots if s.step > newest] if ring is not None else []
+        self._past += [s for s in there if s.step > newest]
         self.write(fit, events)
         suspicion = detector.suspicion
         since = suspicion.step if suspicion else None
         if since != self._since:
             self._since = since
-            self._hold(fit, since)
-        needed = max((s.step for s in self._past if s.step <= self._step - self._before - _NOTICED), default=-1)
-        self._past = [s for s in self._past if s.step >= needed or s is self._held]
+            if since is not None:
+                self._hold(fit, since)
+        needed = max((s.step for s in self._past if s.step <= self._step - self._before - _LATE), default=-1)
+        kept = {s.step for s in (*there, *self._held.values())} | {self._turn}  # no snapshot that the ring has dropped
+        held = {s.step for s in self._held.values()}
+        self._past = [s for s in self._past if s.step in kept and (s.step >= needed or s.step in held)]
         self._recorder.forget(needed)
 
     def write(self, fit: Fit, events: list[Event]) -> None:
@@ -232,12 +246,13 @@ class CapsuleWriter:
             if event.kind in self._kinds or (event.kind == "unsettled" and "full" in self._kinds):
                 self._write(fit, event)
 
-    def _hold(self, fit: Fit, since: int | None) -> None:
-        self._held = None if since is None else self._first(fit, since)
-        if since is None or self._held is None:
-            self._recorder.hold(0, -1)
-        else:
-            self._recorder.hold(self._held.step, since + self._after)
+    def _hold(self, fit: Fit, since: int) -> None:
+        first = self._first(fit, since)
+        if first is None:
+            return
+        self._held.pop(since, None)
+        self._held = dict([*self._held.items(), (since, first)][-_HOLDS:])
+        self._recorder.hold((state.step, step + self._after) for step, state in self._held.items())
 
     def _first(self, fit: Fit, step: int) -> TrainingState | None:
         """The snapshot with which a capsule of an event at this step begins; the same step on all ranks."""
@@ -251,17 +266,24 @@ class CapsuleWriter:
     def _write(self, fit: Fit, event: Event) -> None:
         if self._folder is None:
             return
-        if self.written >= self._max_capsules - (event.kind != "full" and self._max_capsules > 1):
-            return self._say(f"no capsule of step {event.step}: there are {self.written}, see max_capsules")
-        state = self._first(fit, event.step)
+        again = event.step in self.written
+        if not again and len(self.written) >= self._max_capsules - (event.kind != "full" and self._max_capsules > 1):
+            if event.kind != "full":
+                return self._say(f"no capsule of step {event.step}: there are {len(self.written)}, see max_capsules")
+            self._remove(fit, self.written[-1])
+        state, until = self._first(fit, event.step), event.step + self._after
+        if state is None and again:
+            return self._take_over(fit, event)
+        if state is None and event.kind == "full":  # the steps before the verdict are better than nothing
+            state, until = self._first(fit, self._step - self._after), self._step
         if state is None:
             return self._say(
                 f"no capsule of step {event.step}: no snapshot from before it with all batches since; see "
                 f"callbacks.snapshots, and callbacks.capsules.max_megabytes (now {self._max_megabytes:g})"
             )
         rank, first_rank = fit.trainer.global_rank, fit.trainer.is_global_zero
-        entries = self._recorder.between(state.step, event.step + self._after)
-        final = self._folder.path / CAPSULES / f"step={event.step}"
+        entries = self._recorder.between(state.step, until)
+        final = self._path(event.step)
         temporary = final.with_name(f".{final.name}.tmp")  # the same for all ranks
         wrong = ""
         try:
@@ -274,7 +296,8 @@ class CapsuleWriter:
         if fit.largest(int(bool(wrong))):
             self._say(f"no capsule of step {event.step}: {wrong or 'another rank could not write its share'}")
             return shutil.rmtree(temporary, ignore_errors=True) if first_rank else None
-        self.written += 1
+        if not again:
+            self.written = [*self.written, event.step]
         if first_rank:
             ranks = range(fit.trainer.world_size)
             missing = [r for r in ranks if not (temporary / files.share_file(r)).is_file()]
@@ -284,10 +307,31 @@ class CapsuleWriter:
             temporary.replace(final)
             self._say(f"capsule of the {event.kind} divergence; replay it: {command_line('replay')} {final}")
 
+    def _path(self, step: int) -> Path:
+        assert self._folder is not None
+        return self._folder.path / CAPSULES / f"step={step}"
+
+    def _remove(self, fit: Fit, step: int) -> None:
+        self.written = [other for other in self.written if other != step]
+        if fit.trainer.is_global_zero:
+            shutil.rmtree(self._path(step), ignore_errors=True)
+
+    def _take_over(self, fit: Fit, event: Event) -> None:
+        """Gives a capsule that was written for the same first step the later verdict."""
+        path = self._path(event.step)
+        if fit.trainer.is_global_zero and (path / files.MANIFEST).is_file():
+            files.replace_event(path, event)
+            self._say(f"the capsule of step {event.step} is now of a {event.kind} divergence: {path}")
+
     def _write_common(self, fit: Fit, event: Event, state: TrainingState, entries: list[Entry], folder: Path) -> None:
         assert self._cfg is not None
         note = ""
-        if state.step >= event.step - self._before and state.step > 0:
+        if state.step >= event.step:
+            note = (
+                f"begins {state.step - event.step} steps after the first step of the event: "
+                "no snapshot from before it with all batches since was left"
+            )
+        elif state.step >= event.step - self._before and state.step > 0:
             note = f"begins {event.step - state.step} steps before the event: what came before was no longer there"
         signals_SN = torch.stack([entry.signals for entry in entries]).cpu()
         files.write_state(folder / files.SNAPSHOT, state)

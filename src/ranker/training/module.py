@@ -48,6 +48,9 @@ class RankingModule(pl.LightningModule):
         score_rows: rows per forward pass when scoring.
         log_every: steps between two writes of the metrics.
         compile_net: run the net through torch.compile.
+
+    Attributes:
+        optimizer_factory: as ``optimizer``. A rollback may set another one, see ``ranker.training.rollback``.
     """
 
     def __init__(
@@ -68,7 +71,7 @@ class RankingModule(pl.LightningModule):
         self.net = net
         self.schema = schema
         self.lr = lr
-        self._optimizer_factory = optimizer
+        self.optimizer_factory = optimizer
         self._warmup_steps = warmup_steps
         one_of(head_bias, HEAD_BIASES, "train.head_bias")
         self._head_bias = head_bias
@@ -150,7 +153,7 @@ class RankingModule(pl.LightningModule):
 
     def configure_optimizers(self) -> Mapping[str, object] | Optimizer:  # type: ignore[override]
         """The optimizer over all parameters, and the warm-up if there is one."""
-        optimizer = self._optimizer_factory(model_or_params=self.net, lr=self.lr)
+        optimizer = self.optimizer_factory(model_or_params=self.net, lr=self.lr)
         if not self._warmup_steps:
             return optimizer
         steps = self._warmup_steps

@@ -1,43 +1,59 @@
-"""Rollback: after a divergence, restores an earlier snapshot and leaves out the batches that caused it."""
+"""Rollback: after a divergence, restores an earlier snapshot, or part of it, and changes what caused the divergence."""
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
 
-from ranker.capsules.training_state import TrainingState
+from ranker.capsules.training_state import TrainingState, copied
 from ranker.errors import UserError, one_of
 from ranker.runs import metric_names
 from ranker.runs.run_folder import RunFolder
 from ranker.stability import DivergenceDetector, Event
-from ranker.training.module import Fit
+from ranker.training.module import Fit, OptimizerFactory
+from ranker.training.optimizer_transfer import initial_state, made_optimizer, state_by_name, take_over
 from ranker.training.progress import Say
-from ranker.training.snapshots import SnapshotRing, restore
+from ranker.training.snapshots import SnapshotRing, restore, restore_history
 
 Cause = Literal["full", "micro"]
+What = Literal["all", "accumulators", "nothing"]
 
 
 class Rollback:
-    """Restores the newest healthy snapshot at least ``back_steps`` before an event, and leaves out batches from there.
+    """Acts on a divergence: what it restores from a snapshot, what it leaves out, and what changes from then on.
+
+    The snapshot is the newest healthy one at least ``back_steps`` before the first step of the event, however late the
+    verdict came. ``restore`` says what is taken from it:
+
+        all             the whole state; the batches of the event are left out
+        accumulators    the optimizer's state; weights stay, no batch is left out
+        nothing         weights and optimizer state stay, no batch is left out
+
+    With each, the learning rate may be lowered (``lr_factor``), for good or rising back over ``lr_steps`` steps, and
+    another optimizer may take over (``optim``): the same weights, and the same accumulators where it keeps the same.
 
     Steps keep counting up: a rollback at step 900 to step 800 continues with 901. So a step is one row of metrics.csv,
     one point of a tracker, one name of a checkpoint, and the rows of the lost steps stay visible. The detector's state
-    is rolled back with the model's, so its verdict is withdrawn; the event stays in events.jsonl, followed by an event
+    is always that of the snapshot, so its verdict is withdrawn; the event stays in events.jsonl, followed by an event
     of kind ``rollback``.
 
-    The verdict comes up to the detector's patience after the first bad step; all steps since the snapshot are undone.
     Every rank sees the same signals and holds snapshots of the same steps, so all ranks do the same without
     communication. A divergence that only the hold-out shows, at the end of training, comes too late.
 
     Args:
         tries: number of rollbacks a run may make; then it stops as diverged. 0 makes none.
         cause: ``full`` for full divergences only, ``micro`` also for micro divergences, once they are over.
+        restore: ``all``, ``accumulators`` or ``nothing``.
         back_steps: smallest distance in steps from the snapshot to the first step of the event. If there is no such
             snapshot, the oldest one before the event is taken.
         skip_batches: number of batches to leave out, from about ``back_steps`` before the event on; 0 trains on them
-            again.
+            again. It doubles with each rollback that goes back behind the one before it: the run was lost again before
+            it was healthy for long enough to take a snapshot.
         lr_factor: multiplies the learning rate at each rollback.
+        lr_steps: number of steps over which the learning rate rises back linearly; 0: the factor stays.
+        optim: makes the optimizer that takes over, as ``RankingModule``'s; None keeps the run's.
         folder: the run folder; without one nothing is written.
 
     Attributes:
@@ -56,26 +72,45 @@ class Rollback:
         *,
         tries: int = 0,
         cause: Cause = "full",
-        back_steps: int = 100,
-        skip_batches: int = 300,
+        restore: What = "all",
+        back_steps: int = 20,
+        skip_batches: int = 40,
         lr_factor: float = 1.0,
+        lr_steps: int = 0,
+        optim: OptimizerFactory | None = None,
         folder: RunFolder | None = None,
     ) -> None:
         one_of(cause, ("full", "micro"), "callbacks.rollback.cause")
-        for name, value in (("tries", tries), ("back_steps", back_steps), ("skip_batches", skip_batches)):
+        one_of(restore, ("all", "accumulators", "nothing"), "callbacks.rollback.restore")
+        numbers = {"tries": tries, "back_steps": back_steps, "skip_batches": skip_batches, "lr_steps": lr_steps}
+        for name, value in numbers.items():
             if value < 0:
                 raise UserError(f"callbacks.rollback.{name} must be 0 or more, got {value}")
         if not 0 < lr_factor <= 1:
             raise UserError(f"callbacks.rollback.lr_factor must be above 0 and at most 1, got {lr_factor}")
-        self.tries, self._cause = tries, cause
-        self._back_steps, self._skip_batches, self._lr_factor = back_steps, skip_batches, lr_factor
+        self.tries, self._cause, self._restore = tries, cause, restore
+        self._back_steps, self._skip_batches = back_steps, skip_batches
+        self._lr_factor, self._lr_steps = lr_factor, lr_steps
+        self._optim = optim
+        self._original: OptimizerFactory | None = None  # the run's own, known at the first switch
         self._folder = folder
         self.done: list[dict[str, Any]] = []
+
+    def load(self, fit: Fit, done: list[dict[str, Any]]) -> None:
+        """Takes over a checkpoint's records, before the optimizer is made: it must be the one of the checkpoint."""
+        self.done = list(done)
+        if self.done:
+            self._use_optimizer(fit)
 
     def start(self, fit: Fit) -> None:
         """Writes the file of skipped rows as the checkpoint knows it, if the run resumes."""
         if self.done:
             self._list_rows(fit)
+
+    def after_step(self, fit: Fit) -> None:
+        """Raises the learning rate while it comes back from a rollback. Call it after each optimizer step, once."""
+        if self.done and self._lr_steps:
+            _scale_lr(fit, self._rate(fit.step) / self._rate(fit.step - 1))
 
     def roll_back(
         self, fit: Fit, events: list[Event], *, ring: SnapshotRing, detector: DivergenceDetector, say: Say
@@ -94,15 +129,34 @@ class Rollback:
         if snapshot is None:
             say(line := f"no rollback: no healthy snapshot of a step before {cause.step}", note=line)
             return False
-        skipped = self._first_batch(snapshot, cause, fit) - snapshot.position
-        before = fit.step
-        restore(snapshot, fit, detector, skip_batches=skipped)
-        since = sum(r["step"] > snapshot.step for r in self.done)  # their lr_factor is not in the snapshot
-        _scale_lr(fit, self._lr_factor ** (since + 1))
+        before, rate = fit.step, self._rate(fit.step)
+        first = fit.data.position
+        switched = self._switched(snapshot)
+        if self._restore == "all":
+            skipped = self._first_batch(snapshot, cause, fit) - snapshot.position
+            if self._optim is not None and self.done and not switched:
+                self._use_optimizer(fit, original=True)
+            restore(snapshot, fit, detector, skip_batches=skipped)
+            first, rate = snapshot.position, self._rate(snapshot.step)
+        else:
+            restore_history(snapshot, fit, detector)
+            if detector.step_cut is not None:  # the step size that was lost is not lost once more
+                detector.step_cut.reset()
+            if self._restore == "accumulators":
+                self._give_back_accumulators(snapshot, fit, switched=switched)
         ring.forget_after(snapshot.step, now=before)
-        record = self._record(fit, cause, snapshot)
-        text = f"rollback {record['try']} of {self.tries}: from step {record['step']} to {snapshot.step}"
-        say(f"{text}, batches {snapshot.position} to {fit.data.position - 1} left out", note=text)
+        record = self._record(cause, snapshot, fit, first=first)
+        self.done = [*self.done, record]
+        if self._optim is not None and (len(self.done) == 1 or (self._restore == "all" and not switched)):
+            self._switch(fit)
+            rate = 1.0  # it has the rate of the configuration
+        if detector.step_cut is not None:
+            detector.step_cut.watch(fit.trainer.optimizers[0])
+        _scale_lr(fit, self._rate(before) / rate)
+        record["lr"] = float(fit.trainer.optimizers[0].param_groups[0]["lr"])
+        self._write(fit, record)
+        text = f"rollback {record['try']} of {self.tries}: {self._done_what(record, snapshot)}"
+        say(text, note=text)
         return True
 
     def kept(self, step: int) -> int:
@@ -122,32 +176,106 @@ class Rollback:
         last = next((r for r in reversed(self.done) if r["step"] < cause.step), {"batch": 0, "step": 0})
         event = last["batch"] + (cause.step - last["step"] - 1) * batches_per_step
         start = max(snapshot.position, event - self._back_steps * batches_per_step)
-        return min(start + self._skip_batches, fit.data.num_batches)
+        again = 0
+        for record in reversed(self.done):  # rollbacks since which no snapshot was taken
+            if record["step"] <= snapshot.step:
+                break
+            again += 1
+        return min(start + self._skip_batches * 2**again, fit.data.num_batches)
 
-    def _record(self, fit: Fit, cause: Event, snapshot: TrainingState) -> dict[str, Any]:
-        """Writes the rollback to events.jsonl and the trackers, and the rows that were left out to a file."""
+    def _rate(self, step: int) -> float:
+        """Factor on the configured learning rate for the step after this one."""
+        made = [record["step"] for record in self.done if record["step"] <= step]
+        if not self._lr_steps:
+            return self._lr_factor ** len(made)
+        share = min((step - made[-1]) / self._lr_steps, 1.0) if made else 1.0
+        return self._lr_factor + (1.0 - self._lr_factor) * share
+
+    # The optimizer.
+
+    def _switched(self, snapshot: TrainingState) -> bool:
+        """Whether the other optimizer had taken over when the snapshot was taken."""
+        return any(record["step"] <= snapshot.step for record in self.done)
+
+    def _use_optimizer(self, fit: Fit, *, original: bool = False) -> None:
+        """Lets the module make the other optimizer from now on, or the run's own; makes it if the fit is running."""
+        if self._optim is None:
+            return
+        self._original = self._original or fit.module.optimizer_factory
+        fit.module.optimizer_factory = self._original if original else self._optim
+        if fit.trainer.optimizers:
+            fit.trainer.strategy.setup_optimizers(fit.trainer)
+
+    def _switch(self, fit: Fit) -> None:
+        """Makes the other optimizer, with the state of the one in use and at the same place of the schedule."""
+        net = fit.module.net
+        old = state_by_name(net, fit.trainer.optimizers[0])
+        last = [config.scheduler.last_epoch for config in fit.trainer.lr_scheduler_configs]
+        self._use_optimizer(fit)
+        wanted = initial_state(net, made_optimizer(fit.module.configure_optimizers))
+        take_over(old, net, fit.trainer.optimizers[0], wanted)
+        for config, epoch in zip(fit.trainer.lr_scheduler_configs, last, strict=True):
+            schedule = cast(LambdaLR, config.scheduler)
+            schedule.last_epoch = epoch
+            groups = fit.trainer.optimizers[0].param_groups
+            for group, base, shape in zip(groups, schedule.base_lrs, schedule.lr_lambdas, strict=True):
+                group["lr"] = base * shape(epoch)
+
+    def _give_back_accumulators(self, snapshot: TrainingState, fit: Fit, *, switched: bool) -> None:
+        """Puts the optimizer's state of the snapshot into the one in use, by name of the parameter."""
+        net, optimizer = fit.module.net, fit.trainer.optimizers[0]
+        in_use = fit.module.optimizer_factory
+        if self._original is not None and not switched:
+            fit.module.optimizer_factory = self._original
+        then = made_optimizer(fit.module.configure_optimizers)
+        then.load_state_dict(copied(snapshot.optimizer))
+        fit.module.optimizer_factory = in_use
+        take_over(state_by_name(net, then), net, optimizer, state_by_name(net, optimizer))
+
+    # The record.
+
+    def _record(self, cause: Event, snapshot: TrainingState, fit: Fit, *, first: int) -> dict[str, Any]:
+        """The rollback as it stands in events.jsonl and summary.json. Batches from ``first`` on were left out."""
         data = fit.data
-        ranges = data.row_ranges(snapshot.position, data.position)
-        record = {
+        ranges = data.row_ranges(first, data.position)
+        return {
             "kind": "rollback",
             "step": fit.step,  # the last undone step; the next step has the number after it
-            "to_step": snapshot.step,
+            "to_step": snapshot.step if self._restore == "all" else fit.step,
             "try": len(self.done) + 1,
+            "restored": self._restore,
+            "snapshot_step": snapshot.step,
             "cause": cause.kind,
             "event_step": cause.step,
             "batch": data.position,  # the next one
-            "skipped_batches": [snapshot.position, data.position],  # the first, and the one after the last
+            "skipped_batches": [first, data.position],  # the first, and the one after the last
             "skipped_row_span": [int(ranges[0, 0]), int(ranges[-1, 1])] if len(ranges) else None,
             "skipped_rows": int((ranges[:, 1] - ranges[:, 0]).sum()),
-            "lr": float(fit.trainer.optimizers[0].param_groups[0]["lr"]),
+            "lr": 0.0,
             "reason": cause.reason,
         }
-        self.done = [*self.done, record]
+
+    def _write(self, fit: Fit, record: dict[str, Any]) -> None:
+        """Writes the rollback to events.jsonl and the trackers, and the rows that were left out to a file."""
         if self._folder is not None and fit.trainer.is_global_zero:
             self._folder.append_event(record)
         self._list_rows(fit)
-        fit.module.record({metric_names.divergence("rollback"): float(snapshot.step)})
-        return record
+        fit.module.record({metric_names.divergence("rollback"): float(record["snapshot_step"])})
+
+    def _done_what(self, record: dict[str, Any], snapshot: TrainingState) -> str:
+        if self._restore == "all":
+            first, stop = record["skipped_batches"]
+            text = f"from step {record['step']} to {snapshot.step}, "
+            text += f"batches {first} to {stop - 1} left out" if stop > first else "no batch left out"
+        elif self._restore == "accumulators":
+            text = f"accumulators of step {snapshot.step} at step {record['step']}, weights kept"
+        else:
+            text = f"weights and accumulators of step {record['step']} kept"
+        if self._optim is not None:
+            text += "; the other optimizer from here on"
+        if self._lr_factor < 1:
+            text += f"; learning rate {record['lr']:.3g}"
+        return text
 
     def _list_rows(self, fit: Fit) -> None:
         if self._folder is not None and fit.trainer.is_global_zero:
@@ -155,6 +283,8 @@ class Rollback:
 
 
 def _scale_lr(fit: Fit, factor: float) -> None:
+    if factor == 1.0:
+        return
     optimizer: Optimizer = fit.trainer.optimizers[0]
     for group in optimizer.param_groups:
         for name in ("lr", "initial_lr"):

@@ -1,10 +1,10 @@
-"""Snapshots of a running fit: taking one, going back to one, and the ring of the newest ones."""
+"""Snapshots of a running fit: taking one, going back to one, and the ring that keeps some of each age."""
 
 from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -62,14 +62,21 @@ def restore(state: TrainingState, fit: Fit, detector: DivergenceDetector | None,
     _set_generators(state, fit.module.device)  # last, because making loaders may draw numbers
 
 
+def restore_history(state: TrainingState, fit: Fit, detector: DivergenceDetector | None) -> None:
+    """Puts back the training AUC and the detector only: a verdict is withdrawn, and the run goes on where it is."""
+    _trained(fit, detector).restore_history(replace(state, rng=None))
+
+
 class SnapshotRing:
-    """Takes a snapshot at a fixed interval and keeps the newest ones, in host memory of each rank.
+    """Takes a snapshot at a fixed interval and keeps some of each age, in host memory of each rank.
 
-    Nothing is taken while the detector is suspect, so nothing is dropped either: the snapshots before an event stay
-    until the verdict, however long that takes. Memory: ``keep`` times weights and optimizer state.
+    The newest are kept as they were taken; the older they are, the more of them are dropped (``thinned``). A verdict
+    may name a first step that lies hundreds of steps back, so one of them must be from before it. Nothing is taken
+    while the detector is suspect, so nothing is dropped either: the snapshots before an event stay until the verdict,
+    however long that takes. Memory: ``keep`` times weights and optimizer state.
 
-    On disk, ``snapshots/rank<r>/step=<n>.pt`` holds what a resumed run may need: files up to the checkpoint's step are
-    read back, later ones are removed.
+    On disk, ``snapshots/rank<r>/step=<n>.pt`` holds what a resumed run may need: the snapshots that the ring had at
+    the checkpoint are read back, others are removed.
 
     Args:
         every: steps between two snapshots; 0 takes none.
@@ -95,6 +102,7 @@ class SnapshotRing:
         self._folder = folder
         self._path: Path | None = None
         self._newest_step = -1
+        self._resumable: list[list[int]] = []  # steps of the ring at the last two checkpoints
         self.snapshots: list[TrainingState] = []
 
     def start(self, fit: Fit, detector: DivergenceDetector | None) -> None:
@@ -117,12 +125,22 @@ class SnapshotRing:
         self.snapshots = [s for s in self.snapshots if s.step <= step]
         self._tidy_disk()
 
+    def state_dict(self) -> dict[str, Any]:
+        """The steps of the snapshots, for a checkpoint. Their files stay until the second checkpoint after it."""
+        self._resumable = [*self._resumable[-1:], [s.step for s in self.snapshots]]
+        return {"steps": self._resumable[-1]}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Says which snapshots ``start`` reads back, where they are on disk."""
+        self._resumable = [list(state["steps"])]
+
     def _take(self, fit: Fit, detector: DivergenceDetector | None) -> None:
         self._newest_step = fit.step
         if not is_healthy(detector):
             return
-        # The oldest is dropped first, so that memory never holds one more.
-        self.snapshots = self.snapshots[max(0, len(self.snapshots) - self._keep + 1) :]
+        # One is dropped first, so that memory never holds one more.
+        kept = thinned([s.step for s in self.snapshots], fit.step, every=self.every, keep=self._keep)
+        self.snapshots = [s for s in self.snapshots if s.step in kept]
         snapshot = capture(fit, detector)
         self.snapshots = [*self.snapshots, snapshot]
         if self._disk and self._path is not None:
@@ -136,13 +154,14 @@ class SnapshotRing:
             self._tidy_disk()
 
     def _read_back(self, until: int) -> None:
-        steps = sorted(self._on_disk())
+        files = self._on_disk()
+        wanted = set(self._resumable[-1]) if self._resumable else {step for step in files if step <= until}
+        steps = sorted(wanted & files.keys())
         if dist.is_available() and dist.is_initialized():  # one rank may have been killed before it wrote its file
             everyone: list[list[int]] = [[] for _ in range(dist.get_world_size())]
             dist.all_gather_object(everyone, steps)
             steps = sorted(set.intersection(*map(set, everyone)))
-        files = self._on_disk()
-        self.snapshots = [TrainingState.load(files[n]) for n in steps if n <= until][-self._keep :]
+        self.snapshots = [TrainingState.load(files[n]) for n in steps][-self._keep :]
         self._tidy_disk()
 
     def _on_disk(self) -> dict[int, Path]:
@@ -151,10 +170,37 @@ class SnapshotRing:
         return {int(path.stem.removeprefix("step=")): path for path in self._path.glob("step=*.pt")}
 
     def _tidy_disk(self) -> None:
-        wanted = {s.step for s in self.snapshots[len(self.snapshots) - self._disk :]} if self._disk else set()
+        wanted = set()
+        if self._disk:
+            held = ([s.step for s in self.snapshots], *self._resumable)
+            wanted = {step for steps in held for step in steps[-self._disk :]}
         for step, path in self._on_disk().items():
             if step not in wanted:
                 path.unlink(missing_ok=True)
+
+
+def thinned(steps: Sequence[int], now: int, *, every: int, keep: int) -> list[int]:
+    """Which of the snapshots to keep when one more is taken, so that their ages grow about twofold.
+
+    The oldest is dropped once the second oldest is ``2^(keep - 2)`` intervals old. Otherwise the one is dropped that
+    leaves the smallest hole relative to the age of its far side. With ``keep`` = 6 and one every 50 steps, the ages are
+    0, 50, 100, 250, 550 and 1150 steps or fewer, and one is always at least 800 steps old.
+
+    Args:
+        steps: of the snapshots, ascending.
+        now: step of the one that is about to be taken.
+        every: steps between two.
+        keep: number to keep, the new one included.
+    """
+    left = [*steps, now]
+    while len(left) > max(keep, 1):
+        last = len(left) - 1
+        if last < 2 or now - left[1] >= every * 2 ** (keep - 2):
+            drop = 0
+        else:
+            drop = min(range(1, last), key=lambda i: (left[i + 1] - left[i - 1]) / (now - left[i - 1]))
+        del left[drop]
+    return left[:-1]
 
 
 def _trained(fit: Fit, detector: DivergenceDetector | None) -> Trained:

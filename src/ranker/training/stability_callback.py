@@ -154,7 +154,7 @@ class Stability(Callback):
 
         1. The detector gets the signals, under the step that the batch belongs to.
         2. At the poll interval its events are read and reported.
-        3. A rollback may restore an earlier state; otherwise a lost run is stopped.
+        3. A rollback may restore an earlier state, or part of it; otherwise a lost run is stopped.
         4. A snapshot is taken if the detector objects to nothing. After a rollback none is due at this step.
         5. The batch is recorded, and capsules of the new events are written. They start from snapshots that they kept,
            because a rollback has removed the undone ones from the ring.
@@ -166,6 +166,9 @@ class Stability(Callback):
         self._step = fit.step
         step = self._step + (not completed)
         events: list[Event] = []
+        rolled_back = False
+        if completed and self.rollback:
+            self.rollback.after_step(fit)
         if self.divergence and detector:
             if completed:
                 signals = signals.after_step(detector.step_cut)
@@ -182,6 +185,8 @@ class Stability(Callback):
             self.capsules.after_batch(
                 fit, batch, signals, step=step, events=events, detector=detector, ring=self.snapshots
             )
+            if rolled_back:
+                self.capsules.break_off()
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Reads the verdict on the last steps."""
@@ -206,20 +211,30 @@ class Stability(Callback):
         self._write_capsules(fit, events)
 
     def state_dict(self) -> dict[str, Any]:
-        """The detector's state, the number of capsules and the rollbacks. Snapshots are files of their own."""
+        """The detector's state, the number of capsules, the rollbacks and which snapshots there are, as files."""
         return {
             "detector": self.detector.state_dict() if self.detector else None,
-            "capsules": self.capsules.written if self.capsules else 0,
+            "capsules": self.capsules.written if self.capsules else [],
             "rollbacks": self.rollbacks,
+            "snapshots": self.snapshots.state_dict() if self.snapshots else None,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes over a checkpoint's state; the detector's is kept until the detector is made."""
         self._saved = state_dict["detector"]
         if self.capsules:
-            self.capsules.written = state_dict["capsules"]
-        if self.rollback:
-            self.rollback.done = list(state_dict["rollbacks"])
+            written = state_dict["capsules"]  # their number in older checkpoints
+            self.capsules.written = [0] * written if isinstance(written, int) else list(written)
+        if self.snapshots and (held := state_dict.get("snapshots")):  # missing in older checkpoints
+            self.snapshots.load_state_dict(held)
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Takes over the rollbacks of a checkpoint: the optimizer that is made next must be the one it had."""
+        state = checkpoint.get("callbacks", {}).get(self.state_key)
+        if self.rollback and state is not None:
+            self.rollback.load(Fit(trainer), state["rollbacks"])
 
     def _poll(self, fit: Fit, detector: DivergenceDetector) -> list[Event]:
         events = detector.poll()
