@@ -21,6 +21,7 @@ KEYS = ("data", "scale", "model", "optim", "lr_mult", "seed")
 CELL = ("data", "scale", "model", "optim", "mitigation", "lr_mult")  # equal for runs that differ only by seed
 MADE_WITH = ("reason", "config_hash", "commit", "machine")
 COPIED = ("lr", "status", "steps", "examples_per_second", "data_wait_fraction")  # from the summary
+LOST = ("diverged", "unsettled", "failed")  # statuses of runs that are in no mean
 ENDED = ("crashed", "failed", "killed", "finished")  # states of W&B
 
 
@@ -86,7 +87,7 @@ def by_cell(runs: pl.DataFrame, metrics: Sequence[str]) -> pl.DataFrame:
         metrics: names such as ``is_click/auc``.
 
     Returns:
-        One row per cell: its keys, ``runs``, ``diverged`` and ``failed`` (numbers of runs), and for each metric
+        One row per cell: its keys, ``runs``, ``completed`` and each of ``LOST`` (numbers of runs), and for each metric
         ``<metric>/mean`` and ``<metric>/std`` (sample standard deviation) over the completed runs.
 
     Raises:
@@ -97,7 +98,7 @@ def by_cell(runs: pl.DataFrame, metrics: Sequence[str]) -> pl.DataFrame:
             raise UserError(f"no run has the metric '{metric}'; {suggest(metric, metric_names(runs))}")
     done = pl.col("status") == "completed"
     cells = [pl.len().alias("runs")]
-    cells += [(pl.col("status") == status).sum().alias(status) for status in ("diverged", "failed")]
+    cells += [(pl.col("status") == status).sum().alias(status) for status in ("completed", *LOST)]
     for metric in metrics:
         cells.append(pl.col(metric).filter(done).mean().alias(f"{metric}/mean"))
         cells.append(pl.col(metric).filter(done).std().alias(f"{metric}/std"))
