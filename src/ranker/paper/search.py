@@ -7,7 +7,6 @@ Two stages, both on the day before the test day and with one seed. The first tak
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -105,7 +104,7 @@ def next_points(method: str, tried: Sequence[Point], best: Point | None, trials:
 
 def first_stage(trials: int) -> int:
     """Number of trials in the first stage."""
-    return max(1, math.ceil(FIRST_STAGE * trials))
+    return max(1, round(FIRST_STAGE * trials))
 
 
 def search_jobs(setting: Setting, points: Mapping[tuple[str, str], Sequence[Point]]) -> list[Job]:

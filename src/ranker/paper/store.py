@@ -122,7 +122,7 @@ def read_runs(path: Path) -> pl.DataFrame:
     """
     if not path.is_file():
         raise UserError(f"no file {path}; make it with scripts/reproduce.py")
-    runs = pl.read_csv(path, infer_schema_length=None)
+    runs = pl.read_csv(path, infer_schema_length=None, raise_if_empty=False)  # a phase may have no runs
     for former, present in RENAMED.items():
         (key, value), renamed = former.split("=", 1), present.split("=", 1)[1]
         if key in runs.columns:

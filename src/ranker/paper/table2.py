@@ -10,7 +10,7 @@ from pathlib import Path
 import polars as pl
 
 from ranker.paper.jobs import LABELS, MORE_MODELS, PAPER_MODELS, Data, Job, Setting, grid
-from ranker.paper.rendering import cell, spread
+from ranker.paper.rendering import cell
 from ranker.paper.search import (
     METHODS,
     SEARCHED,
@@ -171,10 +171,7 @@ def _tasks(data: Data, best: Runs, models: Sequence[str]) -> str:
     for model in models:
         for task in data.tasks:
             kind = "auc" if f"{task}/auc" in best[model, "clippy"].columns else "rmse"
-            cells = []
-            for method in METHODS:
-                kept = best[model, method].filter(pl.col("status") == "completed")
-                cells.append(spread(kept[f"{task}/{kind}"].to_list(), percent=kind == "auc") or "-")
+            cells = [cell(best[model, method], f"{task}/{kind}") for method in METHODS]
             rows.append([LABELS[model], f"{task} {kind.upper()}", *cells])
     return as_markdown(["model", "task and metric", *(method.label for method in METHODS.values())], rows)
 

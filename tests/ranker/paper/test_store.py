@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import polars as pl
 import pytest
 
 from ranker.errors import UserError
@@ -67,3 +68,9 @@ def test_matching_asks_for_what_was_said_and_for_nothing_else(write_run: Any, tm
 def test_a_missing_csv_says_how_to_make_it(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"reproduce\.py"):
         read_runs(tmp_path / "none.csv")
+
+
+def test_a_phase_without_runs_is_read_as_no_rows(tmp_path: Path) -> None:
+    path = tmp_path / "table2_refine.csv"
+    path.write_text(pl.DataFrame().write_csv())
+    assert read_runs(path).height == 0
