@@ -19,7 +19,7 @@ from ranker.runs.run_folder import versions
 if TYPE_CHECKING:  # a sweep reads summaries of earlier runs without importing Lightning
     from ranker.build import Run
 
-NO_DIVERGENCE = {"micro": 0, "full": False, "first_step": None}
+NO_DIVERGENCE = {"micro": 0, "full": False, "unsettled": 0, "first_step": None}
 
 
 def summarise(run: Run, *, status: str, reason: str, seconds: float) -> dict[str, Any]:

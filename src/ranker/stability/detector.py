@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from ranker.errors import UserError
-from ranker.stability.detector_interface import DetectorSettings, Event, Status, pack
+from ranker.stability.detector_interface import DetectorSettings, Event, Status, StepValues, pack
 from ranker.stability.divergence_classifier import DivergenceClassifier
+from ranker.stability.step_cut import StepCut
 
-_MAX_UNREAD_STEPS = 4096  # bounds the device memory: 3 T + 1 numbers per step
+_MAX_UNREAD_STEPS = 4096  # bounds the device memory: 7 T + 4 numbers per step
 
 
 class DivergenceDetector:
@@ -35,6 +36,7 @@ class DivergenceDetector:
     Args:
         task_names: names of the tasks, in the order of the signals.
         device: device on which the signals are collected; by default the device of the losses.
+        step_cut: what measures the step cut; its samples become part of the detector's saved state.
         settings: fields of ``DetectorSettings``.
 
     Raises:
@@ -42,11 +44,19 @@ class DivergenceDetector:
         TypeError: a setting does not exist.
     """
 
-    def __init__(self, task_names: Sequence[str], *, device: torch.device | str | None = None, **settings: Any) -> None:
+    def __init__(
+        self,
+        task_names: Sequence[str],
+        *,
+        device: torch.device | str | None = None,
+        step_cut: StepCut | None = None,
+        **settings: Any,
+    ) -> None:
         if not task_names:
             raise UserError("divergence detector: at least one task is needed")
         self.settings = DetectorSettings(**settings)
         self.task_names = tuple(task_names)
+        self.step_cut = step_cut
         self.events: list[Event] = []
         self._classifier = DivergenceClassifier(self.task_names, self.settings)
         self._buffer = _SignalBuffer()
@@ -61,15 +71,27 @@ class DivergenceDetector:
         auc_T: Tensor | None = None,
         spread_T: Tensor | None = None,
         nonfinite: Tensor | None = None,
+        *,
+        batch_auc_T: Tensor | None = None,
+        positives_T: Tensor | None = None,
+        labels_T: Tensor | None = None,
+        variance_T: Tensor | None = None,
+        step_cut_3: Tensor | None = None,
     ) -> None:
         """Adds the signals of a step, without waiting for the device.
 
         Args:
             step: number of the step, increasing.
-            losses_T: unweighted loss per task over all ranks; exactly 0 where no label was observed.
-            auc_T: running training AUC per task; nan for regressions.
-            spread_T: standard deviation of the logits over the batch, per task.
-            nonfinite: scalar, true where any prediction is nan or infinite.
+            losses_T: unweighted loss per task over all ranks; exactly 0 where no label was observed. These and the
+                other signals are described in ``Signals``.
+            auc_T: running training AUC per task.
+            spread_T: standard deviation of the logits per task.
+            nonfinite: whether any prediction is nan or infinite.
+            batch_auc_T: AUC of the batch per task.
+            positives_T: positive labels of the batch per task.
+            labels_T: observed labels of the batch per task.
+            variance_T: variance of these labels per task.
+            step_cut_3: by how much the last steps cut the step size.
 
         Raises:
             ValueError: the losses do not have shape [T].
@@ -78,7 +100,8 @@ class DivergenceDetector:
             raise ValueError(f"losses_T must have shape [{len(self.task_names)}], got {list(losses_T.shape)}")
         if self._device is not None:
             losses_T = losses_T.to(self._device, non_blocking=True)
-        self._buffer.add(step, pack(losses_T, auc_T, spread_T, nonfinite))
+        row = pack(losses_T, auc_T, spread_T, nonfinite, batch_auc_T, positives_T, labels_T, variance_T, step_cut_3)
+        self._buffer.add(step, row)
         if len(self._buffer) >= _MAX_UNREAD_STEPS:
             self._unreported += self._classify(wait=False)
 
@@ -126,9 +149,14 @@ class DivergenceDetector:
         return self._classifier.suspicion
 
     def summary(self) -> dict[str, Any]:
-        """``{"micro": number, "full": bool, "first_step": first step of the earliest divergence or None}``."""
+        """Number of ``micro`` and ``unsettled`` events, whether there is a ``full`` one, and ``first_step`` of all."""
         found = self._classifier
-        return {"micro": found.micro_count, "full": found.full_divergence is not None, "first_step": found.first_step}
+        return {
+            "micro": found.micro_count,
+            "full": found.full_divergence is not None,
+            "unsettled": found.unsettled_count,
+            "first_step": found.first_step,
+        }
 
     def state_dict(self) -> dict[str, Any]:
         """Numbers, strings, lists and dicts, which load with ``weights_only=True``. Waits for the device."""
@@ -136,6 +164,7 @@ class DivergenceDetector:
         return {
             "classifier": self._classifier.state_dict(),
             "unreported": [asdict(event) for event in self._unreported],
+            "step_cut": self.step_cut.state_dict() if self.step_cut else None,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -152,13 +181,14 @@ class DivergenceDetector:
         self._buffer = _SignalBuffer()
         self._classifier.load_state_dict(state["classifier"])
         self._unreported = [Event(**event) for event in state["unreported"]]
+        if self.step_cut is not None:
+            saved = state["step_cut"]
+            self.step_cut.load_state_dict(saved) if saved else self.step_cut.reset()
 
     def _classify(self, *, wait: bool) -> list[Event]:
-        tasks = len(self.task_names)
         events: list[Event] = []
         for step, row in self._buffer.take(wait=wait):
-            losses, aucs, spreads = row[:tasks], row[tasks : 2 * tasks], row[2 * tasks : 3 * tasks]
-            events += self._classifier.update(step, losses, aucs, spreads, row[-1] != 0)
+            events += self._classifier.update(step, StepValues.of(row))
         self.events += events
         return events
 

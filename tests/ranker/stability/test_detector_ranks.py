@@ -27,8 +27,7 @@ def rank_main(rank: int, folder: str) -> None:
     detector = DivergenceDetector(TASKS)
     seen = []
     for i in range(STEPS):
-        signals = reduce_signals(trace.losses_NT[i], trace.auc_NT[i], trace.spread_NT[i], trace.nonfinite_N[i])
-        detector.update(i + 1, **signals)
+        detector.update(i + 1, **reduce_signals(**trace.signals(i)))
         seen += detector.poll()
     torch.save({"events": [e.to_dict() for e in seen], "state": detector.state_dict()}, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
@@ -40,16 +39,21 @@ def check_joined(rank: int) -> None:
         torch.tensor([0.6, float("nan")]),
         torch.tensor([3.0, 0.0]) * rank,
         torch.tensor(rank == 1),
+        labels_T=torch.tensor([8.0, 4.0]),
+        step_cut_3=torch.tensor([float("inf"), 3.0, 0.5]),
     )
     expected = {
         "losses_T": torch.tensor([1.5, 3.0]),
         "auc_T": torch.tensor([0.6, float("nan")]),
         "spread_T": torch.tensor([4.5**0.5, 0.0]),
         "nonfinite": torch.tensor(True),
+        "labels_T": torch.tensor([8.0, 4.0]),
+        "step_cut_3": torch.tensor([float("inf"), 3.0, 0.5]),
     }
     for name, value in expected.items():
         torch.testing.assert_close(joined[name], value, equal_nan=True)
     assert reduce_signals(torch.ones(2))["auc_T"] is None
+    assert joined["positives_T"] is None
 
 
 def test_two_ranks_join_their_signals_and_agree_on_every_event_and_in_all_of_their_state(tmp_path: Path) -> None:
@@ -61,4 +65,8 @@ def test_two_ranks_join_their_signals_and_agree_on_every_event_and_in_all_of_the
 
 def test_without_processes_signals_pass_unchanged() -> None:
     losses_T = torch.ones(2)
-    assert reduce_signals(losses_T) == {"losses_T": losses_T, "auc_T": None, "spread_T": None, "nonfinite": None}
+    cut_3 = torch.tensor([2.0, 1.0, 0.5])
+    passed = reduce_signals(losses_T, step_cut_3=cut_3)
+    assert passed.pop("losses_T") is losses_T
+    assert passed.pop("step_cut_3") is cut_3
+    assert set(passed.values()) == {None}
