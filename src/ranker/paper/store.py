@@ -12,6 +12,7 @@ import yaml
 
 from ranker.errors import UserError
 from ranker.paper.jobs import Job
+from ranker.reports.run_table import outcome
 from ranker.runs.config_identity import NOT_IDENTIFYING, is_below
 from ranker.runs.metric_names import TEST
 from ranker.runs.run_folder import EVENTS, SUMMARY, whole_lines
@@ -40,7 +41,7 @@ def collect(folder: Path, jobs: Sequence[Job]) -> tuple[pl.DataFrame, list[Job]]
     """The runs of some jobs in a sweep folder, one row per run in the order of the jobs, and the jobs without a run.
 
     Columns: the standard keys, every other override by its name, lr, status, steps, examples_per_second, seconds,
-    first_step, micro, full_step (first step of the divergence that ended the run), batch_size, base_lr,
+    first_step, micro, full_step (first step of the divergence that ended the run), unsettled_step, batch_size, base_lr,
     dense_parameters, run, config_hash, commit, machine, and ``<task>/<metric>`` on the hold-out. A job with the
     override ``tags=[NAME]`` has NAME in the column method.
     Failed runs and runs of other jobs are ignored. If a job has several runs, the one that ended last is used.
@@ -139,9 +140,11 @@ def row_of(job: Job, folder: Path, summary: dict[str, Any]) -> dict[str, Any]:
     for key, value in (override.split("=", 1) for override in job):
         if key not in row and not is_below(key, UNRECORDED):
             row[key] = _number(value)
-    row |= {key: summary[key] for key in ("lr", "status", "steps", "examples_per_second", "seconds")}
+    row |= {"lr": summary["lr"], "status": outcome(summary)}
+    row |= {key: summary[key] for key in ("steps", "examples_per_second", "seconds")}
     row |= {"first_step": summary["divergence"]["first_step"], "micro": summary["divergence"]["micro"]}
-    row |= {"full_step": full_step(folder), **{key: summary.get(key) for key in ("batch_size", "base_lr")}}
+    row |= {f"{kind}_step": first_event(folder, kind) for kind in ("full", "unsettled")}
+    row |= {**{key: summary.get(key) for key in ("batch_size", "base_lr")}}
     row |= {"dense_parameters": summary["parameters"]["dense"], "run": folder.name}
     row |= {key: summary.get(key) for key in ("config_hash", "commit", "machine")}
     for key, value in summary["metrics"].items():
@@ -150,14 +153,14 @@ def row_of(job: Job, folder: Path, summary: dict[str, Any]) -> dict[str, Any]:
     return row
 
 
-def full_step(folder: Path) -> int | None:
-    """The first step of the full divergence of a run, from its events; None if it had none.
+def first_event(folder: Path, kind: str) -> int | None:
+    """The first step of the first event of a kind; None if a run had none.
 
-    ``first_step`` of the summary may be that of an earlier micro divergence.
+    ``first_step`` of the summary is that of the earliest event, such as a micro divergence long before the full one.
     """
     path = folder / EVENTS
     events = [json.loads(line) for line in whole_lines(path).splitlines()] if path.is_file() else []
-    return next((int(event["step"]) for event in events if event.get("kind") == "full"), None)
+    return next((int(event["step"]) for event in events if event.get("kind") == kind), None)
 
 
 def _curve(folder: Path, row: Mapping[str, Any], columns: Mapping[str, str], every: int) -> pl.DataFrame:

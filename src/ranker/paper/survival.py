@@ -59,7 +59,7 @@ def times(runs: pl.DataFrame) -> Times:
     """The times of some runs.
 
     Args:
-        runs: with columns status, steps, full_step, first_step.
+        runs: with columns status, steps, full_step, unsettled_step, first_step.
 
     Raises:
         ValueError: a run is lost, but no step is known.
@@ -72,7 +72,7 @@ def times(runs: pl.DataFrame) -> Times:
                 raise ValueError(f"run {run['run']} diverged, but its events do not say at which step")
             steps.append(int(first))
         elif run["status"] == "unsettled":
-            steps.append(int(run["first_step"] or run["steps"]))
+            steps.append(int(run["unsettled_step"]))
         else:
             steps.append(int(run["steps"]))
         lost.append(run["status"] == "diverged")

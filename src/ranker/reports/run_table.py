@@ -107,8 +107,14 @@ def by_cell(runs: pl.DataFrame, metrics: Sequence[str]) -> pl.DataFrame:
     return runs.with_columns(pl.col("mitigation").fill_null("none")).group_by(CELL, maintain_order=True).agg(cells)
 
 
+def outcome(summary: Mapping[str, Any]) -> str:
+    """The status of a run; ``unsettled`` where training ended before it was known whether the model recovered."""
+    unsettled = summary["status"] == "completed" and summary["divergence"].get("unsettled")
+    return "unsettled" if unsettled else str(summary["status"])
+
+
 def _row(summary: Mapping[str, Any], name: str) -> dict[str, Any]:
-    row = {key: summary[key] for key in (*KEYS, *COPIED)}
+    row = {key: summary[key] for key in (*KEYS, *COPIED)} | {"status": outcome(summary)}
     row |= {"first_step": summary["divergence"]["first_step"], "micro": summary["divergence"]["micro"]}
     row |= {"dense_parameters": summary["parameters"]["dense"], "run": name}
     row |= {"mitigation": summary.get("mitigation", "none")} | {key: summary.get(key) for key in MADE_WITH}
@@ -131,7 +137,8 @@ def _tracked_summary(run: TrackedRun) -> dict[str, Any] | None:
     return {
         **dict.fromkeys(COPIED),
         **flat,
-        "divergence": {"micro": flat.get("divergence/micro"), "first_step": flat.get("divergence/first_step")},
+        "divergence": {"micro": flat.get("divergence/micro"), "first_step": flat.get("divergence/first_step")}
+        | {"unsettled": flat.get("divergence/unsettled")},
         "parameters": {"dense": flat.get("parameters/dense")},
         "metrics": {key: value for key, value in flat.items() if key.startswith(f"{TEST}/")},
     }

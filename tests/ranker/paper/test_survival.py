@@ -17,14 +17,14 @@ from ranker.paper.survival import Times, kaplan_meier, log_rank, restricted_mean
 
 def run(method: str, status: str, steps: int, **more: Any) -> dict[str, Any]:
     row = {"model": "small", "optim": method, "lr_mult": 1.0, "status": status, "steps": steps, "batch_size": 256}
-    return row | {"run": "x", "first_step": None, "full_step": None} | more
+    return row | {"run": "x", "first_step": None, "full_step": None, "unsettled_step": None} | more
 
 
 def test_a_lost_run_counts_at_its_full_divergence_and_others_are_censored() -> None:
     rows = [
         run("gc", "diverged", 450, first_step=20, full_step=400),  # after a micro divergence at step 20
         run("gc", "completed", 820),
-        run("gc", "unsettled", 820, first_step=800),
+        run("gc", "unsettled", 820, first_step=20, unsettled_step=800),
     ]
     assert times(pl.DataFrame(rows)) == Times([400, 820, 800], [True, False, False])
     with pytest.raises(ValueError, match="run x diverged"):
@@ -49,7 +49,7 @@ def test_the_log_rank_test_by_hand_and_nothing_to_compare() -> None:
 def found() -> dict[str, pl.DataFrame]:
     rows = [run("adagrad", "diverged", 50 + s, full_step=40 + s) for s in range(3)]
     rows += [run("gc", "completed", 100) for _ in range(3)]
-    rows += [run("clippy", "completed", 100), run("clippy", "unsettled", 100, first_step=90)]
+    rows += [run("clippy", "completed", 100), run("clippy", "unsettled", 100, unsettled_step=90)]
     return {"survival": pl.DataFrame(rows, infer_schema_length=None)}
 
 
