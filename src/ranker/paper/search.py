@@ -16,7 +16,6 @@ import polars as pl
 from ranker.paper.jobs import FOLLOWED, THRESHOLDS, Job, Setting, grid
 
 G_KEY = "optim.initial_accumulator_value"
-EMBEDDING_G_KEY = "optim.embedding.initial_accumulator_value"  # the tables' own; both start at the same value
 G_0 = (1e-1, 1e-2, 1e-4, 1e-6, 1e-8)
 RATES = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0, 2.0, 4.0)  # multiples of 1x
 FIRST_STAGE = 0.6  # share of the trials
@@ -76,7 +75,6 @@ class Point(NamedTuple):
             "optim": (tried.optim,),
             "lr_mult": (self.lr_mult,),
             G_KEY: (self.g0,),
-            EMBEDDING_G_KEY: (self.g0,),
         }
         if tried.key is not None:
             made[tried.key] = (self.threshold,)

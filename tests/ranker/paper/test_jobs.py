@@ -25,6 +25,7 @@ def all_jobs(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> dict[str, lis
         monkeypatch.setattr(f"ranker.paper.{module}", lambda *_, **__: chosen)
     searched = pl.DataFrame({"status": ["completed"]})
     none = {f"{study}_search": searched for study in ("table2", "table2_soft")}
+    none["midrun_naive"] = pl.DataFrame({"model": ["small"], "lr_mult": [1.0], "seed": [2]})
     return {phase.name: phase.jobs(setting, none) for study in STUDIES for phase in study.phases}
 
 

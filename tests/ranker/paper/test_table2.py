@@ -9,7 +9,7 @@ import pytest
 
 from ranker.paper import search, table2
 from ranker.paper.jobs import DATA, Setting
-from ranker.paper.search import EMBEDDING_G_KEY, G_0, G_KEY, METHODS, RATES, SEARCHED, Point
+from ranker.paper.search import G_0, G_KEY, METHODS, RATES, SEARCHED, Point
 
 SETTING = Setting(DATA["kuairand"], seeds=2, models=("small",))
 
@@ -57,7 +57,6 @@ def test_the_search_never_reads_the_test_day_and_the_final_runs_do() -> None:
         "optim": "clippy",
         "lr_mult": "0.5",
         G_KEY: "1e-06",
-        EMBEDDING_G_KEY: "1e-06",
         "optim.lambda_abs": "0.001",
     }
     assert wanted.items() <= keyed(made[0]).items()
