@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import polars as pl
@@ -14,8 +15,9 @@ from ranker.atomic import write_text
 from ranker.cli import command
 from ranker.errors import UserError, suggest
 from ranker.installation import clone
-from ranker.paper.jobs import DATA, QUICK, Data, Setting, launch
+from ranker.paper.jobs import DATA, LABELS, QUICK, Data, Setting, launch
 from ranker.paper.published import BY_NAME, STUDIES, differences, folder_of, load_found, publish, render
+from ranker.paper.store import unique
 from ranker.paper.study import Study
 
 TRAIN = Path(__file__).with_name("train.py")
@@ -39,7 +41,9 @@ def reproduce(arguments: Sequence[str] | None = None) -> int:
         "overrides", nargs="*", help="data=kuairand|synthetic, scale=laptop|paper, others go to each run"
     )
     parser.add_argument("--quick", action="store_true", help="few short runs: does the machinery work; no results")
-    parser.add_argument("--seeds", type=int, default=3, help="seeds of each cell")
+    parser.add_argument("--seeds", type=int, help="seeds of each cell; 3, and 10 in table 3")
+    parser.add_argument("--models", nargs="+", choices=LABELS, help="run these models only, of those a study has")
+    parser.add_argument("--trials", type=int, default=8, help="combinations that a search tries per model and method")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time")
     parser.add_argument("--out", type=Path, default=Path("multirun/reproduce"), help="where run folders go")
     parser.add_argument(
@@ -87,12 +91,18 @@ def make(study: Study, setting: Setting, *, out: Path, results: Path, parallel: 
         jobs = phase.jobs(setting, found)
         print(f"{study.name}: {phase.name}, {len(jobs)} runs", flush=True)
         if jobs and run:
-            launch(TRAIN, sweep, jobs, parallel=parallel)
-        runs, missing = phase.read(setting, sweep, jobs)
+            launch(TRAIN, sweep, unique(jobs), parallel=parallel)
+        # Runs of models that were asked for at another time stay in the results.
+        every = jobs if setting.quick else phase.jobs(replace(setting, models=tuple(LABELS)), found)
+        runs, missing = phase.read(setting, sweep, every)
+        missing = [job for job in missing if job in jobs]
         if missing:
             print(f"{study.name}: {len(missing)} of {len(jobs)} runs of {phase.name} are missing", file=sys.stderr)
         if jobs and len(missing) == len(jobs):
             raise UserError(f"{study.name}: no run of {phase.name} in {sweep}")
+        if "base_lr" in runs.columns and runs["base_lr"].n_unique() > 1:
+            rates = ", ".join(f"{rate:g}" for rate in sorted(runs["base_lr"].drop_nulls().unique()))
+            print(f"{study.name}: runs of several base rates ({rates}) in {sweep}; use a new --out", file=sys.stderr)
         write_text(folder / f"{phase.name}.csv", runs.write_csv())
         found[phase.name] = runs
     path = folder / f"{study.name}.md"
@@ -131,7 +141,17 @@ def _setting(options: argparse.Namespace) -> Setting:
     quick = QUICK if options.quick else ()
     data: Data = DATA[name]
     seeds = 1 if options.quick else options.seeds
-    return Setting(data=data, scale=scale, seeds=seeds, quick=options.quick, extra=(*extra, *quick))
+    if options.trials < 1 or (options.seeds is not None and options.seeds < 1):
+        raise UserError(f"--trials and --seeds must be 1 or more, got {options.trials} and {options.seeds}")
+    return Setting(
+        data=data,
+        scale=scale,
+        seeds=seeds,
+        models=tuple(options.models) if options.models else None,
+        trials=2 if options.quick else options.trials,
+        quick=options.quick,
+        extra=(*extra, *quick),
+    )
 
 
 def _slice() -> Path:

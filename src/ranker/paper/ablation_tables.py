@@ -62,7 +62,7 @@ def adam_jobs(setting: Setting) -> list[Job]:
 
 
 def _models(setting: Setting) -> tuple[str, ...]:
-    return MODELS[:1] if setting.quick else MODELS
+    return setting.models_of(MODELS)
 
 
 RULE_LABELS = {

@@ -7,54 +7,41 @@ from pathlib import Path
 
 import polars as pl
 
-from ranker.paper.jobs import (
-    LABELS,
-    METHODS,
-    PAPER_MODELS,
-    RECORDED,
-    THRESHOLDS,
-    UNWATCHED,
-    WATCHED,
-    Data,
-    Job,
-    Setting,
-    grid,
-)
+from ranker.paper.jobs import LABELS, PAPER_MODELS, RECORDED, UNWATCHED, WATCHED, Data, Job, Setting, grid
 from ranker.paper.rendering import figure, save
+from ranker.paper.search import METHODS, SEARCHED
 from ranker.paper.store import curves
 from ranker.paper.study import Found, Phase, Sections, Study
-from ranker.paper.table2 import RATES, Choices, choices
+from ranker.paper.table2 import Choices, choices
 from ranker.reports.comparison import as_markdown
 from ranker.reports.curves import COLOURS
 from ranker.runs.metric_names import TRAIN_LOSS, VAL, sign, task_metric
 
 WIDEST = "large_dcn"
-CLIPPED = ("clippy", 2)  # method and rate of figure 6
+COMPARED = ("gc", SEARCHED)  # on every model
 SMOOTH = 10  # steps in the running mean of figure 6
 
 
 def auc_jobs(setting: Setting, chosen: Choices) -> list[Job]:
-    """Every method at both rates on Large+DCN; GC and Clippy at their better rate on the other two models."""
-    widest = PAPER_MODELS[0] if setting.quick else WIDEST
-    made = [job for method in METHODS for rate in RATES for job in _job(setting, widest, method, rate, chosen)]
-    for model in PAPER_MODELS:
-        if model != widest and (model, "gc") in chosen:
-            for method in ("gc", "clippy"):
-                made += _job(setting, model, method, chosen[model, method].lr_mult, chosen)
+    """Every method on Large+DCN, and GC and Clippy on the other models, as chosen for table 2; one seed."""
+    made = []
+    for model in setting.models_of(PAPER_MODELS):
+        for method in METHODS if model == WIDEST or setting.quick else COMPARED:
+            if (model, method) in chosen:
+                axes = {**chosen[model, method].axes(model, method), "seed": (0,)}
+                made += grid((*setting.common, *RECORDED, *UNWATCHED), axes)
     return made
 
 
 def sigma_jobs(setting: Setting) -> list[Job]:
-    """Clippy at 2x on Large+DCN with early signs at every step; figure 5 uses this run too."""
-    return _job(setting, PAPER_MODELS[0] if setting.quick else WIDEST, *CLIPPED, {})
-
-
-def _job(setting: Setting, model: str, method: str, rate: int, chosen: Choices) -> list[Job]:
-    axes: dict[str, Sequence[object]] = {"model": (model,), "optim": (method,), "lr_mult": (rate,)}
-    if method in THRESHOLDS:
-        axes[THRESHOLDS[method][0]] = (chosen[model, method].thresholds[rate],)
-    watched = WATCHED if (method, rate) == CLIPPED else UNWATCHED
-    return grid((*setting.common, *RECORDED, *watched), {**axes, "seed": (0,)})
+    """Clippy at 2x on Large+DCN, with early signs at every step."""
+    axes: dict[str, Sequence[object]] = {
+        "model": PAPER_MODELS[:1] if setting.quick else (WIDEST,),
+        "optim": ("clippy",),
+        "lr_mult": (2,),
+        "seed": (0,),
+    }
+    return grid((*setting.common, *RECORDED, *WATCHED), axes)
 
 
 def auc_sections(data: Data, found: Found) -> Sections:  # noqa: ARG001
@@ -67,37 +54,36 @@ def auc_sections(data: Data, found: Found) -> Sections:  # noqa: ARG001
         for share in (0.25, 0.5, 1):
             before = points.filter(pl.col("step") <= share * last)
             cells.append(f"{100 * before['auc'][-1]:.2f}" if before.height else "-")
-        rows.append([LABELS[model], method, f"{rate:g}x", *cells, str(run["status"][0])])
+        rows.append([LABELS[model], METHODS[method].label, f"{rate:g}x", *cells, str(run["status"][0])])
     header = ["model", "method", "lr", "AUC at 1/4", "at 1/2", "at the end", "status"]
     return {"auc": as_markdown(header, rows)}
 
 
 def draw_auc(data: Data, found: Found, destination: Path) -> None:
-    """Left: all methods on the widest model, 1x dashed and 2x solid. Right: Clippy against GC on every model."""
+    """Left: all methods on the widest model. Right: Clippy against GC on every model."""
     picture, (left, right) = figure(columns=2, width=11, height=4.2, sharey=True)
-    widest = found["fig5"]["model"][0]
-    for (model, method, rate), run in _runs(found["fig5"]):
-        points = run.drop_nulls("auc")
-        line = {"color": COLOURS[method], "linewidth": 1.4, "linestyle": "-" if rate == 2 else "--"}
-        if model == widest:
-            left.plot(points["step"], points["auc"], label=f"{method} {rate:g}x", **line)
+    runs = _runs(found["fig5"])
+    models = list(dict.fromkeys(model for (model, _, _), _ in runs))
     styles = dict(zip(PAPER_MODELS, (":", "--", "-"), strict=True))
-    compared = [(key, run) for key, run in _runs(found["fig5"]) if key[1] in ("gc", "clippy")]
-    best = {key: (run["auc"].drop_nulls().to_list() or [0.0])[-1] for key, run in compared}
-    for (model, method, rate), run in compared:
-        rival = [value for (m, o, _), value in best.items() if (m, o) == (model, method)]
-        if best[model, method, rate] == max(rival):
-            points = run.drop_nulls("auc")
-            line = {"color": COLOURS[method], "linestyle": styles[model], "linewidth": 1.4}
-            right.plot(points["step"], points["auc"], label=f"{LABELS[model]} {method} {rate:g}x", **line)
-    left.set_title(f"{LABELS[widest]}, every method", loc="left", fontsize=10)
-    right.set_title("Clippy and GC, three models", loc="left", fontsize=10)
+    for (model, method, rate), run in runs:
+        points = run.drop_nulls("auc")
+        line = {"color": COLOURS[METHODS[method].optim], "linewidth": 1.4}
+        if model == models[-1]:
+            style = "-" if method != "clippy" else "--"
+            left.plot(
+                points["step"], points["auc"], label=f"{METHODS[method].label} {rate:g}x", linestyle=style, **line
+            )
+        if method in COMPARED:
+            label = f"{LABELS[model]}, {METHODS[method].optim} {rate:g}x"
+            right.plot(points["step"], points["auc"], label=label, linestyle=styles[model], **line)
+    left.set_title(f"{LABELS[models[-1]]}, every method", loc="left", fontsize=10)
+    right.set_title("Clippy (lambda_abs searched) and GC", loc="left", fontsize=10)
     left.set_ylabel(f"{data.auc} AUC on the hold-out")
     for axes in (left, right):
         axes.axhline(0.5, color="grey", linewidth=0.8, linestyle=":")
         axes.set_xlabel("step")
         # Below the axes, because the curves leave no free corner.
-        axes.legend(frameon=False, fontsize=8, ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.15))
+        axes.legend(frameon=False, fontsize=8, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.15))
     save(picture, destination)
 
 
@@ -135,7 +121,7 @@ def draw_sigma(data: Data, found: Found, destination: Path) -> None:  # noqa: AR
 
 
 def _runs(curve: pl.DataFrame) -> list[tuple[tuple[str, str, float], pl.DataFrame]]:
-    keys = ["model", "optim", "lr_mult"]
+    keys = ["model", "method", "lr_mult"]
     return [((str(m), str(o), float(str(r))), run) for (m, o, r), run in curve.group_by(keys, maintain_order=True)]
 
 
@@ -151,7 +137,7 @@ FIG5 = Study(
     phases=(
         Phase(
             "fig5",
-            lambda setting, found: auc_jobs(setting, choices(setting, found)),
+            lambda setting, found: auc_jobs(setting, choices("table2", setting.data, found)),
             read=lambda setting, folder, jobs: curves(
                 folder, jobs, {"loss": TRAIN_LOSS, "auc": task_metric(VAL, setting.data.auc, "auc")}, every=5
             ),

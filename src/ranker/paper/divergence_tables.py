@@ -6,11 +6,11 @@ from collections.abc import Sequence
 
 import polars as pl
 
-from ranker.paper.jobs import LABELS, METHODS, THRESHOLDS, Data, Job, Setting, grid
-from ranker.paper.rendering import cell, spread
+from ranker.paper.jobs import LABELS, METHODS, Data, Job, Setting, grid
+from ranker.paper.rendering import cell, lost_at, spread
 from ranker.paper.store import matching
 from ranker.paper.study import Found, Phase, Sections, Study
-from ranker.paper.table2 import Choices, choices
+from ranker.paper.survival import survival_jobs
 from ranker.reports.comparison import as_markdown
 
 # Table 3: naive Adagrad on Large+DCN, with one thing removed at a time.
@@ -19,24 +19,26 @@ TABLE3_KEYS = ("model", "model.net.hidden", "data.drop_features", "data.tasks")
 TABLE3_SEEDS = 10
 TABLE3_RATE = 0.4
 
-# Batch size and window on Small. Naive Adagrad trains it at 0.25x and diverges at 1x, so a change in either direction
-# is visible.
+# Batch size and window. Naive Adagrad trains at 0.25x and is lost at 1x, so a change in either direction is visible.
 CONDITION_RATES: dict[str, tuple[float, ...]] = {"adagrad": (0.25, 0.5, 1), "clippy": (1,)}
 BATCHES = (256, 1024, 4096)
-WINDOWS = (1024, 4096, 16384, 65536, 262144)  # rows; one batch is strict time order, the last is more than a day
+WINDOWS = (1024, 16384, 262144)  # rows; the first is nearly strict time order, the last is more than a day of KuaiRand
+# The first four are about the start of training: what the regime's warm-up and biases are worth.
 MITIGATIONS: dict[str, Job] = {
     "none": (),
-    "warm-up, 20 steps": ("train.warmup_steps=20",),
-    "warm-up, 100 steps": ("train.warmup_steps=100",),
+    "no warm-up": ("train.warmup_steps=0",),
+    "heads start at 0": ("train.head_bias=zero",),
+    "no warm-up, heads start at 0": ("train.warmup_steps=0", "train.head_bias=zero"),
+    "warm-up, 400 steps": ("train.warmup_steps=400",),
     "activations clipped at 10": ("model.net.clip_activations=10",),
     "layer norm": ("model.net.layer_norm=true",),
     "widest window": ("data.window=262144",),
     "a quarter of the rate": ("lr_mult=0.25",),
 }
 
-# High rates: multiples of 1x in addition to the 1x and 2x of table 2.
-ABOVE = (4, 8, 16)
-BELOW = (0.5, 0.25, 0.125, 0.0625)  # for naive Adagrad, which diverges at 1x
+# High rates: multiples of 1x in addition to those of the survival curves.
+ABOVE = (8, 16)
+BELOW = (0.5, 0.25, 0.125, 0.0625)  # for naive Adagrad, which is lost at 1x
 
 
 def table3_rows(data: Data) -> dict[str, Job]:
@@ -55,7 +57,7 @@ def table3_rows(data: Data) -> dict[str, Job]:
 
 def table3_jobs(setting: Setting) -> list[Job]:
     """Naive Adagrad with several seeds per row."""
-    seeds = tuple(range(2 if setting.quick else max(TABLE3_SEEDS, setting.seeds)))
+    seeds = setting.seeds_or(TABLE3_SEEDS)
     return [
         job
         for row in table3_rows(setting.data).values()
@@ -75,39 +77,47 @@ def table3_sections(data: Data, found: Found) -> Sections:
         lost, n = runs.filter(pl.col("status") == "diverged").height, runs.height
         interval = binomtest(lost, n).proportion_ci(0.95, method="exact")
         kept = runs.filter(pl.col("status") == "completed")[f"{data.auc}/auc"].to_list()
+        auc = f"{spread(kept, percent=True)} (n={len(kept)})" if kept else "-"
         share = f"{100 * interval.low:.0f} to {100 * interval.high:.0f} %"
-        lines.append([label, f"{lost} of {n}", share, spread(kept, percent=True) or "-", paper])
-    header = ["naive Adagrad", "diverged", "95 % interval", f"{data.auc} AUC of the others", "paper, at its own 0.4x"]
-    return {f"at-{TABLE3_RATE:g}x": as_markdown(header, lines)}
+        unsettled = runs.filter(pl.col("status") == "unsettled").height
+        count = f"{lost} of {n}" + (f", {unsettled} unsettled" if unsettled else "")
+        lines.append([label, count, share, lost_at(runs) or "-", auc, paper])
+    header = ["naive Adagrad", "diverged", "95 % interval", "at step (median)", f"{data.auc} AUC of the others"]
+    return {f"at-{TABLE3_RATE:g}x": as_markdown([*header, "paper, at its own 0.4x"], lines)}
 
 
 def condition_jobs(setting: Setting, key: str, values: tuple[int, ...]) -> list[Job]:
-    """Small with each value of one setting, at the rates of ``CONDITION_RATES``."""
+    """Small, or other models on request, with each value of one setting, at the rates of ``CONDITION_RATES``."""
     jobs = []
+    models = setting.models_of(("small",) if setting.models is None else tuple(LABELS))
     for method, rates in CONDITION_RATES.items():
-        axes: dict[str, Sequence[object]] = {"model": ("small",), "optim": (method,), "lr_mult": rates}
+        axes: dict[str, Sequence[object]] = {"model": models, "optim": (method,), "lr_mult": rates}
         axes[key] = values[::2] if setting.quick else values
         jobs += grid(setting.bare, {**axes, "seed": setting.seed_list})
     return jobs
 
 
 def condition_sections(data: Data, runs: pl.DataFrame, key: str, label: str) -> Sections:
-    """AUC and diverged runs for each value of one setting."""
+    """One section per model: AUC and lost runs for each value of one setting."""
     columns = [(method, rate) for method, rates in CONDITION_RATES.items() for rate in rates]
-    rows = []
-    for (value,), here in runs.sort(key).group_by(key, maintain_order=True):
-        cells = []
-        for method, rate in columns:
-            mine = here.filter((pl.col("optim") == method) & (pl.col("lr_mult") == rate))
-            cells.append(cell(mine, f"{data.auc}/auc"))
-        rows.append([f"{value:,.0f}", *cells])
-    return {"auc": as_markdown([label, *(f"{method} {rate:g}x" for method, rate in columns)], rows)}
+    made = {}
+    for model in (model for model in LABELS if model in runs["model"].unique()):
+        rows = []
+        for (value,), here in runs.filter(pl.col("model") == model).sort(key).group_by(key, maintain_order=True):
+            cells = []
+            for method, rate in columns:
+                mine = here.filter((pl.col("optim") == method) & (pl.col("lr_mult") == rate))
+                cells.append(cell(mine, f"{data.auc}/auc"))
+            rows.append([f"{value:,.0f}", *cells])
+        head = [f"{LABELS[model]}, {label}", *(f"{method} {rate:g}x" for method, rate in columns)]
+        made[model] = as_markdown(head, rows)
+    return made
 
 
-def mitigation_jobs(setting: Setting, *, models: tuple[str, ...] = ("small", "large_dcn")) -> list[Job]:
+def mitigation_jobs(setting: Setting) -> list[Job]:
     """Each mitigation at 1x, with naive Adagrad and with Clippy."""
     jobs = []
-    for model in models[:1] if setting.quick else models:
+    for model in setting.models_of(("small", "large_dcn")):
         for method in ("adagrad", "clippy"):
             for overrides in MITIGATIONS.values():
                 rate = () if any(o.startswith("lr_mult=") for o in overrides) else ("lr_mult=1",)
@@ -127,23 +137,25 @@ def mitigation_sections(data: Data, found: Found) -> Sections:
             rate = next((o for o in overrides if o.startswith("lr_mult=")), "lr_mult=1")
             chosen = (f"model={model}", *(o for o in overrides if not o.startswith("lr_mult=")), rate)
             mine = matching(runs, chosen, ("model", "lr_mult", *keys))
-            cells = [cell(mine.filter(pl.col("optim") == m), f"{data.auc}/auc") for m in ("adagrad", "clippy")]
+            cells = [_with_step(mine.filter(pl.col("optim") == m), data) for m in ("adagrad", "clippy")]
             if cells != ["-", "-"]:  # there are runs
                 rows.append([label, *cells])
         made[model] = as_markdown([f"{LABELS[model]}, {data.auc} AUC", "naive Adagrad", "Clippy"], rows)
     return made
 
 
-def rate_jobs(setting: Setting, chosen: Choices) -> list[Job]:
-    """Naive Adagrad at lower rates, the other methods at higher rates with the threshold that was best at 2x."""
+def rate_jobs(setting: Setting) -> list[Job]:
+    """Naive Adagrad at lower rates than those of the survival curves, the other methods at higher ones."""
+    models = list(dict.fromkeys(override for job in survival_jobs(setting) for override in job if "model=" in override))
     jobs = []
-    for (model, method), choice in sorted(chosen.items()):
-        multiples: tuple[float, ...] = BELOW if method == "adagrad" else ABOVE
-        axes: dict[str, Sequence[object]] = {"model": (model,), "optim": (method,)}
-        if method in THRESHOLDS:
-            axes[THRESHOLDS[method][0]] = (choice.thresholds[2],)
-        axes |= {"lr_mult": multiples[:2] if setting.quick else multiples, "seed": setting.seed_list}
-        jobs += grid(setting.bare, axes)
+    for method in METHODS[::4] if setting.quick else METHODS:
+        rates: tuple[float, ...] = BELOW if method == "adagrad" else ABOVE
+        axes: dict[str, Sequence[object]] = {
+            "model": [model.removeprefix("model=") for model in models],
+            "optim": (method,),
+            "lr_mult": rates[:1] if setting.quick else rates,
+        }
+        jobs += grid(setting.bare, {**axes, "seed": setting.seed_list})
     return jobs
 
 
@@ -163,7 +175,7 @@ def largest_stable(runs: pl.DataFrame) -> float | None:
 
 def rate_sections(data: Data, found: Found) -> Sections:
     """The largest stable multiple of each cell, and the AUC at every multiple."""
-    runs = pl.concat([found["table2_final"], found["rates"]], how="diagonal_relaxed")
+    runs = pl.concat([found["survival"], found["rates"]], how="diagonal_relaxed")
     stable, aucs = [], []
     for model in (model for model in LABELS if model in runs["model"].unique()):
         here = runs.filter(pl.col("model") == model)
@@ -173,12 +185,18 @@ def rate_sections(data: Data, found: Found) -> Sections:
             cells = []
             for method in METHODS:
                 mine = at.filter(pl.col("optim") == method)
-                cells.append("" if mine.is_empty() else f"{cell(mine, f'{data.auc}/auc')} (n={mine.height})")
+                cells.append("" if mine.is_empty() else cell(mine, f"{data.auc}/auc"))
             aucs.append([LABELS[model], f"{multiple:g}x", *cells])
     return {
         "largest-stable": as_markdown(["largest stable lr", *METHODS], stable),
         "auc": as_markdown([f"{data.auc} AUC", "lr", *METHODS], aucs),
     }
+
+
+def _with_step(runs: pl.DataFrame, data: Data) -> str:
+    """The cell, and the median first step of what ended the lost runs."""
+    step = lost_at(runs)
+    return cell(runs, f"{data.auc}/auc") + (f", at step {step} (median)" if step else "")
 
 
 def _stable(runs: pl.DataFrame) -> str:
@@ -200,13 +218,13 @@ TABLE3 = Study(
 )
 BATCH = Study(
     name="batch",
-    title="Whether divergence moves with the batch size (Small, the same rows)",
+    title="Whether divergence moves with the batch size, over the same rows",
     phases=(Phase("batch", lambda setting, _: condition_jobs(setting, "scale.batch_size", BATCHES)),),
     sections=lambda data, found: condition_sections(data, found["batch"], "scale.batch_size", "rows a step"),
 )
 WINDOW = Study(
     name="window",
-    title="Whether divergence moves with the width of the window (Small)",
+    title="Whether divergence moves with the width of the window",
     phases=(Phase("window", lambda setting, _: condition_jobs(setting, "data.window", WINDOWS)),),
     sections=lambda data, found: condition_sections(data, found["window"], "data.window", "rows in the window"),
 )
@@ -219,7 +237,7 @@ MITIGATION = Study(
 HIGH_RATES = Study(
     name="rates",
     title="Learning rates up to 16x",
-    phases=(Phase("rates", lambda setting, found: rate_jobs(setting, choices(setting, found))),),
+    phases=(Phase("rates", lambda setting, _: rate_jobs(setting)),),
     sections=rate_sections,
-    needs=("table2",),
+    needs=("survival",),
 )

@@ -11,12 +11,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from ranker.atomic import write_text
 from ranker.errors import UserError
+from ranker.installation import conf_folder
 
 Job = tuple[str, ...]
 """Overrides of one run, in order, such as ``("model=small", "lr_mult=2", "seed=0")``."""
 
+# A study makes hundreds of runs; one capsule of each that is lost is enough.
+CAPSULES: Job = ("callbacks.capsules.events=full", "callbacks.capsules.max_capsules=1")
 # For tables: only the final evaluation is needed, so everything else that costs time is switched off.
 BARE: Job = (
     "logger=none",
@@ -25,16 +30,25 @@ BARE: Job = (
     "train.checkpoint_every=0",
     "train.threads=1",
     "callbacks.early_signs.every=0",
+    *CAPSULES,
+)
+# As BARE, with an evaluation on the hold-out at intervals: what the model had learned when it was lost.
+FOLLOWED: Job = (
+    "logger=csv",
+    "train.log_every=10",
+    "train.eval_every=40",
+    *(override for override in BARE if not override.startswith(("logger=", "train.eval_every="))),
 )
 # For figures: the loss at every step and regular evaluations, also after a run has diverged.
 RECORDED: Job = (
     "logger=csv",
     "train.log_every=1",
-    "train.eval_every=10",
+    "train.eval_every=20",
     "train.progressive=false",
     "train.checkpoint_every=0",
     "train.threads=1",
     "callbacks.divergence.stop=false",
+    *CAPSULES,
 )
 UNWATCHED: Job = ("callbacks.early_signs.every=0",)
 WATCHED: Job = ("callbacks.early_signs.every=1", "callbacks.early_signs.task_gradients=0")
@@ -53,6 +67,7 @@ THRESHOLDS: Grids = {
     "lamb": ("optim.trust_coefficient", (1e-1, 1e-2, 1e-3)),
 }
 JOBS_FILE = "jobs.json"
+SEEDS = 3  # of a cell, where neither the user nor the study asks for another number
 
 
 @dataclass(frozen=True)
@@ -61,7 +76,8 @@ class Data:
 
     Attributes:
         name: the option of ``conf/data``.
-        validation: overrides that hold out the day before the test day and do not read the test day.
+        validation: overrides that hold out the day before the test day and do not read the test day; empty for a
+            stream, where ``Setting.validation`` leaves out the last training day.
         auc: the binary task whose AUC selects thresholds and is reported in the main table.
         rmse: the regression task reported next to it.
         fewer_features: overrides for "a subset of the features" in table 3.
@@ -92,8 +108,7 @@ DATA = {
     ),
     "synthetic": Data(
         name="synthetic",
-        # Seven training days instead of eight: the hold-out is then the last training day of the full run, row for row.
-        validation=("data.log.train_rows=350000",),
+        validation=(),
         auc="click",
         rmse="watch_time",
         tasks=("click", "like", "share", "follow", "rating", "watch_time"),
@@ -110,14 +125,18 @@ class Setting:
     Attributes:
         data: the data set.
         scale: ``laptop`` or ``paper``.
-        seeds: number of seeds per cell.
+        seeds: number of seeds per cell; None: the study's own.
+        models: models to run, for a study that can run some of its models alone; None: the study's own.
+        trials: number of combinations that a search tries for each model and method.
         quick: fewer cells and one seed, to test the code. The numbers are then no results.
         extra: overrides added to every job, such as ``data.source=DIR``.
     """
 
     data: Data
     scale: str = "laptop"
-    seeds: int = 3
+    seeds: int | None = None
+    models: tuple[str, ...] | None = None
+    trials: int = 8
     quick: bool = False
     extra: Job = field(default=())
 
@@ -132,9 +151,29 @@ class Setting:
         return (f"data={self.data.name}", f"scale={self.scale}", *self.extra)
 
     @property
+    def validation(self) -> Job:
+        """Overrides that hold out the day before the test day and do not read the test day."""
+        if self.data.validation:
+            return self.data.validation
+        # One training day less: the hold-out is then the last training day of the full run, row for row.
+        written = yaml.safe_load((conf_folder() / "data" / f"{self.data.name}.yaml").read_text(encoding="utf-8"))["log"]
+        given = dict(override.split("=", 1) for override in self.extra)
+        rows, day = (int(given.get(f"data.log.{key}", written[key])) for key in ("train_rows", "rows_per_day"))
+        return (f"data.log.train_rows={rows - day}",)
+
+    def models_of(self, own: Sequence[str]) -> tuple[str, ...]:
+        """The models to run, out of a study's own; the first of them for a quick run."""
+        chosen = tuple(model for model in own if self.models is None or model in self.models)
+        return chosen[:1] if self.quick else chosen
+
+    @property
     def seed_list(self) -> tuple[int, ...]:
         """The seeds 0, 1, ..."""
-        return tuple(range(self.seeds))
+        return self.seeds_or(SEEDS)
+
+    def seeds_or(self, number: int) -> tuple[int, ...]:
+        """The seeds 0, 1, ..., as many as were asked for, or else a study's own number."""
+        return tuple(range(self.seeds or number))
 
 
 def grid(common: Iterable[str], axes: Mapping[str, Sequence[Any]]) -> list[Job]:

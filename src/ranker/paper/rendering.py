@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,17 +28,24 @@ def spread(values: Sequence[float | None], *, percent: bool = False) -> str:
 
 
 def cell(runs: pl.DataFrame, metric: str) -> str:
-    """Mean ± standard deviation over the completed runs, and the number of diverged runs.
+    """Mean ± standard deviation and number of the completed runs, and how many diverged or ended unsettled.
 
     Args:
         runs: the runs of one cell.
         metric: such as ``is_click/auc``, which is given in percent.
     """
-    lost = runs.filter(pl.col("status") == "diverged").height
+    counts = {status: runs.filter(pl.col("status") == status).height for status in ("diverged", "unsettled")}
     kept = runs.filter(pl.col("status") == "completed")
     value = spread(kept[metric].to_list(), percent=metric.endswith("/auc")) if metric in kept.columns else ""
-    notes = [f"diverged {lost} of {runs.height}"] if lost else []
+    value += f" (n={kept.height})" if value else ""
+    notes = [f"{status} {count} of {runs.height}" for status, count in counts.items() if count]
     return "; ".join([*notes, *([value] if value else [])]) or "-"
+
+
+def lost_at(runs: pl.DataFrame) -> str:
+    """Median first step of the divergences that ended runs; an empty text where none is known."""
+    step = runs.filter(pl.col("status") == "diverged")["full_step"].cast(pl.Float64).median()
+    return f"{step:g}" if isinstance(step, float) else ""
 
 
 def document(title: str, provenance: str, sections: Sections) -> str:
@@ -48,18 +55,22 @@ def document(title: str, provenance: str, sections: Sections) -> str:
     return "\n".join(parts)
 
 
-def quote(text: str, root: Path) -> str:
+def quote(text: str, root: Path, pending: Callable[[Path], str] = lambda _: "") -> str:
     """A document in which every quoted block is replaced by the section that it names.
 
     Args:
         text: the document.
         root: the folder that the file names in the blocks are relative to.
+        pending: what stands in place of a file that does not exist; an empty text if that is a mistake.
 
     Raises:
         UserError: a block names a file or section that does not exist.
     """
 
     def replaced(match: re.Match[str]) -> str:
+        path = root / match["file"]
+        if not path.is_file() and (text := pending(path)):
+            return f"{match[1]}{text}\n{match[5]}"
         try:
             body = _section(root / match["file"], match["section"])
         except (OSError, UserError) as error:
@@ -74,7 +85,7 @@ def provenance(found: Mapping[str, pl.DataFrame], command: str) -> str:
     frames = [runs for runs in found.values() if not runs.is_empty()]
     lines = [
         f"Made by `{command}`. Every number below is computed from the CSV files beside this one;",
-        "± is the standard deviation over seeds, a dash a cell in which no run was made or none completed.",
+        "± is the standard deviation over n seeds, a dash a cell in which no run was made or none completed.",
     ]
     commits = sorted({c for runs in frames if "commit" in runs.columns for c in runs["commit"].drop_nulls()})
     machines = sorted({m for runs in frames if "machine" in runs.columns for m in runs["machine"].drop_nulls()})

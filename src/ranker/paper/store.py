@@ -12,10 +12,11 @@ import yaml
 
 from ranker.errors import UserError
 from ranker.paper.jobs import Job
+from ranker.reports.run_table import outcome
 from ranker.runs.config_identity import NOT_IDENTIFYING, is_below
 from ranker.runs.metric_names import TEST
+from ranker.runs.run_folder import EVENTS, SUMMARY, whole_lines
 from ranker.runs.run_folder import METRICS as METRICS_FILE
-from ranker.runs.run_folder import SUMMARY, whole_lines
 
 # Settings that do not identify a published run. Where the data lie does not matter, because the data set has a name.
 UNRECORDED = (*NOT_IDENTIFYING, "data.source", "data.root")
@@ -26,7 +27,7 @@ RENAMED = {
 }
 STANDARD = ("data", "scale", "model", "optim", "lr_mult", "seed")
 METRICS = ("auc", "ne", "rmse", "calibration")
-CURVE_KEYS = (*STANDARD[2:], "status", "first_step", "micro", "train.warmup_steps", "commit", "machine")
+CURVE_KEYS = (*STANDARD[2:], "method", "status", "first_step", "full_step", "micro", "commit", "machine")
 DIGITS = 5  # significant digits in the CSV files of curves
 
 
@@ -40,8 +41,10 @@ def collect(folder: Path, jobs: Sequence[Job]) -> tuple[pl.DataFrame, list[Job]]
     """The runs of some jobs in a sweep folder, one row per run in the order of the jobs, and the jobs without a run.
 
     Columns: the standard keys, every other override by its name, lr, status, steps, examples_per_second, seconds,
-    first_step, micro, dense_parameters, run, config_hash, commit, machine, and ``<task>/<metric>`` on the hold-out.
-    Failed runs and runs of other jobs are ignored. If a job has two runs, the last in name order is used.
+    first_step, micro, full_step (first step of the divergence that ended the run), unsettled_step, batch_size, base_lr,
+    dense_parameters, run, config_hash, commit, machine, and ``<task>/<metric>`` on the hold-out. A job with the
+    override ``tags=[NAME]`` has NAME in the column method.
+    Failed runs and runs of other jobs are ignored. If a job has several runs, the one that ended last is used.
     """
     found, missing = find(folder, jobs)
     rows = [row_of(job, *run) for job, run in found]
@@ -73,13 +76,21 @@ def curves(
 def find(folder: Path, jobs: Sequence[Job]) -> tuple[list[tuple[Job, tuple[Path, dict[str, Any]]]], list[Job]]:
     """Run folder and summary of each job, and the jobs without a run."""
     known = {}
-    for path in sorted(Path(folder).rglob(SUMMARY)):
+    for path in sorted(Path(folder).rglob(SUMMARY), key=lambda path: (path.stat().st_mtime_ns, path)):
         summary = json.loads(path.read_text(encoding="utf-8"))
         overrides = path.parent / ".hydra" / "overrides.yaml"
         if summary["status"] != "failed" and overrides.is_file():
             known[identity(yaml.safe_load(overrides.read_text(encoding="utf-8")))] = (path.parent, summary)
     found = [(job, known[identity(job)]) for job in jobs if identity(job) in known]
     return found, [job for job in jobs if identity(job) not in known]
+
+
+def unique(jobs: Iterable[Job]) -> list[Job]:
+    """The jobs without those that ask for the same run as an earlier one."""
+    found: dict[frozenset[tuple[str, str]], Job] = {}
+    for job in jobs:
+        found.setdefault(identity(job), job)
+    return list(found.values())
 
 
 def matching(runs: pl.DataFrame, overrides: Iterable[str], among: Iterable[str]) -> pl.DataFrame:
@@ -112,7 +123,7 @@ def read_runs(path: Path) -> pl.DataFrame:
     """
     if not path.is_file():
         raise UserError(f"no file {path}; make it with scripts/reproduce.py")
-    runs = pl.read_csv(path, infer_schema_length=None)
+    runs = pl.read_csv(path, infer_schema_length=None, raise_if_empty=False)  # a phase may have no runs
     for former, present in RENAMED.items():
         (key, value), renamed = former.split("=", 1), present.split("=", 1)[1]
         if key in runs.columns:
@@ -123,17 +134,33 @@ def read_runs(path: Path) -> pl.DataFrame:
 def row_of(job: Job, folder: Path, summary: dict[str, Any]) -> dict[str, Any]:
     """The row of one run; see ``collect`` for the columns."""
     row: dict[str, Any] = {key: summary[key] for key in STANDARD}
+    tags = [override.removeprefix("tags=[").removesuffix("]") for override in job if override.startswith("tags=[")]
+    if tags:
+        row["method"] = tags[0]
     for key, value in (override.split("=", 1) for override in job):
         if key not in row and not is_below(key, UNRECORDED):
             row[key] = _number(value)
-    row |= {key: summary[key] for key in ("lr", "status", "steps", "examples_per_second", "seconds")}
+    row |= {"lr": summary["lr"], "status": outcome(summary)}
+    row |= {key: summary[key] for key in ("steps", "examples_per_second", "seconds")}
     row |= {"first_step": summary["divergence"]["first_step"], "micro": summary["divergence"]["micro"]}
+    row |= {f"{kind}_step": first_event(folder, kind) for kind in ("full", "unsettled")}
+    row |= {**{key: summary.get(key) for key in ("batch_size", "base_lr")}}
     row |= {"dense_parameters": summary["parameters"]["dense"], "run": folder.name}
     row |= {key: summary.get(key) for key in ("config_hash", "commit", "machine")}
     for key, value in summary["metrics"].items():
         if key.rsplit("/", 1)[-1] in METRICS:
             row[key.removeprefix(f"{TEST}/")] = None if value is None else float(f"{value:.6g}")
     return row
+
+
+def first_event(folder: Path, kind: str) -> int | None:
+    """The first step of the first event of a kind; None if a run had none.
+
+    ``first_step`` of the summary is that of the earliest event, such as a micro divergence long before the full one.
+    """
+    path = folder / EVENTS
+    events = [json.loads(line) for line in whole_lines(path).splitlines()] if path.is_file() else []
+    return next((int(event["step"]) for event in events if event.get("kind") == kind), None)
 
 
 def _curve(folder: Path, row: Mapping[str, Any], columns: Mapping[str, str], every: int) -> pl.DataFrame:

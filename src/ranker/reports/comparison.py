@@ -10,7 +10,7 @@ from typing import Any
 import polars as pl
 from rich.table import Table
 
-from ranker.reports.run_table import KEYS, MADE_WITH, by_cell
+from ranker.reports.run_table import KEYS, LOST, MADE_WITH, by_cell
 
 ORDER = {
     "model": ("small", "large", "large_dcn", "moe", "ple"),
@@ -49,8 +49,8 @@ for (const head of document.querySelectorAll("th")) head.onclick = () => {
 def comparison(runs: pl.DataFrame, metric: str) -> tuple[list[str], list[list[str]]]:
     """Header and rows for one metric: one row per model, mitigation and learning rate, one column per optimizer.
 
-    A cell contains mean ± standard deviation over the completed seeds (AUC in percent, as in the paper). If a seed
-    diverged or failed, ``diverged k of n`` comes first.
+    A cell contains mean ± standard deviation over the n completed seeds (AUC in percent, as in the paper). If a seed
+    diverged, ended unsettled or failed, ``diverged k of n`` comes first.
 
     Args:
         runs: from ``load_runs``.
@@ -121,8 +121,8 @@ def _cell(cell: dict[str, Any], metric: str) -> str:
     value = ""
     if mean is not None and not math.isnan(mean):
         value = f"{scale * mean:.{digits}f}" + (f" ± {scale * std:.{digits}f}" if std is not None else "")
-    kinds = ("diverged", "failed", "unsettled")
-    notes = [f"{kind} {cell[kind]} of {cell['runs']}" for kind in kinds if cell.get(kind)]
+        value += f" (n={cell['completed']})"
+    notes = [f"{kind} {cell[kind]} of {cell['runs']}" for kind in LOST if cell[kind]]
     return "; ".join([*notes, *([value] if value else [])])
 
 

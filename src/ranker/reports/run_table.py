@@ -21,6 +21,7 @@ KEYS = ("data", "scale", "model", "optim", "lr_mult", "seed")
 CELL = ("data", "scale", "model", "optim", "mitigation", "lr_mult")  # equal for runs that differ only by seed
 MADE_WITH = ("reason", "config_hash", "commit", "machine")
 COPIED = ("lr", "status", "steps", "examples_per_second", "data_wait_fraction")  # from the summary
+LOST = ("diverged", "unsettled", "failed")  # statuses of runs that are in no mean
 ENDED = ("crashed", "failed", "killed", "finished")  # states of W&B
 
 
@@ -86,7 +87,7 @@ def by_cell(runs: pl.DataFrame, metrics: Sequence[str]) -> pl.DataFrame:
         metrics: names such as ``is_click/auc``.
 
     Returns:
-        One row per cell: its keys, ``runs``, ``diverged`` and ``failed`` (numbers of runs), and for each metric
+        One row per cell: its keys, ``runs``, ``completed`` and each of ``LOST`` (numbers of runs), and for each metric
         ``<metric>/mean`` and ``<metric>/std`` (sample standard deviation) over the completed runs.
 
     Raises:
@@ -97,9 +98,7 @@ def by_cell(runs: pl.DataFrame, metrics: Sequence[str]) -> pl.DataFrame:
             raise UserError(f"no run has the metric '{metric}'; {suggest(metric, metric_names(runs))}")
     done = pl.col("status") == "completed"
     cells = [pl.len().alias("runs")]
-    cells += [(pl.col("status") == status).sum().alias(status) for status in ("diverged", "failed")]
-    if "unsettled" in runs.columns:
-        cells.append((done & (pl.col("unsettled") > 0)).sum().alias("unsettled"))
+    cells += [(pl.col("status") == status).sum().alias(status) for status in ("completed", *LOST)]
     for metric in metrics:
         cells.append(pl.col(metric).filter(done).mean().alias(f"{metric}/mean"))
         cells.append(pl.col(metric).filter(done).std().alias(f"{metric}/std"))
@@ -108,10 +107,15 @@ def by_cell(runs: pl.DataFrame, metrics: Sequence[str]) -> pl.DataFrame:
     return runs.with_columns(pl.col("mitigation").fill_null("none")).group_by(CELL, maintain_order=True).agg(cells)
 
 
+def outcome(summary: Mapping[str, Any]) -> str:
+    """The status of a run; ``unsettled`` where training ended before it was known whether the model recovered."""
+    unsettled = summary["status"] == "completed" and summary["divergence"].get("unsettled")
+    return "unsettled" if unsettled else str(summary["status"])
+
+
 def _row(summary: Mapping[str, Any], name: str) -> dict[str, Any]:
-    row = {key: summary[key] for key in (*KEYS, *COPIED)}
-    found = summary["divergence"]
-    row |= {"first_step": found["first_step"], "micro": found["micro"], "unsettled": found.get("unsettled") or 0}
+    row = {key: summary[key] for key in (*KEYS, *COPIED)} | {"status": outcome(summary)}
+    row |= {"first_step": summary["divergence"]["first_step"], "micro": summary["divergence"]["micro"]}
     row |= {"dense_parameters": summary["parameters"]["dense"], "run": name}
     row |= {"mitigation": summary.get("mitigation", "none")} | {key: summary.get(key) for key in MADE_WITH}
     return row | {key.removeprefix(f"{TEST}/"): value for key, value in summary["metrics"].items()}
@@ -133,7 +137,8 @@ def _tracked_summary(run: TrackedRun) -> dict[str, Any] | None:
     return {
         **dict.fromkeys(COPIED),
         **flat,
-        "divergence": {key: flat.get(f"divergence/{key}") for key in ("micro", "unsettled", "first_step")},
+        "divergence": {"micro": flat.get("divergence/micro"), "first_step": flat.get("divergence/first_step")}
+        | {"unsettled": flat.get("divergence/unsettled")},
         "parameters": {"dense": flat.get("parameters/dense")},
         "metrics": {key: value for key, value in flat.items() if key.startswith(f"{TEST}/")},
     }

@@ -27,7 +27,14 @@ def write_run(tmp_path: Path) -> RunWriter:
             "lr": 0.4,
             "status": status,
         }
-        summary |= {"steps": 10, "examples_per_second": 1000.0, "seconds": 1.0, "commit": "abc", "machine": "a machine"}
+        summary |= {
+            "steps": 10,
+            "examples_per_second": 1000.0,
+            "seconds": 1.0,
+            "batch_size": 256,
+            "commit": "abc",
+            "machine": "a machine",
+        }
         summary |= {"divergence": {"first_step": None, "micro": 0}, "parameters": {"dense": 7}}
         summary["metrics"] = {f"test/{key.replace('__', '/')}": value for key, value in metrics.items()}
         (folder / "summary.json").write_text(json.dumps(summary))

@@ -22,8 +22,12 @@ def test_the_largest_stable_rate_lies_below_the_first_loss() -> None:
     [(0, 10, "0 to 31 %"), (10, 10, "69 to 100 %"), (1, 2, "1 to 99 %"), (3, 10, "7 to 65 %")],
 )
 def test_table_3_counts_the_lost_runs_with_an_exact_interval(lost: int, n: int, interval: str) -> None:
-    rows = [{"model": "large_dcn", "status": "diverged", "is_click/auc": 0.5}] * lost
-    rows += [{"model": "large_dcn", "status": "completed", "is_click/auc": 0.75}] * (n - lost)
-    made = table3_sections(DATA["kuairand"], {"table3": pl.DataFrame(rows)})["at-0.4x"]
-    auc = "75.00 ± 0.00" if n - lost > 1 else "75.00" if n > lost else "-"
-    assert made.splitlines()[2] == f"| Large+DCN | {lost} of {n} | {interval} | {auc} | 5 of 5 |"
+    rows = [{"model": "large_dcn", "status": "diverged", "is_click/auc": 0.5, "full_step": 30 + i} for i in range(lost)]
+    rows += [{"model": "large_dcn", "status": "completed", "is_click/auc": 0.75, "full_step": None}] * (n - lost)
+    made = table3_sections(DATA["kuairand"], {"table3": pl.DataFrame(rows, infer_schema_length=None)})["at-0.4x"]
+    auc = f"75.00 ± 0.00 (n={n - lost})" if n - lost > 1 else "75.00 (n=1)" if n > lost else "-"
+    step = f"{30 + (lost - 1) / 2:g}" if lost else "-"
+    assert made.splitlines()[2] == f"| Large+DCN | {lost} of {n} | {interval} | {step} | {auc} | 5 of 5 |"
+    counted = pl.DataFrame([*rows, {**rows[0], "status": "unsettled"}], infer_schema_length=None)
+    made = table3_sections(DATA["kuairand"], {"table3": counted})["at-0.4x"]
+    assert f"| {lost} of {n + 1}, 1 unsettled |" in made

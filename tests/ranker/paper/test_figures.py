@@ -20,9 +20,8 @@ def record(folder: Path, losses: list[float], aucs: dict[int, float]) -> None:
     (folder / "metrics.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def naive(rate: float, warmup: int | None = None) -> list[str]:
-    warmed = [f"train.warmup_steps={warmup}"] if warmup else []
-    return [*warmed, "model=small", "optim=adagrad", f"lr_mult={rate}"]
+def naive(rate: float) -> list[str]:
+    return ["model=small", "optim=adagrad", f"lr_mult={rate}"]
 
 
 def test_curves_keep_every_nth_step_and_every_evaluation(write_run: Any, tmp_path: Path) -> None:
@@ -39,23 +38,24 @@ def test_curves_keep_every_nth_step_and_every_evaluation(write_run: Any, tmp_pat
 
 def lost(write_run: Any, name: str, overrides: list[str], *, first_step: int, losses: list[float]) -> None:
     folder = write_run(name, overrides, status="diverged")
-    text = (folder / "summary.json").read_text().replace('"first_step": null', f'"first_step": {first_step}')
+    text = (folder / "summary.json").read_text().replace('"first_step": null', '"first_step": 1')  # a micro before it
     (folder / "summary.json").write_text(text)
+    (folder / "events.jsonl").write_text(f'{{"kind": "micro", "step": 1}}\n{{"kind": "full", "step": {first_step}}}\n')
     record(folder, losses, {len(losses): 0.5})
 
 
 def test_figure_4_takes_the_run_that_was_healthy_longest_and_finds_its_moments(write_run: Any, tmp_path: Path) -> None:
     late = [2.0] * 29 + [5.0, 300.0, 40.0] + [9.0] * 8
     lost(write_run, "early", naive(0.5), first_step=2, losses=[9.0] * 40)
-    lost(write_run, "late", naive(4, 100), first_step=30, losses=late)
-    jobs = [tuple(naive(0.5)), tuple(naive(4, 100))]
+    lost(write_run, "late", naive(4), first_step=30, losses=late)
+    jobs = [tuple(naive(0.5)), tuple(naive(4))]
     run, _ = divergence_figures.read_signs(SETTING, tmp_path, jobs, roles=("bottom_top", "dcn"))
     assert run.drop_nulls("moment").select("moment", "step").rows() == [("a", 20), ("b", 30), ("c", 31)]
     assert "dcn/grad_norm" not in run.columns
     made = divergence_figures.sign_sections("fig4", SETTING.data, {"fig4": run})
     assert "| sign | a, step 20 | b, step 30 | c, step 31 |" in made["moments"]
     assert "| training loss | 2 | 5 | 300 |" in made["moments"]
-    assert "warm-up" in made["run"]
+    assert made["run"] == "Small, naive Adagrad at 4x, seed 0\n"
 
 
 def test_figure_1_shows_the_completed_run_whose_loss_rose_furthest_beside_a_lost_one(
@@ -70,7 +70,9 @@ def test_figure_1_shows_the_completed_run_whose_loss_rose_furthest_beside_a_lost
         ("full", 1.0),
     ]
     made = divergence_figures.loss_sections(SETTING.data, {"fig1": both})
-    assert "| micro | Small, naive Adagrad at 0.2x | 2 | 400 at step 2 | 1 | 61.00 | completed |" in made["runs"]
+    assert (
+        "| micro | Small, naive Adagrad at 0.2x, seed 0 | 2 | 400 at step 2 | 1 | 61.00 | completed |" in made["runs"]
+    )
     divergence_figures.draw_losses(SETTING.data, {"fig1": both}, tmp_path / "fig1")
     assert (tmp_path / "fig1.svg").stat().st_size > 1000
 

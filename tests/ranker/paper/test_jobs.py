@@ -2,30 +2,30 @@
 
 from __future__ import annotations
 
+import polars as pl
 import pytest
+import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
 from ranker import config
 from ranker.paper.divergence_tables import mitigation_jobs, table3_rows
-from ranker.paper.jobs import DATA, QUICK, THRESHOLDS, Job, Setting, grid
+from ranker.paper.jobs import DATA, QUICK, Job, Setting, grid
 from ranker.paper.published import STUDIES
-from ranker.paper.store import identity
-from ranker.paper.table2 import Choice
+from ranker.paper.search import METHODS, first_points
+from ranker.paper.store import identity, unique
 from support import ROOT
 
 
 def all_jobs(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> dict[str, list[Job]]:
-    """By phase; as if the search had chosen the first threshold everywhere."""
+    """By phase; as if the search had chosen the first combination everywhere."""
     models = ("small", "large", "large_dcn", "moe", "ple")
-    first = {
-        method: THRESHOLDS[method][1][0] if method in THRESHOLDS else None
-        for method in ("adagrad", "clippy", *THRESHOLDS)
-    }
-    chosen = {(m, o): Choice(2, {1: limit, 2: limit}) for m in models for o, limit in first.items()}
-    for module in ("table2.choose", "divergence_tables.choices", "curve_figures.choices"):
+    chosen = {(model, method): first_points(method, 1)[0] for model in models for method in METHODS}
+    for module in ("table2.choose", "table2.choices", "curve_figures.choices"):
         monkeypatch.setattr(f"ranker.paper.{module}", lambda *_, **__: chosen)
-    none = dict.fromkeys(f"{study}_search" for study in ("table2", "table2_soft", "table2_clippy"))
+    searched = pl.DataFrame({"status": ["completed"]})
+    none = {f"{study}_search": searched for study in ("table2", "table2_soft")}
+    none["midrun_naive"] = pl.DataFrame({"model": ["small"], "lr_mult": [1.0], "seed": [2]})
     return {phase.name: phase.jobs(setting, none) for study in STUDIES for phase in study.phases}
 
 
@@ -44,11 +44,27 @@ def test_jobs_compose_to_legal_configurations(
             config.check(compose("config", overrides=list(job)))
 
 
-def test_no_phase_asks_for_the_same_run_twice_and_names_of_phases_are_unique(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_that_two_jobs_ask_for_is_made_once_and_names_of_phases_are_unique() -> None:
     names = [phase.name for study in STUDIES for phase in study.phases]
     assert len(names) == len(set(names))
-    for phase, jobs in all_jobs(Setting(DATA["kuairand"]), monkeypatch).items():
-        assert len({identity(job) for job in jobs}) == len(jobs), phase
+    same = [("model=small", "lr_mult=2", "tags=[clippy]"), ("lr_mult=2.0", "model=small", "tags=[clippy_searched]")]
+    assert unique([*same, ("model=large",)]) == [same[0], ("model=large",)]
+
+
+def test_the_stream_holds_out_its_last_training_day_whatever_its_length() -> None:
+    written = yaml.safe_load((ROOT / "conf" / "data" / "synthetic.yaml").read_text())["log"]
+    rows, day = written["train_rows"], written["rows_per_day"]
+    assert Setting(DATA["synthetic"]).validation == (f"data.log.train_rows={rows - day}",)
+    longer = Setting(DATA["synthetic"], extra=("data.log.train_rows=900", "data.log.rows_per_day=100"))
+    assert longer.validation == ("data.log.train_rows=800",)
+
+
+def test_models_and_seeds_that_were_asked_for_replace_a_studys_own() -> None:
+    setting = Setting(DATA["kuairand"], models=("large", "ple"), seeds=2)
+    assert setting.models_of(("small", "large")) == ("large",)
+    assert setting.seeds_or(10) == (0, 1)
+    assert Setting(DATA["kuairand"]).seeds_or(10) == tuple(range(10))
+    assert Setting(DATA["kuairand"], quick=True).models_of(("small", "large")) == ("small",)
 
 
 def test_quick_asks_for_few_and_short_runs(monkeypatch: pytest.MonkeyPatch) -> None:

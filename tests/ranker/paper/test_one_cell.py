@@ -8,6 +8,8 @@ from pathlib import Path
 import polars as pl
 import pytest
 
+from ranker.paper.jobs import BARE
+from ranker.paper.search import point_of
 from ranker.paper.store import read_runs
 from support import ROOT, finished
 
@@ -17,20 +19,14 @@ def test_a_cell_of_table_2_comes_out_again(
     command_line: Callable[..., None], kuairand_source: Path, tmp_path: Path
 ) -> None:
     runs = read_runs(ROOT / "results" / "kuairand_laptop" / "table2_final.csv")
-    cell = runs.filter(pl.col("model") == "small", pl.col("optim") == "agc", pl.col("lr_mult") == 2)
-    (factor,) = cell["optim.clip_factor"].unique()
+    cell = runs.filter(pl.col("model") == "small", pl.col("method") == "agc")
+    axes = point_of(cell.row(0, named=True)).axes("small", "agc")
     command_line(
         "data=kuairand",
         f"data.source={kuairand_source}",
         f"data.cache_dir={tmp_path / 'cache'}",
-        "model=small",
-        "optim=agc",
-        f"optim.clip_factor={factor}",
-        "lr_mult=2",
-        "logger=none",
-        "train.eval_every=0",
-        "train.progressive=false",
-        "callbacks.early_signs.every=0",
+        *BARE,
+        *(f"{key}={value}" for key, (value,) in axes.items()),
         f"hydra.run.dir={tmp_path / 'run'}",
     )
     auc = finished(tmp_path / "run").summary["metrics"]["test/is_click/auc"]

@@ -56,6 +56,15 @@ def test_a_block_that_names_nothing_is_refused(copy: Path) -> None:
         rendering.quote("<!-- results/no_data/fig9.md#loss -->\n<!-- end -->\n", copy)
 
 
+def test_a_study_that_was_not_made_yet_is_named_with_its_command(copy: Path) -> None:
+    block = "<!-- results/synthetic_laptop/table2.md#best -->\nold\n<!-- end -->\n"
+    (copy / "README.md").write_text(block, encoding="utf-8")
+    publish(copy)
+    assert differences(copy) == []
+    text = (copy / "README.md").read_text(encoding="utf-8")
+    assert "Not made yet: `python scripts/reproduce.py table2 data=synthetic scale=laptop`." in text
+
+
 def test_a_section_may_have_any_name_without_spaces(copy: Path) -> None:
     block = "<!-- results/x.md#at-0.4x -->\n<!-- end -->\n"
     (copy / "results" / "x.md").write_text("## at-0.4x\n\n| 3 of 3 |\n", encoding="utf-8")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import polars as pl
 import pytest
 
 from ranker.errors import UserError
@@ -53,6 +54,16 @@ def test_runs_come_in_the_order_of_their_jobs_and_missing_ones_are_named(write_r
     assert missing == [three]
 
 
+def test_a_run_that_ended_during_a_divergence_is_unsettled(write_run: Any, tmp_path: Path) -> None:
+    job = ("model=small", "seed=0")
+    folder = write_run("a", list(job), click__auc=0.7)
+    text = (folder / "summary.json").read_text().replace('"micro": 0', '"micro": 0, "unsettled": 1')
+    (folder / "summary.json").write_text(text)
+    (folder / "events.jsonl").write_text('{"kind": "micro", "step": 2}\n{"kind": "unsettled", "step": 9}\n')
+    runs, _ = collect(tmp_path, [job])
+    assert runs.select("status", "full_step", "unsettled_step").rows() == [("unsettled", None, 9)]
+
+
 def test_matching_asks_for_what_was_said_and_for_nothing_else(write_run: Any, tmp_path: Path) -> None:
     jobs = [("model=small", "seed=0"), ("model=small", "data.window=1024"), ("model=small", "train.warmup_steps=20")]
     for i, job in enumerate(jobs):
@@ -67,3 +78,9 @@ def test_matching_asks_for_what_was_said_and_for_nothing_else(write_run: Any, tm
 def test_a_missing_csv_says_how_to_make_it(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"reproduce\.py"):
         read_runs(tmp_path / "none.csv")
+
+
+def test_a_phase_without_runs_is_read_as_no_rows(tmp_path: Path) -> None:
+    path = tmp_path / "table2_refine.csv"
+    path.write_text(pl.DataFrame().write_csv())
+    assert read_runs(path).height == 0

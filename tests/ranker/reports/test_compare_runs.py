@@ -7,13 +7,14 @@ import runpy
 import sys
 from collections.abc import Callable
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 
 from ranker.reports.comparison import as_html
 from support import ROOT
 
-RUNS = str(ROOT / "results" / "kuairand_laptop.csv")
+RUNS = str(Path(__file__).with_name("runs_without_warmup.csv"))
 
 
 @pytest.fixture

@@ -65,7 +65,7 @@ def test_lost_runs_are_counted_and_not_averaged(sweep: Path) -> None:
 
     assert header == ["model", "lr", "adagrad", "clippy"]
     assert rows == [
-        ["small", "1x", "diverged 1 of 2; 64.00", "67.00 ± 1.41"],
+        ["small", "1x", "diverged 1 of 2; 64.00 (n=1)", "67.00 ± 1.41 (n=2)"],
         ["small", "2x", "diverged 1 of 1", ""],
     ]
 
@@ -78,9 +78,9 @@ def test_runs_with_a_mitigation_are_rows_of_their_own(sweep: Path) -> None:
 
     assert header == ["model", "mitigation", "lr", "adagrad", "clippy"]
     assert rows == [
-        ["small", "none", "1x", "diverged 1 of 2; 64.00", "67.00 ± 1.41"],
+        ["small", "none", "1x", "diverged 1 of 2; 64.00 (n=1)", "67.00 ± 1.41 (n=2)"],
         ["small", "none", "2x", "diverged 1 of 1", ""],
-        ["small", "warmup", "1x", "60.00", ""],
+        ["small", "warmup", "1x", "60.00 (n=1)", ""],
     ]
     older = runs.filter(mitigation="none").drop("mitigation")  # a CSV of before
     assert comparison(older, "is_click/auc")[0] == ["model", "lr", "adagrad", "clippy"]

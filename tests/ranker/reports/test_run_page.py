@@ -132,6 +132,19 @@ def test_what_was_not_recorded_says_how_to_record_it(tmp_path: Path) -> None:
     assert "click: loss" in page
 
 
+def test_the_step_size_line_is_shown_without_early_signs_too(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    names = [f"signs/bottom.layers.0/{name}" for name in ("step_cut", "step_cut_grown")]
+    rows = [f"{step},1.0,{300.0 if step == 30 else 1.0},0.1" for step in range(10, 60, 10)]
+    (folder / "metrics.csv").write_text("\n".join([",".join(["step", "train/loss", *names]), *rows]) + "\n")
+    page = page_of(folder)
+    assert "by how much the last steps cut the step size" in page
+    assert "bottom.layers.0" in page
+    assert "No tensor has a sigma" not in page, "nothing is known about clipping"
+    assert page.count("callbacks.early_signs.every=10") == 2, "of sigma and of the early signs"
+
+
 def test_a_run_still_going_and_a_killed_one_are_told_apart(tmp_path: Path) -> None:
     folder = write_run(tmp_path, finished=False)
     assert 'class="status running"' in page_of(folder)

@@ -83,7 +83,7 @@ def test_tracked_runs_give_the_table_that_run_folders_give() -> None:
     assert math.isnan(runs["is_click/auc"][2])
     header, rows = comparison(runs, "is_click/auc")
     assert header == ["model", "lr", "adagrad", "clippy"]
-    assert rows == [["small", "1x", "diverged 1 of 2; failed 1 of 2", "67.00 ± 1.41"]]
+    assert rows == [["small", "1x", "diverged 1 of 2; failed 1 of 2", "67.00 ± 1.41 (n=2)"]]
 
 
 @pytest.mark.usefixtures("logged_in")

@@ -71,7 +71,7 @@ def _sigma(run: Recorded) -> str:
         ordered = dict(sorted(rows.items(), key=lambda item: item[0].endswith("bias")))
         title = "sigma by tensor, weights first"
         return heat_map(title, ordered, last_step=run.last_step, events=run.events, note=note)
-    if run.matching(SIGNS):
+    if _early(run):
         optim = (run.config.get("optim") or {}).get("name", "this optimizer")
         return _missing(f"No tensor has a sigma: {optim} does not clip, or keeps no statistics.")
     return _missing("Not recorded. Record it with callbacks.early_signs.every=10 (1 for every step).")
@@ -79,11 +79,16 @@ def _sigma(run: Recorded) -> str:
 
 def _early_signs(run: Recorded) -> str:
     """Early signs by layer, the sigma of other clipping rules, and the gradients of the tasks."""
-    seen = run.matching(SIGNS)
-    if not seen:
-        return _missing("Not recorded. Record them with callbacks.early_signs.every=10 (1 for every step).")
+    seen, cuts = _early(run), _cuts(run)
+    missing = _missing("Not recorded. Record them with callbacks.early_signs.every=10 (1 for every step).")
+    if not seen and not cuts:
+        return missing
     roles = list(dict.fromkeys(n.rsplit("/", 1)[0] for n in seen if not n.startswith("task_")))
     charts = []
+    if cuts:
+        lines = [Line(layer, series, f"s{i % 9}") for i, (layer, series) in enumerate(cuts.items())]
+        title = "by how much the last steps cut the step size: median of sqrt(G_now / G_before) by layer"
+        charts.append(_draw(run, title, lines, reference=(1.0, "not cut")))
     for sign, title in SIGN_TITLES.items():
         lines = [
             Line(role, seen[f"{role}/{sign}"], LAYERS.get(role, "faint"))
@@ -106,7 +111,17 @@ def _early_signs(run: Recorded) -> str:
         note = "Blue: the gradients of two tasks point the same way. Red: they are opposed."
         title = "cosine between the tasks' gradients on the top shared layer"
         charts.append(heat_map(title, cosines, last_step=run.last_step, diverging=True, note=note))
-    return _grid(charts)
+    return _grid(charts) + ("" if seen else missing)
+
+
+def _cuts(run: Recorded) -> dict[str, Series]:
+    """By how much the step size was cut, by layer. The divergence detector records it, also without early signs."""
+    return {n.removesuffix(CUT): s for n, s in run.matching(SIGNS).items() if n.endswith(CUT)}
+
+
+def _early(run: Recorded) -> dict[str, Series]:
+    """What the early signs recorded, without the detector's own signals."""
+    return {n: s for n, s in run.matching(SIGNS).items() if not n.endswith((CUT, f"{CUT}_grown"))}
 
 
 def _sharpness(run: Recorded) -> str:
@@ -159,6 +174,7 @@ def _holdout(run: Recorded) -> str:
     return _table(("task", *columns), rows) + (f'<p class="reason">{escape(note)}</p>' if note else "")
 
 
+CUT = "/step_cut"
 SECTIONS = (
     ("tasks", "Losses and metrics by task", _tasks),
     ("events", "Divergences and rollbacks", _events),

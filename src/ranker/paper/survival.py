@@ -1,0 +1,214 @@
+"""Time to divergence by method and learning rate: Kaplan-Meier curves, log-rank tests, medians.
+
+The time of a run is the first step of the divergence that ended it. A run that completed is censored at its last step,
+and a run whose training ended during a divergence (``unsettled``) is censored at the first step of that divergence.
+All methods have the hyperparameters of ``conf/optim`` and the data set's own G_0, so that only the rule differs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import polars as pl
+
+from ranker.errors import UserError, install_hint
+from ranker.paper.jobs import LABELS, METHODS, MORE_MODELS, PAPER_MODELS, Data, Job, Setting, grid
+from ranker.paper.rendering import figure, save
+from ranker.paper.study import Found, Phase, Sections, Study
+from ranker.reports.comparison import as_markdown
+from ranker.reports.curves import COLOURS
+
+RATES = (1, 2, 4)  # multiples of 1x
+WIDEST = ("large_dcn",)  # without --models
+MODELS = (*PAPER_MODELS, *MORE_MODELS)
+REFERENCES = ("adagrad", "gc")  # of the log-rank tests
+
+
+class Times(NamedTuple):
+    """Times of the runs of one method and rate.
+
+    Attributes:
+        steps: time of each run, in steps.
+        lost: whether the run was lost then; False: it was censored.
+    """
+
+    steps: list[int]
+    lost: list[bool]
+
+    @property
+    def losses(self) -> str:
+        """How many were lost."""
+        return f"{sum(self.lost)} of {len(self.lost)}"
+
+
+def survival_jobs(setting: Setting) -> list[Job]:
+    """Every method at every rate, with several seeds."""
+    axes: dict[str, Sequence[object]] = {
+        "model": setting.models_of(WIDEST if setting.models is None else MODELS),
+        "optim": METHODS[::4] if setting.quick else METHODS,
+        "lr_mult": RATES[:1] if setting.quick else RATES,
+        "seed": setting.seed_list,
+    }
+    return grid(setting.bare, axes)
+
+
+def times(runs: pl.DataFrame) -> Times:
+    """The times of some runs.
+
+    Args:
+        runs: with columns status, steps, full_step, unsettled_step, first_step.
+
+    Raises:
+        ValueError: a run is lost, but no step is known.
+    """
+    steps, lost = [], []
+    for run in runs.iter_rows(named=True):
+        if run["status"] == "diverged":
+            first = run["full_step"] if run["full_step"] is not None else run["first_step"]
+            if first is None:
+                raise ValueError(f"run {run['run']} diverged, but its events do not say at which step")
+            steps.append(int(first))
+        elif run["status"] == "unsettled":
+            steps.append(int(run["unsettled_step"]))
+        else:
+            steps.append(int(run["steps"]))
+        lost.append(run["status"] == "diverged")
+    return Times(steps, lost)
+
+
+def kaplan_meier(found: Times) -> Any:
+    """The fitted estimator with a 95 % band (exponential Greenwood formula).
+
+    Raises:
+        UserError: lifelines is not installed.
+    """
+    lifelines = _lifelines()
+    return lifelines.KaplanMeierFitter().fit(found.steps, found.lost)
+
+
+def log_rank(one: Times, other: Times) -> float | None:
+    """The p-value of the log-rank test; None where neither group lost a run, so that there is nothing to compare.
+
+    Raises:
+        UserError: lifelines is not installed.
+    """
+    _lifelines()
+    from lifelines.statistics import logrank_test
+
+    if not any((*one.lost, *other.lost)):
+        return None
+    return float(logrank_test(one.steps, other.steps, one.lost, other.lost).p_value)
+
+
+def restricted_mean(found: Times, horizon: int) -> float:
+    """Mean of min(time, horizon), in steps: the area below the curve up to the horizon.
+
+    Raises:
+        UserError: lifelines is not installed.
+    """
+    estimator = kaplan_meier(found)
+    from lifelines.utils import restricted_mean_survival_time
+
+    return float(restricted_mean_survival_time(estimator, t=horizon))
+
+
+def survival_sections(data: Data, found: Found) -> Sections:  # noqa: ARG001
+    """One section per model: lost runs, median survival in rows, restricted mean, log-rank tests."""
+    made = {}
+    for model in _models(found["survival"]):
+        runs = found["survival"].filter(pl.col("model") == model)
+        batch, horizon = int(runs["batch_size"][0]), int(runs["steps"].max())  # type: ignore[arg-type]
+        rows = []
+        for rate in sorted(runs["lr_mult"].unique()):
+            here = {m: _times(runs, m, rate) for m in METHODS}
+            for method, mine in here.items():
+                if not mine.steps:
+                    continue
+                median = kaplan_meier(mine).median_survival_time_
+                reached = math.isfinite(median)
+                mean = restricted_mean(mine, horizon)
+                tests = [_p(mine, here[r]) if r != method else "" for r in REFERENCES]
+                rows.append(
+                    [
+                        f"{rate:g}x",
+                        method,
+                        mine.losses,
+                        f"{median * batch:,.0f}" if reached else f"more than {horizon * batch:,}",
+                        f"{mean * batch:,.0f}",
+                        *tests,
+                    ]
+                )
+        head = ["learning rate", "method", "lost", "median survival, rows", f"mean up to {horizon * batch:,} rows"]
+        made[model] = as_markdown([*head, *(f"log-rank p against {r}" for r in REFERENCES)], rows)
+    return made
+
+
+def draw_survival(data: Data, found: Found, destination: Path) -> None:  # noqa: ARG001
+    """One row of axes per model, one column per rate; the curve of each method with its band."""
+    runs = found["survival"]
+    models, rates = _models(runs), sorted(runs["lr_mult"].unique())
+    picture, axes = figure(
+        rows=len(models), columns=len(rates), width=4 * len(rates), height=3.3 * len(models), sharey=True, squeeze=False
+    )
+    for row, model in enumerate(models):
+        for column, rate in enumerate(rates):
+            here = axes[row][column]
+            for method in METHODS:
+                mine = _times(runs.filter(pl.col("model") == model), method, rate)
+                if mine.steps:
+                    _draw(here, kaplan_meier(mine), COLOURS[method], f"{method}: {mine.losses} lost")
+            here.set_ylim(-0.02, 1.04)
+            here.set_title(f"{LABELS[model]}, {rate:g}x", loc="left", fontsize=10)
+            here.set_xlabel("step")
+            here.legend(frameon=False, fontsize=7, loc="lower left")
+            batch = int(runs.filter(pl.col("model") == model)["batch_size"][0])
+            rows = here.secondary_xaxis(
+                "top", functions=(lambda s, b=batch: s * b / 1e3, lambda r, b=batch: r * 1e3 / b)
+            )
+            rows.tick_params(labelsize=7)
+            if column == 0:
+                here.set_ylabel("share of runs not lost")
+                rows.set_xlabel("thousand rows", fontsize=7)
+    save(picture, destination)
+
+
+def _draw(axes: Any, estimator: Any, colour: str, label: str) -> None:
+    curve, band = estimator.survival_function_, estimator.confidence_interval_
+    low, high = (band.iloc[:, i].to_numpy() for i in (0, 1))
+    steps = curve.index.to_numpy()
+    axes.step(steps, curve.iloc[:, 0].to_numpy(), where="post", color=colour, label=label, linewidth=1.4)
+    if (high > low).any():  # no band where no run was lost
+        axes.fill_between(steps, low, high, step="post", color=colour, alpha=0.12, linewidth=0)
+
+
+def _p(one: Times, other: Times) -> str:
+    p = log_rank(one, other) if other.steps else None
+    return "-" if p is None else f"{p:.2g}"
+
+
+def _times(runs: pl.DataFrame, method: str, rate: float) -> Times:
+    return times(runs.filter((pl.col("optim") == method) & (pl.col("lr_mult") == rate)))
+
+
+def _models(runs: pl.DataFrame) -> list[str]:
+    return [model for model in MODELS if model in runs["model"].unique()]
+
+
+def _lifelines() -> Any:
+    try:
+        import lifelines
+    except ImportError as error:
+        raise UserError(f"survival curves need lifelines; {install_hint('report')}") from error
+    return lifelines
+
+
+SURVIVAL = Study(
+    name="survival",
+    title="How long runs survive, by method and learning rate",
+    phases=(Phase("survival", lambda setting, _: survival_jobs(setting)),),
+    sections=survival_sections,
+    draw=draw_survival,
+)
