@@ -197,12 +197,18 @@ class StreamingStats(NamedTuple):
 
     Attributes:
         auc_T: AUC over recent batches. nan for regressions and if one class is missing.
+        batch_auc_T: AUC over the last batch alone, likewise. It compares only rows that the same weights have scored.
+        positives_T: number of positive labels of the last batch; 0 for regressions.
+        labels_T: number of observed labels of the last batch.
         spread_T: standard deviation of the last batch's finite logits, over all its rows (root of the mean of the
             ranks' variances, weighted by rows). nan without any.
         nonfinite_T: number of logits of the last batch that are nan or infinite, observed or not.
     """
 
     auc_T: Tensor
+    batch_auc_T: Tensor
+    positives_T: Tensor
+    labels_T: Tensor
     spread_T: Tensor
     nonfinite_T: Tensor
 
@@ -250,8 +256,9 @@ class StreamingAUC(nn.Module):
         """Sets all histograms to 0."""
         tasks, device = len(self.binary_T), self.binary_T.device
         self._histogram_TCK = torch.zeros(tasks, 2, self.bins, device=device)
-        # Of the last batch: squared deviations from its mean, number of finite logits, number of other logits.
-        self._batch_3T = torch.zeros(3, tasks, device=device)
+        # Of the last batch: squared deviations from its mean, numbers of finite logits, other logits, observed labels.
+        self._batch_4T = torch.zeros(4, tasks, device=device)
+        self._batch_histogram_TCK = torch.zeros_like(self._histogram_TCK)
 
     @torch.no_grad()
     def update(self, logits_BT: Tensor, labels_BT: Tensor, mask_BT: Tensor) -> None:
@@ -264,15 +271,16 @@ class StreamingAUC(nn.Module):
         apart = torch.where(finite, z - z[:1], 0.0)
         mean_T = apart.sum(0) / finite_T.clamp(min=1)
         deviation_T = torch.where(finite, apart - mean_T, 0.0).square().sum(0)
-        self._batch_3T = torch.stack([deviation_T, finite_T.float(), (~finite).sum(0).float()])
+        self._batch_4T = torch.stack([deviation_T, finite_T, (~finite).sum(0), mask_BT.sum(0)])
 
         per_unit = self.bins / (2 * self.logit_range)
         bin_BT = ((z + self.logit_range) * per_unit).clamp(0, self.bins - 1).long()
         row_T = 2 * torch.arange(tasks, device=z.device)
         place_BT = (row_T + (labels_BT > 0.5)) * self.bins + bin_BT
         counted_BT = (mask_BT & finite & self.binary_T).float()
-        self._histogram_TCK = self._histogram_TCK.to(z.device).mul_(self.decay)
-        self._histogram_TCK.view(-1).index_add_(0, place_BT.view(-1), counted_BT.view(-1))
+        self._batch_histogram_TCK = torch.zeros(tasks, 2, self.bins, device=z.device)
+        self._batch_histogram_TCK.view(-1).index_add_(0, place_BT.view(-1), counted_BT.view(-1))
+        self._histogram_TCK = self._histogram_TCK.to(z.device).mul_(self.decay).add_(self._batch_histogram_TCK)
 
     @torch.no_grad()
     def stats(self, *, all_ranks: bool = True) -> StreamingStats:
@@ -283,17 +291,22 @@ class StreamingAUC(nn.Module):
                 call), so that all ranks get the same values and make the same decisions.
         """
         device = self.binary_T.device
-        flat = torch.cat([self._batch_3T.to(device).view(-1), self._histogram_TCK.to(device).view(-1)])
+        parts = self._batch_4T, self._histogram_TCK, self._batch_histogram_TCK
+        flat = torch.cat([part.to(device).view(-1) for part in parts])
         if all_ranks and dist.is_available() and dist.is_initialized():
             dist.all_reduce(flat)
-        batch, histogram = flat.split([self._batch_3T.numel(), self._histogram_TCK.numel()])
-        deviation_T, finite_T, nonfinite_T = batch.view_as(self._batch_3T)
-        negative_TK, positive_TK = histogram.view_as(self._histogram_TCK).unbind(1)
-        below_TK = negative_TK.cumsum(1) - negative_TK / 2
-        pairs_T = positive_TK.sum(1) * negative_TK.sum(1)
+        batch, histograms = flat.split([self._batch_4T.numel(), 2 * self._histogram_TCK.numel()])
+        deviation_T, finite_T, nonfinite_T, labels_T = batch.view_as(self._batch_4T)
+        negative_2TK, positive_2TK = histograms.view(2, *self._histogram_TCK.shape).unbind(2)
+        below_2TK = negative_2TK.cumsum(2) - negative_2TK / 2
+        positives_2T = positive_2TK.sum(2)
         # 0 / 0 is nan, as intended for the AUC of one class or of a regression.
+        auc_T, batch_auc_T = (positive_2TK * below_2TK).sum(2) / (positives_2T * negative_2TK.sum(2))
         return StreamingStats(
-            auc_T=(positive_TK * below_TK).sum(1) / pairs_T,
+            auc_T=auc_T,
+            batch_auc_T=batch_auc_T,
+            positives_T=positives_2T[1],
+            labels_T=labels_T,
             spread_T=(deviation_T / finite_T).sqrt(),
             nonfinite_T=nonfinite_T,
         )

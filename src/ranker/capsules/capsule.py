@@ -38,7 +38,7 @@ class Manifest:
         steps: the step of each batch, in order.
         numbers: the place of each batch in the training order (``Batch.number``).
         signals: the recorded signals of each batch, in the order of ``ranker.stability.pack``, float32,
-            written as hexadecimal floats, hence exact: losses [T], training AUCs [T], spreads [T], whether not finite.
+            written as hexadecimal floats, hence exact.
         tasks: names of the tasks.
         world_size: ranks, each with a file of batches.
         accumulate: batches per step.
@@ -64,7 +64,7 @@ class Manifest:
     format: int = FORMAT
 
     def signals_SN(self) -> Tensor:  # noqa: N802
-        """The recorded signals, float32 [S, 3 T + 1]."""
+        """The recorded signals, float32, one row of ``pack`` per batch."""
         return torch.tensor([[float.fromhex(x) for x in row] for row in self.signals], dtype=torch.float32)
 
 

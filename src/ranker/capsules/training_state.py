@@ -17,7 +17,7 @@ from ranker.errors import UserError
 from ranker.metrics import StreamingAUC
 from ranker.stability import DivergenceDetector
 
-FORMAT = 2
+FORMAT = 3
 
 
 @dataclass(frozen=True, kw_only=True)

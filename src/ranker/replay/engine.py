@@ -17,7 +17,15 @@ from ranker.data.batch import Batch
 from ranker.losses import MultitaskLoss
 from ranker.replay.trajectory import Trajectory
 from ranker.stability import DivergenceDetector, Event
-from ranker.training.training_step import Trainable, clip_gradients, forward_loss, step_signals
+from ranker.stability.detector_interface import row_width, unpack
+from ranker.training.training_step import (
+    StepSignals,
+    Trainable,
+    clip_gradients,
+    forward_loss,
+    make_step_cut,
+    step_signals,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,6 +91,7 @@ class Engine:
         made = module.configure_optimizers()
         self.optimizer: torch.optim.Optimizer = made["optimizer"] if isinstance(made, Mapping) else made
         self.schedule: LambdaLR | None = made["lr_scheduler"]["scheduler"] if isinstance(made, Mapping) else None
+        self._step_cut = make_step_cut(module.net, self.optimizer)
         self.detector = self._new_detector()
         self._names = {id(p): name for name, p in module.net.named_parameters()}
 
@@ -99,6 +108,7 @@ class Engine:
         """Puts back all but weights and optimizer: training AUC, detector and random numbers."""
         self.step, self.detector = state.step, self._new_detector()
         self._trained().restore_history(state)
+        self._step_cut.reset()  # another optimizer may keep other accumulators
 
     def run(
         self,
@@ -142,7 +152,7 @@ class Engine:
             if until_moved and self._moved(events, start):
                 break
         event = self._moved(events, start)
-        signals_SN = torch.stack(rows).cpu() if rows else torch.empty(0, 3 * len(self.module.schema.tasks) + 1)
+        signals_SN = torch.stack(rows).cpu() if rows else torch.empty(0, row_width(len(self.module.schema.tasks)))
         return Trajectory(name=name, steps=seen, signals_SN=signals_SN, event=event)
 
     def task_gradients(self, parts: Sequence[Batch], names: Iterable[str]) -> list[dict[str, Tensor]]:
@@ -178,10 +188,10 @@ class Engine:
         return found
 
     def _train(self, parts: Sequence[Batch], changes: Sequence[Change], *, update: bool) -> Tensor:
-        """Trains on one batch, with an update if it completes a step; its signals, [3 T + 1]."""
-        row = self._backward(parts, changes)
+        """Trains on one batch, with an update if it completes a step; its signals, a row of ``pack``."""
+        signals = self._backward(parts, changes)
         if not update:
-            return row
+            return signals.packed()
         frozen = {name for change in changes for name in change.frozen}
         params = [p for group in self.optimizer.param_groups for p in group["params"]]
         for param in params:
@@ -193,10 +203,10 @@ class Engine:
         self.optimizer.zero_grad()
         if self.schedule is not None:
             self.schedule.step()
-        return row
+        return signals.after_step(self._step_cut).packed()
 
-    def _backward(self, parts: Sequence[Batch], changes: Sequence[Change]) -> Tensor:
-        """Adds the batch's gradients to those that are there; its signals, [3 T + 1]."""
+    def _backward(self, parts: Sequence[Batch], changes: Sequence[Change]) -> StepSignals:
+        """Adds the batch's gradients to those that are there; its signals."""
         for change in changes:
             if change.edit is not None:
                 parts = [change.edit(part) for part in parts]
@@ -219,7 +229,7 @@ class Engine:
             param.grad = grad
         labels_BT, mask_BT = torch.cat([p.labels_BT for p in parts]), torch.cat([p.mask_BT for p in parts])
         losses_T = torch.stack(losses).sum(0) / ranks if ranks > 1 else losses[0]
-        return step_signals(self.module, torch.cat(logits), labels_BT, mask_BT, losses_T=losses_T).packed()
+        return step_signals(self.module, torch.cat(logits), labels_BT, mask_BT, losses_T=losses_T)
 
     def _moved(self, events: Sequence[Event], start: int) -> Event | None:
         """The first divergence, over or still open, that began after the start: these batches caused no earlier one."""
@@ -227,8 +237,7 @@ class Engine:
         return next((event for event in found if event.kind != "shift" and event.step > start), None)
 
     def _look(self, step: int, row: Tensor) -> list[Event]:
-        tasks = len(self.module.schema.tasks)
-        self.detector.update(step, row[:tasks], row[tasks : 2 * tasks], row[2 * tasks : 3 * tasks], row[-1])
+        self.detector.update(step, **unpack(row))
         return self.detector.poll(wait=True)
 
     def _taken(self) -> dict[Tensor, Tensor]:
@@ -258,7 +267,8 @@ class Engine:
         )
 
     def _new_detector(self) -> DivergenceDetector:
-        return DivergenceDetector(self.module.schema.task_names, device=self.device, **self.settings.detector)
+        names = self.module.schema.task_names
+        return DivergenceDetector(names, device=self.device, step_cut=self._step_cut, **self.settings.detector)
 
 
 class _Weights(AbstractContextManager[None]):

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ranker.data.schema import Schema
 from ranker.stability import Event
+from ranker.stability.detector_interface import num_tasks, unpack
 
 _RUN_COLOUR = "#c0392b"
 _COLOURS = ("#1a5276", "#d68910", "#6c3483", "#117a65", "#7d6608", "#2e4053")
@@ -25,7 +26,7 @@ class Trajectory:
     Attributes:
         name: label in plots and tables.
         steps: step that each batch belongs to.
-        signals_SN: float32 [S, 3 T + 1], in the order of ``ranker.stability.pack``.
+        signals_SN: float32 [S, N], in the order of ``ranker.stability.pack``.
         event: first divergence that the detector found in it, with a verdict or still open at the end.
     """
 
@@ -37,17 +38,17 @@ class Trajectory:
     @property
     def tasks(self) -> int:
         """Number of tasks."""
-        return self.signals_SN.shape[1] // 3
+        return num_tasks(self.signals_SN.shape[1])
 
     @property
     def losses_ST(self) -> Tensor:  # noqa: N802
         """Unweighted loss per task."""
-        return self.signals_SN[:, : self.tasks]
+        return unpack(self.signals_SN)["losses_T"]
 
     @property
     def auc_ST(self) -> Tensor:  # noqa: N802
         """Training AUC per task; nan for regressions."""
-        return self.signals_SN[:, self.tasks : 2 * self.tasks]
+        return unpack(self.signals_SN)["auc_T"]  # type: ignore[return-value]
 
     def total_loss_S(self, schema: Schema) -> Tensor:  # noqa: N802
         """Sum over tasks of weight times loss, per batch; float64."""

@@ -13,8 +13,9 @@ from torch import Tensor
 from ranker.errors import UserError
 from ranker.stability.detector_interface import DetectorSettings, Event, Status, pack
 from ranker.stability.divergence_classifier import DivergenceClassifier
+from ranker.stability.step_cut import StepCut
 
-_MAX_UNREAD_STEPS = 4096  # bounds the device memory: 3 T + 1 numbers per step
+_MAX_UNREAD_STEPS = 4096  # bounds the device memory: 6 T + 4 numbers per step
 
 
 class DivergenceDetector:
@@ -35,6 +36,7 @@ class DivergenceDetector:
     Args:
         task_names: names of the tasks, in the order of the signals.
         device: device on which the signals are collected; by default the device of the losses.
+        step_cut: what measures the step cut; its samples become part of the detector's saved state.
         settings: fields of ``DetectorSettings``.
 
     Raises:
@@ -42,11 +44,19 @@ class DivergenceDetector:
         TypeError: a setting does not exist.
     """
 
-    def __init__(self, task_names: Sequence[str], *, device: torch.device | str | None = None, **settings: Any) -> None:
+    def __init__(
+        self,
+        task_names: Sequence[str],
+        *,
+        device: torch.device | str | None = None,
+        step_cut: StepCut | None = None,
+        **settings: Any,
+    ) -> None:
         if not task_names:
             raise UserError("divergence detector: at least one task is needed")
         self.settings = DetectorSettings(**settings)
         self.task_names = tuple(task_names)
+        self.step_cut = step_cut
         self.events: list[Event] = []
         self._classifier = DivergenceClassifier(self.task_names, self.settings)
         self._buffer = _SignalBuffer()
@@ -61,15 +71,25 @@ class DivergenceDetector:
         auc_T: Tensor | None = None,
         spread_T: Tensor | None = None,
         nonfinite: Tensor | None = None,
+        *,
+        batch_auc_T: Tensor | None = None,
+        positives_T: Tensor | None = None,
+        labels_T: Tensor | None = None,
+        step_cut_3: Tensor | None = None,
     ) -> None:
         """Adds the signals of a step, without waiting for the device.
 
         Args:
             step: number of the step, increasing.
-            losses_T: unweighted loss per task over all ranks; exactly 0 where no label was observed.
-            auc_T: running training AUC per task; nan for regressions.
-            spread_T: standard deviation of the logits over the batch, per task.
-            nonfinite: scalar, true where any prediction is nan or infinite.
+            losses_T: unweighted loss per task over all ranks; exactly 0 where no label was observed. These and the
+                other signals are described in ``Signals``.
+            auc_T: running training AUC per task.
+            spread_T: standard deviation of the logits per task.
+            nonfinite: whether any prediction is nan or infinite.
+            batch_auc_T: AUC of the batch per task.
+            positives_T: positive labels of the batch per task.
+            labels_T: observed labels of the batch per task.
+            step_cut_3: by how much the last steps cut the step size.
 
         Raises:
             ValueError: the losses do not have shape [T].
@@ -78,7 +98,9 @@ class DivergenceDetector:
             raise ValueError(f"losses_T must have shape [{len(self.task_names)}], got {list(losses_T.shape)}")
         if self._device is not None:
             losses_T = losses_T.to(self._device, non_blocking=True)
-        self._buffer.add(step, pack(losses_T, auc_T, spread_T, nonfinite))
+        self._buffer.add(
+            step, pack(losses_T, auc_T, spread_T, nonfinite, batch_auc_T, positives_T, labels_T, step_cut_3)
+        )
         if len(self._buffer) >= _MAX_UNREAD_STEPS:
             self._unreported += self._classify(wait=False)
 
@@ -136,6 +158,7 @@ class DivergenceDetector:
         return {
             "classifier": self._classifier.state_dict(),
             "unreported": [asdict(event) for event in self._unreported],
+            "step_cut": self.step_cut.state_dict() if self.step_cut else None,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -152,13 +175,16 @@ class DivergenceDetector:
         self._buffer = _SignalBuffer()
         self._classifier.load_state_dict(state["classifier"])
         self._unreported = [Event(**event) for event in state["unreported"]]
+        if self.step_cut is not None:
+            saved = state["step_cut"]
+            self.step_cut.load_state_dict(saved) if saved else self.step_cut.reset()
 
     def _classify(self, *, wait: bool) -> list[Event]:
         tasks = len(self.task_names)
         events: list[Event] = []
         for step, row in self._buffer.take(wait=wait):
-            losses, aucs, spreads = row[:tasks], row[tasks : 2 * tasks], row[2 * tasks : 3 * tasks]
-            events += self._classifier.update(step, losses, aucs, spreads, row[-1] != 0)
+            losses, aucs, spreads = (row[i * tasks : (i + 1) * tasks] for i in range(3))
+            events += self._classifier.update(step, losses, aucs, spreads, row[6 * tasks] != 0)
         self.events += events
         return events
 

@@ -116,46 +116,122 @@ class DetectorSettings:
                 raise UserError(f"divergence detector: {name} must be at least {least:g}, got {getattr(self, name):g}")
 
 
+_PER_TASK, _OTHERS = 6, 4  # numbers in a row of signals: per task, and beside
+
+
 class Signals(TypedDict):
-    """The signals of one step, as keyword arguments of ``DivergenceDetector.update``."""
+    """The signals of one step, as keyword arguments of ``DivergenceDetector.update``; None where one is missing.
+
+    losses_T: unweighted loss per task over all ranks; exactly 0 where no label was observed.
+    auc_T: running training AUC per task; nan for regressions.
+    spread_T: standard deviation of the logits over the batch, per task.
+    nonfinite: scalar, true where any prediction is nan or infinite.
+    batch_auc_T: AUC of this batch alone, per task; nan for regressions and where one of the labels is missing.
+    positives_T, labels_T: number of positive and of observed labels in the batch, per task.
+    step_cut_3: what ``StepCut.update`` returns.
+    """
 
     losses_T: Tensor
     auc_T: Tensor | None
     spread_T: Tensor | None
     nonfinite: Tensor | None
+    batch_auc_T: Tensor | None
+    positives_T: Tensor | None
+    labels_T: Tensor | None
+    step_cut_3: Tensor | None
 
 
 def reduce_signals(
-    losses_T: Tensor, auc_T: Tensor | None = None, spread_T: Tensor | None = None, nonfinite: Tensor | None = None
+    losses_T: Tensor,
+    auc_T: Tensor | None = None,
+    spread_T: Tensor | None = None,
+    nonfinite: Tensor | None = None,
+    *,
+    batch_auc_T: Tensor | None = None,
+    positives_T: Tensor | None = None,
+    labels_T: Tensor | None = None,
+    step_cut_3: Tensor | None = None,
 ) -> Signals:
     """Reduces the signals of one step over the ranks, so that all ranks reach the same verdict at the same step.
 
-    Losses and AUCs become their mean over ranks, and the spread the root of the mean variance. ``nonfinite`` is true
-    where it is true on any rank. One all-reduce of 3 T + 1 numbers; without ``torch.distributed`` the signals pass
-    unchanged. All ranks must call this function, with the same signals present.
+    All become their mean over the ranks, but for the spread, which becomes the root of the mean variance, and
+    ``nonfinite``, which is true where it is true on any rank. One all-reduce of a row of ``pack``; without
+    ``torch.distributed`` the signals pass unchanged. All ranks must call this function, with the same signals present.
+    ``batch_auc_T``, ``positives_T`` and ``labels_T`` must be those of the batches of all ranks already, as from
+    ``StreamingAUC.stats``.
 
     Returns:
         Keyword arguments of ``DivergenceDetector.update``.
     """
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
-        return {"losses_T": losses_T, "auc_T": auc_T, "spread_T": spread_T, "nonfinite": nonfinite}
-    row = pack(losses_T, auc_T, spread_T.square() if spread_T is not None else None, nonfinite)
-    dist.all_reduce(row)
-    tasks, ranks = len(losses_T), dist.get_world_size()
-    mean = row / ranks
-    return {
-        "losses_T": mean[:tasks],
-        "auc_T": None if auc_T is None else mean[tasks : 2 * tasks],
-        "spread_T": None if spread_T is None else mean[2 * tasks : 3 * tasks].sqrt(),
-        "nonfinite": None if nonfinite is None else row[-1] > 0,
+    given: Signals = {
+        "losses_T": losses_T,
+        "auc_T": auc_T,
+        "spread_T": spread_T,
+        "nonfinite": nonfinite,
+        "batch_auc_T": batch_auc_T,
+        "positives_T": positives_T,
+        "labels_T": labels_T,
+        "step_cut_3": step_cut_3,
     }
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return given
+    squared = given.copy()
+    squared["spread_T"] = spread_T.square() if spread_T is not None else None
+    row = pack(**squared)
+    dist.all_reduce(row)
+    mean = unpack(row / dist.get_world_size())
+    reduced: dict[str, Any] = {name: mean[name] if value is not None else None for name, value in given.items()}  # type: ignore[literal-required]
+    if spread_T is not None:
+        reduced["spread_T"] = reduced["spread_T"].sqrt()
+    if nonfinite is not None:
+        reduced["nonfinite"] = reduced["nonfinite"] > 0
+    return reduced  # type: ignore[return-value]
 
 
-def pack(losses_T: Tensor, auc_T: Tensor | None, spread_T: Tensor | None, nonfinite: Tensor | None) -> Tensor:
-    """The signals as one float32 row, [3 T + 1], on the device of the losses; nan for missing signals."""
+def row_width(tasks: int) -> int:
+    """How many numbers a row of ``pack`` has."""
+    return _PER_TASK * tasks + _OTHERS
+
+
+def num_tasks(width: int) -> int:
+    """Of how many tasks a row of this many numbers is."""
+    return (width - _OTHERS) // _PER_TASK
+
+
+def pack(
+    losses_T: Tensor,
+    auc_T: Tensor | None = None,
+    spread_T: Tensor | None = None,
+    nonfinite: Tensor | None = None,
+    batch_auc_T: Tensor | None = None,
+    positives_T: Tensor | None = None,
+    labels_T: Tensor | None = None,
+    step_cut_3: Tensor | None = None,
+) -> Tensor:
+    """The signals as one float32 row on the device of the losses; nan for missing signals.
+
+    In this order: losses, running AUCs, spreads, AUCs of the batch, positives, labels (T numbers each), whether not
+    finite (1), the step cut (3).
+    """
     losses_T = losses_T.detach().float()
     unknown_T = losses_T.new_full(losses_T.shape, torch.nan)
     flag = losses_T.new_zeros(1) if nonfinite is None else nonfinite.detach().to(losses_T).reshape(1)
-    return torch.cat(
-        [losses_T, *(unknown_T if x is None else x.detach().to(losses_T) for x in (auc_T, spread_T)), flag]
-    )
+    cut_3 = losses_T.new_full((3,), torch.nan) if step_cut_3 is None else step_cut_3.detach().to(losses_T)
+    by_task = (auc_T, spread_T, batch_auc_T, positives_T, labels_T)
+    return torch.cat([losses_T, *(unknown_T if x is None else x.detach().to(losses_T) for x in by_task), flag, cut_3])
+
+
+def unpack(row: Tensor) -> Signals:
+    """The signals of a row, or of several: the last dimension is that of ``pack``. Missing signals are nan."""
+    tasks = num_tasks(row.shape[-1])
+    losses, auc, spread, batch_auc, positives, labels, flag, cut = row.split([tasks] * _PER_TASK + [1, 3], dim=-1)
+    return {
+        "losses_T": losses,
+        "auc_T": auc,
+        "spread_T": spread,
+        "nonfinite": flag[..., 0],
+        "batch_auc_T": batch_auc,
+        "positives_T": positives,
+        "labels_T": labels,
+        "step_cut_3": cut,
+    }

@@ -21,6 +21,7 @@ from ranker.training.module import Fit
 from ranker.training.progress import Say, say_in_log
 from ranker.training.rollback import Rollback
 from ranker.training.snapshots import SnapshotRing
+from ranker.training.training_step import make_step_cut
 
 _TITLES = {"micro": "micro divergence", "full": "full divergence", "shift": "new level of a loss"}
 
@@ -55,9 +56,12 @@ class DivergenceWatch:
         DetectorSettings(**self._settings)  # refuses values out of range now
         self.detector: DivergenceDetector | None = None
 
-    def start(self, task_names: list[str], device: torch.device, state: Mapping[str, Any] | None) -> DivergenceDetector:
+    def start(self, fit: Fit, state: Mapping[str, Any] | None) -> DivergenceDetector:
         """Makes the detector on the model's device; from a checkpoint's state if there is one."""
-        self.detector = DivergenceDetector(task_names, device=device, **self._settings)
+        module = fit.module
+        step_cut = make_step_cut(module.net, fit.trainer.optimizers[0])
+        names = module.schema.task_names
+        self.detector = DivergenceDetector(names, device=module.device, step_cut=step_cut, **self._settings)
         if state is not None:
             self.detector.load_state_dict(state)
         return self.detector
@@ -117,9 +121,8 @@ class Stability(Callback):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Makes the detector. A checkpoint has been loaded by now."""
-        module = Fit(trainer).module
         if self.divergence:
-            self.divergence.start(module.schema.task_names, module.device, self._saved)
+            self.divergence.start(Fit(trainer), self._saved)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Takes the first snapshot."""
@@ -159,9 +162,10 @@ class Stability(Callback):
         step = self._step + (not completed)
         events: list[Event] = []
         if self.divergence and detector:
-            detector.update(
-                step, **reduce_signals(signals.losses_T, signals.auc_T, signals.spread_T, signals.nonfinite)
-            )
+            if completed:
+                signals = signals.after_step(detector.step_cut)
+            detector.update(step, **reduce_signals(**signals.as_dict()))
+            self._record_step_cut(fit, detector)
             if completed and step % self.divergence.poll_every == 0:
                 events = self._poll(fit, detector)
                 rolled_back = self._rolled_back(fit, events, detector)
@@ -227,6 +231,18 @@ class Stability(Callback):
             fit.module.record({metric_names.divergence(event.kind): float(event.step)})
             title = _TITLES[event.kind]
             self._say(f"{title}: {event}", note=f"{title} at step {event.step}")
+
+    def _record_step_cut(self, fit: Fit, detector: DivergenceDetector) -> None:
+        """Writes by how much each layer's step size was cut, when metrics are written; reading it waits."""
+        if detector.step_cut is None or fit.step % fit.module.log_every or not fit.trainer.is_global_zero:
+            return
+        found = detector.step_cut.by_layer()
+        if not found:
+            return
+        rows = torch.stack([torch.stack(layer) for layer in found.values()]).tolist()
+        for layer, (cut, grown) in zip(found, rows, strict=True):
+            names = metric_names.sign(layer, "step_cut"), metric_names.sign(layer, "step_cut_grown")
+            fit.module.record({name: x for name, x in zip(names, (cut, grown), strict=True) if not math.isnan(x)})
 
     def _rolled_back(self, fit: Fit, events: list[Event], detector: DivergenceDetector) -> bool:
         if not (events and self.rollback and self.snapshots):

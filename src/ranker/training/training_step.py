@@ -7,8 +7,8 @@ Lightning runs the rest of the step (backward, accumulation, optimizer, learning
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Any, Protocol
+from dataclasses import dataclass, replace
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,8 @@ from ranker.data.schema import Schema
 from ranker.losses import Loss, MultitaskLoss
 from ranker.metrics import StreamingAUC
 from ranker.stability import pack
+from ranker.stability.detector_interface import Signals
+from ranker.stability.step_cut import StepCut, shared_weights
 
 
 class Trainable(Protocol):
@@ -42,16 +44,32 @@ class StepSignals:
         auc_T: streaming training AUC of each task; NaN for regressions.
         spread_T: standard deviation of each task's logits over the batch; 0 if they do not depend on the input.
         nonfinite: bool scalar, whether any logit is NaN or infinite.
+        batch_auc_T: AUC of the batch of each task.
+        positives_T: number of positive labels of the batch.
+        labels_T: number of observed labels of the batch.
+        step_cut_3: by how much the last steps cut the step size; None before the optimizer's step.
     """
 
     losses_T: Tensor
     auc_T: Tensor
     spread_T: Tensor
     nonfinite: Tensor
+    batch_auc_T: Tensor
+    positives_T: Tensor
+    labels_T: Tensor
+    step_cut_3: Tensor | None = None
+
+    def after_step(self, step_cut: StepCut | None) -> StepSignals:
+        """These signals with that of the accumulators, which the optimizer's step has changed by now."""
+        return self if step_cut is None else replace(self, step_cut_3=step_cut.update())
+
+    def as_dict(self) -> Signals:
+        """The signals by name, as keyword arguments of ``reduce_signals`` and ``pack``."""
+        return cast(Signals, dict(vars(self)))
 
     def packed(self) -> Tensor:
-        """One row of 3 T + 1 numbers, in the order of ``pack``."""
-        return pack(self.losses_T, self.auc_T, self.spread_T, self.nonfinite)
+        """One row, in the order of ``pack``."""
+        return pack(**self.as_dict())
 
 
 def forward_loss(
@@ -91,8 +109,26 @@ def step_signals(
     trained.train_auc.update(logits_BT.detach(), labels_BT, mask_BT)
     stats = trained.train_auc.stats()
     return StepSignals(
-        losses_T=losses_T, auc_T=stats.auc_T, spread_T=stats.spread_T, nonfinite=stats.nonfinite_T.sum() > 0
+        losses_T=losses_T,
+        auc_T=stats.auc_T,
+        spread_T=stats.spread_T,
+        nonfinite=stats.nonfinite_T.sum() > 0,
+        batch_auc_T=stats.batch_auc_T,
+        positives_T=stats.positives_T,
+        labels_T=stats.labels_T,
     )
+
+
+def make_step_cut(net: nn.Module, optimizer: torch.optim.Optimizer) -> StepCut:
+    """Watches the step size of the layers that the tasks share, named by role where ``layer_names`` has one."""
+    roles: dict[str, str] = net.layer_names()  # type: ignore[operator]
+    heads = {name for role, name in roles.items() if role.startswith("head/")}
+    shared = shared_weights(net.named_parameters(), heads=heads)
+    named: dict[str, Tensor] = {}
+    for layer, weight in shared.items():
+        role = next((role for role, name in roles.items() if f"{layer}.".startswith(f"{name}.")), layer)
+        named[layer if role in named else role] = weight  # a cross layer of low rank has two matrices
+    return StepCut(named, optimizer)
 
 
 def clip_gradients(parameters: Iterable[Tensor], bound: float, *, by_value: bool) -> None:

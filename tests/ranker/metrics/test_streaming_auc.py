@@ -144,3 +144,21 @@ def test_a_schema_of_one_task_gives_one_number():
     stream = StreamingAUC(SCHEMA.select(tasks=["click"]))
     stream.update(torch.tensor([[1.0], [0.0]]), torch.tensor([[1.0], [0.0]]), torch.ones(2, 1, dtype=torch.bool))
     assert stream.stats().auc_T.tolist() == [1.0]
+
+
+def test_the_batch_alone_has_an_auc_and_counts_of_its_own():
+    """Two models after one another: the running AUC mixes their scores, that of the batch does not."""
+    stream = StreamingAUC(SCHEMA, decay=1.0)
+    right, wrong = [2.0, -2.0, 3.0, 1.0], [0.0, 5.0, 0.0, 5.0]
+    for logits, expected in ((right, 1.0), (wrong, 0.0), (right, 1.0)):
+        stream.update(*one_task(logits, [1.0, 0.0, 1.0, 0.0]))
+        assert stream.stats().batch_auc_T[0] == expected
+    stats = stream.stats()
+    assert 0.0 < float(stats.auc_T[0]) < 1.0
+    assert stats.positives_T.tolist() == [2.0, 0.0, 0.0]
+    assert stats.labels_T.tolist() == [4.0, 0.0, 0.0]
+    stream.update(*one_task(right, [1.0, 2.0, 0.5, 0.1], [True, False, True, True], task=1))
+    stats = stream.stats()
+    assert bool(stats.batch_auc_T.isnan().all())
+    assert stats.positives_T.tolist() == [0.0, 0.0, 0.0]
+    assert stats.labels_T.tolist() == [0.0, 3.0, 0.0]

@@ -40,16 +40,21 @@ def check_joined(rank: int) -> None:
         torch.tensor([0.6, float("nan")]),
         torch.tensor([3.0, 0.0]) * rank,
         torch.tensor(rank == 1),
+        labels_T=torch.tensor([8.0, 4.0]),
+        step_cut_3=torch.tensor([float("inf"), 3.0, 0.5]),
     )
     expected = {
         "losses_T": torch.tensor([1.5, 3.0]),
         "auc_T": torch.tensor([0.6, float("nan")]),
         "spread_T": torch.tensor([4.5**0.5, 0.0]),
         "nonfinite": torch.tensor(True),
+        "labels_T": torch.tensor([8.0, 4.0]),
+        "step_cut_3": torch.tensor([float("inf"), 3.0, 0.5]),
     }
     for name, value in expected.items():
         torch.testing.assert_close(joined[name], value, equal_nan=True)
     assert reduce_signals(torch.ones(2))["auc_T"] is None
+    assert joined["positives_T"] is None
 
 
 def test_two_ranks_join_their_signals_and_agree_on_every_event_and_in_all_of_their_state(tmp_path: Path) -> None:
@@ -61,4 +66,8 @@ def test_two_ranks_join_their_signals_and_agree_on_every_event_and_in_all_of_the
 
 def test_without_processes_signals_pass_unchanged() -> None:
     losses_T = torch.ones(2)
-    assert reduce_signals(losses_T) == {"losses_T": losses_T, "auc_T": None, "spread_T": None, "nonfinite": None}
+    cut_3 = torch.tensor([2.0, 1.0, 0.5])
+    passed = reduce_signals(losses_T, step_cut_3=cut_3)
+    assert passed.pop("losses_T") is losses_T
+    assert passed.pop("step_cut_3") is cut_3
+    assert set(passed.values()) == {None}
