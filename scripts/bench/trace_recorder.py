@@ -34,16 +34,16 @@ from ranker.runs import provenance
 from ranker.stability import LayerActivations, layer_signs, task_gradients
 from ranker.training.module import RankingModule
 from ranker.training.sharpness_probe import RATIO, SharpnessProbe
-from ranker.training.training_step import clip_gradients, forward_loss, step_signals
+from ranker.training.training_step import clip_gradients, forward_loss, make_step_cut, step_signals
 
 ROOT = Path(__file__).resolve().parents[2]
-FORMAT = 1
+FORMAT = 2
 BLOCK = 50  # steps over which an AUC of the predictions before each step is computed
 SAMPLE = 128  # coordinates of G per matrix
 WHAT_IF_EVERY = 5  # steps between two measurements of what other rules would do
 BAD = 2.0  # an event begins where the loss is this many times its median over the past
 PAST = 100  # steps; an event before this step is one of the start
-FEWEST = 5  # losses that make a past
+LEARNED = 0.53  # a run whose first task has a lower AUC at step 2 PAST is lost or slow from the start
 AFTER = 500  # steps that are recorded after the first event
 LOG2_UNITS = 100  # log2 of G is stored as a whole number of hundredths: 0.7 % of G
 RULES = {
@@ -240,8 +240,8 @@ def record(
 ) -> Recorded:
     """Trains a run and keeps the signals and signs of every step.
 
-    It ends ``AFTER`` steps after its first event. A run with an event in its first ``PAST`` steps ends there: it shows
-    no mid-run event.
+    It ends ``AFTER`` steps after its first event. A run that has learned nothing by step 2 ``PAST``, without an event
+    after step ``PAST``, ends there: it shows no mid-run event.
 
     Args:
         overrides: as for train.py.
@@ -270,7 +270,7 @@ def record(
         dense_statistics=cfg.data.dense_statistics,
     )
     signs = Signs(module, optimizer, rare_every, sharpness)
-    sampled = SampledG(module.net, optimizer)
+    sampled, step_cut = SampledG(module.net, optimizer), make_step_cut(module.net, optimizer)
     blocks = TaskMetrics(log.schema)
     signals, rates, aucs, entropies = [], [], [], []
     evaluated: list[tuple[int, dict[str, float]]] = []
@@ -282,7 +282,7 @@ def record(
         rates.append(optimizer.param_groups[0]["lr"])
         with signs.watched.measuring():
             logits_BT, loss = forward_loss(module, batch)
-        signals.append(step_signals(module, logits_BT, batch.labels_BT, batch.mask_BT, losses_T=loss.task_T).packed())
+        given = step_signals(module, logits_BT, batch.labels_BT, batch.mask_BT, losses_T=loss.task_T)
         blocks.update(logits_BT, batch.labels_BT, batch.mask_BT)
         signs.after_forward(step, logits_BT, batch)
         optimizer.zero_grad()
@@ -293,6 +293,7 @@ def record(
             clip_gradients(params, cfg.trainer.gradient_clip_val, by_value=by_value)
         signs.before_step(step)
         optimizer.step()
+        signals.append(given.after_step(step_cut).packed())
         signs.after_step(step, batch)
         sampled.add()
         if schedule is not None:
@@ -307,7 +308,9 @@ def record(
             evaluated.append((step, _evaluated(module, held_out)))
         totals.append(float(loss.total.detach()))
         if last is None and bad(totals[-PAST - 1 :]):
-            last = step + AFTER if step > PAST else step
+            last = step + AFTER
+        if last is None and step == 2 * PAST and not aucs[-1][0] > LEARNED:
+            last = step
         if step in (cfg.train.max_steps, last):
             break
     evaluated.append((len(signals), _evaluated(module, data.test_dataloader())))
@@ -345,7 +348,7 @@ def record(
 
 def bad(losses: Sequence[float]) -> bool:
     """Whether the last of some losses begins an event: it is not finite, or ``BAD`` times the median of the others."""
-    return len(losses) > FEWEST and not losses[-1] <= BAD * float(np.median(losses[:-1]))
+    return len(losses) > PAST and not losses[-1] <= BAD * float(np.median(losses[:-1]))
 
 
 def write(run: Recorded, path: Path) -> None:
