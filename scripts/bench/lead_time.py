@@ -24,7 +24,7 @@ import numpy as np
 
 from natural_events import first_event, recorded
 from ranker.reports.comparison import as_markdown
-from trace_recorder import Array, Recorded
+from recorded_runs import Array, Recorded
 
 WINDOW = 50  # steps of the past, of the stretch in which an alarm counts, and between two alarms
 FIRST = 60  # first step that can give an alarm

@@ -30,7 +30,7 @@ import torch
 
 from ranker.reports.comparison import as_markdown
 from ranker.stability import DivergenceDetector
-from trace_recorder import BLOCK, PAST, Recorded, bad, read
+from recorded_runs import BLOCK, PAST, Recorded, bad, read
 
 SETTLED = 200  # steps after the event from which on its outcome can be told
 FEWEST_POSITIVES = 200

@@ -14,7 +14,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from ranker.hydra_private import expand, parse
-from trace_recorder import record, write
+from recorded_runs import write
+from trace_recorder import record
 
 # Settings of place and machine are no part of a run's name.
 UNNAMED = ("data.source", "data.cache_dir", "train.threads")

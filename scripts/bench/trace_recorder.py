@@ -6,15 +6,12 @@ so that the file also shows what happens after a divergence.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pytorch_lightning as pl
 import torch
 from hydra import compose, initialize_config_dir
@@ -24,7 +21,6 @@ from torch import Tensor, nn
 from optim import what_if
 from optim.optimizer import SigmaOptimizer
 from ranker import config
-from ranker.atomic import replacing
 from ranker.build import build_module, open_log
 from ranker.data.batch import Batch
 from ranker.data.datamodule import RankingDataModule
@@ -35,68 +31,17 @@ from ranker.stability import LayerActivations, layer_signs, task_gradients
 from ranker.training.module import RankingModule
 from ranker.training.sharpness_probe import RATIO, SharpnessProbe
 from ranker.training.training_step import clip_gradients, forward_loss, make_step_cut, step_signals
+from recorded_runs import AFTER, BLOCK, FORMAT, LEARNED, LOG2_UNITS, PAST, Array, Recorded, bad
 
 ROOT = Path(__file__).resolve().parents[2]
-FORMAT = 2
-BLOCK = 50  # steps over which an AUC of the predictions before each step is computed
 SAMPLE = 128  # coordinates of G per matrix
 WHAT_IF_EVERY = 5  # steps between two measurements of what other rules would do
-BAD = 2.0  # an event begins where the loss is this many times its median over the past
-PAST = 100  # steps; an event before this step is one of the start
-LEARNED = 0.53  # a run whose first task has a lower AUC at step 2 PAST is lost or slow from the start
-AFTER = 500  # steps that are recorded after the first event
-LOG2_UNITS = 100  # log2 of G is stored as a whole number of hundredths: 0.7 % of G
 RULES = {
     "gc": {"clip_norm": 0.1},
     "agc": {"clip_factor": 0.001},
     "lamb": {"trust_coefficient": 0.01},
     "clippy": {"lambda_rel": 0.1},
 }
-Array = npt.NDArray[Any]
-
-
-@dataclass(frozen=True)
-class Recorded:
-    """A recorded run, as read back from its file.
-
-    Attributes:
-        meta: the configuration and what was measured.
-        arrays: by name; ``README`` of the folder and ``write`` say which.
-    """
-
-    meta: dict[str, Any]
-    arrays: dict[str, Array]
-
-    @property
-    def steps(self) -> int:
-        """Number of steps N."""
-        return len(self.arrays["signals"])
-
-    @property
-    def losses_NT(self) -> Array:  # noqa: N802
-        """Unweighted loss per task."""
-        return self.arrays["signals"][:, : len(self.meta["tasks"])]
-
-    @cached_property
-    def loss_N(self) -> Array:  # noqa: N802
-        """The weighted sum over tasks, which the optimizer minimises."""
-        return np.asarray(self.losses_NT.astype(np.float64) @ np.array(self.meta["task_weights"]))
-
-    def sign(self, name: str) -> Array:
-        """A sign per step, [N]; nan where it was not measured."""
-        return self.arrays["signs"][:, self.meta["sign_names"].index(name)]
-
-    @cached_property
-    def log2_g_NP(self) -> Array:  # noqa: N802
-        """log2 of the sampled coordinates of G after each step; column 0 .. P - 1 belongs to ``meta['g_layers']``."""
-        return np.cumsum(self.arrays["g_log2_change"].astype(np.int32), axis=0) / LOG2_UNITS
-
-
-def read(path: Path) -> Recorded:
-    """Reads a file of ``write``."""
-    with np.load(path, allow_pickle=False) as file:
-        arrays = {name: file[name] for name in file.files}
-    return Recorded(meta=json.loads(str(arrays.pop("meta"))), arrays=arrays)
 
 
 def configuration(overrides: Sequence[str]) -> DictConfig:
@@ -344,18 +289,6 @@ def record(
         "eval_ne": np.array([_by_task(v, log.schema, "ne") for _, v in evaluated], dtype=np.float32),
     }
     return Recorded(meta=meta, arrays=arrays)
-
-
-def bad(losses: Sequence[float]) -> bool:
-    """Whether the last of some losses begins an event: it is not finite, or ``BAD`` times the median of the others."""
-    return len(losses) > PAST and not losses[-1] <= BAD * float(np.median(losses[:-1]))
-
-
-def write(run: Recorded, path: Path) -> None:
-    """Writes a run as a compressed .npz, atomically."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as temporary, temporary.open("wb") as file:
-        np.savez_compressed(file, allow_pickle=False, meta=np.array(json.dumps(run.meta)), **run.arrays)
 
 
 @torch.no_grad()

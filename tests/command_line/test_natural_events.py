@@ -11,8 +11,9 @@ import pytest
 import lead_time
 import natural_events
 from record_traces import runs
+from recorded_runs import AFTER, BLOCK, PAST, Recorded, read, write
 from support import TINY, Finished, metrics
-from trace_recorder import AFTER, BLOCK, PAST, Recorded, read, record, write
+from trace_recorder import record
 
 TASKS = ["click", "watch_time"]
 
