@@ -58,7 +58,7 @@ def judge(trace: Trace) -> tuple[list[Event], int | None, DivergenceDetector]:
     events: list[Event] = []
     suspected: int | None = None
     for i in range(len(trace)):
-        detector.update(i + 1, trace.losses_NT[i], trace.auc_NT[i], trace.spread_NT[i], trace.nonfinite_N[i])
+        detector.update(i + 1, **trace.signals(i))
         events += detector.poll()
         if detector.status == "healthy":
             suspected = suspected if events else None
@@ -107,7 +107,16 @@ def costs() -> dict[str, float]:
         auc.update(logits_BT.detach(), batch.labels_BT, batch.mask_BT)
         stats = auc.stats()
         start = time.perf_counter()
-        signals = reduce_signals(loss.task_T, stats.auc_T, stats.spread_T, stats.nonfinite_T.sum() > 0)
+        signals = reduce_signals(
+            loss.task_T,
+            stats.auc_T,
+            stats.spread_T,
+            stats.nonfinite_T.sum() > 0,
+            batch_auc_T=stats.batch_auc_T,
+            positives_T=stats.positives_T,
+            labels_T=stats.labels_T,
+            variance_T=stats.variance_T,
+        )
         detector.update(step, **signals)
         detector.poll()
         detect_s.append(time.perf_counter() - start)

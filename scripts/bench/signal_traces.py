@@ -24,6 +24,9 @@ class Trace:
         auc_NT: training AUC per task; nan for the regression.
         spread_NT: standard deviation of the logits per task.
         nonfinite_N: whether a prediction is not finite.
+        batch_auc_NT: AUC of each batch alone per task; nan for the regression.
+        positives_NT: positive labels of each batch per task; 0 for the regression.
+        variance_NT: variance of the labels of each batch per task.
         eval_auc_T: AUC per task on the hold-out after the last step.
     """
 
@@ -31,10 +34,26 @@ class Trace:
     auc_NT: Tensor
     spread_NT: Tensor
     nonfinite_N: Tensor
+    batch_auc_NT: Tensor
+    positives_NT: Tensor
+    variance_NT: Tensor
     eval_auc_T: Tensor
 
     def __len__(self) -> int:
         return len(self.losses_NT)
+
+    def signals(self, i: int) -> dict[str, Tensor]:
+        """The signals of step i + 1, as keyword arguments of ``DivergenceDetector.update``."""
+        return {
+            "losses_T": self.losses_NT[i],
+            "auc_T": self.auc_NT[i],
+            "spread_T": self.spread_NT[i],
+            "nonfinite": self.nonfinite_N[i],
+            "batch_auc_T": self.batch_auc_NT[i],
+            "positives_T": self.positives_NT[i],
+            "labels_T": torch.full_like(self.losses_NT[i], _ROWS),
+            "variance_T": self.variance_NT[i],
+        }
 
 
 def healthy(
@@ -77,12 +96,19 @@ def healthy(
     auc_NB = 0.5 + skill * learned_N[:, None] * (torch.tensor(_AUC, dtype=torch.float64) - 0.5)
     positives_NB = _ROWS * positive_B * n.clamp(max=_MEMORY)[:, None]
     slow_NB = _smooth(torch.randn(steps, 3, generator=g)).double()
+    negatives_NB = _ROWS - count_NB
+    pairs_NB = (count_NB * negatives_NB / _ROWS).clamp(min=1e-3)
+    batch_NB = auc_NB + 0.29 * torch.randn(steps, 3, generator=g).double() / pairs_NB.sqrt()
+    batch_NB = torch.where(count_NB > 0, batch_NB.clamp(0, 1), math.nan)
     auc_NB = (auc_NB + 0.29 * slow_NB / positives_NB.sqrt()).clamp(0, 1)
     return Trace(
         losses_NT=losses_NT.float(),
         auc_NT=torch.cat([auc_NB, torch.full((steps, 1), math.nan)], dim=1).float(),
         spread_NT=0.3 + 0.5 * learned_N[:, None].float() * torch.rand(steps, len(TASKS), generator=g),
         nonfinite_N=torch.zeros(steps, dtype=torch.bool),
+        batch_auc_NT=torch.cat([batch_NB, torch.full((steps, 1), math.nan)], dim=1).float(),
+        positives_NT=torch.cat([count_NB, torch.zeros(steps, 1)], dim=1).float(),
+        variance_NT=torch.cat([p_NB * (1 - p_NB), 40.0 * wave_NT[:, -1:].double()], dim=1).float(),
         eval_auc_T=torch.cat([0.5 + skill * (torch.tensor(_AUC) - 0.5), torch.tensor([math.nan])]),
     )
 
@@ -124,7 +150,14 @@ def forget(trace: Trace, *, at: int) -> Trace:
     k = (torch.arange(len(trace)) - (at - 1)).clamp(min=0)
     kept_N = torch.exp(-3.0 * k / _MEMORY)
     eval_auc_T = torch.where(trace.eval_auc_T.isnan(), math.nan, 0.5)
-    return replace(trace, auc_NT=0.5 + (trace.auc_NT - 0.5) * kept_N[:, None], eval_auc_T=eval_auc_T)
+    batch_auc_NT = trace.batch_auc_NT.clone()
+    batch_auc_NT[at - 1 :] -= (trace.eval_auc_T - 0.5).nan_to_num()
+    return replace(
+        trace,
+        auc_NT=0.5 + (trace.auc_NT - 0.5) * kept_N[:, None],
+        batch_auc_NT=batch_auc_NT.clamp(0, 1),
+        eval_auc_T=eval_auc_T,
+    )
 
 
 def die(trace: Trace, *, at: int) -> Trace:

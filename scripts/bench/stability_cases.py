@@ -87,7 +87,8 @@ def record(
         loss = criterion(logits_BT, batch.labels_BT, batch.mask_BT)
         auc.update(logits_BT.detach(), batch.labels_BT, batch.mask_BT)
         stats = auc.stats()
-        rows.append((loss.task_T, stats.auc_T, stats.spread_T, stats.nonfinite_T.sum() > 0))
+        batch_only = stats.batch_auc_T, stats.positives_T, stats.variance_T
+        rows.append((loss.task_T, stats.auc_T, stats.spread_T, stats.nonfinite_T.sum() > 0, *batch_only))
         optimizer.zero_grad()
         loss.total.backward()
         optimizer.step()
@@ -96,12 +97,17 @@ def record(
     with torch.no_grad():
         held_out.update(net(rest), rest.labels_BT, rest.mask_BT)
     values = held_out.compute()
-    losses, aucs, spreads, nonfinite = (torch.stack(column) for column in zip(*rows, strict=True))
+    losses, aucs, spreads, nonfinite, batch_aucs, positives, variances = (
+        torch.stack(column) for column in zip(*rows, strict=True)
+    )
     return Trace(
         losses_NT=losses,
         auc_NT=aucs,
         spread_NT=spreads,
         nonfinite_N=nonfinite,
+        batch_auc_NT=batch_aucs,
+        positives_NT=positives,
+        variance_NT=variances,
         eval_auc_T=torch.tensor([values.get(f"{name}/auc", math.nan) for name in log.schema.task_names]),
     )
 

@@ -7,6 +7,7 @@ so that the file also shows what happens after a divergence.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -135,7 +136,7 @@ class Signs:
         self.seen = {}
 
     def table(self) -> Array:
-        """Steps by signs, float32; nan where a sign was not measured."""
+        """Steps by signs, float32; nan where a sign was not measured. The last rows may be missing."""
         missing = torch.tensor(torch.nan)
         return torch.stack([torch.stack([row.get(n, missing) for n in self.names]) for row in self.rows]).numpy()
 
@@ -225,21 +226,25 @@ def record(
     module.net.train()
     for step, batch in enumerate(data.train_dataloader(), start=1):
         rates.append(optimizer.param_groups[0]["lr"])
-        with signs.watched.measuring():
+        looked = last is None or step <= last - AFTER + BLOCK  # signs long after an event tell nothing
+        with signs.watched.measuring() if looked else nullcontext():
             logits_BT, loss = forward_loss(module, batch)
         given = step_signals(module, logits_BT, batch.labels_BT, batch.mask_BT, losses_T=loss.task_T)
         blocks.update(logits_BT, batch.labels_BT, batch.mask_BT)
-        signs.after_forward(step, logits_BT, batch)
+        if looked:
+            signs.after_forward(step, logits_BT, batch)
         optimizer.zero_grad()
         loss.total.backward()
         if cfg.trainer.gradient_clip_val:
             params = [p for group in optimizer.param_groups for p in group["params"]]
             by_value = cfg.trainer.gradient_clip_algorithm == "value"
             clip_gradients(params, cfg.trainer.gradient_clip_val, by_value=by_value)
-        signs.before_step(step)
+        if looked:
+            signs.before_step(step)
         optimizer.step()
         signals.append(given.after_step(step_cut).packed())
-        signs.after_step(step, batch)
+        if looked:
+            signs.after_step(step, batch)
         sampled.add()
         if schedule is not None:
             schedule.step()
@@ -280,7 +285,7 @@ def record(
     arrays = {
         "signals": torch.stack(signals).numpy(),
         "lr": np.array(rates, dtype=np.float32),
-        "signs": signs.table(),
+        "signs": _padded(signs.table(), len(signals)),
         "g_log2_change": _smallest(sampled.changes()),
         "block_auc": np.array(aucs, dtype=np.float32).reshape(len(aucs), len(meta["tasks"])),
         "block_ne": np.array(entropies, dtype=np.float32).reshape(len(aucs), len(meta["tasks"])),
@@ -303,6 +308,11 @@ def _evaluated(module: RankingModule, batches: Any) -> dict[str, float]:
 
 def _by_task(values: Mapping[str, float], schema: Schema, metric: str) -> list[float]:
     return [values.get(f"{task}/{metric}", np.nan) for task in schema.task_names]
+
+
+def _padded(table: Array, rows: int) -> Array:
+    """With rows of nan at its end."""
+    return np.pad(table, ((0, rows - len(table)), (0, 0)), constant_values=np.nan)
 
 
 def _smallest(table: Array) -> Array:

@@ -200,6 +200,7 @@ class StreamingStats(NamedTuple):
         batch_auc_T: AUC over the last batch alone, likewise. It compares only rows that the same weights have scored.
         positives_T: number of positive labels of the last batch; 0 for regressions.
         labels_T: number of observed labels of the last batch.
+        variance_T: their variance; nan without any.
         spread_T: standard deviation of the last batch's finite logits, over all its rows (root of the mean of the
             ranks' variances, weighted by rows). nan without any.
         nonfinite_T: number of logits of the last batch that are nan or infinite, observed or not.
@@ -209,6 +210,7 @@ class StreamingStats(NamedTuple):
     batch_auc_T: Tensor
     positives_T: Tensor
     labels_T: Tensor
+    variance_T: Tensor
     spread_T: Tensor
     nonfinite_T: Tensor
 
@@ -256,8 +258,9 @@ class StreamingAUC(nn.Module):
         """Sets all histograms to 0."""
         tasks, device = len(self.binary_T), self.binary_T.device
         self._histogram_TCK = torch.zeros(tasks, 2, self.bins, device=device)
-        # Of the last batch: squared deviations from its mean, numbers of finite logits, other logits, observed labels.
-        self._batch_4T = torch.zeros(4, tasks, device=device)
+        # Of the last batch: squared deviations from its mean, numbers of finite logits, other logits, observed labels,
+        # sum of the labels and of their squares.
+        self._batch_6T = torch.zeros(6, tasks, device=device)
         self._batch_histogram_TCK = torch.zeros_like(self._histogram_TCK)
 
     @torch.no_grad()
@@ -271,7 +274,9 @@ class StreamingAUC(nn.Module):
         apart = torch.where(finite, z - z[:1], 0.0)
         mean_T = apart.sum(0) / finite_T.clamp(min=1)
         deviation_T = torch.where(finite, apart - mean_T, 0.0).square().sum(0)
-        self._batch_4T = torch.stack([deviation_T, finite_T, (~finite).sum(0), mask_BT.sum(0)])
+        y_BT = torch.where(mask_BT, labels_BT, 0.0)
+        counts = (finite_T, (~finite).sum(0), mask_BT.sum(0))
+        self._batch_6T = torch.stack([deviation_T, *counts, y_BT.sum(0), y_BT.square().sum(0)])
 
         per_unit = self.bins / (2 * self.logit_range)
         bin_BT = ((z + self.logit_range) * per_unit).clamp(0, self.bins - 1).long()
@@ -291,12 +296,12 @@ class StreamingAUC(nn.Module):
                 call), so that all ranks get the same values and make the same decisions.
         """
         device = self.binary_T.device
-        parts = self._batch_4T, self._histogram_TCK, self._batch_histogram_TCK
+        parts = self._batch_6T, self._histogram_TCK, self._batch_histogram_TCK
         flat = torch.cat([part.to(device).view(-1) for part in parts])
         if all_ranks and dist.is_available() and dist.is_initialized():
             dist.all_reduce(flat)
-        batch, histograms = flat.split([self._batch_4T.numel(), 2 * self._histogram_TCK.numel()])
-        deviation_T, finite_T, nonfinite_T, labels_T = batch.view_as(self._batch_4T)
+        batch, histograms = flat.split([self._batch_6T.numel(), 2 * self._histogram_TCK.numel()])
+        deviation_T, finite_T, nonfinite_T, labels_T, sum_T, square_T = batch.view_as(self._batch_6T)
         negative_2TK, positive_2TK = histograms.view(2, *self._histogram_TCK.shape).unbind(2)
         below_2TK = negative_2TK.cumsum(2) - negative_2TK / 2
         positives_2T = positive_2TK.sum(2)
@@ -307,6 +312,7 @@ class StreamingAUC(nn.Module):
             batch_auc_T=batch_auc_T,
             positives_T=positives_2T[1],
             labels_T=labels_T,
+            variance_T=(square_T / labels_T - (sum_T / labels_T).square()).clamp(min=0),
             spread_T=(deviation_T / finite_T).sqrt(),
             nonfinite_T=nonfinite_T,
         )

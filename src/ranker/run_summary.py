@@ -21,7 +21,7 @@ if TYPE_CHECKING:  # a sweep reads summaries of earlier runs without importing L
     from ranker.build import Run
 
 ADAPTED_AFTER = 100  # steps from which on a run is told that Adagrad never adapted
-NO_DIVERGENCE = {"micro": 0, "full": False, "first_step": None}
+NO_DIVERGENCE = {"micro": 0, "full": False, "unsettled": 0, "first_step": None}
 
 
 def summarise(run: Run, *, status: str, reason: str, seconds: float) -> dict[str, Any]:

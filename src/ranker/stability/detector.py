@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from ranker.errors import UserError
-from ranker.stability.detector_interface import DetectorSettings, Event, Status, pack
+from ranker.stability.detector_interface import DetectorSettings, Event, Status, StepValues, pack
 from ranker.stability.divergence_classifier import DivergenceClassifier
 from ranker.stability.step_cut import StepCut
 
-_MAX_UNREAD_STEPS = 4096  # bounds the device memory: 6 T + 4 numbers per step
+_MAX_UNREAD_STEPS = 4096  # bounds the device memory: 7 T + 4 numbers per step
 
 
 class DivergenceDetector:
@@ -75,6 +75,7 @@ class DivergenceDetector:
         batch_auc_T: Tensor | None = None,
         positives_T: Tensor | None = None,
         labels_T: Tensor | None = None,
+        variance_T: Tensor | None = None,
         step_cut_3: Tensor | None = None,
     ) -> None:
         """Adds the signals of a step, without waiting for the device.
@@ -89,6 +90,7 @@ class DivergenceDetector:
             batch_auc_T: AUC of the batch per task.
             positives_T: positive labels of the batch per task.
             labels_T: observed labels of the batch per task.
+            variance_T: variance of these labels per task.
             step_cut_3: by how much the last steps cut the step size.
 
         Raises:
@@ -98,9 +100,8 @@ class DivergenceDetector:
             raise ValueError(f"losses_T must have shape [{len(self.task_names)}], got {list(losses_T.shape)}")
         if self._device is not None:
             losses_T = losses_T.to(self._device, non_blocking=True)
-        self._buffer.add(
-            step, pack(losses_T, auc_T, spread_T, nonfinite, batch_auc_T, positives_T, labels_T, step_cut_3)
-        )
+        row = pack(losses_T, auc_T, spread_T, nonfinite, batch_auc_T, positives_T, labels_T, variance_T, step_cut_3)
+        self._buffer.add(step, row)
         if len(self._buffer) >= _MAX_UNREAD_STEPS:
             self._unreported += self._classify(wait=False)
 
@@ -148,9 +149,14 @@ class DivergenceDetector:
         return self._classifier.suspicion
 
     def summary(self) -> dict[str, Any]:
-        """``{"micro": number, "full": bool, "first_step": first step of the earliest divergence or None}``."""
+        """Number of ``micro`` and ``unsettled`` events, whether there is a ``full`` one, and ``first_step`` of all."""
         found = self._classifier
-        return {"micro": found.micro_count, "full": found.full_divergence is not None, "first_step": found.first_step}
+        return {
+            "micro": found.micro_count,
+            "full": found.full_divergence is not None,
+            "unsettled": found.unsettled_count,
+            "first_step": found.first_step,
+        }
 
     def state_dict(self) -> dict[str, Any]:
         """Numbers, strings, lists and dicts, which load with ``weights_only=True``. Waits for the device."""
@@ -180,11 +186,9 @@ class DivergenceDetector:
             self.step_cut.load_state_dict(saved) if saved else self.step_cut.reset()
 
     def _classify(self, *, wait: bool) -> list[Event]:
-        tasks = len(self.task_names)
         events: list[Event] = []
         for step, row in self._buffer.take(wait=wait):
-            losses, aucs, spreads = (row[i * tasks : (i + 1) * tasks] for i in range(3))
-            events += self._classifier.update(step, losses, aucs, spreads, row[6 * tasks] != 0)
+            events += self._classifier.update(step, StepValues.of(row))
         self.events += events
         return events
 

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from ranker.errors import UserError
 
-Kind = Literal["micro", "full", "shift"]
+MAX_PROOF_STEPS = 200  # bounds what is kept of past batches
+Kind = Literal["micro", "full", "shift", "unsettled"]
 Status = Literal["healthy", "suspect", "diverged"]
 
 
@@ -21,8 +22,9 @@ class Event:
     """A divergence, or a lasting change of a loss.
 
     Attributes:
-        kind: ``micro``: the loss spiked and recovered. ``full``: the model is lost. ``shift``: one loss moved to a new
-            level and stayed there while the predictions stayed good; this is not a divergence (labels can change).
+        kind: ``micro``: the loss spiked, and the loss and what was learned came back. ``full``: the model is lost.
+            ``shift``: one loss moved to a new level and stayed there while the predictions stayed good; this is not a
+            divergence (labels can change). ``unsettled``: training ended before it was known which of these it is.
         step: first step of the event.
         task: name of the task whose loss moved first; empty where all tasks moved at once.
         depth: highest ratio of a loss to its baseline, over all tasks; infinite where a loss was not finite.
@@ -81,6 +83,13 @@ class DetectorSettings:
         unborn_patience: the same for a model that was never above it (heads may start at zero, during warm-up).
         auc_tolerance: AUCs that exceed 0.5 by less than this on average are at chance (see ``auc_above_chance``).
         auc_patience: number of consecutive steps with training AUCs at chance, after better AUCs or a blow-up.
+        proof_steps: number of batches over which the skill is measured after a spike (``Skill``).
+        recovery_steps: number of steps after a spike within which the skill must have come back.
+        lost_share: share of an AUC's distance from 0.5 that must be missing for it to count as lost.
+        lost_step_cut: cut of the median step size of a layer (``StepCut``) at which a spike has ended learning, if the
+            AUC is lost too.
+        fast_steps: number of batches from the first step of the spike that this verdict needs.
+        min_labels: number of labels that a loss must be the mean of. Batches with fewer are added up.
         lost_ne: smallest normalised entropy on the hold-out (log loss divided by the log loss of always predicting the
             base rate), median over binary tasks, at which a model is lost if its median AUC there is at chance.
     """
@@ -104,6 +113,12 @@ class DetectorSettings:
     unborn_patience: int = 300
     auc_tolerance: float = 0.02
     auc_patience: int = 200
+    proof_steps: int = 50
+    recovery_steps: int = 250
+    lost_share: float = 0.2
+    lost_step_cut: float = 10.0
+    fast_steps: int = 8
+    min_labels: int = 8
     lost_ne: float = 3.0
 
     def __post_init__(self) -> None:
@@ -111,12 +126,54 @@ class DetectorSettings:
             value = getattr(self, field.name)
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
                 raise UserError(f"divergence detector: {field.name} must be a number above 0, got {value!r}")
-        for name, least in (("window", 16), ("jump_ratio", 1.0), ("lost_ratio", self.jump_ratio)):
+        bounds = {"window": 16, "jump_ratio": 1.0, "lost_ratio": self.jump_ratio, "lost_step_cut": 1.0}
+        for name, least in bounds.items():
             if getattr(self, name) < least:
                 raise UserError(f"divergence detector: {name} must be at least {least:g}, got {getattr(self, name):g}")
+        if self.lost_share > 1:
+            raise UserError(f"divergence detector: lost_share must be at most 1, got {self.lost_share:g}")
+        if not self.proof_steps <= min(self.recovery_steps, MAX_PROOF_STEPS):
+            raise UserError(
+                f"divergence detector: proof_steps must be at most recovery_steps and at most {MAX_PROOF_STEPS}, "
+                f"got {self.proof_steps} and {self.recovery_steps}"
+            )
 
 
-_PER_TASK, _OTHERS = 6, 4  # numbers in a row of signals: per task, and beside
+@dataclass(frozen=True, kw_only=True)
+class StepValues:
+    """The signals of one step as numbers; the lists have one number per task. See ``Signals``."""
+
+    losses: list[float]
+    aucs: list[float]
+    spreads: list[float]
+    batch_aucs: list[float]
+    positives: list[float]
+    labels: list[float]
+    variances: list[float]
+    nonfinite: bool
+    worst_cut: float
+
+    @classmethod
+    def of(cls, row: list[float]) -> StepValues:
+        """From a row of ``pack``."""
+        tasks = num_tasks(len(row))
+        losses, aucs, spreads, batch_aucs, positives, labels, variances = (
+            row[i * tasks : (i + 1) * tasks] for i in range(_PER_TASK)
+        )
+        return cls(
+            losses=losses,
+            aucs=aucs,
+            spreads=spreads,
+            batch_aucs=batch_aucs,
+            positives=positives,
+            labels=labels,
+            variances=variances,
+            nonfinite=row[_PER_TASK * tasks] != 0,
+            worst_cut=row[_PER_TASK * tasks + 1],
+        )
+
+
+_PER_TASK, _OTHERS = 7, 4  # numbers in a row of signals: per task, and beside
 
 
 class Signals(TypedDict):
@@ -128,6 +185,7 @@ class Signals(TypedDict):
     nonfinite: scalar, true where any prediction is nan or infinite.
     batch_auc_T: AUC of this batch alone, per task; nan for regressions and where one of the labels is missing.
     positives_T, labels_T: number of positive and of observed labels in the batch, per task.
+    variance_T: variance of the observed labels in the batch, per task.
     step_cut_3: what ``StepCut.update`` returns.
     """
 
@@ -138,6 +196,7 @@ class Signals(TypedDict):
     batch_auc_T: Tensor | None
     positives_T: Tensor | None
     labels_T: Tensor | None
+    variance_T: Tensor | None
     step_cut_3: Tensor | None
 
 
@@ -150,6 +209,7 @@ def reduce_signals(
     batch_auc_T: Tensor | None = None,
     positives_T: Tensor | None = None,
     labels_T: Tensor | None = None,
+    variance_T: Tensor | None = None,
     step_cut_3: Tensor | None = None,
 ) -> Signals:
     """Reduces the signals of one step over the ranks, so that all ranks reach the same verdict at the same step.
@@ -157,8 +217,7 @@ def reduce_signals(
     All become their mean over the ranks, but for the spread, which becomes the root of the mean variance, and
     ``nonfinite``, which is true where it is true on any rank. One all-reduce of a row of ``pack``; without
     ``torch.distributed`` the signals pass unchanged. All ranks must call this function, with the same signals present.
-    ``batch_auc_T``, ``positives_T`` and ``labels_T`` must be those of the batches of all ranks already, as from
-    ``StreamingAUC.stats``.
+    AUC, counts and variance of the batch must be those of all ranks' rows already, as from ``StreamingAUC.stats``.
 
     Returns:
         Keyword arguments of ``DivergenceDetector.update``.
@@ -171,6 +230,7 @@ def reduce_signals(
         "batch_auc_T": batch_auc_T,
         "positives_T": positives_T,
         "labels_T": labels_T,
+        "variance_T": variance_T,
         "step_cut_3": step_cut_3,
     }
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
@@ -206,25 +266,27 @@ def pack(
     batch_auc_T: Tensor | None = None,
     positives_T: Tensor | None = None,
     labels_T: Tensor | None = None,
+    variance_T: Tensor | None = None,
     step_cut_3: Tensor | None = None,
 ) -> Tensor:
     """The signals as one float32 row on the device of the losses; nan for missing signals.
 
-    In this order: losses, running AUCs, spreads, AUCs of the batch, positives, labels (T numbers each), whether not
-    finite (1), the step cut (3).
+    In this order: losses, running AUCs, spreads, AUCs of the batch, positives, labels, variances (T numbers each),
+    whether not finite (1), the step cut (3).
     """
     losses_T = losses_T.detach().float()
     unknown_T = losses_T.new_full(losses_T.shape, torch.nan)
     flag = losses_T.new_zeros(1) if nonfinite is None else nonfinite.detach().to(losses_T).reshape(1)
     cut_3 = losses_T.new_full((3,), torch.nan) if step_cut_3 is None else step_cut_3.detach().to(losses_T)
-    by_task = (auc_T, spread_T, batch_auc_T, positives_T, labels_T)
+    by_task = (auc_T, spread_T, batch_auc_T, positives_T, labels_T, variance_T)
     return torch.cat([losses_T, *(unknown_T if x is None else x.detach().to(losses_T) for x in by_task), flag, cut_3])
 
 
 def unpack(row: Tensor) -> Signals:
     """The signals of a row, or of several: the last dimension is that of ``pack``. Missing signals are nan."""
     tasks = num_tasks(row.shape[-1])
-    losses, auc, spread, batch_auc, positives, labels, flag, cut = row.split([tasks] * _PER_TASK + [1, 3], dim=-1)
+    *by_task, flag, cut = row.split([tasks] * _PER_TASK + [1, 3], dim=-1)
+    losses, auc, spread, batch_auc, positives, labels, variance = by_task
     return {
         "losses_T": losses,
         "auc_T": auc,
@@ -233,5 +295,6 @@ def unpack(row: Tensor) -> Signals:
         "batch_auc_T": batch_auc,
         "positives_T": positives,
         "labels_T": labels,
+        "variance_T": variance,
         "step_cut_3": cut,
     }

@@ -5,73 +5,17 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 from ranker.stability.auc_tracker import AucTracker, Streak, auc_above_chance
-from ranker.stability.detector_interface import DetectorSettings, Event, Kind, Status
+from ranker.stability.detector_interface import DetectorSettings, Event, Kind, Status, StepValues
+from ranker.stability.loss_spike import RECOVERED, LossSpike, Probation
+from ranker.stability.skill import Skill
 from ranker.stability.task_state import TaskState
 
-_RECOVERED = 0.75  # in thresholds above the baseline; below 1, so that a loss at the threshold does not flicker
 _NOT_FINITE = "losses or predictions are infinite or nan"
 _CONSTANT = "predictions no longer depend on the input (each task gives every row the same)"
-
-
-@dataclass
-class LossSpike:
-    """A spike of the losses, from its first step until the verdict.
-
-    Attributes:
-        step: first step.
-        task: name of the task whose loss moved first; empty where only predictions were not finite.
-        depth: highest ratio of a loss to its baseline so far; infinite where a loss or prediction was not finite.
-        startup: whether it began in the first steps, where a spike that recovers is not an event.
-        worst: name of the task with the highest ratio.
-        ratio_to_first: highest ratio of a loss to the task's first loss so far.
-        calm_steps: number of consecutive steps below the threshold.
-        calm_since: first of these steps.
-    """
-
-    step: int
-    task: str
-    depth: float
-    startup: bool
-    worst: str = ""
-    ratio_to_first: float = 1.0
-    calm_steps: int = 0
-    calm_since: int = 0
-
-    def update(self, step: int, tasks: Sequence[TaskState], *, nonfinite: bool, constant: bool) -> None:
-        """Updates depth and recovery with a step.
-
-        Args:
-            step: number of the step.
-            tasks: state of the tasks after this step.
-            nonfinite: a loss or prediction is not finite.
-            constant: predictions do not depend on the input; a loss that is low because of that has not recovered.
-        """
-        for task in tasks:
-            self.ratio_to_first = max(self.ratio_to_first, task.ratio_to_first)
-            if task.excess > 1.0 and task.ratio > self.depth:
-                self.depth, self.worst = task.ratio, task.name
-        if nonfinite:
-            self.depth = self.ratio_to_first = math.inf
-        if nonfinite or constant or any(t.excess > _RECOVERED for t in tasks):
-            self.calm_steps = 0
-            return
-        self.calm_since = self.calm_since if self.calm_steps else step
-        self.calm_steps += 1
-
-    def has_recovered(self, tasks: Sequence[TaskState], settings: DetectorSettings) -> bool:
-        """Whether all losses have been low for ``settle`` steps, and none is rising slowly."""
-        return self.calm_steps >= settings.settle and all(t.median_excess <= _RECOVERED for t in tasks)
-
-    def __str__(self) -> str:
-        worst = self.worst or self.task
-        who = f"the loss of {worst}" if worst else "a prediction"
-        how = f"jumped to {self.depth:.3g}x its past" if math.isfinite(self.depth) else "became infinite or nan"
-        first = f" (task {self.task} moved first)" if self.task not in ("", worst) else ""
-        return f"{who} {how} at step {self.step}{first}"
 
 
 class DivergenceClassifier:
@@ -84,8 +28,10 @@ class DivergenceClassifier:
     Attributes:
         tasks: state per task.
         spike: the open spike, if any.
+        probation: the spikes that are over but not settled, if any.
         full_divergence: the full divergence, if any; after it nothing changes.
         micro_count: number of spikes that recovered.
+        unsettled_count: number of spikes of which it is not known, because training ended.
         first_step: first step of the earliest divergence.
     """
 
@@ -94,12 +40,15 @@ class DivergenceClassifier:
         self.tasks = [TaskState(name, settings) for name in task_names]
         self.spike: LossSpike | None = None
         self.full_divergence: Event | None = None
-        self.micro_count = 0
+        self.probation: Probation | None = None
+        self.micro_count = self.unsettled_count = 0
         self.first_step: int | None = None
         self._step_count = 0
         self._step = 0  # number of the last step, which need not be the number of steps
         self._blowup: LossSpike | None = None  # first blow-up; the start of the divergence if nothing is learned after
         self._last_spike: LossSpike | None = None  # the last spike that has ended
+        self._before: list[Skill] = []  # skill per task before the open spike
+        self._cut = math.nan  # largest step cut since the first open or unsettled spike began
         self._auc = AucTracker(settings)
         self._was_varied = False  # predictions did depend on the input at some step
         self._constant = Streak()  # predictions do not depend on the input
@@ -119,6 +68,8 @@ class DivergenceClassifier:
             return self.full_divergence.reason
         if self.spike is not None:
             return self._not_recovered(self.spike)
+        if self.probation is not None:
+            return f"{self._came_back(self.probation.spikes[-1])}; whether what was learned came back is not known yet"
         if self._constant.length and self._was_varied:
             return f"{_CONSTANT} since step {self._constant.since}"
         if self._auc.learned and self._auc.at_chance.length:
@@ -133,7 +84,7 @@ class DivergenceClassifier:
         """
         if self.full_divergence is not None:
             return self.full_divergence
-        spike, reason = self.spike, self.reason
+        spike, reason = self._first_open(), self.reason
         harmless = spike is not None and spike.startup and spike.ratio_to_first < self._settings.blowup_ratio
         if (harmless or not reason) and self._blowup is not None and not self._auc.learned:
             spike, harmless, reason = self._blowup, False, f"{self._blowup} and nothing has been learned since"
@@ -145,34 +96,33 @@ class DivergenceClassifier:
             return None
         return self._event("shift" if harmless else "full", spike, None, reason)
 
-    def update(
-        self, step: int, losses: Sequence[float], aucs: Sequence[float], spreads: Sequence[float], nonfinite: bool
-    ) -> list[Event]:
-        """Takes the signals of a step; returns the events whose verdict is reached. Empty after a full divergence.
-
-        Args:
-            step: number of the step.
-            losses: loss per task; 0 where no label was observed.
-            aucs: training AUC per task; nan where there is none.
-            spreads: standard deviation of the logits per task; nan where it is unknown.
-            nonfinite: a prediction is not finite.
-        """
+    def update(self, step: int, values: StepValues) -> list[Event]:
+        """Takes the signals of a step; returns the events whose verdict is reached. Empty after a full divergence."""
         if self.full_divergence is not None:
             return []
         s = self._settings
         self._step, self._step_count = step, self._step_count + 1
-        for task, loss, auc in zip(self.tasks, losses, aucs, strict=True):
-            task.update(step, loss, auc)
-        nonfinite = nonfinite or not all(map(math.isfinite, losses))
-        widest = max((x for x in spreads if not math.isnan(x)), default=math.nan)
+        for i, task in enumerate(self.tasks):
+            task.update(step, values.losses[i], values.aucs[i], values.labels[i])
+            task.skill.add(
+                step,
+                loss=values.losses[i],
+                auc=values.batch_aucs[i],
+                positives=values.positives[i],
+                labels=values.labels[i],
+                variance=values.variances[i],
+            )
+        nonfinite = values.nonfinite or not all(map(math.isfinite, values.losses))
+        widest = max((x for x in values.spreads if not math.isnan(x)), default=math.nan)
         self._was_varied |= widest > 10.0 * s.dead_spread
         self._nonfinite.update(step, nonfinite)
         self._constant.update(step, widest < s.dead_spread)
         if self._step_count > s.startup:
-            self._auc.update(step, auc_above_chance(self.tasks, aucs, s))
-        self._update_spike(step, losses, nonfinite)
-        full = self._check_full_divergence()
-        return [full] if full else self._check_spike()
+            self._auc.update(step, auc_above_chance(self.tasks, values.aucs, s))
+        self._update_spike(step, nonfinite)
+        self._update_cut(values.worst_cut)
+        full = self._check_full_divergence() or self._check_step_cut()
+        return [full] if full else self._check_spike() + self._check_probation()
 
     def finish(self, eval_aucs: Sequence[float], eval_nes: Sequence[float] = ()) -> list[Event]:
         """Reaches a verdict on whatever is open at the end of training.
@@ -190,15 +140,17 @@ class DivergenceClassifier:
             return [
                 self._diverge(f"AUC on the hold-out is at 0.5, log loss {entropy:.3g}x that of the base rate", None)
             ]
+        if (judged := self._judge_by_holdout(eval_aucs)) is not None:
+            return judged
         held_out = auc_above_chance(self.tasks, eval_aucs, s)
-        if held_out >= 1.5 * s.auc_tolerance and not self._constant.length:
+        if not self._skill_was_known() and held_out >= 1.5 * s.auc_tolerance and not self._constant.length:
             # A model that ranks the hold-out well is not lost, whatever was open when training ended.
             return self._end_spike()
         if self._nonfinite.length:
             return [self._diverge(_NOT_FINITE, self._nonfinite.since)]
         if self._constant.length >= s.settle and (self._was_varied or self._blowup):
             return [self._diverge(_CONSTANT, self._constant.since)]
-        if self.spike is not None and not self.spike.calm_steps:
+        if self.spike is not None and not self.spike.calm_steps and self._step - self.spike.step >= s.settle:
             return [self._diverge(self._not_recovered(self.spike), self.spike.step)]
         if self._auc.learned and self._auc.at_chance.length >= s.settle:
             return [self._diverge_auc_lost()]
@@ -207,20 +159,80 @@ class DivergenceClassifier:
             known = auc_above_chance(self.tasks, [t.auc for t in self.tasks], s) if training else held_out
             if known < s.auc_tolerance:
                 return [self._diverge_nothing_learned("training AUC" if training else "AUC on the hold-out")]
-        return self._end_spike()
+        return self._leave_unsettled()
 
-    def _update_spike(self, step: int, losses: Sequence[float], nonfinite: bool) -> None:
+    def _skill_was_known(self) -> bool:
+        """Whether the skill before the open or unsettled spikes is known of a task."""
+        return any(skill.is_known for skill in self._skill_before())
+
+    def _skill_before(self) -> list[Skill]:
+        return self.probation.before if self.probation else self._before if self.spike else []
+
+    def _first_open(self) -> LossSpike | None:
+        """The first of the spikes that are open or unsettled."""
+        return self.probation.spikes[0] if self.probation else self.spike
+
+    def _judge_by_holdout(self, eval_aucs: Sequence[float]) -> list[Event] | None:
+        """The verdict on open or unsettled spikes where the hold-out shows it; otherwise None.
+
+        The rows of the hold-out are others than those before the spike, and may be harder to rank. Learning is gone
+        where less than half is left, and it is back by the tolerance that holds during training.
+        """
+        spike = self._first_open()
+        if spike is None or spike.startup or not self._skill_was_known():
+            return None
+        compared = [
+            (task, before, Skill(auc=auc, pairs=before.pairs))
+            for task, before, auc in zip(self.tasks, self._skill_before(), eval_aucs, strict=True)
+            if not math.isnan(auc) and not math.isnan(before.auc)
+        ]
+        for task, before, now in compared:
+            if now.lost_half_of_auc(before, self._settings):
+                what = f"the AUC of {task.name} did not: {before.auc:.3f} before, {now.auc:.3f} on the hold-out"
+                return [self._diverge(self._but(what), None)]
+        if not compared or any(now.lost_auc(before, self._settings) for _, before, now in compared):
+            return None
+        if self._constant.length or self._nonfinite.length:
+            return None
+        return self._end_spike(proven=True) + self._settle()
+
+    def _leave_unsettled(self) -> list[Event]:
+        """Says of open or unsettled spikes that training ended before their verdict."""
+        spike, self.spike = self.spike, None
+        pending = self.probation.spikes if self.probation else []
+        self.probation = None
+        if spike is not None and spike.calm_steps and not any(x.is_known for x in self._before):
+            self.spike = spike  # the loss is all that is known, and it came back
+            return self._end_spike()
+        if spike is not None and not (spike.startup and spike.ratio_to_first < self._settings.blowup_ratio):
+            pending = [*pending, spike]
+        self.unsettled_count += len(pending)
+        ended = "training ended before it was known whether the model recovered"
+        return [self._record("unsettled", x, x.calm_since if x.calm_steps else None, f"{x}; {ended}") for x in pending]
+
+    def _update_cut(self, cut: float) -> None:
+        """Keeps the largest step cut while a spike is open or unsettled."""
+        if self.spike is None and self.probation is None:
+            self._cut = math.nan
+        elif not math.isnan(cut):
+            self._cut = cut if math.isnan(self._cut) else max(self._cut, cut)
+
+    def _update_spike(self, step: int, nonfinite: bool) -> None:
         """Opens a spike or updates the open one; without a spike, updates the baselines."""
         if self.spike is None:
             self.spike = self._detect_spike(step, nonfinite)
+            if self.spike is not None:
+                last = self.spike.step - 1
+                first = last - 2 * self._settings.proof_steps + 1
+                self._before = [task.skill.between(first, last) for task in self.tasks]
         if self.spike is not None:
             if self._blowup is None and self.spike.ratio_to_first >= self._settings.blowup_ratio:
                 self._blowup = self.spike
             constant = self._constant.length > 0 and self._was_varied
             self.spike.update(step, self.tasks, nonfinite=nonfinite, constant=constant)
             return
-        for task, loss in zip(self.tasks, losses, strict=True):
-            task.update_baseline(loss)
+        for task in self.tasks:
+            task.update_baseline()
 
     def _detect_spike(self, step: int, nonfinite: bool) -> LossSpike | None:
         """A new spike, if a loss is above its threshold or a value is not finite.
@@ -238,7 +250,7 @@ class DivergenceClassifier:
             return None
         moved = [(t.high_since, -t.excess, t.name) for t in tasks if t.high_since is not None]
         first, _, name = min(moved + [(step, -t.median_excess, t.name) for t in rising], default=(step, 0.0, ""))
-        lasts = rising or any(t.high_since is not None and step - t.high_since + 1 >= s.outlier_steps for t in high)
+        lasts = rising or any(t.high_count >= s.outlier_steps for t in high)
         broad = tasks[0].excess >= s.lone_factor if len(tasks) == 1 else 2 * len(moved) >= max(len(tasks), 4)
         if not (nonfinite or startup or lasts or (high and broad)):
             return None
@@ -256,6 +268,61 @@ class DivergenceClassifier:
             return self._diverge_nothing_learned("training AUC")
         return None
 
+    def _check_step_cut(self) -> Event | None:
+        """The fast verdict: a spike has cut the step size of a layer, and the AUC of a task is lost.
+
+        Adagrad's step size does not come back. So what was lost is not learned again soon, and there is no reason to
+        wait. A cut alone is not enough: a spike that makes all steps small may leave the weights as good as they were.
+        """
+        s, spike = self._settings, self._first_open()
+        if spike is None or spike.startup or not self._cut >= s.lost_step_cut:
+            return None
+        if self._step - spike.step + 1 < s.fast_steps:
+            return None
+        first = max(spike.step, self._step - 2 * s.fast_steps + 1)
+        for task, before in zip(self.tasks, self._skill_before(), strict=True):
+            now = task.skill.between(first, self._step)
+            if now.lost_auc(before, s):
+                cut = f"the step size of the median coordinate of a layer was cut {self._cut:.3g} times"
+                fell = f"the AUC of {task.name} fell from {before.auc:.3f} to {now.auc:.3f}"
+                return self._diverge(f"{spike}; {cut} and {fell} within {self._step - spike.step + 1} steps", None)
+        return None
+
+    def _check_probation(self) -> list[Event]:
+        """Settles the spikes that are over: micro as soon as the skill is back, full if it is not in time."""
+        s, probation = self._settings, self.probation
+        if probation is None or self.spike is not None or self._step - probation.since + 1 < s.proof_steps:
+            return []
+        lost = self._what_was_lost(probation.before)
+        if not lost:
+            return self._settle()
+        if self._step < probation.deadline:
+            return []
+        return [self._diverge(self._but(f"{lost} after {self._step - probation.since + 1} steps"), None)]
+
+    def _what_was_lost(self, before: Sequence[Skill]) -> str:
+        """Which task's skill is not what it was, in words; empty where all are."""
+        first = self._step - self._settings.proof_steps + 1
+        for task, was in zip(self.tasks, before, strict=True):
+            now = task.skill.between(first, self._step)
+            if now.lost_auc(was, self._settings):
+                return f"the AUC of {task.name} did not: {was.auc:.3f} before, {now.auc:.3f}"
+            if now.lost_fit(was):
+                worth = f"{was.relative_loss:.3f} before, {now.relative_loss:.3f}"
+                return f"the loss of {task.name} beside that of a constant prediction did not: {worth}"
+        return ""
+
+    def _but(self, what: str) -> str:
+        """What came back and what did not, of the open or unsettled spikes."""
+        spike = self.probation.spikes[-1] if self.probation else self.spike
+        assert spike is not None
+        return f"{self._came_back(spike)}, {what}"
+
+    def _came_back(self, spike: LossSpike) -> str:
+        if not spike.calm_steps:
+            return f"{spike} and had not come back when training ended"
+        return f"{spike}; the loss came back after {spike.calm_since - spike.step} steps"
+
     def _check_spike(self) -> list[Event]:
         """Ends the open spike where it has recovered or has lasted too long."""
         spike, s = self.spike, self._settings
@@ -265,8 +332,10 @@ class DivergenceClassifier:
             return self._end_spike()
         if self._step - spike.step < s.patience:
             return []
-        if self._losses_are_lost():
+        if self._losses_are_lost() or spike.depth >= s.blowup_ratio:
             return [self._diverge(self._not_recovered(spike), spike.step)]
+        if (lost := self._what_was_lost(self._before)) or (lost := self._worse_than_constant()):
+            return [self._diverge(f"{self._not_recovered(spike)}; {lost}", spike.step)]
         for task in self.tasks:
             if max(task.excess, task.median_excess) > 0.5:
                 task.baseline.restart(list(task.recent))
@@ -277,23 +346,50 @@ class DivergenceClassifier:
     def _losses_are_lost(self) -> bool:
         """Whether losses that stay high mean a lost model: most of them are high, or one is very high."""
         s = self._settings
-        ratios = [t.median_ratio for t in self.tasks if max(t.excess, t.median_excess) > _RECOVERED]
+        ratios = [t.median_ratio for t in self.tasks if max(t.excess, t.median_excess) > RECOVERED]
         if any(r >= s.lost_ratio_alone for r in ratios):
             return True
         return 2 * sum(r >= s.lost_ratio for r in ratios) > len(self.tasks)
 
-    def _end_spike(self) -> list[Event]:
+    def _worse_than_constant(self) -> str:
+        """A task whose loss is high, and no better than that of a constant prediction, in words; or nothing."""
+        first = self._step - self._settings.proof_steps + 1
+        for task in self.tasks:
+            now = task.skill.between(first, self._step)
+            if max(task.excess, task.median_excess) > 0.5 and now.relative_loss - 3.0 * now.noise >= 1.0:
+                return f"the loss of {task.name} is {now.relative_loss:.3g}x that of a constant prediction"
+        return ""
+
+    def _end_spike(self, *, proven: bool = False) -> list[Event]:
+        """Ends the open spike: micro where nothing but the loss is known or all is ``proven``, otherwise probation."""
         spike, self.spike = self.spike, None
         if spike is None:
             return []
         self._last_spike = spike
-        if spike.startup:
+        if spike.startup or (spike.calm_steps and not spike.is_event(self._settings)):
             return []
+        s, known = self._settings, any(skill.is_known for skill in self._before)
+        if self.probation is not None:
+            self.probation.spikes.append(spike)
+            self.probation.since = max(spike.calm_since, self.probation.since)
+            return []
+        if known and not proven:
+            since = spike.calm_since
+            self.probation = Probation([spike], self._before, since, since + s.recovery_steps - 1)
+            return []
+        return [self._micro(spike)]
+
+    def _settle(self) -> list[Event]:
+        """All spikes of the probation were micro divergences."""
+        probation, self.probation = self.probation, None
+        return [self._micro(spike) for spike in probation.spikes] if probation else []
+
+    def _micro(self, spike: LossSpike) -> Event:
         self.micro_count += 1
         if not spike.calm_steps:
-            return [self._record("micro", spike, None, f"{spike} and had not come back when training ended")]
+            return self._record("micro", spike, None, f"{spike} and had not come back when training ended")
         text = f"{spike} and came back in {spike.calm_since - spike.step} steps"
-        return [self._record("micro", spike, spike.calm_since, text)]
+        return self._record("micro", spike, spike.calm_since, text)
 
     def _diverge_auc_lost(self) -> Event:
         since, last = self._auc.at_chance.since, self._last_spike
@@ -306,12 +402,15 @@ class DivergenceClassifier:
         return self._diverge(f"{what} is at 0.5 after {self._step_count} steps, no task was learned", None)
 
     def _diverge(self, reason: str, since: int | None) -> Event:
-        """Records the full divergence. It began with the open spike if there is one, otherwise at step ``since``."""
-        spike = self.spike or LossSpike(step=since or 1, task="", depth=1.0, startup=False)
+        """Records the full divergence. It began with the first spike that is open or unsettled, or at ``since``."""
+        open_spike = self._first_open()
+        spike = open_spike or LossSpike(step=since or 1, task="", depth=1.0, startup=False)
         if since is not None and since != spike.step:
             reason = f"{reason} since step {since}"
-        if self.spike is not None and not reason.startswith(str(spike)):
+        named = [*(self.probation.spikes if self.probation else []), spike]
+        if open_spike is not None and not any(reason.startswith(str(x)) for x in named):
             reason = f"{spike}; {reason}"
+        self.probation = None
         self.full_divergence = self._record("full", spike, None, reason)
         return self.full_divergence
 
@@ -342,7 +441,11 @@ class DivergenceClassifier:
             "tasks": {task.name: task.state_dict() for task in self.tasks},
             "spikes": {name: asdict(spike) if spike else None for name, spike in spikes.items()},
             "full_divergence": asdict(self.full_divergence) if self.full_divergence else None,
+            "before": [asdict(skill) for skill in self._before],
+            "probation": self.probation.state_dict() if self.probation else None,
+            "cut": self._cut,
             "micro_count": self.micro_count,
+            "unsettled_count": self.unsettled_count,
             "first_step": self.first_step,
             "step_count": self._step_count,
             "step": self._step,
@@ -361,6 +464,9 @@ class DivergenceClassifier:
         if self.spike is not None and self._blowup is not None and self.spike.step == self._blowup.step:
             self._blowup = self.spike  # the same object while the spike is open
         self.full_divergence = Event(**state["full_divergence"]) if state["full_divergence"] else None
+        self._before = [Skill(**skill) for skill in state["before"]]
+        self.probation = Probation.of(state["probation"]) if state["probation"] else None
+        self._cut, self.unsettled_count = state["cut"], state["unsettled_count"]
         self.micro_count, self.first_step = state["micro_count"], state["first_step"]
         self._step_count, self._step, self._was_varied = state["step_count"], state["step"], state["was_varied"]
         self._auc.load_state_dict(state["auc"])

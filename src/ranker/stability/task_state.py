@@ -7,7 +7,8 @@ from bisect import bisect_left, insort
 from collections import deque
 from typing import Any
 
-from ranker.stability.detector_interface import DetectorSettings
+from ranker.stability.detector_interface import MAX_PROOF_STEPS, DetectorSettings
+from ranker.stability.skill import SkillWindow
 
 _MIN_VALUES = 16  # number of losses from which their median is a usable level
 _LN2 = math.log(2.0)
@@ -138,8 +139,10 @@ class TaskState:
         excess: excess of the last loss over the baseline, in thresholds; infinite where the loss was not finite.
         median_excess: the same for the median of the last losses (``Baseline.median_excess``).
         high_since: first of the consecutive steps whose loss the baseline rejects; None if it does not.
+        high_count: number of these losses; steps without labels do not count.
         auc: last training AUC; nan for a regression.
         recent: last finite losses, newest last.
+        skill: the last batches.
         ratio: last loss divided by the baseline.
         ratio_to_first: last loss divided by the first loss.
     """
@@ -150,14 +153,26 @@ class TaskState:
         self._settings = settings
         self.excess = self.median_excess = 0.0
         self.high_since: int | None = None
+        self.high_count = 0
         self.auc = math.nan
         self.recent: deque[float] = deque(maxlen=settings.settle)
+        self.skill = SkillWindow(2 * MAX_PROOF_STEPS)
         self.ratio = self.ratio_to_first = 1.0
+        self._pool = (0.0, 0.0)  # sum of losses, and number of labels, of batches with few labels
+        self._loss = 0.0  # what was made of the last loss
 
-    def update(self, step: int, loss: float, auc: float) -> None:
-        """Takes the signals of a step. A loss of exactly 0 means that no label was observed."""
+    def update(self, step: int, loss: float, auc: float, labels: float = math.nan) -> None:
+        """Takes the signals of a step.
+
+        Args:
+            step: number of the step.
+            loss: mean over the observed labels; exactly 0 where there was none.
+            auc: running training AUC; nan where there is none.
+            labels: number of labels; nan where it is unknown.
+        """
         if not math.isnan(auc):
             self.auc = auc
+        loss = self._loss = self._pooled(loss, labels)
         if loss == 0.0:
             return
         if math.isfinite(loss):
@@ -169,15 +184,30 @@ class TaskState:
             self.ratio_to_first = loss / self.baseline.first if self.baseline.first > 0 else 1.0
         else:
             self.excess = self.ratio = self.ratio_to_first = math.inf
+        self.high_count = self.high_count + 1 if self.excess > 0.5 else 0
         if self.excess <= 0.5:
             self.high_since = None
         elif self.high_since is None:
             self.high_since = step
 
-    def update_baseline(self, loss: float) -> None:
-        """Adds the loss of a step at which no spike is open to the baseline."""
-        if loss != 0.0 and math.isfinite(loss):
-            self.baseline.accept(loss)
+    def update_baseline(self) -> None:
+        """Adds the loss of the last step, at which no spike was open, to the baseline."""
+        if self._loss != 0.0 and math.isfinite(self._loss):
+            self.baseline.accept(self._loss)
+
+    def _pooled(self, loss: float, labels: float) -> float:
+        """The mean loss over at least ``min_labels`` labels; 0 until there are so many.
+
+        The loss of one label says nothing about the model, so the few labels of several batches are added up.
+        """
+        if math.isnan(labels) or not math.isfinite(loss):
+            return loss
+        if not self._pool[1] and labels >= self._settings.min_labels:
+            return loss
+        total, count = self._pool[0] + loss * labels, self._pool[1] + labels
+        enough = count >= self._settings.min_labels
+        self._pool = (0.0, 0.0) if enough else (total, count)
+        return total / count if enough else 0.0
 
     @property
     def median_ratio(self) -> float:
@@ -201,16 +231,22 @@ class TaskState:
             "excess": self.excess,
             "median_excess": self.median_excess,
             "high_since": self.high_since,
+            "high_count": self.high_count,
             "auc": self.auc,
             "recent": list(self.recent),
             "ratio": self.ratio,
             "ratio_to_first": self.ratio_to_first,
+            "skill": self.skill.state_dict(),
+            "pool": list(self._pool),
+            "loss": self._loss,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continues from ``state_dict()``."""
         self.baseline.load_state_dict(state["baseline"])
         self.excess, self.median_excess = state["excess"], state["median_excess"]
-        self.high_since, self.auc = state["high_since"], state["auc"]
+        self.high_since, self.high_count, self.auc = state["high_since"], state["high_count"], state["auc"]
         self.recent = deque(state["recent"], maxlen=self._settings.settle)
         self.ratio, self.ratio_to_first = state["ratio"], state["ratio_to_first"]
+        self.skill.load_state_dict(state["skill"])
+        self._pool, self._loss = (state["pool"][0], state["pool"][1]), state["loss"]

@@ -47,6 +47,7 @@ class StepSignals:
         batch_auc_T: AUC of the batch of each task.
         positives_T: number of positive labels of the batch.
         labels_T: number of observed labels of the batch.
+        variance_T: variance of these labels.
         step_cut_3: by how much the last steps cut the step size; None before the optimizer's step.
     """
 
@@ -57,6 +58,7 @@ class StepSignals:
     batch_auc_T: Tensor
     positives_T: Tensor
     labels_T: Tensor
+    variance_T: Tensor
     step_cut_3: Tensor | None = None
 
     def after_step(self, step_cut: StepCut | None) -> StepSignals:
@@ -116,6 +118,7 @@ def step_signals(
         batch_auc_T=stats.batch_auc_T,
         positives_T=stats.positives_T,
         labels_T=stats.labels_T,
+        variance_T=stats.variance_T,
     )
 
 

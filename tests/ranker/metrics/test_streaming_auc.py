@@ -162,3 +162,5 @@ def test_the_batch_alone_has_an_auc_and_counts_of_its_own():
     assert bool(stats.batch_auc_T.isnan().all())
     assert stats.positives_T.tolist() == [0.0, 0.0, 0.0]
     assert stats.labels_T.tolist() == [0.0, 3.0, 0.0]
+    assert float(stats.variance_T[1]) == pytest.approx(torch.tensor([1.0, 0.5, 0.1]).var(correction=0))
+    assert math.isnan(stats.variance_T[0])

@@ -20,7 +20,7 @@ def judged() -> Callable[..., Outcome]:
         detector = DivergenceDetector(TASKS, **settings)
         events: list[Event] = []
         for i in range(len(trace)):
-            detector.update(i + 1, trace.losses_NT[i], trace.auc_NT[i], trace.spread_NT[i], trace.nonfinite_N[i])
+            detector.update(i + 1, **trace.signals(i))
             if (i + 1) % poll_every == 0:
                 events += detector.poll()
                 if detector.status == "diverged":

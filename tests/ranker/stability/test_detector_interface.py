@@ -22,7 +22,7 @@ Judged = Callable[..., Any]
 
 def feed(detector: DivergenceDetector, trace: Trace, start: int, stop: int) -> None:
     for i in range(start, stop):
-        detector.update(i + 1, trace.losses_NT[i], trace.auc_NT[i], trace.spread_NT[i], trace.nonfinite_N[i])
+        detector.update(i + 1, **trace.signals(i))
 
 
 def eventful() -> Trace:

@@ -27,8 +27,7 @@ def rank_main(rank: int, folder: str) -> None:
     detector = DivergenceDetector(TASKS)
     seen = []
     for i in range(STEPS):
-        signals = reduce_signals(trace.losses_NT[i], trace.auc_NT[i], trace.spread_NT[i], trace.nonfinite_N[i])
-        detector.update(i + 1, **signals)
+        detector.update(i + 1, **reduce_signals(**trace.signals(i)))
         seen += detector.poll()
     torch.save({"events": [e.to_dict() for e in seen], "state": detector.state_dict()}, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
