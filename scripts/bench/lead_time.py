@@ -1,4 +1,4 @@
-"""Which early sign moves before the first bad loss: ``python scripts/bench/lead_time.py TRACES --help``.
+"""Which early sign moves before the first bad loss of an event: ``python scripts/bench/lead_time.py TRACES --help``.
 
 Every sign is compared with the run's own past, so that one threshold serves all models:
 
@@ -22,9 +22,9 @@ from pathlib import Path
 
 import numpy as np
 
-from natural_events import first_event, recorded
+from natural_events import recorded
 from ranker.reports.comparison import as_markdown
-from recorded_runs import Array, Recorded
+from recorded_runs import Array, Recorded, first_event
 
 WINDOW = 50  # steps of the past, of the stretch in which an alarm counts, and between two alarms
 FIRST = 60  # first step that can give an alarm
@@ -132,7 +132,7 @@ def z_scores(x: Array) -> Array:
 
 def scored(run: Recorded) -> dict[str, Scored]:
     """The scores of a run, by sign."""
-    event, found = first_event(run), {}
+    event, found = first_event(run.loss_N.tolist()), {}
     for sign, x in signs_of(run).items():
         z = z_scores(x)
         if event is None:
@@ -223,7 +223,7 @@ def main() -> int:
     scores = [scored(run) for run in runs]
     signs = list(dict.fromkeys(sign for found in scores for sign in found))
     curves = {sign: curve([found[sign] for found in scores if sign in found]) for sign in signs}
-    unhit = [run for run in runs if first_event(run) is None]
+    unhit = [run for run in runs if first_event(run.loss_N.tolist()) is None]
     lines = [f"{len(runs) - len(unhit)} events, {sum(x.steps for x in unhit):,} steps of {len(unhit)} unhit runs", ""]
     for budget in BUDGETS:
         lines += [f"At most {budget:g} false alarms per 10,000 healthy steps:", ""]

@@ -1,16 +1,18 @@
 """The events of recorded runs, and what the detector says of them: ``python scripts/bench/natural_events.py --help``.
 
-An event begins at the first step after step 100 at which the loss (the sum that the optimizer minimises) is not finite,
-or at least twice its median over the 100 steps before. Only the first event of a run counts. What it did is told by
-the AUC, 400 to 500 steps later (or in the last 100 steps of a run that ends sooner, but at least 200 steps later):
+A loss (the sum that the optimizer minimises) is bad where it is not finite, or at least twice its median over the 100
+steps before. An event begins at the first bad loss after step 100, if 3 of the 10 losses from there on are bad: one
+alone is an outlier among the labels. Only the first event of a run counts. What it did is told by the AUC, 400 to 500
+steps later (or in the last 100 steps of a run that ends sooner, but at least 150 steps later):
 
     recovered   at most ``--tolerance`` below the twin
     lost        farther below it
     unsettled   the run ends too soon to tell
 
 The AUC is that of the predictions before each step, over 100 steps, averaged over the binary tasks with at least 200
-positive rows there. The twin is a run without an event, at a lower rate, of the same data, seed and G_0, and so on the
-same rows: of the same model where there is one. The detector takes no part in this.
+positive rows there. The twin is a run without an event on the same rows in the same order (the same data and seed), as
+much like the run as there is one: of the same model, then of the same G_0, then plain Adagrad, then of the lowest rate.
+The detector takes no part in this.
 """
 
 from __future__ import annotations
@@ -30,9 +32,9 @@ import torch
 
 from ranker.reports.comparison import as_markdown
 from ranker.stability import DivergenceDetector
-from recorded_runs import BLOCK, PAST, Recorded, bad, read
+from recorded_runs import BLOCK, PAST, Recorded, first_event, read
 
-SETTLED = 200  # steps after the event from which on its outcome can be told
+SETTLED = 150  # steps after the event from which on its outcome can be told
 FEWEST_POSITIVES = 200
 EARLY, LATE = 3, 20  # a detected event belongs to the true one if it begins in this many steps around it
 
@@ -80,12 +82,6 @@ class Verdict:
     suspected: int
 
 
-def first_event(run: Recorded) -> int | None:
-    """First step of the first event after step ``PAST``; None without one."""
-    losses = run.loss_N.tolist()
-    return next((i + 1 for i in range(PAST, len(losses)) if bad(losses[i - PAST : i + 1])), None)
-
-
 def skill(run: Recorded, stop: int) -> dict[int, float]:
     """AUC per task over the last two whole blocks that end at or before a step; only tasks with enough positives."""
     last = stop // BLOCK
@@ -101,7 +97,7 @@ def skill(run: Recorded, stop: int) -> dict[int, float]:
 
 def outcomes(runs: Mapping[str, Recorded], tolerance: float) -> list[Outcome]:
     """The outcome of every run, by the twins among the runs."""
-    events = {name: first_event(run) for name, run in runs.items()}
+    events = {name: first_event(run.loss_N.tolist()) for name, run in runs.items()}
     learned = {name: len(run.arrays["block_auc"]) >= 6 for name, run in runs.items()}
     unhit = {name: runs[name] for name in runs if events[name] is None and learned[name]}
     return [
@@ -110,16 +106,19 @@ def outcomes(runs: Mapping[str, Recorded], tolerance: float) -> list[Outcome]:
 
 
 def _twin(run: Recorded, unhit: Mapping[str, Recorded]) -> Recorded | None:
-    """The unhit run of the lowest rate of the same data, seed and G_0, plain Adagrad, preferably of the same model."""
-    same = ("data", "seed", "batch_size", "initial_accumulator_value")
+    """The unhit run on the same rows that is most like the run."""
+    same = ("data", "seed", "batch_size")
     found = [
-        other
-        for other in unhit.values()
-        if other.meta["optim"] == "adagrad"
-        and all(other.meta[key] == run.meta[key] for key in same)
-        and other.meta["tasks"] == run.meta["tasks"]
+        x
+        for x in unhit.values()
+        if x.meta["tasks"] == run.meta["tasks"] and all(x.meta[k] == run.meta[k] for k in same)
     ]
-    return min(found, key=lambda x: (x.meta["model"] != run.meta["model"], x.meta["lr"]), default=None)
+    alike = ("model", "initial_accumulator_value")
+    return min(
+        found,
+        key=lambda x: (*(x.meta[k] != run.meta[k] for k in alike), x.meta["optim"] != "adagrad", x.meta["lr"]),
+        default=None,
+    )
 
 
 def _outcome(
@@ -165,7 +164,7 @@ def judge(name: str, run: Recorded) -> Verdict:
 def _signals(run: Recorded) -> Iterator[dict[str, torch.Tensor]]:
     rows, tasks = torch.from_numpy(run.arrays["signals"]), len(run.meta["tasks"])
     for row in rows:
-        losses, aucs, spreads, batch, positives, labels, flag, cut = row.split([tasks] * 6 + [1, 3])
+        losses, aucs, spreads, batch, positives, labels, variances, flag, cut = row.split([tasks] * 7 + [1, 3])
         yield {
             "losses_T": losses,
             "auc_T": aucs,
@@ -174,6 +173,7 @@ def _signals(run: Recorded) -> Iterator[dict[str, torch.Tensor]]:
             "batch_auc_T": batch,
             "positives_T": positives,
             "labels_T": labels,
+            "variance_T": variances,
             "step_cut_3": cut,
         }
 
@@ -273,6 +273,9 @@ def main() -> int:
     runs = recorded(args.traces)
     truth = outcomes(runs, args.tolerance)
     verdicts = {path.stem: read_verdicts(path) for path in args.beside}
+    for path, said in zip(args.beside, verdicts.values(), strict=True):
+        if missing := runs.keys() - said.keys():
+            parser.error(f"{path} has no verdict on {min(missing)} and {len(missing) - 1} more; make it again")
     own = {name: judge(name, run) for name, run in runs.items()}
     if args.outcomes:
         write_rows(args.outcomes, truth)

@@ -21,11 +21,14 @@ from trace_recorder import record
 UNNAMED = ("data.source", "data.cache_dir", "train.threads")
 
 
-def runs(grids: Sequence[Sequence[str]], common: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
+def runs(
+    grids: Sequence[Sequence[str]], common: Sequence[str], kuairand: Path | None = None
+) -> Iterator[tuple[str, list[str]]]:
     """Name of the file and overrides of each run, each run once."""
     seen = set()
     for grid in grids:
-        for overrides in expand(parse([*grid, *common])):
+        source = [f"data.source={kuairand}"] if kuairand and "data=kuairand" in (*grid, *common) else []
+        for overrides in expand(parse([*grid, *common, *source])):
             name = name_of(overrides)
             if name not in seen:
                 seen.add(name)
@@ -58,6 +61,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--out", type=Path, required=True, help="folder of the files")
     parser.add_argument("--plan", type=Path, help="file of grids, one a line; # starts a comment")
+    parser.add_argument("--kuairand", type=Path, help="data.source of the runs with data=kuairand")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no run after this many minutes")
     parser.add_argument("--no-sharpness", action="store_true", help="leave out the sharpness, the costliest sign")
     parser.add_argument("--rare-every", type=int, default=20, help="steps between two task cosines and sharpnesses")
@@ -67,7 +71,7 @@ def main() -> int:
     if args.plan:
         lines = (line.partition("#")[0].split() for line in args.plan.read_text(encoding="utf-8").splitlines())
         grids = [line for line in lines if line]
-    planned = list(runs(grids, overrides))
+    planned = list(runs(grids, overrides, args.kuairand))
     missing = [(name, run) for name, run in planned if not (args.out / f"{name}.npz").is_file()]
     print(f"{len(planned)} runs, {len(missing)} to record", flush=True)
     start = time.monotonic()

@@ -14,9 +14,10 @@ import numpy.typing as npt
 
 from ranker.atomic import replacing
 
-FORMAT = 2
+FORMAT = 3
 BLOCK = 50  # steps over which an AUC of the predictions before each step is computed
-BAD = 2.0  # an event begins where the loss is this many times its median over the past
+BAD = 2.0  # a loss is bad where it is this many times its median over the past
+NEAR, FEWEST = 10, 3  # an event begins where so many losses in a row have so many bad ones
 PAST = 100  # steps; an event before this step is one of the start
 LEARNED = 0.53  # a run whose first task has a lower AUC at step 2 PAST is lost or slow from the start
 AFTER = 500  # steps that are recorded after the first event
@@ -68,9 +69,23 @@ def read(path: Path) -> Recorded:
     return Recorded(meta=json.loads(str(arrays.pop("meta"))), arrays=arrays)
 
 
-def bad(losses: Sequence[float]) -> bool:
-    """Whether the last of some losses begins an event: it is not finite, or ``BAD`` times the median of the others."""
-    return len(losses) > PAST and not losses[-1] <= BAD * float(np.median(losses[:-1]))
+def event_begins(losses: Sequence[float]) -> bool:
+    """Whether an event begins after the first ``PAST`` of ``PAST + NEAR`` losses in a row.
+
+    A loss is bad where it is not finite, or at least ``BAD`` times the median of the first ``PAST``. An event begins
+    with a bad loss if ``FEWEST`` of the ``NEAR`` losses from there on are bad. One bad loss alone is an outlier among
+    the labels: a run of any rate has it at the same rows.
+    """
+    past, near = losses[:PAST], losses[PAST:]
+    limit = BAD * float(np.median(past))
+    bad = [not loss < limit for loss in near]
+    return bad[0] and sum(bad) >= FEWEST
+
+
+def first_event(losses: Sequence[float]) -> int | None:
+    """First step of the first event after step ``PAST``; None without one. The first loss is that of step 1."""
+    places = range(len(losses) - PAST - NEAR + 1)
+    return next((i + PAST + 1 for i in places if event_begins(losses[i : i + PAST + NEAR])), None)
 
 
 def write(run: Recorded, path: Path) -> None:

@@ -32,7 +32,7 @@ from ranker.stability import LayerActivations, layer_signs, task_gradients
 from ranker.training.module import RankingModule
 from ranker.training.sharpness_probe import RATIO, SharpnessProbe
 from ranker.training.training_step import clip_gradients, forward_loss, make_step_cut, step_signals
-from recorded_runs import AFTER, BLOCK, FORMAT, LEARNED, LOG2_UNITS, PAST, Array, Recorded, bad
+from recorded_runs import AFTER, BLOCK, FORMAT, LEARNED, LOG2_UNITS, NEAR, PAST, Array, Recorded, event_begins
 
 ROOT = Path(__file__).resolve().parents[2]
 SAMPLE = 128  # coordinates of G per matrix
@@ -257,8 +257,8 @@ def record(
         if eval_every and step % eval_every == 0:
             evaluated.append((step, _evaluated(module, held_out)))
         totals.append(float(loss.total.detach()))
-        if last is None and bad(totals[-PAST - 1 :]):
-            last = step + AFTER
+        if last is None and step >= PAST + NEAR and event_begins(totals[-PAST - NEAR :]):
+            last = step - NEAR + AFTER
         if last is None and step == 2 * PAST and not aucs[-1][0] > LEARNED:
             last = step
         if step in (cfg.train.max_steps, last):
