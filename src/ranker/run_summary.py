@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -15,6 +16,7 @@ from ranker.runs import provenance
 from ranker.runs.config_identity import config_hash
 from ranker.runs.metric_names import TEST, task_metric
 from ranker.runs.run_folder import versions
+from ranker.stability.gate import relative_loss
 from ranker.stability.optimizer_state import ADAPTED, adaptation
 
 if TYPE_CHECKING:  # a sweep reads summaries of earlier runs without importing Lightning
@@ -30,7 +32,7 @@ def summarise(run: Run, *, status: str, reason: str, seconds: float) -> dict[str
     Args:
         run: the run.
         status: ``completed``, ``diverged`` or ``failed``.
-        reason: why it is not completed, in one sentence; empty if it is.
+        reason: why it is not completed, or what is not settled, in one sentence; empty otherwise.
         seconds: wall-clock time of training and evaluation.
     """
     stability, detector = run.stability, run.stability.detector
@@ -41,6 +43,7 @@ def summarise(run: Run, *, status: str, reason: str, seconds: float) -> dict[str
         "reason": reason,
         **asked_for(run.cfg),
         "metrics": run.module.holdout,
+        "no_better_than_constant": no_better_than_constant(run.module.holdout),
         "divergence": detector.summary() if detector else dict(NO_DIVERGENCE),
         **({"sharpness": looked} if looked else {}),
         **({"adapted": adapted} if adapted else {}),
@@ -64,6 +67,7 @@ def never_began(cfg: DictConfig, *, reason: str, seconds: float) -> dict[str, An
         "reason": reason,
         **asked_for(cfg),
         "metrics": {},
+        "no_better_than_constant": [],
         "divergence": dict(NO_DIVERGENCE),
         "rollbacks": [],
         "steps": 0,
@@ -129,6 +133,13 @@ def show(summary: dict[str, Any], console: Console | None = None) -> None:
     console.print(verdict, soft_wrap=True, style="yellow" if summary["reason"] else "green", highlight=False)
     if warning := never_adapted(summary):
         console.print(warning, soft_wrap=True, style="yellow", highlight=False)
+    if useless := no_better_than_constant(metrics):
+        console.print(
+            f"no better than a constant prediction on the hold-out: {', '.join(useless)} (NE >= 1, or R2 <= 0)",
+            soft_wrap=True,
+            style="yellow",
+            highlight=False,
+        )
     if summary["bad_rows"]:
         console.print(f"{summary['bad_rows']:,} rows could not be used and were left out", style="yellow")
     console.print(
@@ -155,6 +166,17 @@ def never_adapted(summary: dict[str, Any]) -> str:
         f"({100 * adapted['share']:.3g} % of the coordinates are above {ADAPTED * start:g}); "
         f"try optim.initial_accumulator_value={lower:g} with a lower lr_mult"
     )
+
+
+def no_better_than_constant(metrics: Mapping[str, float | None]) -> list[str]:
+    """Names of the tasks whose loss on the hold-out is at least that of the best constant prediction.
+
+    Args:
+        metrics: those of the hold-out, by ``test/<task>/<metric>``.
+    """
+    own = {key.removeprefix(f"{TEST}/"): value for key, value in metrics.items() if value is not None}
+    tasks = dict.fromkeys(key.split("/")[0] for key in own)
+    return [task for task in tasks if relative_loss(own, task) >= 1.0]
 
 
 def objective(summary: dict[str, Any], name: str | None) -> float:

@@ -121,7 +121,8 @@ def _cell(cell: dict[str, Any], metric: str) -> str:
     value = ""
     if mean is not None and not math.isnan(mean):
         value = f"{scale * mean:.{digits}f}" + (f" ± {scale * std:.{digits}f}" if std is not None else "")
-    notes = [f"{kind} {cell[kind]} of {cell['runs']}" for kind in ("diverged", "failed") if cell[kind]]
+    kinds = ("diverged", "failed", "unsettled")
+    notes = [f"{kind} {cell[kind]} of {cell['runs']}" for kind in kinds if cell.get(kind)]
     return "; ".join([*notes, *([value] if value else [])])
 
 

@@ -39,7 +39,7 @@ def find_runs(folder: str | Path) -> list[Path]:
 def load_runs(folder: str | Path) -> pl.DataFrame:
     """The runs at or below a folder: settings, status, and every metric on the hold-out.
 
-    Columns: data, scale, model, optim, mitigation, lr_mult, seed, lr, status, first_step, micro, steps,
+    Columns: data, scale, model, optim, mitigation, lr_mult, seed, lr, status, first_step, micro, unsettled, steps,
     examples_per_second, data_wait_fraction, dense_parameters, reason, config_hash, commit, machine (null for runs of
     older versions), run, and ``<task>/<metric>``.
 
@@ -98,6 +98,8 @@ def by_cell(runs: pl.DataFrame, metrics: Sequence[str]) -> pl.DataFrame:
     done = pl.col("status") == "completed"
     cells = [pl.len().alias("runs")]
     cells += [(pl.col("status") == status).sum().alias(status) for status in ("diverged", "failed")]
+    if "unsettled" in runs.columns:
+        cells.append((done & (pl.col("unsettled") > 0)).sum().alias("unsettled"))
     for metric in metrics:
         cells.append(pl.col(metric).filter(done).mean().alias(f"{metric}/mean"))
         cells.append(pl.col(metric).filter(done).std().alias(f"{metric}/std"))
@@ -108,7 +110,8 @@ def by_cell(runs: pl.DataFrame, metrics: Sequence[str]) -> pl.DataFrame:
 
 def _row(summary: Mapping[str, Any], name: str) -> dict[str, Any]:
     row = {key: summary[key] for key in (*KEYS, *COPIED)}
-    row |= {"first_step": summary["divergence"]["first_step"], "micro": summary["divergence"]["micro"]}
+    found = summary["divergence"]
+    row |= {"first_step": found["first_step"], "micro": found["micro"], "unsettled": found.get("unsettled") or 0}
     row |= {"dense_parameters": summary["parameters"]["dense"], "run": name}
     row |= {"mitigation": summary.get("mitigation", "none")} | {key: summary.get(key) for key in MADE_WITH}
     return row | {key.removeprefix(f"{TEST}/"): value for key, value in summary["metrics"].items()}
@@ -130,7 +133,7 @@ def _tracked_summary(run: TrackedRun) -> dict[str, Any] | None:
     return {
         **dict.fromkeys(COPIED),
         **flat,
-        "divergence": {"micro": flat.get("divergence/micro"), "first_step": flat.get("divergence/first_step")},
+        "divergence": {key: flat.get(f"divergence/{key}") for key in ("micro", "unsettled", "first_step")},
         "parameters": {"dense": flat.get("parameters/dense")},
         "metrics": {key: value for key, value in flat.items() if key.startswith(f"{TEST}/")},
     }
