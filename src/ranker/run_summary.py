@@ -17,10 +17,12 @@ from ranker.runs.config_identity import config_hash
 from ranker.runs.metric_names import TEST, task_metric
 from ranker.runs.run_folder import versions
 from ranker.stability.gate import relative_loss
+from ranker.stability.optimizer_state import ADAPTED, adaptation
 
 if TYPE_CHECKING:  # a sweep reads summaries of earlier runs without importing Lightning
     from ranker.build import Run
 
+ADAPTED_AFTER = 100  # steps from which on a run is told that Adagrad never adapted
 NO_DIVERGENCE = {"micro": 0, "full": False, "unsettled": 0, "first_step": None}
 
 
@@ -35,6 +37,7 @@ def summarise(run: Run, *, status: str, reason: str, seconds: float) -> dict[str
     """
     stability, detector = run.stability, run.stability.detector
     looked = run.sharpness.summary() if run.sharpness else None
+    adapted = _adaptation(run)
     return {
         "status": status,
         "reason": reason,
@@ -43,6 +46,7 @@ def summarise(run: Run, *, status: str, reason: str, seconds: float) -> dict[str
         "no_better_than_constant": no_better_than_constant(run.module.holdout),
         "divergence": detector.summary() if detector else dict(NO_DIVERGENCE),
         **({"sharpness": looked} if looked else {}),
+        **({"adapted": adapted} if adapted else {}),
         "rollbacks": [dict(record) for record in stability.rollbacks],
         "steps": run.trainer.global_step,
         "examples": run.bookkeeping.examples,
@@ -127,6 +131,8 @@ def show(summary: dict[str, Any], console: Console | None = None) -> None:
         console.print(table)
     verdict = f"{summary['status']}: {summary['reason']}" if summary["reason"] else summary["status"]
     console.print(verdict, soft_wrap=True, style="yellow" if summary["reason"] else "green", highlight=False)
+    if warning := never_adapted(summary):
+        console.print(warning, soft_wrap=True, style="yellow", highlight=False)
     if useless := no_better_than_constant(metrics):
         console.print(
             f"no better than a constant prediction on the hold-out: {', '.join(useless)} (NE >= 1, or R2 <= 0)",
@@ -142,6 +148,23 @@ def show(summary: dict[str, Any], console: Console | None = None) -> None:
         f"{100 * summary['data_wait_fraction']:.1f} % waiting for data",
         soft_wrap=True,
         highlight=False,
+    )
+
+
+def never_adapted(summary: dict[str, Any]) -> str:
+    """A warning where Adagrad has not adapted the median coordinate of the shared layers; empty otherwise.
+
+    There is none below ``ADAPTED_AFTER`` steps, because a short run says nothing about G_0.
+    """
+    adapted = summary.get("adapted")
+    if not adapted or adapted["share"] >= 0.5 or summary["steps"] < ADAPTED_AFTER:
+        return ""
+    start = adapted["initial_accumulator_value"]
+    lower = min(1e-6, start / 100)
+    return (
+        f"Adagrad never adapted: the median accumulator of the shared layers is still at its start {start:g} "
+        f"({100 * adapted['share']:.3g} % of the coordinates are above {ADAPTED * start:g}); "
+        f"try optim.initial_accumulator_value={lower:g} with a lower lr_mult"
     )
 
 
@@ -162,6 +185,14 @@ def objective(summary: dict[str, Any], name: str | None) -> float:
     chosen = name or next((key for key in metrics if key.endswith("/auc")), None)
     value = metrics.get(chosen) if chosen else None
     return value if value is not None and math.isfinite(value) else 0.0  # None is a NaN read from summary.json
+
+
+def _adaptation(run: Run) -> dict[str, float] | None:
+    """How many coordinates of the layers that all tasks share have adapted; None without Adagrad's accumulators."""
+    optimizers = run.trainer.optimizers
+    shared = [p for name, p in run.module.net.named_parameters() if not name.startswith(("embeddings.", "heads."))]
+    found = adaptation(optimizers[0], shared) if optimizers else None
+    return {"share": float(found.share), "initial_accumulator_value": found.start} if found else None
 
 
 def _cell(name: str, value: float | None) -> str:

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+from ranker.run_summary import never_adapted
 from support import TINY, Finished, finished
 
 Train = Callable[..., Finished]
@@ -54,6 +55,29 @@ def test_a_run_sums_itself_up(completed: Finished) -> None:
     assert len(summary["config_hash"]) == 12
     assert "torch" in summary["machine"]
     assert summary["commit"] is None or len(summary["commit"].removesuffix("-dirty")) == 12
+
+
+def test_the_summary_says_how_far_adagrad_adapted_though_nothing_watched(train_tiny: Train, tmp_path: Path) -> None:
+    unwatched = ("callbacks=none", "train.eval_every=0")
+    adapted = train_tiny(tmp_path / "low", "optim=gc", "optim.initial_accumulator_value=1e-12", *unwatched)
+    assert adapted.summary["adapted"] == {"share": pytest.approx(1.0, abs=0.1), "initial_accumulator_value": 1e-12}
+    never = train_tiny(tmp_path / "high", "optim=gc", "optim.initial_accumulator_value=1e6", *unwatched)
+    assert never.summary["adapted"] == {"share": 0.0, "initial_accumulator_value": 1e6}
+    adam = train_tiny(tmp_path / "adam", "optim=clippy_adam", "lr_mult=0.005", *unwatched)
+    assert "adapted" not in adam.summary
+
+
+@pytest.mark.parametrize(("share", "steps", "warned"), [(0.4999, 100, True), (0.5, 100, False), (0.0, 99, False)])
+def test_a_run_whose_median_accumulator_never_left_its_start_says_so(share: float, steps: int, warned: bool) -> None:
+    text = never_adapted({"adapted": {"share": share, "initial_accumulator_value": 0.1}, "steps": steps})
+    assert ("Adagrad never adapted" in text) is warned
+    assert ("still at its start 0.1" in text) is warned
+    assert ("try optim.initial_accumulator_value=1e-06" in text) is warned
+
+
+def test_a_run_without_accumulators_is_not_told_to_change_them(completed: Finished) -> None:
+    assert never_adapted({"steps": 1000}) == ""
+    assert never_adapted(completed.summary) == ""
 
 
 def test_every_task_has_its_metrics_on_the_hold_out(completed: Finished) -> None:

@@ -3,7 +3,7 @@
 from ranker.stability.detector import DivergenceDetector
 from ranker.stability.detector_interface import DetectorSettings, Event, pack, reduce_signals
 from ranker.stability.early_signs import LayerActivations, layer_signs, task_gradients
-from ranker.stability.optimizer_state import Preconditioner, ReportsSteps, step_preconditioner
+from ranker.stability.optimizer_state import Preconditioner, ReportsSteps, adaptation, step_preconditioner
 from ranker.stability.sharpness import measure_sharpness
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "LayerActivations",
     "Preconditioner",
     "ReportsSteps",
+    "adaptation",
     "layer_signs",
     "measure_sharpness",
     "pack",

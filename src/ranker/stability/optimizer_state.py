@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 
 class StepReport(Protocol):
@@ -84,6 +85,52 @@ def adagrad_denominator(
     total: Tensor = state["sum"]
     root = total.sqrt() if gradient is None else torch.addcmul(total, gradient, gradient).sqrt_()
     return root.add_(float(group.get("eps") or 0.0))
+
+
+ADAPTED = 2.0  # a coordinate has adapted once G is above this many times G_0
+
+
+class Adaptation(NamedTuple):
+    """How many coordinates of Adagrad have adapted their step size.
+
+    Attributes:
+        share: share of the coordinates with G > 2 G_0, a scalar on the device. Below 0.5 the median coordinate is
+            still at its start.
+        start: G_0, in units of a squared gradient; the smallest one where groups of parameters differ.
+    """
+
+    share: Tensor
+    start: float
+
+
+@torch.no_grad()
+def adaptation(optimizer: torch.optim.Optimizer, parameters: Iterable[Tensor]) -> Adaptation | None:
+    """The share of coordinates whose accumulator has left its start, G > 2 G_0. One pass over G.
+
+    Until then a coordinate divides its gradient by sqrt(G_0): Adagrad is gradient descent at lr / sqrt(G_0). Of
+    sharded parameters, this rank's part counts. A G that is nan counts as not adapted.
+
+    Args:
+        optimizer: G is ``state["sum"]`` and G_0 is ``group["initial_accumulator_value"]``, as in torch.optim.Adagrad
+            and in all Adagrad-like optimizers of this project.
+        parameters: some of its parameters; those without such an accumulator are left out.
+
+    Returns:
+        None where no parameter has an accumulator.
+    """
+    groups = group_by_parameter(optimizer)
+    counts, size, starts = [], 0, []
+    for p in parameters:
+        total, start = optimizer.state.get(p, {}).get("sum"), groups.get(id(p), {}).get("initial_accumulator_value")
+        if total is None or start is None:
+            continue
+        own = total.to_local() if isinstance(total, DTensor) else total
+        counts.append((own > ADAPTED * float(start)).sum())
+        size += own.numel()
+        starts.append(float(start))
+    if not counts or not size:
+        return None
+    return Adaptation(torch.stack(counts).sum() / size, min(starts))
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from ranker.data.batch import Batch
 from ranker.errors import UserError, suggest
 from ranker.runs import metric_names
-from ranker.stability import LayerActivations, ReportsSteps, layer_signs, task_gradients
+from ranker.stability import LayerActivations, ReportsSteps, adaptation, layer_signs, task_gradients
 from ranker.training.lightning_private import is_compiled
 from ranker.training.module import Fit, RankingModule
 
@@ -34,6 +34,7 @@ class EarlySigns(Callback):
         grad_norm          norm2(g) of the layer's weight, before gradient_clip_val
         grad_over_weight   norm2(g) / norm2(w), which AGC bounds
         update_max         infinity norm of r, which Clippy bounds
+        adapted            share of the weight's coordinates whose accumulator has left its start, G > 2 G_0
         sigma              factor of the optimizer in use; 1 where its method has none
         sigma_<label>      factor that another rule would have chosen on the same g, G and w
         dead_relus         share of the layer's units that are 0 for every row of the batch
@@ -52,7 +53,7 @@ class EarlySigns(Callback):
     Args:
         every: steps between two measurements; 1 for figures, 0 to switch off.
         roles: which of the net's layers; None for all.
-        norms: whether to measure grad_norm, grad_over_weight and update_max.
+        norms: whether to measure grad_norm, grad_over_weight, update_max and adapted.
         activations: whether to measure dead_relus and activation_max.
         sigma: whether to record the sigma of the optimizer in use.
         task_gradients: measurements between two of the tasks' gradients, each of which costs about a step; 0 for never.
@@ -239,11 +240,14 @@ class EarlySigns(Callback):
         }
 
     def _step_signs(self, optimizer: Optimizer) -> dict[str, Tensor]:
-        """What the optimizer reports of its step; its r is exact for every update rule."""
-        if not isinstance(optimizer, ReportsSteps):
-            return {}
-        steps = optimizer.last_step()
+        """The accumulators, and what the optimizer reports of its step; its r is exact for every update rule."""
         seen = {}
+        for role, weight in self._weights.items() if self._norms else ():
+            if (adapted := adaptation(optimizer, [weight])) is not None:
+                seen[metric_names.sign(role, "adapted")] = adapted.share
+        if not isinstance(optimizer, ReportsSteps):
+            return seen
+        steps = optimizer.last_step()
         for role, name in self._names.items():
             if name in steps and self._sigma:
                 seen[metric_names.sign(role, "sigma")] = steps[name].sigma

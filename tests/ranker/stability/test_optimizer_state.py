@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from optim import build_optimizer
-from ranker.stability import ReportsSteps, measure_sharpness, step_preconditioner
+from ranker.stability import ReportsSteps, adaptation, measure_sharpness, step_preconditioner
 
 
 def quadratic(w: torch.Tensor) -> torch.Tensor:
@@ -79,3 +79,27 @@ def test_our_optimizers_report_their_steps_and_torchs_do_not() -> None:
     net = torch.nn.Linear(2, 1)
     assert isinstance(build_optimizer("clippy", net, lr=0.1), ReportsSteps)
     assert not isinstance(torch.optim.Adagrad(net.parameters(), lr=0.1), ReportsSteps)
+
+
+def test_a_coordinate_has_adapted_once_its_accumulator_is_above_twice_its_start() -> None:
+    a, b = (torch.zeros(4, requires_grad=True) for _ in range(2))
+    groups = [{"params": [a]}, {"params": [b], "initial_accumulator_value": 1e-4}]
+    optimizer = build_optimizer("adagrad", groups, lr=0.1, initial_accumulator_value=0.1)
+    a.grad = torch.tensor([0.3, 0.33, 1.0, torch.nan])  # 0.09, 0.1089 and 1 against G_0 = 0.1
+    b.grad = torch.tensor([0.0, 0.009, 0.0, 0.5])
+    optimizer.step()
+    found = adaptation(optimizer, [a])
+    assert found is not None
+    assert (float(found.share), found.start) == (0.5, 0.1)
+    both = adaptation(optimizer, [a, b, torch.zeros(3)])
+    assert both is not None
+    assert (float(both.share), both.start) == (3 / 8, 1e-4)
+
+
+def test_only_adagrads_accumulators_adapt() -> None:
+    w = torch.ones(2, requires_grad=True)
+    w.grad = torch.ones(2)
+    for optimizer in (torch.optim.Adam([w], lr=0.1), torch.optim.SGD([w], lr=0.1)):
+        optimizer.step()
+        assert adaptation(optimizer, [w]) is None
+    assert adaptation(torch.optim.Adagrad([torch.ones(2)], lr=0.1), []) is None

@@ -67,7 +67,9 @@ class LongWay(Callback):
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
         stats = trainer.optimizers[0].clip_stats()
+        accumulator = trainer.optimizers[0].state[pl_module.net.bottom.layers[0].weight]["sum"]
         self.expected[trainer.global_step] |= {
+            "signs/bottom_first/adapted": float((accumulator > 0.2).float().mean()),
             "signs/bottom_first/sigma": stats[self.name]["sigma"],
             "sigma/bottom.layers.0.bias": stats["bottom.layers.0.bias"]["sigma"],
         }
@@ -104,7 +106,7 @@ def test_looks_come_at_their_interval_and_tasks_at_theirs() -> None:
 def test_only_the_layers_and_signs_that_were_asked_for_are_recorded() -> None:
     _, recorder = trained(EarlySigns(every=3, roles=["bottom_top"], activations=False, sigma=False, task_gradients=0))
     names = {name for row in signs_of(recorder).values() for name in row}
-    assert names == {f"signs/bottom_top/{sign}" for sign in ("grad_norm", "grad_over_weight", "update_max")}
+    assert names == {f"signs/bottom_top/{sign}" for sign in ("grad_norm", "grad_over_weight", "update_max", "adapted")}
 
 
 def test_accumulated_gradients_are_looked_at_once_a_step() -> None:

@@ -35,6 +35,7 @@ SIGN_TITLES = {
     "grad_norm": "gradient, norm2(g)",
     "grad_over_weight": "gradient over weights, norm2(g) / norm2(w)",
     "update_max": "update, infinity norm of r",
+    "adapted": "share of coordinates whose accumulator has left its start, G > 2 G_0",
     "sigma": "sigma of the optimizer in use",
     "dead_relus": "share of dead ReLUs",
     "activation_max": "activations, infinity norm",
