@@ -63,8 +63,8 @@ class DetectorSettings:
         window: number of accepted losses that the baseline is the median of.
         jump_ratio: smallest ratio of a high loss to the baseline.
         jump_scales: smallest distance of a high loss from the baseline, in robust standard deviations.
-        jump_floor: smallest distance of a high loss from the baseline, as a share of the task's first loss, which is
-            the loss of the untrained model.
+        jump_floor: smallest distance of a high loss from the baseline, as a share of the loss of the untrained model
+            (the first loss, and at least log 2 for a binary task).
         outlier_steps: number of steps that a spike of fewer than half of the tasks must last. One outlier row can raise
             a squared error 30 times for one step without harm to the model.
         lone_factor: where there is one task only, a shorter spike must exceed the threshold this many times.
@@ -75,8 +75,8 @@ class DetectorSettings:
         patience: number of steps that a spike may last; a model takes 10 to 300 steps to recover.
         lost_ratio: after ``patience`` steps, a loss this many times its baseline, for most tasks, means a lost model.
         lost_ratio_alone: the same for a single task.
-        blowup_ratio: a spike to this many times a task's first loss is a blow-up. A model that has learned nothing
-            after a blow-up is lost; without a blow-up it may be slow.
+        blowup_ratio: a spike to this many times the loss of the untrained model is a blow-up. A model that has learned
+            nothing after a blow-up is lost; without a blow-up it may be slow.
         nonfinite_patience: number of consecutive steps with a loss or prediction that is not finite.
         dead_spread: standard deviation of logits below which predictions do not depend on the input.
         dead_patience: number of consecutive steps at which all tasks are below ``dead_spread``.

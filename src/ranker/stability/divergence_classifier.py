@@ -85,7 +85,7 @@ class DivergenceClassifier:
         if self.full_divergence is not None:
             return self.full_divergence
         spike, reason = self._first_open(), self.reason
-        harmless = spike is not None and spike.startup and spike.ratio_to_first < self._settings.blowup_ratio
+        harmless = spike is not None and spike.startup and spike.ratio_to_untrained < self._settings.blowup_ratio
         if (harmless or not reason) and self._blowup is not None and not self._auc.learned:
             spike, harmless, reason = self._blowup, False, f"{self._blowup} and nothing has been learned since"
         elif spike is None and reason:
@@ -103,7 +103,7 @@ class DivergenceClassifier:
         s = self._settings
         self._step, self._step_count = step, self._step_count + 1
         for i, task in enumerate(self.tasks):
-            task.update(step, values.losses[i], values.aucs[i], values.labels[i])
+            task.update(step, values.losses[i], values.aucs[i], values.labels[i], values.positives[i])
             task.skill.add(
                 step,
                 loss=values.losses[i],
@@ -204,7 +204,7 @@ class DivergenceClassifier:
         if spike is not None and spike.calm_steps and not any(x.is_known for x in self._before):
             self.spike = spike  # the loss is all that is known, and it came back
             return self._end_spike()
-        if spike is not None and not (spike.startup and spike.ratio_to_first < self._settings.blowup_ratio):
+        if spike is not None and not (spike.startup and spike.ratio_to_untrained < self._settings.blowup_ratio):
             pending = [*pending, spike]
         self.unsettled_count += len(pending)
         ended = "training ended before it was known whether the model recovered"
@@ -226,7 +226,7 @@ class DivergenceClassifier:
                 first = last - 2 * self._settings.proof_steps + 1
                 self._before = [task.skill.between(first, last) for task in self.tasks]
         if self.spike is not None:
-            if self._blowup is None and self.spike.ratio_to_first >= self._settings.blowup_ratio:
+            if self._blowup is None and self.spike.ratio_to_untrained >= self._settings.blowup_ratio:
                 self._blowup = self.spike
             constant = self._constant.length > 0 and self._was_varied
             self.spike.update(step, self.tasks, nonfinite=nonfinite, constant=constant)

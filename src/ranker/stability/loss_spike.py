@@ -24,7 +24,7 @@ class LossSpike:
         depth: highest ratio of a loss to its baseline so far; infinite where a loss or prediction was not finite.
         startup: whether it began in the first steps, where a spike that recovers is not an event.
         worst: name of the task with the highest ratio.
-        ratio_to_first: highest ratio of a loss to the task's first loss so far.
+        ratio_to_untrained: highest ratio of a loss to that of the untrained model so far.
         calm_steps: number of consecutive steps below the threshold.
         calm_since: first of these steps.
     """
@@ -34,7 +34,7 @@ class LossSpike:
     depth: float
     startup: bool
     worst: str = ""
-    ratio_to_first: float = 1.0
+    ratio_to_untrained: float = 1.0
     calm_steps: int = 0
     calm_since: int = 0
 
@@ -48,11 +48,11 @@ class LossSpike:
             constant: predictions do not depend on the input; a loss that is low because of that has not recovered.
         """
         for task in tasks:
-            self.ratio_to_first = max(self.ratio_to_first, task.ratio_to_first)
+            self.ratio_to_untrained = max(self.ratio_to_untrained, task.ratio_to_untrained)
             if task.excess > 1.0 and task.ratio > self.depth:
                 self.depth, self.worst = task.ratio, task.name
         if nonfinite:
-            self.depth = self.ratio_to_first = math.inf
+            self.depth = self.ratio_to_untrained = math.inf
         if nonfinite or constant or any(t.excess > RECOVERED for t in tasks):
             self.calm_steps = 0
             return

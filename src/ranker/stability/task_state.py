@@ -19,7 +19,7 @@ class Baseline:
 
         level = median of the last ``window`` accepted losses, rising by at most 2^(1 / max_rise) per step
         scale = max((q75 - q50) / 0.674, (q95 - q50) / 1.645), changing by at most 2^(8 / max_rise) per step
-        threshold = max((jump_ratio - 1) level, jump_scales scale, jump_floor first)
+        threshold = max((jump_ratio - 1) level, jump_scales scale, jump_floor untrained)
 
     A median over a ring buffer has three advantages over a robust moving average: half of the accepted values must be
     wrong before it moves, it has no start-up bias, and any disturbance has left it after ``window`` steps. The scale
@@ -33,7 +33,9 @@ class Baseline:
     rejections losses are accepted again, and the limit on rising still detects slow blow-ups.
 
     Attributes:
-        first: first finite loss, which is the loss of the untrained model.
+        untrained: loss of the untrained model: the first finite loss, and at least ``least_untrained``.
+        least_untrained: log 2 for a binary task. Where the head starts at the log odds of a rare task, the first loss
+            is tiny, and one more positive in a batch multiplies it by 20.
         level: level of the loss; nan before the first loss.
         scale: robust standard deviation of the upper half of the buffer.
     """
@@ -41,7 +43,8 @@ class Baseline:
     def __init__(self, settings: DetectorSettings) -> None:
         self._settings = settings
         self._max_rise_per_step = 2.0 ** (1.0 / settings.max_rise)
-        self.first = math.nan
+        self.untrained = math.nan
+        self.least_untrained = 0.0
         self.level = math.nan
         self.scale = 0.0
         self._losses: deque[float] = deque(maxlen=settings.window)
@@ -64,13 +67,15 @@ class Baseline:
         if math.isnan(self.level):
             return 0.0
         s = self._settings
-        threshold = max((s.jump_ratio - 1.0) * self.level, scales * self.scale, s.jump_floor * self.first)
+        # The first losses say little about the level, and nothing about the noise.
+        floor = s.jump_floor if len(self._losses) >= _MIN_VALUES else 1.0
+        threshold = max((s.jump_ratio - 1.0) * self.level, scales * self.scale, floor * self.untrained)
         return (loss - self.level) / max(threshold, 1e-12)
 
     def accept(self, loss: float) -> None:
         """Adds a finite loss of a step at which no spike is open, unless it must be rejected."""
-        if math.isnan(self.first):
-            self.first = self.level = loss
+        if math.isnan(self.untrained):
+            self.untrained, self.level = max(loss, self.least_untrained), loss
         self._rejected_count = self._rejected_count + 1 if self.excess(loss) > 0.5 else 0
         if 0 < self._rejected_count <= self._settings.window // 2:
             return
@@ -79,8 +84,13 @@ class Baseline:
         if self._below_count >= _MIN_VALUES:
             self.restart(list(self._losses)[-_MIN_VALUES:])
         median = self._quantile(0.5)
-        # With few values the median is not reliable: the level may fall, but not rise.
-        self.level = min(median, self.level * (self._max_rise_per_step if len(self._losses) >= _MIN_VALUES else 1.0))
+        # With few values the median is not reliable: the level may fall, but not rise. The first reliable median replaces
+        # a first loss that was low by chance.
+        first_median = len(self._losses) == _MIN_VALUES and not self.scale
+        if not (first_median and median - self.level <= self._settings.jump_floor * self.untrained):
+            rise = self._max_rise_per_step if len(self._losses) >= _MIN_VALUES else 1.0
+            median = min(median, self.level * rise)
+        self.level = median
         self.scale = self._limited_scale()
 
     def restart(self, losses: list[float]) -> None:
@@ -95,7 +105,8 @@ class Baseline:
     def state_dict(self) -> dict[str, Any]:
         """The state as numbers and lists."""
         return {
-            "first": self.first,
+            "untrained": self.untrained,
+            "least_untrained": self.least_untrained,
             "level": self.level,
             "scale": self.scale,
             "losses": list(self._losses),
@@ -107,7 +118,8 @@ class Baseline:
         """Continues from ``state_dict()``."""
         self._losses = deque(state["losses"], maxlen=self._settings.window)
         self._sorted = sorted(self._losses)
-        self.first, self.level, self.scale = state["first"], state["level"], state["scale"]
+        self.untrained, self.least_untrained = state["untrained"], state["least_untrained"]
+        self.level, self.scale = state["level"], state["scale"]
         self._below_count, self._rejected_count = state["below_count"], state["rejected_count"]
 
     def _limited_scale(self) -> float:
@@ -144,7 +156,7 @@ class TaskState:
         recent: last finite losses, newest last.
         skill: the last batches.
         ratio: last loss divided by the baseline.
-        ratio_to_first: last loss divided by the first loss.
+        ratio_to_untrained: last loss divided by the loss of the untrained model.
     """
 
     def __init__(self, name: str, settings: DetectorSettings) -> None:
@@ -157,11 +169,11 @@ class TaskState:
         self.auc = math.nan
         self.recent: deque[float] = deque(maxlen=settings.settle)
         self.skill = SkillWindow(2 * MAX_PROOF_STEPS)
-        self.ratio = self.ratio_to_first = 1.0
+        self.ratio = self.ratio_to_untrained = 1.0
         self._pool = (0.0, 0.0)  # sum of losses, and number of labels, of batches with few labels
         self._loss = 0.0  # what was made of the last loss
 
-    def update(self, step: int, loss: float, auc: float, labels: float = math.nan) -> None:
+    def update(self, step: int, loss: float, auc: float, labels: float = math.nan, positives: float = math.nan) -> None:
         """Takes the signals of a step.
 
         Args:
@@ -169,7 +181,10 @@ class TaskState:
             loss: mean over the observed labels; exactly 0 where there was none.
             auc: running training AUC; nan where there is none.
             labels: number of labels; nan where it is unknown.
+            positives: number of positive labels; nan for a regression, or where it is unknown.
         """
+        if not (math.isnan(auc) and math.isnan(positives)):
+            self.baseline.least_untrained = _LN2
         if not math.isnan(auc):
             self.auc = auc
         loss = self._loss = self._pooled(loss, labels)
@@ -181,9 +196,10 @@ class TaskState:
             full = len(self.recent) == self.recent.maxlen
             self.median_excess = self.baseline.median_excess(self._median()) if full else 0.0
             self.ratio = loss / self.baseline.level if self.baseline.level > 0 else 1.0
-            self.ratio_to_first = loss / self.baseline.first if self.baseline.first > 0 else 1.0
+            untrained = self.baseline.untrained
+            self.ratio_to_untrained = loss / untrained if untrained > 0 else 1.0
         else:
-            self.excess = self.ratio = self.ratio_to_first = math.inf
+            self.excess = self.ratio = self.ratio_to_untrained = math.inf
         self.high_count = self.high_count + 1 if self.excess > 0.5 else 0
         if self.excess <= 0.5:
             self.high_since = None
@@ -235,7 +251,7 @@ class TaskState:
             "auc": self.auc,
             "recent": list(self.recent),
             "ratio": self.ratio,
-            "ratio_to_first": self.ratio_to_first,
+            "ratio_to_untrained": self.ratio_to_untrained,
             "skill": self.skill.state_dict(),
             "pool": list(self._pool),
             "loss": self._loss,
@@ -247,6 +263,6 @@ class TaskState:
         self.excess, self.median_excess = state["excess"], state["median_excess"]
         self.high_since, self.high_count, self.auc = state["high_since"], state["high_count"], state["auc"]
         self.recent = deque(state["recent"], maxlen=self._settings.settle)
-        self.ratio, self.ratio_to_first = state["ratio"], state["ratio_to_first"]
+        self.ratio, self.ratio_to_untrained = state["ratio"], state["ratio_to_untrained"]
         self.skill.load_state_dict(state["skill"])
         self._pool, self._loss = (state["pool"][0], state["pool"][1]), state["loss"]

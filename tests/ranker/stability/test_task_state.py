@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
+import random
+
 import pytest
 import torch
 
-from ranker.stability import DetectorSettings
+from ranker.stability import DetectorSettings, DivergenceDetector
 from ranker.stability.task_state import Baseline
 
 SETTINGS = DetectorSettings()
@@ -73,3 +76,25 @@ def test_the_buffer_keeps_its_sorted_copy_in_step() -> None:
     baseline = fed(noisy(1.0, 1000, scale=0.05))
     assert baseline._sorted == sorted(baseline._losses)
     assert len(baseline._losses) == SETTINGS.window
+
+
+def test_positives_of_rare_tasks_are_no_event_where_the_heads_start_at_the_log_odds() -> None:
+    """The first losses are those of batches without a positive, near 0. One positive multiplies them by 20."""
+    rng = random.Random(0)
+    rates = [0.45, 0.0013, 0.0026, 0.0174]
+    detector = DivergenceDetector([f"t{r}" for r in rates])
+    for step in range(1, 1001):
+        ones = [sum(rng.random() < rate for _ in range(256)) if step > 1 else 0 for rate in rates]
+        losses = [-(n * math.log(r) + (256 - n) * math.log(1 - r)) / 256 for n, r in zip(ones, rates, strict=True)]
+        labels_T = torch.full([4], 256.0)
+        detector.update(
+            step,
+            torch.tensor(losses),
+            torch.tensor([0.7, 0.6, 0.6, 0.6]),
+            torch.ones(4),
+            positives_T=torch.tensor(ones, dtype=torch.float32),
+            labels_T=labels_T,
+        )
+        assert detector.poll() == [], step
+        assert not (detector.suspicion and detector.suspicion.kind == "full"), (step, detector.reason)
+    assert detector.finish() == []
