@@ -84,8 +84,8 @@ class Baseline:
         if self._below_count >= _MIN_VALUES:
             self.restart(list(self._losses)[-_MIN_VALUES:])
         median = self._quantile(0.5)
-        # With few values the median is not reliable: the level may fall, but not rise. The first reliable median replaces
-        # a first loss that was low by chance.
+        # With few values the median is not reliable: the level may fall, but not rise. The first reliable median
+        # replaces a first loss that was low by chance.
         first_median = len(self._losses) == _MIN_VALUES and not self.scale
         if not (first_median and median - self.level <= self._settings.jump_floor * self.untrained):
             rise = self._max_rise_per_step if len(self._losses) >= _MIN_VALUES else 1.0
