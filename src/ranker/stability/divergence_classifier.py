@@ -14,6 +14,7 @@ from ranker.stability.loss_spike import RECOVERED, LossSpike, Probation
 from ranker.stability.skill import Skill
 from ranker.stability.task_state import TaskState
 
+_CERTAIN_AT_ONCE = 5.0  # standard errors for the fast verdict, which looks at every step and is not taken back
 _NOT_FINITE = "losses or predictions are infinite or nan"
 _CONSTANT = "predictions no longer depend on the input (each task gives every row the same)"
 
@@ -282,7 +283,7 @@ class DivergenceClassifier:
         first = max(spike.step, self._step - 2 * s.fast_steps + 1)
         for task, before in zip(self.tasks, self._skill_before(), strict=True):
             now = task.skill.between(first, self._step)
-            if now.lost_auc(before, s):
+            if now.lost_auc(before, s, errors=_CERTAIN_AT_ONCE):
                 cut = f"the step size of the median coordinate of a layer was cut {self._cut:.3g} times"
                 fell = f"the AUC of {task.name} fell from {before.auc:.3f} to {now.auc:.3f}"
                 return self._diverge(f"{spike}; {cut} and {fell} within {self._step - spike.step + 1} steps", None)
