@@ -29,10 +29,11 @@ class _State(Metric):
     """
 
     full_state_update = False
-    SUMS = ("observed", "nonfinite", "label", "prediction", "loss")
+    SUMS = ("observed", "nonfinite", "label", "square", "prediction", "loss")
     observed: Tensor
     nonfinite: Tensor
     label: Tensor
+    square: Tensor
     prediction: Tensor
     loss: Tensor
     logits: list[Tensor]
@@ -61,6 +62,7 @@ class _State(Metric):
         self.observed = self.observed + mask_BT.sum(0)
         self.nonfinite = self.nonfinite + (mask_BT & ~usable).sum(0)
         self.label = self.label + y_used.sum(0)
+        self.square = self.square + y_used.square().sum(0)
         self.prediction = self.prediction + (torch.where(binary_T, z_used.sigmoid(), z_used) * usable).sum(0)
         self.loss = self.loss + (torch.where(binary_T, log_loss, (z_used - y_used).square()) * usable).sum(0)
         at: Tensor = self.get_buffer("binary_at")
@@ -75,7 +77,7 @@ class _State(Metric):
         notes: dict[str, str] = {}
         column = 0
         for index, task in enumerate(self.tasks):
-            observed, nonfinite, label, prediction, loss = (row[index] for row in sums)
+            observed, nonfinite, label, square, prediction, loss = (row[index] for row in sums)
             values |= {f"{task.name}/observed": observed, f"{task.name}/nonfinite": nonfinite}
             trouble = ""
             if not observed:
@@ -93,7 +95,12 @@ class _State(Metric):
                 }
                 column += 1
             else:
-                own = {"rmse": math.sqrt(loss / n) if n == n else NAN, "calibration": calibration}
+                variance = square / n - (label / n) ** 2
+                own = {
+                    "rmse": math.sqrt(loss / n) if n == n else NAN,
+                    "r2": 1.0 - loss / n / variance if variance > 1e-12 * max(1.0, square / n) else NAN,
+                    "calibration": calibration,
+                }
             for name, value in own.items():
                 values[f"{task.name}/{name}"] = value
                 if math.isnan(value):
@@ -114,6 +121,7 @@ class TaskMetrics(nn.Module):
     Regression, in the units of the transformed label that the model is trained on (log1p seconds, not seconds):
 
         rmse         sqrt(mean (z - y)^2)
+        r2           1 - mean (z - y)^2 / variance of y       0 is no better than always predicting the mean
         calibration  mean z / mean y
 
     Both also have ``observed`` (n) and ``nonfinite`` (observed rows with a prediction that is nan or infinite).
@@ -187,6 +195,8 @@ def _normalised_entropy(loss: float, label: float, n: float) -> float:
 def _why_undefined(name: str, label: float, observed: float) -> str:
     if name in ("auc", "ne"):
         return f"all {observed:.0f} observed labels are {'1' if label else '0'}"
+    if name == "r2":
+        return f"all {observed:.0f} observed labels are the same"
     if name == "calibration":
         return f"the mean of {observed:.0f} observed labels is 0"
     return "the sum of losses is not finite"

@@ -61,6 +61,8 @@ def _train(run: Run) -> float:
         status, reason = "diverged", detector.reason
         if run.stability.rollbacks:
             reason += f"; {len(run.stability.rollbacks)} rollbacks before it did not help for good"
+    elif detector is not None and detector.unsettled:
+        reason = "unsettled: " + "; ".join(map(str, detector.unsettled))
     summary = _finish(run, status, reason, time.monotonic() - start)
     if run.trainer.is_global_zero:
         run_summary.show(summary)

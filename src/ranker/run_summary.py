@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -15,6 +16,7 @@ from ranker.runs import provenance
 from ranker.runs.config_identity import config_hash
 from ranker.runs.metric_names import TEST, task_metric
 from ranker.runs.run_folder import versions
+from ranker.stability.gate import relative_loss
 
 if TYPE_CHECKING:  # a sweep reads summaries of earlier runs without importing Lightning
     from ranker.build import Run
@@ -28,7 +30,7 @@ def summarise(run: Run, *, status: str, reason: str, seconds: float) -> dict[str
     Args:
         run: the run.
         status: ``completed``, ``diverged`` or ``failed``.
-        reason: why it is not completed, in one sentence; empty if it is.
+        reason: why it is not completed, or what is not settled, in one sentence; empty otherwise.
         seconds: wall-clock time of training and evaluation.
     """
     stability, detector = run.stability, run.stability.detector
@@ -38,6 +40,7 @@ def summarise(run: Run, *, status: str, reason: str, seconds: float) -> dict[str
         "reason": reason,
         **asked_for(run.cfg),
         "metrics": run.module.holdout,
+        "no_better_than_constant": no_better_than_constant(run.module.holdout),
         "divergence": detector.summary() if detector else dict(NO_DIVERGENCE),
         **({"sharpness": looked} if looked else {}),
         "rollbacks": [dict(record) for record in stability.rollbacks],
@@ -60,6 +63,7 @@ def never_began(cfg: DictConfig, *, reason: str, seconds: float) -> dict[str, An
         "reason": reason,
         **asked_for(cfg),
         "metrics": {},
+        "no_better_than_constant": [],
         "divergence": dict(NO_DIVERGENCE),
         "rollbacks": [],
         "steps": 0,
@@ -123,6 +127,13 @@ def show(summary: dict[str, Any], console: Console | None = None) -> None:
         console.print(table)
     verdict = f"{summary['status']}: {summary['reason']}" if summary["reason"] else summary["status"]
     console.print(verdict, soft_wrap=True, style="yellow" if summary["reason"] else "green", highlight=False)
+    if useless := no_better_than_constant(metrics):
+        console.print(
+            f"no better than a constant prediction on the hold-out: {', '.join(useless)} (NE >= 1, or R2 <= 0)",
+            soft_wrap=True,
+            style="yellow",
+            highlight=False,
+        )
     if summary["bad_rows"]:
         console.print(f"{summary['bad_rows']:,} rows could not be used and were left out", style="yellow")
     console.print(
@@ -132,6 +143,17 @@ def show(summary: dict[str, Any], console: Console | None = None) -> None:
         soft_wrap=True,
         highlight=False,
     )
+
+
+def no_better_than_constant(metrics: Mapping[str, float | None]) -> list[str]:
+    """Names of the tasks whose loss on the hold-out is at least that of the best constant prediction.
+
+    Args:
+        metrics: those of the hold-out, by ``test/<task>/<metric>``.
+    """
+    own = {key.removeprefix(f"{TEST}/"): value for key, value in metrics.items() if value is not None}
+    tasks = dict.fromkeys(key.split("/")[0] for key in own)
+    return [task for task in tasks if relative_loss(own, task) >= 1.0]
 
 
 def objective(summary: dict[str, Any], name: str | None) -> float:

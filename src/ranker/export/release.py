@@ -159,12 +159,13 @@ class Candidate:
 
 
 def run_status(folder: Path) -> tuple[str, str]:
-    """Status and reason from summary.json; ``running`` if there is none."""
+    """Status and reason from summary.json; ``running`` if there is none, ``unsettled`` if a verdict is missing."""
     path = folder / SUMMARY
     if not path.is_file():
         return "running", f"there is no {SUMMARY}"
     summary = json.loads(path.read_text(encoding="utf-8"))
-    return str(summary["status"]), str(summary.get("reason") or "")
+    unsettled = summary["status"] == "completed" and summary.get("divergence", {}).get("unsettled")
+    return "unsettled" if unsettled else str(summary["status"]), str(summary.get("reason") or "")
 
 
 def best_aucs(path: Path, schema: Schema) -> dict[str, tuple[float, int]]:

@@ -148,6 +148,11 @@ class DivergenceDetector:
         """
         return self._classifier.suspicion
 
+    @property
+    def unsettled(self) -> list[Event]:
+        """The events whose verdict training ended before."""
+        return [event for event in self.events if event.kind == "unsettled"]
+
     def summary(self) -> dict[str, Any]:
         """Number of ``micro`` and ``unsettled`` events, whether there is a ``full`` one, and ``first_step`` of all."""
         found = self._classifier

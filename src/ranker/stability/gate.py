@@ -23,6 +23,8 @@ class GateSettings:
         noise: tolerance of the rules on AUC and on the calibration of binary tasks, in standard errors.
         min_calibration: smallest mean prediction / mean label.
         max_calibration: largest mean prediction / mean label.
+        max_relative_loss: the loss must be less than this many times that of the best constant prediction: the
+            normalised entropy of a binary task, MSE / variance of the labels of a regression.
         agreement_rows: number of rows on which exported and eager outputs are compared.
         max_difference: largest |exported - eager| / max(1, |eager|).
 
@@ -38,6 +40,7 @@ class GateSettings:
     noise: float
     min_calibration: float
     max_calibration: float
+    max_relative_loss: float
     agreement_rows: int
     max_difference: float
 
@@ -46,7 +49,8 @@ class GateSettings:
             given = getattr(self, name)
             if isinstance(given, str) or (given is None and name == "statuses"):
                 raise UserError(f"gate: {name} must be a list of names, got {given!r}")
-        for name in ("min_auc", "max_auc_drop", "noise", "min_calibration", "max_calibration", "max_difference"):
+        numbers = ("min_auc", "max_auc_drop", "noise", "min_calibration", "max_calibration", "max_relative_loss")
+        for name in (*numbers, "max_difference"):
             if not getattr(self, name) >= 0:
                 raise UserError(f"gate: {name} must be 0 or more, got {getattr(self, name)}")
         for name in ("min_positives", "agreement_rows"):
@@ -59,7 +63,8 @@ class Evidence:
     """What is known about a model.
 
     Attributes:
-        status: status of its run: completed, diverged, failed or running.
+        status: status of its run: completed, diverged, failed or running; ``unsettled`` if it completed before it was
+            known whether it recovered from a divergence.
         reason: explanation of the status.
         nonfinite_weights: names of the parameters and buffers that contain NaN or infinity.
         tasks: type of each task, by name.
@@ -142,7 +147,7 @@ def judge(evidence: Evidence, settings: GateSettings) -> Verdict:
     for name in checked:
         if evidence.tasks[name] == "binary":
             checks += _auc(evidence, name, settings)
-        checks.append(_calibration(evidence, name, settings))
+        checks += [_calibration(evidence, name, settings), _relative_loss(evidence, name, settings)]
     checks += [_agreement(form, found, settings) for form, found in evidence.differences.items()]
     return Verdict(tuple(checks))
 
@@ -248,6 +253,38 @@ def _calibration(evidence: Evidence, task: str, settings: GateSettings) -> Check
         passed=low <= found <= high,
         found=_number(found),
         words=f"mean prediction / mean label is {found:.3f}; wanted: {low:.3g} to {high:.3g}",
+    )
+
+
+def relative_loss(metrics: Mapping[str, float], task: str) -> float:
+    """The loss of a task divided by that of the best constant prediction on the same rows; nan where it is unknown.
+
+    The normalised entropy of a binary task, and 1 - R2 = MSE / variance of the labels of a regression.
+
+    Args:
+        metrics: by ``<task>/<metric>``, as from ``TaskMetrics``; a value may be None for nan, as in summary.json.
+        task: name of the task.
+    """
+    entropy, r2 = (math.nan if (x := metrics.get(f"{task}/{name}")) is None else x for name in ("ne", "r2"))
+    return 1.0 - r2 if math.isnan(entropy) else entropy
+
+
+def _relative_loss(evidence: Evidence, task: str, settings: GateSettings) -> Check:
+    found = relative_loss(evidence.metrics, task)
+    about, rule = f"{task} loss", "max_relative_loss"
+    few = evidence.tasks[task] == "binary" and evidence.positives[task] < settings.min_positives
+    if few or math.isnan(found):
+        return Check(rule=rule, about=about, passed=None, words="not judged: too few rows on the hold-out")
+    # The relative standard error of the log loss of a binary task is about that of its number of positives.
+    binary = evidence.tasks[task] == "binary"
+    chance = settings.noise * found / math.sqrt(evidence.positives[task]) if binary else 0.0
+    return Check(
+        rule=rule,
+        about=about,
+        passed=found - chance < settings.max_relative_loss,
+        found=_number(found),
+        words=f"{found:.4g}x that of a constant prediction on the hold-out; wanted: below "
+        f"{settings.max_relative_loss:g}",
     )
 
 

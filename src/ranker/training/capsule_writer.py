@@ -229,7 +229,7 @@ class CapsuleWriter:
     def write(self, fit: Fit, events: list[Event]) -> None:
         """Writes capsules of new events. All ranks call it with the same events."""
         for event in events:
-            if event.kind in self._kinds:
+            if event.kind in self._kinds or (event.kind == "unsettled" and "full" in self._kinds):
                 self._write(fit, event)
 
     def _hold(self, fit: Fit, since: int | None) -> None:

@@ -23,7 +23,12 @@ from ranker.training.rollback import Rollback
 from ranker.training.snapshots import SnapshotRing
 from ranker.training.training_step import make_step_cut
 
-_TITLES = {"micro": "micro divergence", "full": "full divergence", "shift": "new level of a loss"}
+_TITLES = {
+    "micro": "micro divergence",
+    "full": "full divergence",
+    "shift": "new level of a loss",
+    "unsettled": "unsettled divergence",
+}
 
 
 class DivergenceWatch:

@@ -23,13 +23,20 @@ SETTINGS = GateSettings(
     noise=0.0,
     min_calibration=0.5,
     max_calibration=2.0,
+    max_relative_loss=1.0,
     agreement_rows=100,
     max_difference=1e-4,
 )
 GOOD = Evidence(
     status="completed",
     tasks={"click": "binary", "watch": "regression"},
-    metrics={"click/auc": 0.7, "click/calibration": 1.1, "watch/calibration": 0.9},
+    metrics={
+        "click/auc": 0.7,
+        "click/ne": 0.9,
+        "click/calibration": 1.1,
+        "watch/r2": 0.2,
+        "watch/calibration": 0.9,
+    },
     rows={"click": 1000, "watch": 1000},
     positives={"click": 300, "watch": 0},
     best_auc={"click": (0.705, 40)},
@@ -55,6 +62,7 @@ def test_a_good_model_passes_and_every_rule_was_asked() -> None:
         "min_auc",
         "max_auc_drop",
         "calibration",
+        "max_relative_loss",
         "max_difference",
     }
 
@@ -117,7 +125,11 @@ def test_a_task_with_hardly_a_positive_is_not_judged_and_that_is_said() -> None:
     verdict = judge(dataclasses.replace(GOOD, positives={"click": 19, "watch": 0}), SETTINGS)
 
     assert verdict.passed
-    assert [check.about for check in verdict.checks if check.passed is None] == ["click AUC", "click calibration"]
+    assert [check.about for check in verdict.checks if check.passed is None] == [
+        "click AUC",
+        "click calibration",
+        "click loss",
+    ]
 
 
 def test_only_chosen_tasks_are_judged_and_an_unknown_one_is_refused() -> None:
@@ -147,3 +159,33 @@ def test_the_file_of_defaults_names_every_setting_once() -> None:
 def test_a_setting_that_makes_no_sense_is_refused(name: str, value: Any) -> None:
     with pytest.raises(UserError, match=f"gate: {name}"):
         dataclasses.replace(SETTINGS, **{name: value})
+
+
+@pytest.mark.parametrize(
+    ("metric", "value", "said"),
+    [
+        ("click_ne", 1.2, "click loss: 1.2x that of a constant"),
+        ("watch_r2", -0.5, "watch loss: 1.5x that of a constant"),
+    ],
+)
+def test_a_task_no_better_than_a_constant_is_refused_unless_it_is_allowed(metric: str, value: float, said: str) -> None:
+    worse = with_metrics(**{metric: value})
+    (reason,) = reasons(metrics=worse)
+    assert reason.startswith(said)
+    assert reasons(dataclasses.replace(SETTINGS, max_relative_loss=2.0), metrics=worse) == []
+    assert (
+        reasons(dataclasses.replace(SETTINGS, tasks=["click" if metric == "watch_r2" else "watch"]), metrics=worse)
+        == []
+    )
+
+
+def test_exactly_as_good_as_a_constant_is_refused_and_few_positives_are_not_judged() -> None:
+    assert reasons(metrics=with_metrics(click_ne=1.0)) != []
+    assert reasons(dataclasses.replace(SETTINGS, noise=2.0), metrics=with_metrics(click_ne=1.05)) == []
+    assert reasons(metrics=with_metrics(click_ne=1.5, click_calibration=1.1), positives={"click": 3, "watch": 0}) == []
+
+
+def test_an_unsettled_run_is_refused_by_default() -> None:
+    (reason,) = reasons(status="unsettled", reason="unsettled: the loss of click jumped")
+    assert "its status is unsettled" in reason
+    assert reasons(dataclasses.replace(SETTINGS, statuses=["completed", "unsettled"]), status="unsettled") == []

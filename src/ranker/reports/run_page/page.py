@@ -31,6 +31,7 @@ RUNNING_SECONDS = 120.0  # a run without summary that wrote nothing for longer c
 
 LAYERS = {"dcn": "s4", "bottom_first": "s0", "bottom_top": "s1"}
 SIGN_TITLES = {
+    "step_cut": "step size: how many times smaller than 24 steps before (median)",
     "grad_norm": "gradient, norm2(g)",
     "grad_over_weight": "gradient over weights, norm2(g) / norm2(w)",
     "update_max": "update, infinity norm of r",
@@ -168,7 +169,9 @@ def _holdout(run: Recorded) -> str:
     for task in dict.fromkeys(parts[1] for parts in split.values()):
         keys = [task_metric(TEST, task, column) for column in columns]
         rows.append([escape(task), *(_metric(metrics, key) for key in keys)])
-    return _table(("task", *columns), rows)
+    useless = (run.summary or {}).get("no_better_than_constant")
+    note = f"No better than a constant prediction (NE >= 1, or R2 <= 0): {', '.join(useless)}." if useless else ""
+    return _table(("task", *columns), rows) + (f'<p class="reason">{escape(note)}</p>' if note else "")
 
 
 CUT = "/step_cut"
@@ -206,7 +209,7 @@ def _head(run: Recorded) -> str:
     why = f'<p class="reason">{escape(reason)}</p>' if reason else ""
     key = "".join(
         f'<span><i class="key {kind}"></i>{kind}</span>'
-        for kind in ("micro", "full", "unsettled", "shift", "rollback")
+        for kind in ("micro", "full", "shift", "unsettled", "rollback")
         if any(event.get("kind") == kind for event in run.events)
     )
     keys = f'<p class="legend">marked in every chart: {key}</p>' if key else ""
