@@ -98,7 +98,7 @@ def midrun_sections(data: Data, found: Found) -> Sections:
         rows.append(
             [
                 NAMES[run["optim"][0]],
-                f"{around['loss'].max():.3g}",
+                f"{around.sort('loss', descending=True, nulls_last=True)['loss'][0]:.3g}",
                 f"{100 * before[-1]:.2f}" if before.len() else "-",
                 f"{100 * aucs['auc'][-1]:.2f}" if aucs.height else "-",
                 f"{past[-1]:.3g}" if past.len() else "-",

@@ -115,7 +115,8 @@ def outcome(summary: Mapping[str, Any]) -> str:
 
 def _row(summary: Mapping[str, Any], name: str) -> dict[str, Any]:
     row = {key: summary[key] for key in (*KEYS, *COPIED)} | {"status": outcome(summary)}
-    row |= {"first_step": summary["divergence"]["first_step"], "micro": summary["divergence"]["micro"]}
+    found = summary["divergence"]
+    row |= {"first_step": found["first_step"], "micro": found["micro"], "unsettled": found.get("unsettled") or 0}
     row |= {"dense_parameters": summary["parameters"]["dense"], "run": name}
     row |= {"mitigation": summary.get("mitigation", "none")} | {key: summary.get(key) for key in MADE_WITH}
     return row | {key.removeprefix(f"{TEST}/"): value for key, value in summary["metrics"].items()}
@@ -137,8 +138,7 @@ def _tracked_summary(run: TrackedRun) -> dict[str, Any] | None:
     return {
         **dict.fromkeys(COPIED),
         **flat,
-        "divergence": {"micro": flat.get("divergence/micro"), "first_step": flat.get("divergence/first_step")}
-        | {"unsettled": flat.get("divergence/unsettled")},
+        "divergence": {key: flat.get(f"divergence/{key}") for key in ("micro", "unsettled", "first_step")},
         "parameters": {"dense": flat.get("parameters/dense")},
         "metrics": {key: value for key, value in flat.items() if key.startswith(f"{TEST}/")},
     }
