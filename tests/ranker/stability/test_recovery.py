@@ -234,9 +234,9 @@ def test_settings_that_cannot_be_are_refused() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(3))
-def test_100000_healthy_steps_with_spikes_that_harm_nothing_have_no_full_verdict(seed: int) -> None:
-    trace = healthy(steps=100_000, seed=200 + seed)
-    for at in range(500, 100_000, 500):
+def test_spikes_that_harm_nothing_have_no_full_verdict_in_30000_steps(seed: int) -> None:
+    trace = healthy(steps=30_000, seed=200 + seed)
+    for at in range(500, 30_000, 500):
         trace = traces.spike(trace, at=at, length=1 + at % 37, factor=40.0)
     events = run(trace, cut_from=1)
     assert {e.kind for e in events} == {"micro"}
