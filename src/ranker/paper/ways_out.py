@@ -114,8 +114,8 @@ def _events(events: pl.DataFrame, runs: pl.DataFrame, seeds: Sequence[int]) -> s
         rows.append([str(seed), *(_whole(event[key]) for key in ("first_step", "verdict_step")), *(left_out or ["-"])])
     unhurt = events.filter(pl.col("first_step").is_null()).height
     early = events.filter(pl.col("first_step") <= WARMUP).height
-    text = f"{events.height} seeds at {RATE:g}x: {unhurt} undisturbed, {early} disturbed first within the warm-up of {WARMUP} steps "
-    text += "(not treated here), the others in mid-run.\n\n"
+    text = f"{events.height} seeds at {RATE:g}x: {unhurt} undisturbed, {early} disturbed first within the warm-up of "
+    text += f"{WARMUP} steps (not treated here), the others in mid-run.\n\n"
     return text + as_markdown(["seed", "first step", "verdict at step", "batches that the rollback left out"], rows)
 
 
