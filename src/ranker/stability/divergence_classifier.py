@@ -14,6 +14,7 @@ from ranker.stability.loss_spike import RECOVERED, LossSpike, Probation
 from ranker.stability.skill import Skill
 from ranker.stability.task_state import TaskState
 
+_CERTAIN_AT_ONCE = 5.0  # standard errors for the fast verdict, which looks at every step and is not taken back
 _NOT_FINITE = "losses or predictions are infinite or nan"
 _CONSTANT = "predictions no longer depend on the input (each task gives every row the same)"
 
@@ -282,7 +283,7 @@ class DivergenceClassifier:
         first = max(spike.step, self._step - 2 * s.fast_steps + 1)
         for task, before in zip(self.tasks, self._skill_before(), strict=True):
             now = task.skill.between(first, self._step)
-            if now.lost_auc(before, s):
+            if now.lost_auc(before, s, errors=_CERTAIN_AT_ONCE):
                 cut = f"the step size of the median coordinate of a layer was cut {self._cut:.3g} times"
                 fell = f"the AUC of {task.name} fell from {before.auc:.3f} to {now.auc:.3f}"
                 return self._diverge(f"{spike}; {cut} and {fell} within {self._step - spike.step + 1} steps", None)
@@ -295,6 +296,10 @@ class DivergenceClassifier:
             return []
         lost = self._what_was_lost(probation.before)
         if not lost:
+            # A model that had learned nothing loses nothing, but after a blow-up it may never learn.
+            blown_up = self._blowup is not None and self._blowup.step == probation.spikes[0].step
+            if blown_up and not self._auc.learned and self._auc.at_chance.length and self._step < probation.deadline:
+                return []
             return self._settle()
         if self._step < probation.deadline:
             return []
@@ -398,7 +403,7 @@ class DivergenceClassifier:
         return self._diverge(f"training AUC is back at 0.5, down from {0.5 + self._auc.best:.3f} on average,", since)
 
     def _diverge_nothing_learned(self, what: str) -> Event:
-        self.spike = self._blowup
+        self.spike, self.probation = self._blowup, None
         return self._diverge(f"{what} is at 0.5 after {self._step_count} steps, no task was learned", None)
 
     def _diverge(self, reason: str, since: int | None) -> Event:

@@ -12,7 +12,7 @@ from typing import Any
 from ranker.stability.detector_interface import DetectorSettings
 
 _NAN = math.nan
-_CERTAIN = 3.0  # standard errors beyond which a difference is not chance
+CERTAIN = 3.0  # standard errors beyond which a difference is not chance
 _AUC_NOISE = 0.29  # standard deviation of an AUC without skill, times the root of its pairs: 1 / sqrt(12)
 
 
@@ -41,22 +41,29 @@ class Skill:
         """Whether anything is known."""
         return not (math.isnan(self.auc) and math.isnan(self.relative_loss))
 
-    def lost_auc(self, before: Skill, settings: DetectorSettings) -> bool:
+    def lost_auc(self, before: Skill, settings: DetectorSettings, *, errors: float = CERTAIN) -> bool:
         """Whether the AUC is clearly below what is left to keep of an earlier one.
 
-        before - now > max(auc_tolerance, lost_share (before - 0.5)) + 3 * 0.29 sqrt(1 / pairs + 1 / pairs_before)
+        before - now > max(auc_tolerance, lost_share (before - 0.5)) + errors * 0.29 sqrt(1 / pairs + 1 / pairs_before)
 
         A task with few positives has a wide tolerance, and one that had not learned anything cannot lose it.
+
+        Args:
+            before: the earlier skill.
+            settings: ``auc_tolerance`` and ``lost_share``.
+            errors: number of standard errors that count as chance; more where there are many chances.
         """
         if math.isnan(self.auc) or math.isnan(before.auc):
             return False
         tolerance = max(settings.auc_tolerance, settings.lost_share * (before.auc - 0.5))
-        return before.auc - self.auc > tolerance + self._auc_noise(before)
+        return before.auc - self.auc > tolerance + errors * self._auc_error(before)
 
     def lost_half_of_auc(self, before: Skill, settings: DetectorSettings) -> bool:
         """Whether clearly less than half of the AUC's distance from 0.5 is left."""
-        gone = (before.auc - self.auc) > max(settings.auc_tolerance, 0.5 * (before.auc - 0.5)) + self._auc_noise(before)
-        return gone if not math.isnan(gone) else False
+        if math.isnan(self.auc) or math.isnan(before.auc):
+            return False
+        tolerance = max(settings.auc_tolerance, 0.5 * (before.auc - 0.5))
+        return before.auc - self.auc > tolerance + CERTAIN * self._auc_error(before)
 
     def lost_fit(self, before: Skill) -> bool:
         """Whether the loss is clearly nearer to that of a constant prediction than before.
@@ -65,13 +72,13 @@ class Skill:
         """
         if math.isnan(self.relative_loss) or math.isnan(before.relative_loss):
             return False
-        tolerance = max(0.1, 0.5 * (1.0 - before.relative_loss)) + _CERTAIN * math.hypot(self.noise, before.noise)
+        tolerance = max(0.1, 0.5 * (1.0 - before.relative_loss)) + CERTAIN * math.hypot(self.noise, before.noise)
         return self.relative_loss > before.relative_loss + tolerance
 
-    def _auc_noise(self, before: Skill) -> float:
+    def _auc_error(self, before: Skill) -> float:
         if not self.pairs or not before.pairs:
             return math.inf
-        return _CERTAIN * _AUC_NOISE * math.sqrt(1.0 / self.pairs + 1.0 / before.pairs)
+        return _AUC_NOISE * math.sqrt(1.0 / self.pairs + 1.0 / before.pairs)
 
 
 class SkillWindow:

@@ -122,7 +122,7 @@ def test_the_step_cut_calls_a_lost_model_within_tens_of_steps() -> None:
         assert "was cut 400 times and the AUC of click fell" in event.reason
 
 
-@pytest.mark.parametrize("cut", [torch.tensor([5.0, 5.0, 1.0]), torch.full((3,), math.nan)], ids=str)
+@pytest.mark.parametrize("cut", [torch.tensor([100.0, 100.0, 1.0]), torch.full((3,), math.nan)], ids=str)
 def test_without_a_large_cut_nothing_is_called_fast(cut: torch.Tensor) -> None:
     (event,) = run(lost_at(healthy(steps=1500, seed=1), 800, back_after=60), cut_from=800, cut=cut)
     assert event.kind == "micro"
@@ -234,9 +234,9 @@ def test_settings_that_cannot_be_are_refused() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(3))
-def test_100000_healthy_steps_with_spikes_that_harm_nothing_have_no_full_verdict(seed: int) -> None:
-    trace = healthy(steps=100_000, seed=200 + seed)
-    for at in range(500, 100_000, 500):
+def test_spikes_that_harm_nothing_have_no_full_verdict_in_30000_steps(seed: int) -> None:
+    trace = healthy(steps=30_000, seed=200 + seed)
+    for at in range(500, 30_000, 500):
         trace = traces.spike(trace, at=at, length=1 + at % 37, factor=40.0)
     events = run(trace, cut_from=1)
     assert {e.kind for e in events} == {"micro"}
