@@ -95,7 +95,22 @@ def _spread(merged: DictConfig, before: DictConfig, after: DictConfig) -> None:
     for key in sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name)):
         if not key.startswith(REPLAYABLE):
             raise UserError(f"mitigation '{after.mitigation.name}' changes {key}, which a replay cannot")
-        OmegaConf.update(merged, key, new.get(key), force_add=True)
+        if key in new:
+            OmegaConf.update(merged, key, new[key], force_add=True)
+        else:
+            _remove(merged, key, after)
+
+
+def _remove(merged: DictConfig, key: str, after: DictConfig) -> None:
+    """Removes the largest part around a key that an option does not have, such as another optimizer for a rollback."""
+    parts = key.split(".")
+    for depth in range(1, len(parts) + 1):
+        path, name = ".".join(parts[: depth - 1]), parts[depth - 1]
+        if name not in (OmegaConf.select(after, path) if path else after):
+            holder = OmegaConf.select(merged, path) if path else merged
+            if holder is not None and name in holder:
+                del holder[name]
+            return
 
 
 def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:

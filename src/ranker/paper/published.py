@@ -52,7 +52,7 @@ STUDIES: tuple[Study, ...] = (
     ways_out.WAYS_OUT,
 )
 BY_NAME = {study.name: study for study in STUDIES}
-QUOTING = ("README.md", "docs/reproduction.md", "results/README.md")
+QUOTING = ("README.md", "docs/reproduction.md", "docs/stability.md", "results/README.md")
 
 
 def folder_of(study: Study, data: Data, scale: str) -> str:

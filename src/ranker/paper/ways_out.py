@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import statistics
+from collections.abc import Sequence
+from pathlib import Path
 
 import polars as pl
 
 from ranker.paper.jobs import Data, Job, Setting, grid
-from ranker.paper.store import matching
+from ranker.paper.store import find, matching, row_of
 from ranker.paper.study import Found, Phase, Sections, Study
 from ranker.reports.comparison import as_markdown
+from ranker.runs.run_folder import EVENTS as EVENTS_FILE
 
 WARMUP = 100
 # Naive Adagrad on Small with an accumulator that adapts, at the highest rate at which some seeds survive: it learns,
@@ -23,7 +27,7 @@ LOST: Job = (
     "callbacks.divergence.stop=false",
 )
 RATE, TWIN_RATE = 0.8, 0.4
-SEEDS, EVENTS = 12, 6  # seeds that are tried, and events at most that are treated
+SEEDS, EVENTS = 8, 6  # seeds that are tried, and events at most that are treated
 WAYS: dict[str, str] = {
     "rollback": "rollback",
     "rollback, then the rate rises from a tenth": "rollback_rewarm",
@@ -35,6 +39,23 @@ WAYS: dict[str, str] = {
     "steps with an infinite gradient left out": "skip_nonfinite",
 }
 KEYS = ("lr_mult", "seed", "mitigation")
+
+
+def read(setting: Setting, folder: Path, jobs: Sequence[Job]) -> tuple[pl.DataFrame, list[Job]]:  # noqa: ARG001
+    """One row per run, with the step of the first full verdict, the number of rollbacks and the batches left out."""
+    found, missing = find(folder, jobs)
+    rows = []
+    for job, (path, summary) in found:
+        events = path / EVENTS_FILE
+        lines = events.read_text(encoding="utf-8").splitlines() if events.is_file() else []
+        full = [event for event in map(json.loads, lines) if event["kind"] == "full"]
+        left_out = [record["skipped_batches"] for record in summary["rollbacks"]]
+        rows.append(
+            row_of(job, path, summary)
+            | {"event_step": full[0]["step"] if full else None, "verdict_step": full[0]["judged_at"] if full else None}
+            | {"rollbacks": len(left_out), "batches_left_out": sum(stop - start for start, stop in left_out)}
+        )
+    return pl.DataFrame(rows, infer_schema_length=None), missing
 
 
 def event_jobs(setting: Setting) -> list[Job]:
@@ -70,8 +91,7 @@ def sections(data: Data, found: Found) -> Sections:
         return here[0] if here else None
 
     twins = [auc(runs, seed, f"lr_mult={TWIN_RATE:g}") for seed in seeds]
-    rows = [["first step of the event", *(_step(events, seed) for seed in seeds), ""]]
-    rows.append([f"twin at {TWIN_RATE:g}x", *map(_percent, twins), ""])
+    rows = [[f"twin at {TWIN_RATE:g}x", *map(_percent, twins), ""]]
     lines = {"no action": [auc(events, seed, f"lr_mult={RATE:g}") for seed in seeds]}
     for label, way in WAYS.items():
         lines[label] = [auc(runs, seed, f"lr_mult={RATE:g}", f"mitigation={way}") for seed in seeds]
@@ -81,13 +101,26 @@ def sections(data: Data, found: Found) -> Sections:
             middle = f"{100 * statistics.median(below):.1f}" if below else "-"
             rows.append([label, *map(_percent, aucs), middle])
     header = [f"{data.auc} AUC, %", *(f"seed {seed}" for seed in seeds), "below the twin, median"]
+    return {"auc": as_markdown(header, rows), "events": _events(events, runs, seeds)}
+
+
+def _events(events: pl.DataFrame, runs: pl.DataFrame, seeds: Sequence[int]) -> str:
+    """First step, step of the verdict, and what the rollback left out."""
+    rows = []
+    for seed in seeds:
+        event = events.row(by_predicate=pl.col("seed") == seed, named=True)
+        back = matching(runs, (f"lr_mult={RATE:g}", f"seed={seed}", "mitigation=rollback"), KEYS)
+        left_out = [f"{n} of {event['steps']}" for n in back["batches_left_out"]]
+        rows.append([str(seed), *(_whole(event[key]) for key in ("first_step", "verdict_step")), *(left_out or ["-"])])
     unhurt = events.filter(pl.col("first_step").is_null()).height
-    text = f"{events.height} seeds at {RATE:g}x, {unhurt} of them undisturbed, {len(seeds)} treated here."
-    return {"auc": as_markdown(header, rows), "events": text}
+    early = events.filter(pl.col("first_step") <= WARMUP).height
+    text = f"{events.height} seeds at {RATE:g}x: {unhurt} undisturbed, {early} disturbed first within the warm-up of "
+    text += f"{WARMUP} steps (not treated here), the others in mid-run.\n\n"
+    return text + as_markdown(["seed", "first step", "verdict at step", "batches that the rollback left out"], rows)
 
 
-def _step(events: pl.DataFrame, seed: int) -> str:
-    return f"{int(events.filter(pl.col('seed') == seed)['first_step'].item()):,}"
+def _whole(value: float | None) -> str:
+    return "-" if value is None else f"{int(value):,}"
 
 
 def _percent(value: float | None) -> str:
@@ -98,8 +131,8 @@ WAYS_OUT = Study(
     name="ways_out",
     title="What each way out of a mid-run divergence is worth (Small, naive Adagrad, G_0 = 1e-6)",
     phases=(
-        Phase("ways_out_events", lambda setting, _: event_jobs(setting)),
-        Phase("ways_out", way_jobs),
+        Phase("ways_out_events", lambda setting, _: event_jobs(setting), read),
+        Phase("ways_out", way_jobs, read),
     ),
     sections=sections,
 )

@@ -18,8 +18,11 @@ ROLLBACK = "callbacks.rollback"
 
 def is_asked(cfg: DictConfig, saved: DictConfig, overrides: Sequence[str]) -> bool:
     """Whether a way out is to be tried: an override names it, or sets it as those of ``mitigation`` do."""
-    changed = OmegaConf.select(cfg, ROLLBACK) != OmegaConf.select(saved, ROLLBACK)
-    return changed or any(ROLLBACK in override for override in overrides)
+    options = OmegaConf.select(cfg, ROLLBACK)
+    if options != OmegaConf.select(saved, ROLLBACK) or any(ROLLBACK in override for override in overrides):
+        return True
+    named = any(override.startswith("mitigation=") for override in overrides)  # that of the run itself, once more
+    return named and bool(options and options.get("tries"))
 
 
 def replay_way_out(
@@ -35,8 +38,8 @@ def replay_way_out(
     """Trains until the detector suspects a divergence, does what ``callbacks.rollback`` says, and trains on.
 
     A run acts on the verdict, some tens of steps later. A capsule ends about there, so a replay acts at the first
-    suspicion, to have batches left. With ``restore=all`` it leaves out the batches from the first step of the event to
-    the suspicion and trains on all others; ``back_steps`` and ``skip_batches`` do not apply.
+    suspicion, to have batches left. With ``restore=all`` it leaves out the batches from ``back_steps`` before the first
+    step of the event to the suspicion and trains on all others; ``skip_batches`` does not apply.
 
     Args:
         engine: at the snapshot.
@@ -58,7 +61,8 @@ def replay_way_out(
     if first.event is None:
         return first
     acted, event = len(first.steps), first.event.step
-    again = [place for place in range(acted) if steps[place] < event] if what == "all" else []
+    start = event - int(options.get("back_steps", 0))
+    again = [place for place in range(acted) if steps[place] < start] if what == "all" else []
     if what == "all":
         engine.restore(before)
     else:

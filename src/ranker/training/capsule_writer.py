@@ -29,6 +29,7 @@ from ranker.training.training_step import StepSignals
 
 CAPSULES = "capsules"
 EVENTS = ("full", "micro", "both")
+_ENDS = ("full", "unsettled")  # kinds of events with which a run ends
 _LATE = 400  # steps by which a verdict may come late without any suspicion before it
 _HOLDS = 2  # suspected events whose past is kept, also after the suspicion has ended
 _AHEAD = 16  # batches that a trainer may have fetched but not trained on
@@ -243,7 +244,7 @@ class CapsuleWriter:
     def write(self, fit: Fit, events: list[Event]) -> None:
         """Writes capsules of new events. All ranks call it with the same events."""
         for event in events:
-            if event.kind in self._kinds or (event.kind == "unsettled" and "full" in self._kinds):
+            if event.kind in self._kinds or (event.kind in _ENDS and "full" in self._kinds):
                 self._write(fit, event)
 
     def _hold(self, fit: Fit, since: int) -> None:
@@ -267,14 +268,14 @@ class CapsuleWriter:
         if self._folder is None:
             return
         again = event.step in self.written
-        if not again and len(self.written) >= self._max_capsules - (event.kind != "full" and self._max_capsules > 1):
-            if event.kind != "full":
-                return self._say(f"no capsule of step {event.step}: there are {len(self.written)}, see max_capsules")
-            self._remove(fit, self.written[-1])
+        ends = event.kind in _ENDS
+        too_many = not again and len(self.written) >= self._max_capsules - (not ends and self._max_capsules > 1)
+        if too_many and not ends:
+            return self._say(f"no capsule of step {event.step}: there are {len(self.written)}, see max_capsules")
         state, until = self._first(fit, event.step), event.step + self._after
         if state is None and again:
             return self._take_over(fit, event)
-        if state is None and event.kind == "full":  # the steps before the verdict are better than nothing
+        if state is None and ends:  # the steps before the verdict are better than nothing
             state, until = self._first(fit, self._step - self._after), self._step
         if state is None:
             return self._say(
@@ -296,6 +297,8 @@ class CapsuleWriter:
         if fit.largest(int(bool(wrong))):
             self._say(f"no capsule of step {event.step}: {wrong or 'another rank could not write its share'}")
             return shutil.rmtree(temporary, ignore_errors=True) if first_rank else None
+        if too_many:
+            self._remove(fit, self.written[-1])
         if not again:
             self.written = [*self.written, event.step]
         if first_rank:

@@ -45,6 +45,16 @@ def test_with_all_restored_the_event_is_left_out_and_nothing_moves(lost, engine)
     assert saved.losses_ST[-5:].mean() < harmed.losses_ST[-5:].mean()
 
 
+def test_the_batches_before_the_event_are_left_out_as_in_a_run(lost, engine) -> None:
+    made, steps, batches = lost
+    cfg = config(restore="all", back_steps=4)
+
+    saved = replay_way_out(made, cfg, steps, batches, make=lambda cfg: engine(), name="saved")
+
+    assert not set(range(EVENT - 4, EVENT + 1)) & set(saved.steps)
+    assert set(range(FIRST, EVENT - 4)) <= set(saved.steps)
+
+
 @pytest.mark.parametrize("restore", ["accumulators", "nothing"])
 def test_without_going_back_the_harmed_weights_stay(lost, engine, restore: str) -> None:
     made, steps, batches = lost
@@ -112,5 +122,7 @@ def test_it_is_asked_for_by_name_or_by_a_mitigation_that_sets_it() -> None:
     saved = config(tries=0)
     assert is_asked(saved, saved, ["callbacks.rollback.restore=all"])
     assert is_asked(config(tries=3), saved, ["mitigation=rollback"])
+    assert is_asked(config(tries=3), config(tries=3), ["mitigation=rollback"]), "that of the run, once more"
     assert not is_asked(saved, saved, ["optim=clippy"])
+    assert not is_asked(saved, saved, ["mitigation=warmup"])
     assert not is_asked(OmegaConf.create({}), OmegaConf.create({}), ["optim=clippy"])
