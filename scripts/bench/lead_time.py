@@ -36,7 +36,7 @@ LEARNED_BLOCKS = 6  # runs that end sooner were lost at the start (trace_recorde
 LAYER_SIGNS = {
     "grad_over_weight": ("gradient over weight", np.fmax, True),
     "update_max": ("update r, infinity norm", np.fmax, True),
-    "update_over_weight": ("step over weight", np.fmax, True),
+    "update_over_weight": ("step over weight, per unit of rate", np.fmax, True),
     "sigma_agc": ("sigma of AGC", np.fmin, True),
     "sigma_lamb": ("sigma of LAMB", np.fmin, True),
     "sigma_clippy": ("sigma of Clippy", np.fmin, True),
@@ -97,7 +97,9 @@ def signs_of(run: Recorded) -> dict[str, Array]:
     for sign, (title, joined, log) in LAYER_SIGNS.items():
         layers = [run.sign(name) for name in names if name.endswith(f"/{sign}") and not name.startswith("head/")]
         if layers:
-            found[title] = _prepared(joined.reduce(layers), log)
+            x = joined.reduce(layers)
+            # A rate that rises makes every step longer, whether the run is about to be hit or not.
+            found[title] = _prepared(x / run.arrays["lr"] if sign == "update_over_weight" else x, log)
     for sign, (title, log) in RUN_SIGNS.items():
         if sign in names:
             found[title] = _prepared(run.sign(sign), log)
@@ -148,7 +150,7 @@ def scored(run: Recorded) -> dict[str, Scored]:
 
 def curve(runs: Sequence[Scored]) -> Curve:
     """One sign over all runs."""
-    thresholds = np.concatenate([[np.inf], np.geomspace(1000.0, 0.1, 300)])
+    thresholds = np.concatenate([[np.inf], np.geomspace(300.0, 0.1, 80)])
     quiet = np.concatenate([run.quiet for run in runs])
     maxima = {lead: np.array([run.before[lead] for run in runs if lead in run.before]) for lead in LEADS}
     leads = []
