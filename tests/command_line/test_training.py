@@ -49,7 +49,7 @@ def test_a_run_sums_itself_up(completed: Finished) -> None:
     assert summary["examples"] == 6144
     assert summary["examples_per_second"] > 0
     assert 0 <= summary["data_wait_fraction"] <= 1
-    assert set(summary["divergence"]) == {"micro", "full", "first_step"}
+    assert set(summary["divergence"]) == {"micro", "full", "unsettled", "first_step"}
     assert summary["parameters"]["embedding"] > summary["parameters"]["dense"] > 0
     assert set(summary["versions"]) >= {"python", "torch", "pytorch-lightning"}
     assert len(summary["config_hash"]) == 12

@@ -57,22 +57,15 @@ def trained(command_line: Callable[..., None], tmp_path: Path) -> Callable[..., 
 
 @pytest.mark.slow
 def test_a_run_whose_auc_is_gone_is_never_completed(trained: Callable[..., Any]) -> None:
-    summary, event = trained(*LOST, "callbacks.divergence.settings.lost_step_cut=1e9")
+    summary, event = trained(*LOST)
     assert (summary["status"], event["kind"]) == ("diverged", "full")
     assert "the loss came back after" in event["reason"]
     assert "did not: 0." in event["reason"]
 
 
 @pytest.mark.slow
-def test_the_step_size_tells_so_within_20_steps(trained: Callable[..., Any]) -> None:
-    summary, event = trained(*LOST)
-    assert (summary["status"], event["kind"]) == ("diverged", "full")
-    assert event["judged_at"] - event["step"] <= 20
-    assert "step size of the median coordinate" in event["reason"]
-
-
-@pytest.mark.slow
-def test_large_and_cross_layers_at_a_quarter_of_the_rate_are_lost_and_said_to_be(trained: Callable[..., Any]) -> None:
+def test_the_step_size_tells_within_20_steps_that_a_model_is_lost(trained: Callable[..., Any]) -> None:
     summary, event = trained(*LARGE)
     assert (summary["status"], event["kind"]) == ("diverged", "full")
     assert event["judged_at"] - event["step"] <= 20
+    assert "step size of the median coordinate" in event["reason"]

@@ -116,7 +116,7 @@ class DetectorSettings:
     proof_steps: int = 50
     recovery_steps: int = 250
     lost_share: float = 0.2
-    lost_step_cut: float = 20.0
+    lost_step_cut: float = 200.0
     fast_steps: int = 8
     min_labels: int = 8
     lost_ne: float = 3.0

@@ -295,6 +295,10 @@ class DivergenceClassifier:
             return []
         lost = self._what_was_lost(probation.before)
         if not lost:
+            # A model that had learned nothing loses nothing, but after a blow-up it may never learn.
+            blown_up = self._blowup is not None and self._blowup.step == probation.spikes[0].step
+            if blown_up and not self._auc.learned and self._auc.at_chance.length and self._step < probation.deadline:
+                return []
             return self._settle()
         if self._step < probation.deadline:
             return []
@@ -398,7 +402,7 @@ class DivergenceClassifier:
         return self._diverge(f"training AUC is back at 0.5, down from {0.5 + self._auc.best:.3f} on average,", since)
 
     def _diverge_nothing_learned(self, what: str) -> Event:
-        self.spike = self._blowup
+        self.spike, self.probation = self._blowup, None
         return self._diverge(f"{what} is at 0.5 after {self._step_count} steps, no task was learned", None)
 
     def _diverge(self, reason: str, since: int | None) -> Event:

@@ -40,7 +40,7 @@ class StepCut:
 
     Adam's accumulator v forgets: a spike multiplies it as it multiplies G, but the excess halves every
     ln 2 / (1 - beta2) steps (693 with beta2 = 0.999), and the step size comes back. The cut is that of
-    v / (1 - beta2^t), shows the same spike, and falls below 1 afterwards. ``permanent`` says which of the two it is.
+    v / (1 - beta2^t), shows the same spike, and is below 1 afterwards. A cut of 200 is gone after about 10,600 steps.
 
     Every rank of DDP has the same accumulators, hence the same values. Of a sharded accumulator each rank samples its
     own part.
@@ -55,7 +55,6 @@ class StepCut:
 
     Attributes:
         names: names of the layers, in order.
-        permanent: whether all accumulators found so far never fall, as those of Adagrad.
 
     Raises:
         ValueError: a number is below 1, or the span is no multiple of ``every``.
@@ -76,7 +75,6 @@ class StepCut:
                 f"got every={every}, span={span}, sample={sample}"
             )
         self.names: Sequence[str] = tuple(weights)
-        self.permanent = True
         self._weights = list(weights.values())
         self._optimizer = optimizer
         self._every, self._sample = every, sample
@@ -161,8 +159,7 @@ class StepCut:
         found = _accumulator(self._optimizer, weight)
         if found is None or not found[0].numel():
             return torch.full((self._sample,), torch.nan, device=weight.device)
-        total, correction, permanent = found
-        self.permanent &= permanent
+        total, correction = found
         key = total.numel(), total.device
         if key not in self._coordinates:
             fraction_N = torch.arange(self._sample, dtype=torch.float64).mul_(_GOLDEN).frac_()
@@ -189,16 +186,16 @@ def shared_weights(
     return found
 
 
-def _accumulator(optimizer: torch.optim.Optimizer, weight: Tensor) -> tuple[Tensor, Tensor | None, bool] | None:
-    """G or v of a weight, what to divide it by, and whether it never falls; None where there is none."""
+def _accumulator(optimizer: torch.optim.Optimizer, weight: Tensor) -> tuple[Tensor, Tensor | None] | None:
+    """G or v of a weight, and what to divide it by; None where there is none."""
     state = optimizer.state.get(weight, {})
     if "sum" in state:
-        return _local(state["sum"]), None, True
+        return _local(state["sum"]), None
     if "exp_avg_sq" not in state:
         return None
     group = next(g for g in optimizer.param_groups if any(p is weight for p in g["params"]))
     beta2 = float(group["betas"][1])
-    return _local(state["exp_avg_sq"]), 1.0 - torch.pow(beta2, torch.as_tensor(state["step"])), False
+    return _local(state["exp_avg_sq"]), 1.0 - torch.pow(beta2, torch.as_tensor(state["step"]))
 
 
 def _local(value: Tensor) -> Tensor:

@@ -63,6 +63,15 @@ def test_regression_metrics_by_hand():
     values, _ = computed(*one_task([1.0, 3.0], [2.0, 0.0], task=1))
     assert values["watch/rmse"] == pytest.approx(math.sqrt((1 + 9) / 2))
     assert values["watch/calibration"] == pytest.approx(4 / 2)
+    assert values["watch/r2"] == pytest.approx(1 - 5 / 1)  # the variance of the labels is 1
+
+
+def test_r2_of_the_mean_is_0_and_of_equal_labels_undefined_with_a_reason():
+    values, _ = computed(*one_task([2.0, 2.0, 2.0], [1.0, 2.0, 3.0], task=1))
+    assert values["watch/r2"] == pytest.approx(0.0)
+    values, notes = computed(*one_task([2.0, 2.5], [3.0, 3.0], task=1))
+    assert math.isnan(values["watch/r2"])
+    assert notes["watch/r2"] == "all 2 observed labels are the same"
 
 
 def test_always_saying_the_base_rate_has_normalised_entropy_one_and_calibration_one():

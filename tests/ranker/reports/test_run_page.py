@@ -36,6 +36,7 @@ EVENTS: list[dict[str, Any]] = [
         "reason": "jumped",
     },
     {"kind": "shift", "step": 200, "task": "watch_time", "depth": 1.8, "length": 40, "reason": "<b>a new level</b>"},
+    {"kind": "unsettled", "step": 300, "task": "click", "depth": 4.0, "length": 9, "reason": "training ended"},
     {"kind": "full", "step": 400, "task": "click", "depth": None, "length": 90, "reason": "never came back"},
     {"kind": "rollback", "step": 490, "to_step": 300, "try": 1, "cause": "full", "skipped_rows": 1024, "lr": 0.1},
 ]
@@ -114,7 +115,7 @@ def test_a_full_run_shows_every_part_and_fetches_nothing(tmp_path: Path) -> None
     assert "url(" not in page
     for title in ("click: loss", "click: AUC", "watch_time: RMSE", "sigma by tensor", "sharpness against 2 / lr"):
         assert title in page, title
-    for kind in ("micro", "full", "shift", "rollback"):
+    for kind in ("micro", "full", "shift", "unsettled", "rollback"):
         assert f'line class="event {kind}"' in page
     assert "0.6600" in page
     assert "undefined" in page
