@@ -7,8 +7,9 @@ Every sign is compared with the run's own past, so that one threshold serves all
 on the logarithm of signs that are positive, with the floor at 1 % of a unit. An alarm is a stretch of 50 steps with a z
 above a threshold. The recall at a lead of L steps is the share of events with an alarm in the 50 steps that end L steps
 before the event, among the events that begin late enough for that. False alarms are counted in runs without an event.
-Only the first event of a run counts, and none before step 100 (``natural_events.py``). Nothing of the event itself is
-used: step e - 1 is the last one that a sign is read at, and its sign is known before the loss of step e.
+Only the first event of a run counts, and none of a run that had not learned by then (``natural_events.py``). Nothing of
+the event itself is used: step e - 1 is the last one that a sign is read at, and its sign is known before the loss of
+step e.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from pathlib import Path
 
 import numpy as np
 
-from natural_events import recorded
+from natural_events import outcomes, recorded
 from ranker.reports.comparison import as_markdown
 from recorded_runs import Array, Recorded, first_event
 
@@ -31,7 +32,6 @@ FIRST = 60  # first step that can give an alarm
 LEADS = (1, 10, 100)
 BUDGETS = (10.0, 30.0, 100.0)  # false alarms per 10,000 steps
 FLOOR = 0.01
-LEARNED_BLOCKS = 6  # runs that end sooner were lost at the start (trace_recorder.py)
 # Signs of layers by the way in which the layers are joined; "log" where the sign is positive.
 LAYER_SIGNS = {
     "grad_over_weight": ("gradient over weight", np.fmax, True),
@@ -221,7 +221,8 @@ def main() -> int:
     parser.add_argument("--picture", type=Path, help="write the picture to this PNG file")
     parser.add_argument("--markdown", type=Path, help="write the tables to this file")
     args = parser.parse_args()
-    runs = [run for run in recorded(args.traces).values() if len(run.arrays["block_auc"]) >= LEARNED_BLOCKS]
+    found = recorded(args.traces)
+    runs = [found[x.name] for x in outcomes(found, tolerance=0.02) if x.kind != "start"]
     scores = [scored(run) for run in runs]
     signs = list(dict.fromkeys(sign for found in scores for sign in found))
     curves = {sign: curve([found[sign] for found in scores if sign in found]) for sign in signs}
