@@ -7,8 +7,9 @@ Every sign is compared with the run's own past, so that one threshold serves all
 on the logarithm of signs that are positive, with the floor at 1 % of a unit. An alarm is a stretch of 50 steps with a z
 above a threshold. The recall at a lead of L steps is the share of events with an alarm in the 50 steps that end L steps
 before the event, among the events that begin late enough for that. False alarms are counted in runs without an event.
-Only the first event of a run counts, and none before step 100 (``natural_events.py``). Nothing of the event itself is
-used: step e - 1 is the last one that a sign is read at, and its sign is known before the loss of step e.
+Only the first event of a run counts, and none of a run that had not learned by then (``natural_events.py``). Nothing of
+the event itself is used: step e - 1 is the last one that a sign is read at, and its sign is known before the loss of
+step e.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from pathlib import Path
 
 import numpy as np
 
-from natural_events import recorded
+from natural_events import outcomes, recorded
 from ranker.reports.comparison import as_markdown
 from recorded_runs import Array, Recorded, first_event
 
@@ -31,12 +32,11 @@ FIRST = 60  # first step that can give an alarm
 LEADS = (1, 10, 100)
 BUDGETS = (10.0, 30.0, 100.0)  # false alarms per 10,000 steps
 FLOOR = 0.01
-LEARNED_BLOCKS = 6  # runs that end sooner were lost at the start (trace_recorder.py)
 # Signs of layers by the way in which the layers are joined; "log" where the sign is positive.
 LAYER_SIGNS = {
     "grad_over_weight": ("gradient over weight", np.fmax, True),
     "update_max": ("update r, infinity norm", np.fmax, True),
-    "update_over_weight": ("step over weight", np.fmax, True),
+    "update_over_weight": ("step over weight, per unit of rate", np.fmax, True),
     "sigma_agc": ("sigma of AGC", np.fmin, True),
     "sigma_lamb": ("sigma of LAMB", np.fmin, True),
     "sigma_clippy": ("sigma of Clippy", np.fmin, True),
@@ -97,7 +97,9 @@ def signs_of(run: Recorded) -> dict[str, Array]:
     for sign, (title, joined, log) in LAYER_SIGNS.items():
         layers = [run.sign(name) for name in names if name.endswith(f"/{sign}") and not name.startswith("head/")]
         if layers:
-            found[title] = _prepared(joined.reduce(layers), log)
+            x = joined.reduce(layers)
+            # A rate that rises makes every step longer, whether the run is about to be hit or not.
+            found[title] = _prepared(x / run.arrays["lr"] if sign == "update_over_weight" else x, log)
     for sign, (title, log) in RUN_SIGNS.items():
         if sign in names:
             found[title] = _prepared(run.sign(sign), log)
@@ -148,7 +150,7 @@ def scored(run: Recorded) -> dict[str, Scored]:
 
 def curve(runs: Sequence[Scored]) -> Curve:
     """One sign over all runs."""
-    thresholds = np.concatenate([[np.inf], np.geomspace(1000.0, 0.1, 300)])
+    thresholds = np.concatenate([[np.inf], np.geomspace(300.0, 0.1, 80)])
     quiet = np.concatenate([run.quiet for run in runs])
     maxima = {lead: np.array([run.before[lead] for run in runs if lead in run.before]) for lead in LEADS}
     leads = []
@@ -219,7 +221,8 @@ def main() -> int:
     parser.add_argument("--picture", type=Path, help="write the picture to this PNG file")
     parser.add_argument("--markdown", type=Path, help="write the tables to this file")
     args = parser.parse_args()
-    runs = [run for run in recorded(args.traces).values() if len(run.arrays["block_auc"]) >= LEARNED_BLOCKS]
+    found = recorded(args.traces)
+    runs = [found[x.name] for x in outcomes(found, tolerance=0.02) if x.kind != "start"]
     scores = [scored(run) for run in runs]
     signs = list(dict.fromkeys(sign for found in scores for sign in found))
     curves = {sign: curve([found[sign] for found in scores if sign in found]) for sign in signs}

@@ -6,8 +6,10 @@ alone is an outlier among the labels. Only the first event of a run counts. What
 steps later (or in the last 100 steps of a run that ends sooner, but at least 150 steps later):
 
     recovered   at most ``--tolerance`` below the twin
-    lost        farther below it
+    lost        it has gained less than a quarter of what the twin is above the AUC before the event
+    set back    between the two: the event or the rate cost something; neither verdict would be wrong
     unsettled   the run ends too soon to tell
+    start       no mid-run event: the AUC before the event is below 0.53, or nothing was learned at all
 
 The AUC is that of the predictions before each step, over 100 steps, averaged over the binary tasks with at least 200
 positive rows there. The twin is a run without an event on the same rows in the same order (the same data and seed), as
@@ -32,10 +34,11 @@ import torch
 
 from ranker.reports.comparison import as_markdown
 from ranker.stability import DivergenceDetector
-from recorded_runs import BLOCK, PAST, Recorded, first_event, read
+from recorded_runs import BLOCK, LEARNED, PAST, Recorded, first_event, read
 
 SETTLED = 150  # steps after the event from which on its outcome can be told
 FEWEST_POSITIVES = 200
+GAINED = 0.25  # share of the way from the AUC before the event to the twin's, below which the run is lost
 EARLY, LATE = 3, 20  # a detected event belongs to the true one if it begins in this many steps around it
 
 
@@ -45,8 +48,8 @@ class Outcome:
 
     Attributes:
         name: name of its file.
-        kind: ``healthy`` without an event; ``recovered``, ``lost`` or ``unsettled``; ``start`` for a run that is lost
-            in its first steps and left out.
+        kind: ``healthy`` without an event; ``recovered``, ``lost``, ``set back`` or ``unsettled``; ``start`` for a run
+            that is lost before it has learned, and left out.
         step: first step of the event; 0 without one.
         depth: largest ratio of the loss to its median before.
         before: AUC over the last 100 steps before the event.
@@ -131,12 +134,17 @@ def _outcome(
     past = float(np.median(run.loss_N[step - 1 - PAST : step - 1]))
     depth = float(np.nan_to_num(run.loss_N[step - 1 :], nan=math.inf, posinf=math.inf).max() / past)
     before = _mean(skill(run, step - 1).values())
+    if not before >= LEARNED:
+        return Outcome(name, *made, run.steps, "start", step, depth, before)
     own = skill(run, run.steps)
     if run.steps - 2 * BLOCK < step + SETTLED or twin is None:
         return Outcome(name, *made, run.steps, "unsettled", step, depth, before)
     others = skill(twin, run.steps)
     after, expected = (_mean(x[t] for t in own.keys() & others.keys()) for x in (own, others))
-    kind = "recovered" if after >= expected - tolerance else "lost"  # nan: predictions are not finite
+    if after >= expected - tolerance:
+        kind = "recovered"
+    else:
+        kind = "set back" if after >= before + GAINED * (expected - before) else "lost"  # nan is lost
     return Outcome(name, *made, run.steps, kind, step, depth, before, after, expected)
 
 
@@ -282,7 +290,7 @@ def main() -> int:
     if args.verdicts:
         write_rows(args.verdicts, list(own.values()))
     verdicts[args.verdicts.stem if args.verdicts else "this version"] = own
-    kinds = ("healthy", "recovered", "lost", "unsettled", "start")
+    kinds = ("healthy", "recovered", "lost", "set back", "unsettled", "start")
     lines = [", ".join(f"{sum(x.kind == kind for x in truth)} {kind}" for kind in kinds), ""]
     lines += [as_markdown(*table(truth, verdicts)), ""]
     for name, said in verdicts.items():

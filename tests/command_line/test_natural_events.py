@@ -89,13 +89,14 @@ def test_an_event_begins_at_the_first_bad_loss_of_several_after_the_start() -> N
     [
         (0.70, 700, "recovered"),
         (0.685, 700, "recovered"),
-        (0.67, 700, "lost"),
+        (0.67, 700, "set back"),
+        (0.61, 700, "lost"),
         (np.nan, 700, "lost"),
         (0.5, 440, "unsettled"),
     ],
 )
 def test_the_outcome_is_told_by_the_auc_beside_the_twins(after: float, steps: int, kind: str) -> None:
-    hit = made(steps=steps, loss=spike(steps, 200), after=after, lr=0.4)
+    hit = made(steps=steps, loss=spike(steps, 200), auc=0.6, after=after, lr=0.4)
     twins = {
         "low": made(steps=800),
         "other seed": made(steps=800, auc=0.9, seed=1),
@@ -106,6 +107,8 @@ def test_the_outcome_is_told_by_the_auc_beside_the_twins(after: float, steps: in
     assert found["low"].kind == "healthy"
     assert kind == "unsettled" or found["hit"].twin == pytest.approx(0.7)
     assert natural_events.outcomes({"hit": hit}, 0.02)[0].kind == "unsettled"
+    unlearned = made(steps=700, loss=spike(700, 200), auc=0.51, after=0.7)
+    assert natural_events.outcomes({"hit": unlearned, **twins}, 0.02)[0].kind == "start"
 
 
 def test_the_table_counts_what_the_detector_calls_by_its_right_name() -> None:
