@@ -144,7 +144,9 @@ class DivergenceClassifier:
         if (judged := self._judge_by_holdout(eval_aucs)) is not None:
             return judged
         held_out = auc_above_chance(self.tasks, eval_aucs, s)
-        if not self._skill_was_known() and held_out >= 1.5 * s.auc_tolerance and not self._constant.length:
+        first = self._first_open()
+        had_learned = first is not None and not first.startup and self._skill_was_known()
+        if not had_learned and held_out >= 1.5 * s.auc_tolerance and not self._constant.length:
             # A model that ranks the hold-out well is not lost, whatever was open when training ended.
             return self._end_spike()
         if self._nonfinite.length:

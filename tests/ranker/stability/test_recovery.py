@@ -240,3 +240,16 @@ def test_spikes_that_harm_nothing_have_no_full_verdict_in_30000_steps(seed: int)
         trace = traces.spike(trace, at=at, length=1 + at % 37, factor=40.0)
     events = run(trace, cut_from=1)
     assert {e.kind for e in events} == {"micro"}
+
+
+def test_a_run_that_ends_in_a_startup_spike_but_ranks_the_hold_out_is_not_lost() -> None:
+    trace = traces.spike(healthy(steps=60, seed=1), at=3, length=58, factor=5.0)
+    detector = DivergenceDetector(TASKS)
+    for i in range(len(trace)):
+        detector.update(i + 1, **trace.signals(i))
+    detector.poll()
+
+    events = detector.finish([0.62 if not math.isnan(float(auc)) else math.nan for auc in trace.eval_auc_T])
+
+    assert [event.kind for event in events if event.kind == "full"] == []
+    assert detector.status != "diverged"
