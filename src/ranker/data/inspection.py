@@ -111,11 +111,12 @@ def missing_days(entries: Sequence[FileEntry]) -> Iterator[str]:
 
 
 def out_of_order(entries: Sequence[FileEntry]) -> Iterator[str]:
-    """Warnings for files that begin before the previous one ends. A log cannot be read from them."""
+    """Warnings for files whose times overlap. A log cannot be read from them."""
     filled = [entry for entry in entries if entry.time_min_ms is not None and entry.time_max_ms is not None]
+    filled.sort(key=lambda entry: (entry.time_min_ms, entry.time_max_ms))
     for before, entry in pairwise(filled):
         if entry.time_min_ms < before.time_max_ms:  # type: ignore[operator]
-            yield f"{entry.path} begins before {before.path} ends: name the files in time order"
+            yield f"{entry.path} begins before {before.path} ends: sort the rows over all files"
 
 
 def leak_suspects(sample: Sequence[Batch], schema: Schema) -> Iterator[str]:

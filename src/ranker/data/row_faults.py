@@ -15,11 +15,10 @@ from pyarrow import fs
 
 from ranker.atomic import replacing
 from ranker.data.batch import Batch, Ragged
-from ranker.data.filesystem import Root, one_line
+from ranker.data.filesystem import QUARANTINE_DIR, Root, one_line
 from ranker.errors import UserError
 
 POLICIES = ("raise", "drop", "quarantine")  # values of on_bad_rows
-QUARANTINE_DIR = "quarantine"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,7 +123,8 @@ def write_quarantine(root: Root, place: Place, table: pa.Table, faults: Sequence
     for name, values in extra.items():
         bad = bad.append_column(name, values)
     folder = root.join(QUARANTINE_DIR)
-    path = f"{folder}/{place.file.removesuffix('.parquet')}.row_group={place.row_group:05d}.parquet"
+    name = place.file.replace("/", "%2F").removesuffix(".parquet")  # one folder, so that it can be read as a table
+    path = f"{folder}/{name}.row_group={place.row_group:05d}.parquet"
     try:
         if isinstance(root.filesystem, fs.LocalFileSystem):
             with replacing(Path(path)) as draft:

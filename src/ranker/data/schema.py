@@ -13,12 +13,12 @@ import yaml
 
 from ranker.atomic import write_text
 from ranker.data.columns import CategoricalFeature, DenseFeature, Task, Transform, from_plain, to_plain
+from ranker.data.filesystem import SCHEMA_FILE
 from ranker.errors import UserError, one_of, suggest
 
 __all__ = ["SCHEMA_FILE", "TIME_UNITS", "CategoricalFeature", "DenseFeature", "Schema", "Task", "Transform"]
 
 TIME_UNITS = {"s": 1000.0, "ms": 1.0, "us": 1e-3, "ns": 1e-6}
-SCHEMA_FILE = "schema.yaml"
 
 
 @dataclass(frozen=True, kw_only=True)

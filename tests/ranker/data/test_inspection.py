@@ -135,18 +135,27 @@ def test_the_script_lists_constant_columns_among_its_warnings(write_log, inspect
         assert "nothing looks wrong" not in shown
 
 
-def test_days_out_of_order_are_shown_with_what_the_manifest_says(write_log, inspect_data, capsys):
-    root = write_log(DAYS)
-    (root / "day=2022-04-26.parquet").rename(root / "day=2022-04-30.parquet")
+def test_files_that_overlap_are_shown_with_what_the_manifest_says(write_log, inspect_data, capsys):
+    hour, day = 3_600_000, 86_400_000
+
+    def change(number, columns):
+        if number == 1:
+            columns["t"] = pa.array(columns["t"].to_numpy() + hour)
+
+    root = write_log(DAYS, change=change)
     start = 1_650_844_800_000
     entries = [
-        FileEntry(path=f"day={day}.parquet", rows=40, time_min_ms=start + k * 86_400_000, time_max_ms=start + k + 1)
-        for day, k in (("2022-04-25", 0), ("2022-04-27", 2), ("2022-04-30", 1))
+        FileEntry(
+            path=f"day=2022-04-{25 + k}.parquet",
+            rows=40,
+            time_min_ms=start + k * day,
+            time_max_ms=start + (k + 1) * day + (hour if k == 1 else -hour),
+        )
+        for k in range(3)
     ]
-    entries = [dataclasses.replace(entry, time_max_ms=entry.time_min_ms + 1000) for entry in entries]
     Manifest(files=tuple(entries)).write(root)
     assert inspect_data([str(root)]) == 2
     shown = capsys.readouterr()
     assert "manifest.json: 120 rows" in shown.out
-    assert "warning: day=2022-04-30.parquet begins before day=2022-04-27.parquet ends" in shown.out
-    assert shown.err.startswith("error: day=2022-04-30.parquet, column 't', row group 0: begins before")
+    assert "warning: day=2022-04-27.parquet begins before day=2022-04-26.parquet ends" in shown.out
+    assert shown.err.startswith("error: day=2022-04-27.parquet, column 't', row group 0: begins before")
