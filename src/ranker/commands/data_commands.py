@@ -11,7 +11,15 @@ from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 
 from ranker.cli import command
 from ranker.data.filesystem import open_root
@@ -22,22 +30,40 @@ from ranker.data.parquet_log import ParquetLog
 from ranker.data.prepare import RECIPES, print_summary
 from ranker.data.prepare import prepare as prepare_log
 from ranker.data.prepare.download import ARCHIVES, Archive, fetch, unpack
+from ranker.data.prepare.rewrite import rewrite
 from ranker.errors import UserError
 from ranker.installation import command_line
+
+REWRITE = "rewrite"  # the kind of preparation that makes larger row groups of a log of one's own
 
 
 @command
 def prepare(arguments: Sequence[str] | None = None) -> int:
     """Converts a public data set; exit status 0, or 2 with one line on standard error."""
-    parser = argparse.ArgumentParser(description="Convert published files to Parquet by UTC day, a schema, a manifest.")
-    parser.add_argument("kind", choices=sorted(RECIPES), help="the data set")
-    parser.add_argument("source", metavar="SRC", help="folder with the published files")
+    parser = argparse.ArgumentParser(
+        description="Write published files or a log of one's own as Parquet by UTC day, a schema, a manifest."
+    )
+    parser.add_argument(
+        "kind", choices=[*sorted(RECIPES), REWRITE], help=f"the data set; {REWRITE}: a log with a schema.yaml, in order"
+    )
+    parser.add_argument("source", metavar="SRC", help="folder with the published files, or with the log")
     parser.add_argument("destination", metavar="DST", help="folder to create")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     given = parser.parse_args(arguments)
+    if given.kind == REWRITE:
+        manifest = _rewrite(given.source, given.destination, progress=not given.quiet)
+        print(f"{given.destination}: {manifest.rows:,} rows in {len(manifest.files)} days")
+        return 0
     manifest = prepare_log(given.kind, given.source, given.destination, progress=not given.quiet)
     print_summary(manifest, where=given.destination)
     return 0
+
+
+def _rewrite(source: str, destination: str, *, progress: bool) -> Manifest:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), disable=not progress) as bar:
+        task = bar.add_task("rewriting rows", total=None)
+        return rewrite(source, destination, advance=lambda rows: bar.advance(task, rows))
 
 
 @command

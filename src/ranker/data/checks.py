@@ -85,6 +85,28 @@ def check_same_ids(files: Mapping[str, pa.Schema], *, schema: Schema) -> dict[st
     return {name: kind for name, (kind, _) in seen.items()}
 
 
+def check_id_types(columns: pa.Schema, known: Mapping[str, str], *, schema: Schema, file: str) -> None:
+    """Checks that ids to be scored have the type of the ids that the model was trained on.
+
+    Args:
+        columns: columns of the file to be scored.
+        known: by column, ``string`` or ``integer``. Columns that are not in it are not checked.
+        schema: gives the features.
+        file: the file, for errors.
+
+    Raises:
+        UserError: a type differs. The same id would use another embedding row, and the scores would be wrong.
+    """
+    for feature in schema.categorical:
+        trained = known.get(feature.column)
+        here = id_type(columns.field(feature.column).type)
+        if trained and here and here != trained:
+            raise UserError(
+                f"{file}: the ids in column '{feature.column}' are {here}s, but the model was trained on {trained}s, "
+                f"and the same id would have another embedding: write the column as {trained}s"
+            )
+
+
 def _check_present(columns: pa.Schema, wanted: list[str], schema: Schema, file: str) -> None:
     for name in wanted:
         count = columns.names.count(name)

@@ -6,6 +6,8 @@ a harmless value (0), so that the policy for bad rows is applied later, in one p
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
@@ -27,7 +29,13 @@ _LARGEST_LABEL = 1e15  # the squared errors of a batch are added in float32, whi
 
 
 def decode(
-    table: pa.Table, *, schema: Schema, first_row: int, place: Place, labelled: bool = True
+    table: pa.Table,
+    *,
+    schema: Schema,
+    first_row: int,
+    place: Place,
+    labelled: bool = True,
+    unseen_ids: bool = False,
 ) -> tuple[Batch, list[Fault]]:
     """Decodes the rows of one row group.
 
@@ -37,6 +45,7 @@ def decode(
         first_row: position of the first row in the log. It is the row id if the schema has no row_id column.
         place: origin of the rows, for errors.
         labelled: False for rows to be scored. Time, labels and row id may then be missing and count as unknown.
+        unseen_ids: an id out of range reads as unknown (row 0) and is no fault.
 
     Returns:
         The rows, and the faults of some of them.
@@ -65,6 +74,8 @@ def decode(
         mask = columns[task.mask] if task.mask else None
         labels_BT[:, t], mask_BT[:, t] = label_values(columns[task.column], task, mask, faults)
     time_ms_B = times_ms(columns[schema.time_column], schema, place) if labelled else np.zeros(rows, dtype=np.int64)
+    if unseen_ids:
+        faults = [fault for fault in faults if not fault.unseen_id]
     batch = Batch(
         dense_BF=torch.from_numpy(dense_BF),
         onehot_BC=torch.from_numpy(onehot_BC),
@@ -129,7 +140,8 @@ def embedding_rows(column: pa.Array, owner: CategoricalFeature, name: str, fault
             )
             for reason, wrong in (("id below 0", ids < 0), ("id out of range", ids >= owner.num_embeddings)):
                 if wrong.any():
-                    faults.append(_fault(name, f"{reason} ({ids[wrong][0]})", cure, wrong))
+                    fault = _fault(name, f"{reason} ({ids[wrong][0]})", cure, wrong)
+                    faults.append(replace(fault, unseen_id=True))
     if missing is not None:
         rows[missing] = 0
     return rows
@@ -163,7 +175,7 @@ def ragged_rows(
     np.cumsum(lengths, out=offsets[1:])
     for fault in found:
         rows = np.unique(np.searchsorted(offsets, fault.rows, side="right") - 1)
-        faults.append(Fault(column=fault.column, reason=fault.reason, cure=fault.cure, rows=rows))
+        faults.append(replace(fault, rows=rows))
     if feature.max_length and lengths.max(initial=0) > feature.max_length:
         kept = np.minimum(lengths, feature.max_length)
         starts = offsets[1:] - kept

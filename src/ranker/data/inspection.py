@@ -21,6 +21,7 @@ from ranker.data.row_faults import Place
 from ranker.data.schema import Schema
 
 _SAMPLE_GROUPS = 8
+_ENOUGH = 10  # labels of each kind for such a judgement
 _SUSPECT = 0.95  # AUC from which a single feature most likely leaks the label
 _VANISHED = 0.1  # share of the median rate below which a label counts as vanished
 
@@ -133,6 +134,8 @@ def leak_suspects(sample: Sequence[Batch], schema: Schema) -> Iterator[str]:
         if task.type == "regression":
             labels = labels > np.median(labels[observed]) if observed.any() else labels > 0
         positive = labels > 0
+        if min(positive[observed].sum(), (~positive[observed]).sum()) < _ENOUGH:  # a few may agree by chance
+            continue
         for f, dense in enumerate(schema.dense):
             auc = _auc(rows.dense_BF[observed, f].numpy(), positive[observed])
             if max(auc, 1 - auc) >= _SUSPECT:

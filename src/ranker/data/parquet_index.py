@@ -15,8 +15,8 @@ import pyarrow.parquet as pq
 
 from ranker.data.arrow_types import is_number
 from ranker.data.checks import check_columns, check_same_ids
-from ranker.data.filesystem import Root, few, one_line
-from ranker.data.manifest import Manifest
+from ranker.data.filesystem import SCHEMA_FILE, Root, few, one_line, open_root
+from ranker.data.manifest import MANIFEST_FILE, Manifest
 from ranker.data.partitions import folder_values, with_columns
 from ranker.data.row_faults import Place
 from ranker.data.schema import Schema
@@ -112,6 +112,27 @@ def read_group(
     if stored and table.num_rows != rows:
         raise place.error(stored[0], f"{table.num_rows} rows where the footer says {rows}; write the file again")
     return with_columns(table, from_folders, added, rows) if added else table
+
+
+def open_index(url: str, *, schema: Schema | None = None) -> ParquetIndex:
+    """The index of a folder.
+
+    Args:
+        url: a folder or URL, see ``filesystem.open_root``.
+        schema: the schema. Default: ``schema.yaml`` in the folder.
+
+    Raises:
+        UserError: as ``build_index``, or there is no schema.
+    """
+    root = open_root(url)
+    if schema is None:
+        text = root.read_bytes(SCHEMA_FILE)
+        if text is None:
+            raise UserError(f"no {SCHEMA_FILE} in {root.url}: a data set needs one beside its Parquet files")
+        schema = Schema.from_text(text, source=f"{root.url}/{SCHEMA_FILE}")
+    text = root.read_bytes(MANIFEST_FILE)
+    manifest = Manifest.from_json(text, where=f"{root.url}/{MANIFEST_FILE}") if text is not None else None
+    return build_index(root, schema=schema, manifest=manifest)
 
 
 def build_index(root: Root, *, schema: Schema, manifest: Manifest | None) -> ParquetIndex:

@@ -13,11 +13,9 @@ import numpy as np
 
 from ranker.data.batch import Batch
 from ranker.data.decode import decode
-from ranker.data.filesystem import SCHEMA_FILE, open_root
 from ranker.data.hold_out import first_held_out
 from ranker.data.log import Log
-from ranker.data.manifest import MANIFEST_FILE, Manifest
-from ranker.data.parquet_index import ParquetIndex, build_index
+from ranker.data.parquet_index import ParquetIndex, open_index
 from ranker.data.row_faults import POLICIES, bad_rows, drop_rows, raise_first, write_quarantine
 from ranker.data.schema import Schema
 from ranker.data.times import DAY_MS, LONGEST_GAP_MS, check_gap, check_sorted, times_ms
@@ -63,11 +61,8 @@ class ParquetLog(Log):
         """
         one_of(on_bad_rows, POLICIES, "on_bad_rows")
         self._on_bad_rows = on_bad_rows
-        self._root = open_root(root)
-        self.schema = schema if schema is not None else self._read_schema()
-        text = self._root.read_bytes(MANIFEST_FILE)
-        manifest = Manifest.from_json(text, where=f"{root}/{MANIFEST_FILE}") if text is not None else None
-        self.index: ParquetIndex = build_index(self._root, schema=self.schema, manifest=manifest)
+        self.index: ParquetIndex = open_index(root, schema=schema)
+        self.schema, self._root = self.index.schema, self.index.root
         self._bad_rows: dict[tuple[str, int], int] = {}
         self._groups: OrderedDict[int, Future[Batch]] = OrderedDict()
         self._times: OrderedDict[int, np.ndarray[Any, np.dtype[np.int64]]] = OrderedDict()
@@ -135,12 +130,6 @@ class ParquetLog(Log):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, _lock=threading.Lock())
-
-    def _read_schema(self) -> Schema:
-        text = self._root.read_bytes(SCHEMA_FILE)
-        if text is None:
-            raise UserError(f"no {SCHEMA_FILE} in {self._root.url}: a data set needs one beside its Parquet files")
-        return Schema.from_text(text, source=f"{self._root.url}/{SCHEMA_FILE}")
 
     def _keep_days(self, days: Sequence[str | dt.date | None] | None) -> None:
         if days is None:

@@ -242,7 +242,9 @@ class Schema:
         try:
             raw = yaml.load(text, Loader=_Loader)
         except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date such as 2026-02-30
-            raise UserError(f"{source} is not YAML: {' '.join(str(error).split())}") from error
+            words = " ".join(str(error).split())
+            printable = "".join(c if c.isprintable() else "?" for c in words)
+            raise UserError(f"{source} is not YAML: {printable}") from error
         return cls.from_dict(raw, source=source)
 
     def to_dict(self) -> dict[str, Any]:

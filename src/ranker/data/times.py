@@ -155,7 +155,7 @@ def check_time_units(time_min_ms: Ints, time_max_ms: Ints, *, places: list[Place
 def _is_written_date(number: int) -> bool:
     try:
         return 1990 <= dt.date(number // 10_000, number // 100 % 100, number % 100).year < 2100
-    except ValueError:
+    except (ValueError, OverflowError):
         return False
 
 

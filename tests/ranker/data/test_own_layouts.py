@@ -230,6 +230,17 @@ def test_a_time_that_is_none_is_refused_with_its_row(write_log, log_schema, valu
     refused(root, wanted, hold_out=0.5)
 
 
+@pytest.mark.parametrize(("unit", "factor"), [("s", 0.001), ("us", 1000), ("ns", 1_000_000)])
+@pytest.mark.parametrize("kind", [np.int64, np.float64])
+def test_numbers_are_read_in_the_unit_of_the_schema(write_log, log_schema, unit, factor, kind):
+    def change(day, columns):
+        columns["t"] = pa.array((columns["t"].to_numpy() // 1000 * 1000 * factor).astype(kind))
+
+    _, found = whole(write_log(DAYS, schema=dataclasses.replace(log_schema, time_unit=unit), change=change))
+    _, expected = whole(write_log(DAYS, name="plain"))
+    assert torch.equal(found["time_ms_B"], expected["time_ms_B"] // 1000 * 1000)
+
+
 def outlier(at, time_ms):
     def change(day, columns):
         if day == 2:
