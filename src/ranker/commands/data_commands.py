@@ -23,9 +23,8 @@ from rich.progress import (
 
 from ranker.cli import command
 from ranker.data.filesystem import open_root
-from ranker.data.inspection import broken_checksums, inspect_log, out_of_order
+from ranker.data.inspection import broken_checksums, imprecise_columns, inspect_log, out_of_order
 from ranker.data.manifest import MANIFEST_FILE, FileEntry, Manifest
-from ranker.data.parquet_index import constant_columns
 from ranker.data.parquet_log import ParquetLog
 from ranker.data.prepare import RECIPES, print_summary
 from ranker.data.prepare import prepare as prepare_log
@@ -120,10 +119,8 @@ def inspect(arguments: Sequence[str] | None = None) -> int:
             _print_files(manifest.files, title=f"{MANIFEST_FILE}: {manifest.rows:,} rows")
         else:
             warnings += broken_checksums(Path(given.root), manifest)
-        log = _opened(given.root)
-        constants = ", ".join(constant_columns(log.index.metadata, log.schema))
-        if constants:
-            warnings.append(f"nothing can be learned from columns that never change: {constants}; drop them")
+        log = _opened(given.root, warnings)
+        warnings += [*log.schema.label_features(), *imprecise_columns(log.index.metadata, log.schema)]
         if not given.quick:
             findings = inspect_log(log)
             _print_files(findings.files, title=f"{log.num_rows:,} rows, of which {findings.bad:,} cannot be used")
@@ -148,15 +145,18 @@ def _print_files(files: Sequence[FileEntry], *, title: str) -> None:
         print(f"{entry.path:28} {entry.rows:12,}  {first:19}  {last:19}  {', '.join(rates)}")
 
 
-def _opened(root: str) -> ParquetLog:
-    """The log, without the warnings of opening it: this command prints them itself."""
+def _opened(root: str, warnings: list[str]) -> ParquetLog:
+    """The log. What opening it warns about is added to the warnings, which this command prints in one place."""
     logger = logging.getLogger("ranker.data")
-    before = logger.level
-    logger.setLevel(logging.ERROR)
+    handler = logging.Handler()
+    handler.emit = lambda record: warnings.append(record.getMessage())  # type: ignore[method-assign]
+    propagated, logger.propagate = logger.propagate, False
+    logger.addHandler(handler)
     try:
         return ParquetLog(root, on_bad_rows="drop")
     finally:
-        logger.setLevel(before)
+        logger.removeHandler(handler)
+        logger.propagate = propagated
 
 
 def _print_warnings(warnings: Sequence[str]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime as dt
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from ranker.data.batch import Batch
 from ranker.data.hashing import splitmix64
@@ -147,6 +149,31 @@ def leak_suspects(sample: Sequence[Batch], schema: Schema) -> Iterator[str]:
             auc = _auc(means(ids[other]), positive[other])
             if auc >= _SUSPECT:
                 yield _leak(feature.name, task.name, auc)
+
+
+def imprecise_columns(footers: Mapping[str, pq.FileMetaData], schema: Schema) -> Iterator[str]:
+    """Warnings for dense features of integers above 2^24, whose last bits float32 does not hold."""
+    for feature in schema.dense:
+        for file, footer in footers.items():
+            if footer.schema.to_arrow_schema().get_field_index(feature.column) < 0:  # in the name of a folder
+                continue
+            largest = _largest_integer(footer, feature.column)
+            if largest > 2**24:
+                yield (
+                    f"{file}: dense feature '{feature.name}' holds integers up to {largest:,}, and float32 is exact up "
+                    f"to {2**24:,} only: if it is an id, make it categorical; if it is a time, use a difference of times"
+                )
+                break
+
+
+def _largest_integer(footer: pq.FileMetaData, name: str) -> int:
+    """The largest absolute value of an integer column, by the footer. 0 if it does not tell, or for another type."""
+    column = next(i for i in range(footer.num_columns) if footer.schema.column(i).path == name)
+    if not pa.types.is_integer(footer.schema.to_arrow_schema().field(name).type):
+        return 0
+    found = (footer.row_group(group).column(column).statistics for group in range(footer.num_row_groups))
+    known = [statistics for statistics in found if statistics is not None and statistics.has_min_max]
+    return max((max(abs(known_one.min), abs(known_one.max)) for known_one in known), default=0)
 
 
 def broken_checksums(root: Path, manifest: Manifest) -> Iterator[str]:

@@ -131,7 +131,7 @@ def test_the_script_lists_constant_columns_among_its_warnings(write_log, inspect
     for arguments in ([], ["--quick"]):
         assert inspect_data([str(root), *arguments]) == 0
         shown = capsys.readouterr().out
-        assert "warning: nothing can be learned from columns that never change: 'price' (always 2.5)" in shown
+        assert "names columns from which nothing can be learned: 'price' (always 2.5)" in shown
         assert "nothing looks wrong" not in shown
 
 
@@ -159,3 +159,29 @@ def test_files_that_overlap_are_shown_with_what_the_manifest_says(write_log, ins
     assert "manifest.json: 120 rows" in shown.out
     assert "warning: day=2022-04-27.parquet begins before day=2022-04-26.parquet ends" in shown.out
     assert shown.err.startswith("error: day=2022-04-27.parquet, column 't', row group 0: begins before")
+
+
+def test_what_opening_a_log_warns_about_is_a_warning_here_too(write_log, inspect_data, capsys, caplog):
+    root = write_log(DAYS)
+    (root / "_late.parquet").write_text("")
+    assert inspect_data([str(root), "--quick"]) == 0
+    assert "passed over _late.parquet; only *.parquet files are read" in capsys.readouterr().out
+    assert not caplog.records
+
+
+def test_integers_that_float32_does_not_hold_are_named(write_log, log_schema, inspect_data, capsys):
+    def change(number, columns):
+        columns["price"] = pa.array(range(2**24 - 39 + 40 * (number == 1), 2**24 + 1 + 40 * (number == 1)))
+
+    root = write_log(DAYS, change=change)
+    assert inspect_data([str(root), "--quick"]) == 0
+    shown = capsys.readouterr().out
+    assert "day=2022-04-26.parquet: dense feature 'price' has integers up to 16,777,256" in shown
+    assert shown.count("has integers up to") == 1
+
+
+def test_a_label_that_is_a_feature_is_named(write_log, log_schema, inspect_data, capsys):
+    features = (*log_schema.dense, DenseFeature(name="seconds", column="watch"))
+    root = write_log(DAYS, schema=dataclasses.replace(log_schema, dense=features))
+    assert inspect_data([str(root), "--quick"]) == 0
+    assert "column 'watch' is the label of task 'watch' and feature 'seconds'" in capsys.readouterr().out
