@@ -160,8 +160,8 @@ def imprecise_columns(footers: Mapping[str, pq.FileMetaData], schema: Schema) ->
             largest = _largest_integer(footer, feature.column)
             if largest > 2**24:
                 yield (
-                    f"{file}: dense feature '{feature.name}' holds integers up to {largest:,}, and float32 is exact up "
-                    f"to {2**24:,} only: if it is an id, make it categorical; if it is a time, use a difference of times"
+                    f"{file}: dense feature '{feature.name}' holds integers up to {largest:,}, and float32 is exact "
+                    f"up to {2**24:,}: if it is an id, make it categorical; if it is a time, use a difference of times"
                 )
                 break
 

@@ -361,8 +361,9 @@ def time_columns(draw):
         factor = {"s": 1000, "ms": 1, "us": 0.001}[unit]
         raw = [int(t // factor) if unit == "s" else int(t) * (1000 if unit == "us" else 1) for t in times.tolist()]
         wanted = [int(t) // 1000 * 1000 if unit == "s" else int(t) for t in times]
-        fits = all(-(2**63) <= value < 2**63 for value in raw)
-        return (wanted, pa.array(raw if fits else [0] * ROWS), unit, good and fits)
+        if not all(-(2**63) <= value < 2**63 for value in raw):
+            return [0] * ROWS, pa.array([0] * ROWS), unit, False
+        return wanted, pa.array(raw), unit, good
     if kind == "timestamp":
         zone = draw(st.sampled_from([None, "UTC", "+03:00"]))
         unit = draw(st.sampled_from(["ms", "us", "ns"]))

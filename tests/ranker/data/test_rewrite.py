@@ -7,6 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from ranker.commands.data_commands import prepare
+from ranker.data import parquet_index
 from ranker.data.manifest import Manifest
 from ranker.data.parquet_log import ParquetLog
 from ranker.errors import UserError
@@ -21,7 +22,11 @@ def rows(root):
     return {name: getattr(batch, name) for name in columns} | lists
 
 
-def test_a_log_of_tiny_row_groups_is_warned_about_and_can_be_rewritten(write_log, tmp_path, caplog, capsys):
+def test_a_log_of_tiny_row_groups_is_warned_about_and_can_be_rewritten(
+    write_log, tmp_path, caplog, capsys, monkeypatch
+):
+    monkeypatch.setattr(parquet_index, "_MANY_GROUPS", 60)  # a thousand would take a second to read
+
     def change(day, columns):
         if day == 1:  # types that differ from the first file's
             columns["user"] = columns["user"].cast(pa.uint64()).cast(pa.int64())
@@ -29,15 +34,15 @@ def test_a_log_of_tiny_row_groups_is_warned_about_and_can_be_rewritten(write_log
             columns["country"] = columns["country"].cast(pa.large_string())
             columns["t"] = columns["t"].cast(pa.timestamp("ms")).cast(pa.timestamp("us"))
 
-    root = write_log({0: 600, 1: 600}, row_group_size=1, change=change)
+    root = write_log({0: 30, 1: 30}, row_group_size=1, change=change)
     (root / "day=2022-04-26.parquet").rename(root / "a.parquet")
     expected = rows(root)
     (warning,) = [record.getMessage() for record in caplog.records]
-    assert "1,200 row groups of 1 rows on average" in warning
+    assert "60 row groups of 1 rows on average" in warning
     assert f"prepare_data.py rewrite {root} NEW_FOLDER" in warning
 
     assert prepare(["rewrite", str(root), str(tmp_path / "new"), "--quiet"]) == 0
-    assert "1,200 rows in 2 days" in capsys.readouterr().out
+    assert "60 rows in 2 days" in capsys.readouterr().out
     caplog.clear()
     assert_equal(expected, rows(tmp_path / "new"))
     assert not caplog.records
@@ -45,7 +50,7 @@ def test_a_log_of_tiny_row_groups_is_warned_about_and_can_be_rewritten(write_log
     assert [file.name for file in files] == ["day=2022-04-25.parquet", "day=2022-04-26.parquet"]
     assert [pq.read_metadata(file).num_row_groups for file in files] == [1, 1]
     manifest = Manifest.read(tmp_path / "new")
-    assert [entry.rows for entry in manifest.files] == [600, 600]
+    assert [entry.rows for entry in manifest.files] == [30, 30]
     assert all(entry.sha256 for entry in manifest.files)
 
 
