@@ -310,7 +310,7 @@ def _keep_until(loggers: list[Logger], folder: RunFolder, step: int) -> None:
 
 
 def _names(value: Any) -> list[str] | None:
-    if value is None:
-        return None
+    if value is None or isinstance(value, str):  # data.tasks=click is one name
+        return None if value is None else [value]
     with open_dict(value):
         return [str(name) for name in value]

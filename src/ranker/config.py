@@ -8,7 +8,7 @@ from typing import Any
 
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import MissingConfigException
+from hydra.errors import MissingConfigException, OverrideParseException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -184,6 +184,12 @@ def one_line(error: BaseException) -> str:
     while cause is not None:
         if isinstance(cause, UserError):
             return str(cause)
+        if isinstance(cause, OverrideParseException) and "=" in str(cause.override):
+            name, text = str(cause.override).split("=", 1)
+            return (
+                f"'{cause.override}' cannot be read; a value with =, ~, brackets or letters beyond ASCII needs quotes "
+                f"of its own: '{name}=\"{text}\"'"
+            )
         if isinstance(cause, MissingConfigException) and cause.options is not None:
             missing = cause.missing_cfg_file
             name = missing[0] if isinstance(missing, (list, tuple)) else str(missing)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
 from pathlib import Path
@@ -10,9 +11,12 @@ from omegaconf import DictConfig
 
 from ranker import run_summary
 from ranker.build import Run, build, open_folder, own_process_environment
+from ranker.data.start_report import start_report
 from ranker.installation import command_line
 from ranker.runs import provenance
 from ranker.training import trackers
+
+_LOGGER = logging.getLogger(__name__)
 
 
 def run(cfg: DictConfig, checkpoint: Path | None = None) -> float:
@@ -38,6 +42,8 @@ def run(cfg: DictConfig, checkpoint: Path | None = None) -> float:
 
 def _train(run: Run) -> float:
     start = time.monotonic()
+    if run.checkpoint is None:
+        _say_start(run)
     if run.trainer.is_global_zero:
         run.folder.save_config(run.cfg)
         trackers.write_config(run.loggers, run.cfg)
@@ -67,6 +73,25 @@ def _train(run: Run) -> float:
     if run.trainer.is_global_zero:
         run_summary.show(summary)
     return run_summary.objective(summary, run.cfg.objective)
+
+
+def _say_start(run: Run) -> None:
+    """Says in one line what will be trained, and warns of what looks wrong. Every rank looks, the first one speaks."""
+    cfg = run.cfg
+    limit, per_step = cfg.train.max_steps, cfg.trainer.accumulate_grad_batches
+    all_steps = -(-run.datamodule.num_batches // per_step)
+    limited = 0 < limit < all_steps
+    report = start_report(
+        run.datamodule,
+        parameters=run.module.net.count_parameters(),  # type: ignore[operator]
+        steps=limit if limited else all_steps,
+        limited=limited,
+        options=[f"{group}.{name}" for group in ("train", "data") for name in cfg[group]],
+    )
+    if run.trainer.is_global_zero:
+        print(report.line, flush=True)
+        for warning in report.warnings:
+            _LOGGER.warning(warning)
 
 
 def _finish(run: Run, status: str, reason: str, seconds: float) -> dict[str, object]:

@@ -17,6 +17,13 @@ MISTAKES = [
     (["lr_mult=0"], "lr_mult must be a number above 0", "0"),
     (["lr_mult=-1"], "lr_mult must be a number above 0", "-1"),
     (["lr_mult=nan"], "lr_mult must be a number above 0", "nan"),
+    (
+        ["data=parquet", "data.root=/a/date=2024"],
+        "cannot be read",
+        "needs quotes of its own: 'data.root=\"/a/date=2024\"'",
+    ),
+    (["data=parquet", "data.root=~/x"], "cannot be read", "'data.root=\"~/x\"'"),
+    (["scale.batch_size=1e3"], "batch_size must be a whole number such as 1000", "1000.0"),
     (["seed=-1"], "seed must be 0 or more", "-1"),
     (["data=kuairand"], "data=kuairand needs data.source=DIR", ""),
     (["data=kuairand", "data.source=/nowhere"], "/nowhere", ""),

@@ -100,7 +100,7 @@ def test_rows_that_cannot_be_used_are_refused_or_left_out_and_counted(
         command_line(*train, f"hydra.run.dir={tmp_path / 'refused'}")
     assert "'price'" in capsys.readouterr().err
     for policy in ("drop", "quarantine"):
-        command_line(*train, f"data.on_bad_rows={policy}", "data.tasks=[click]", f"hydra.run.dir={tmp_path / policy}")
+        command_line(*train, f"data.on_bad_rows={policy}", "data.tasks=click", f"hydra.run.dir={tmp_path / policy}")
         assert finished(tmp_path / policy).summary["bad_rows"] == 7
         assert "7 rows could not be used and were left out" in capsys.readouterr().out
     assert sum(len(pl.read_parquet(path)) for path in (copy / "quarantine").rglob("*.parquet")) == 7

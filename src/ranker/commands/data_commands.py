@@ -11,33 +11,58 @@ from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 
 from ranker.cli import command
 from ranker.data.filesystem import open_root
-from ranker.data.inspection import broken_checksums, inspect_log, out_of_order
+from ranker.data.inspection import broken_checksums, imprecise_columns, inspect_log, out_of_order
 from ranker.data.manifest import MANIFEST_FILE, FileEntry, Manifest
-from ranker.data.parquet_index import constant_columns
 from ranker.data.parquet_log import ParquetLog
 from ranker.data.prepare import RECIPES, print_summary
 from ranker.data.prepare import prepare as prepare_log
 from ranker.data.prepare.download import ARCHIVES, Archive, fetch, unpack
+from ranker.data.prepare.rewrite import rewrite
 from ranker.errors import UserError
 from ranker.installation import command_line
+
+REWRITE = "rewrite"  # the kind of preparation that makes larger row groups of a log of one's own
 
 
 @command
 def prepare(arguments: Sequence[str] | None = None) -> int:
     """Converts a public data set; exit status 0, or 2 with one line on standard error."""
-    parser = argparse.ArgumentParser(description="Convert published files to Parquet by UTC day, a schema, a manifest.")
-    parser.add_argument("kind", choices=sorted(RECIPES), help="the data set")
-    parser.add_argument("source", metavar="SRC", help="folder with the published files")
+    parser = argparse.ArgumentParser(
+        description="Write published files or a log of one's own as Parquet by UTC day, a schema, a manifest."
+    )
+    parser.add_argument(
+        "kind", choices=[*sorted(RECIPES), REWRITE], help=f"the data set; {REWRITE}: a log with a schema.yaml, in order"
+    )
+    parser.add_argument("source", metavar="SRC", help="folder with the published files, or with the log")
     parser.add_argument("destination", metavar="DST", help="folder to create")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     given = parser.parse_args(arguments)
+    if given.kind == REWRITE:
+        manifest = _rewrite(given.source, given.destination, progress=not given.quiet)
+        print(f"{given.destination}: {manifest.rows:,} rows in {len(manifest.files)} days")
+        return 0
     manifest = prepare_log(given.kind, given.source, given.destination, progress=not given.quiet)
     print_summary(manifest, where=given.destination)
     return 0
+
+
+def _rewrite(source: str, destination: str, *, progress: bool) -> Manifest:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), disable=not progress) as bar:
+        task = bar.add_task("rewriting rows", total=None)
+        return rewrite(source, destination, advance=lambda rows: bar.advance(task, rows))
 
 
 @command
@@ -94,10 +119,8 @@ def inspect(arguments: Sequence[str] | None = None) -> int:
             _print_files(manifest.files, title=f"{MANIFEST_FILE}: {manifest.rows:,} rows")
         else:
             warnings += broken_checksums(Path(given.root), manifest)
-        log = _opened(given.root)
-        constants = ", ".join(constant_columns(log.index.metadata, log.schema))
-        if constants:
-            warnings.append(f"nothing can be learned from columns that never change: {constants}; drop them")
+        log = _opened(given.root, warnings)
+        warnings += [*log.schema.label_features(), *imprecise_columns(log.index.metadata, log.schema)]
         if not given.quick:
             findings = inspect_log(log)
             _print_files(findings.files, title=f"{log.num_rows:,} rows, of which {findings.bad:,} cannot be used")
@@ -122,15 +145,18 @@ def _print_files(files: Sequence[FileEntry], *, title: str) -> None:
         print(f"{entry.path:28} {entry.rows:12,}  {first:19}  {last:19}  {', '.join(rates)}")
 
 
-def _opened(root: str) -> ParquetLog:
-    """The log, without the warnings of opening it: this command prints them itself."""
+def _opened(root: str, warnings: list[str]) -> ParquetLog:
+    """The log. What opening it warns about is added to the warnings, which this command prints in one place."""
     logger = logging.getLogger("ranker.data")
-    before = logger.level
-    logger.setLevel(logging.ERROR)
+    handler = logging.Handler()
+    handler.emit = lambda record: warnings.append(record.getMessage())  # type: ignore[method-assign]
+    propagated, logger.propagate = logger.propagate, False
+    logger.addHandler(handler)
     try:
         return ParquetLog(root, on_bad_rows="drop")
     finally:
-        logger.setLevel(before)
+        logger.removeHandler(handler)
+        logger.propagate = propagated
 
 
 def _print_warnings(warnings: Sequence[str]) -> None:

@@ -18,7 +18,7 @@ from ranker.cli import command
 from ranker.data.columns import from_plain as from_mapping
 from ranker.export.bundle import PROGRAMS, Export, counted, refuse_existing, write_json
 from ranker.export.program_runtime import open_program
-from ranker.export.scoring import ON_BAD_ROWS, ParquetRows, score_file
+from ranker.export.scoring import ON_BAD_ROWS, UNSEEN_IDS, ParquetRows, score_file
 from ranker.installation import conf_folder
 from ranker.stability.gate import GateSettings, Verdict
 
@@ -76,6 +76,7 @@ def _export(given: argparse.Namespace, settings: GateSettings, destination: Path
         "run": folder.path.name,
         "step": weights.step,
         "holdout_rows": rows,
+        "id_types": log.id_types,
         "versions": versions(),
     }
     return write_export(
@@ -120,9 +121,17 @@ def score(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--batch-rows", type=int, default=8192, help="rows at a time (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: the library's own choice")
     parser.add_argument("--on-bad-rows", choices=ON_BAD_ROWS, default="raise", help="null gives such a row no score")
+    parser.add_argument("--unseen-ids", choices=UNSEEN_IDS, default="raise", help="unknown: ids out of range as null")
     given = parser.parse_args(arguments)
     exported = Export.read(given.export)
-    rows = ParquetRows(given.file, exported.schema, piece_rows=given.batch_rows, on_bad_rows=given.on_bad_rows)
+    rows = ParquetRows(
+        given.file,
+        exported.schema,
+        piece_rows=given.batch_rows,
+        on_bad_rows=given.on_bad_rows,
+        unseen_ids=given.unseen_ids,
+        id_types=exported.about.get("id_types"),
+    )
     engine = open_program(exported.program(given.format), schema=exported.schema, threads=given.threads)
     start = time.monotonic()
     try:

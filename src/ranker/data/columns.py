@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar, cast
 
@@ -13,6 +13,7 @@ Transform = Literal["none", "log1p"]
 TRANSFORMS: tuple[Transform, ...] = ("none", "log1p")
 KINDS = ("one_hot", "multi_hot", "sequence")
 TASK_TYPES = ("binary", "regression")
+LARGEST = 3e38  # of float32, in which features and labels are computed
 
 _T = TypeVar("_T")
 
@@ -37,7 +38,12 @@ class DenseFeature:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "column", self.column or self.name)
-        one_of(self.transform, TRANSFORMS, f"dense feature '{self.name}': transform")
+        where = f"dense feature '{self.name}'"
+        one_of(self.transform, TRANSFORMS, f"{where}: transform")
+        _check_scale(self.scale, where)
+        if self.fill_null is not None:
+            _check_finite(self.fill_null, f"{where}: fill_null")
+            _check_finite(self.fill_null * self.scale, f"{where}: scale * fill_null")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,13 +78,18 @@ class CategoricalFeature:
     def __post_init__(self) -> None:
         where = f"categorical feature '{self.name}'"
         object.__setattr__(self, "column", self.column or self.name)
-        object.__setattr__(self, "vocabulary", tuple(self.vocabulary))
         one_of(self.kind, KINDS, f"{where}: kind")
+        object.__setattr__(self, "vocabulary", _checked_vocabulary(self.vocabulary, where))
+        for name in ("num_embeddings", "hash_buckets", "max_length"):
+            if getattr(self, name) < 0:
+                raise UserError(f"{where}: {name} must be 0 (none) or more, got {getattr(self, name)}")
         given = sum([self.num_embeddings > 0, self.hash_buckets > 0, bool(self.vocabulary), bool(self.table)])
         if given != 1:
             raise UserError(f"{where}: give exactly one of num_embeddings, hash_buckets, vocabulary, table")
         if self.embedding_dim < 1:
             raise UserError(f"{where}: embedding_dim must be at least 1, got {self.embedding_dim}")
+        if self.max_length and self.kind == "one_hot":
+            raise UserError(f"{where}: max_length is for lists; set kind: sequence or leave it out")
 
     @property
     def rows(self) -> int:
@@ -120,8 +131,11 @@ class Task:
             raise UserError(f"{where}: transform and scale are for regression; use at_least on a binary task")
         if self.type == "regression" and self.at_least is not None:
             raise UserError(f"{where}: at_least is for binary tasks")
-        if not self.weight > 0:
+        _check_scale(self.scale, where)
+        if not 0 < self.weight < LARGEST:
             raise UserError(f"{where}: weight must be above 0, got {self.weight}; leave the task out instead")
+        if self.at_least is not None:
+            _check_finite(self.at_least, f"{where}: at_least")
 
 
 def from_plain(kind: type[_T], raw: object, where: str) -> _T:
@@ -139,7 +153,7 @@ def from_plain(kind: type[_T], raw: object, where: str) -> _T:
         raise UserError(f"{where}: expected a mapping, got {raw!r}")
     fields = {f.name: f for f in dataclasses.fields(cast(Any, kind))}
     for key in raw:
-        if key not in fields:
+        if not isinstance(key, str) or key not in fields:
             raise UserError(f"{where}: unknown key '{key}'; {suggest(str(key), fields)}")
     for name, field in fields.items():
         if name not in raw and field.default is dataclasses.MISSING:
@@ -157,8 +171,61 @@ def _checked(value: Any, annotation: str, where: str) -> Any:
     }
     expected = kinds.get(annotation)
     if expected is not None and (not isinstance(value, expected) or isinstance(value, bool)):
-        raise UserError(f"{where} must be {annotation}, got {value!r}")
+        hint = "; put it in quotes" if annotation == "str" and value is not None else ""
+        hint = "; write it without quotes, and 1e-3 as 1.0e-3" if _is_float_text(value, annotation) else hint
+        raise UserError(f"{where} must be {annotation}, got {value!r}{hint}")
+    if isinstance(value, str) and not value.isprintable():
+        raise UserError(f"{where} must be one line of printable characters, got {value!r}")
+    if isinstance(value, int) and not isinstance(value, bool) and not -(2**63) <= value < 2**63:
+        raise UserError(f"{where} must fit 64 bits, got a number of {len(f'{abs(value):x}')} hexadecimal digits")
     return float(value) if annotation.startswith("float") and value is not None else value
+
+
+def _is_float_text(value: Any, annotation: str) -> bool:
+    if not (annotation.startswith("float") and isinstance(value, str)):
+        return False
+    try:
+        float(value)
+    except ValueError:
+        return False
+    return True
+
+
+def _checked_vocabulary(given: Any, where: str) -> tuple[str | int, ...]:
+    """A vocabulary as a tuple.
+
+    Raises:
+        UserError: it is no list, or a word is not a string or an integer, occurs twice or is of another type than the
+            others.
+    """
+    if isinstance(given, str | bytes | Mapping) or not isinstance(given, Sequence):
+        raise UserError(f"{where}: vocabulary must be a list, such as [de, fr], got {given!r}")
+    words = tuple(given)
+    for word in words:
+        if isinstance(word, bool):
+            raise UserError(
+                f"{where}: vocabulary: {word!r} is a boolean, as YAML reads no, NO, on and yes; put it in quotes"
+            )
+        if not isinstance(word, str | int):
+            raise UserError(f"{where}: vocabulary: {word!r} is neither a string nor an integer; put it in quotes")
+        if isinstance(word, int) and not -(2**63) <= word < 2**63:
+            raise UserError(f"{where}: vocabulary: an integer does not fit 64 bits; use strings")
+    if len({type(word) for word in words}) > 1:
+        raise UserError(f"{where}: vocabulary holds strings and integers; put all of them in quotes, or none")
+    if len(set(words)) < len(words):
+        twice = next(word for i, word in enumerate(words) if word in words[:i])
+        raise UserError(f"{where}: vocabulary holds {twice!r} twice; each word has one row")
+    return words
+
+
+def _check_scale(scale: float, where: str) -> None:
+    if not 1 / LARGEST < abs(scale) < LARGEST:
+        raise UserError(f"{where}: scale must be a number other than 0, got {scale}")
+
+
+def _check_finite(value: float, where: str) -> None:
+    if not abs(value) < LARGEST:
+        raise UserError(f"{where} must be a number that fits float32, got {value}")
 
 
 def to_plain(entry: Any) -> dict[str, Any]:

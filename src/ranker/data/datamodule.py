@@ -67,7 +67,11 @@ class RankingDataModule(pl.LightningDataModule):
         super().__init__()
         sizes = {"batch_size": batch_size, "eval_batch_size": eval_batch_size, "eval_max_rows": eval_max_rows}
         for name, value in sizes.items():
-            if value is not None and value < 1:
+            if value is None:
+                continue
+            if not isinstance(value, int) or isinstance(value, bool):
+                raise UserError(f"{name} must be a whole number such as 1000 (not 1e3 or 1000.0), got {value!r}")
+            if value < 1:
                 raise UserError(f"{name} must be at least 1, got {value}")
         if num_workers < 0:
             raise UserError(f"num_workers must be 0 or more, got {num_workers}")

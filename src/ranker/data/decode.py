@@ -6,24 +6,36 @@ a harmless value (0), so that the policy for bad rows is applied later, in one p
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 
+from ranker.data.arrow_types import is_string, value_type
 from ranker.data.batch import Batch, Ragged
 from ranker.data.hashing import hash_bytes, splitmix64
 from ranker.data.row_faults import Fault, Place
-from ranker.data.schema import TIME_UNITS, CategoricalFeature, DenseFeature, Schema, Task, Transform
+from ranker.data.schema import CategoricalFeature, DenseFeature, Schema, Task, Transform
+from ranker.data.times import times_ms
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]
 Bools = npt.NDArray[np.bool_]
 
+_LARGEST_LABEL = 1e15  # the squared errors of a batch are added in float32, which ends at 3e38
+
 
 def decode(
-    table: pa.Table, *, schema: Schema, first_row: int, place: Place, labelled: bool = True
+    table: pa.Table,
+    *,
+    schema: Schema,
+    first_row: int,
+    place: Place,
+    labelled: bool = True,
+    unseen_ids: bool = False,
 ) -> tuple[Batch, list[Fault]]:
     """Decodes the rows of one row group.
 
@@ -33,12 +45,13 @@ def decode(
         first_row: position of the first row in the log. It is the row id if the schema has no row_id column.
         place: origin of the rows, for errors.
         labelled: False for rows to be scored. Time, labels and row id may then be missing and count as unknown.
+        unseen_ids: an id out of range reads as unknown (row 0) and is no fault.
 
     Returns:
         The rows, and the faults of some of them.
 
     Raises:
-        UserError: a null time, or an integer that does not fit int64.
+        UserError: a time that is null or no time, or an integer that does not fit int64.
     """
     names = schema.columns() if labelled else [*schema.feature_columns(), schema.row_id]
     columns = {name: _one_chunk(table[name]) for name in names if labelled or name in table.column_names}
@@ -61,6 +74,8 @@ def decode(
         mask = columns[task.mask] if task.mask else None
         labels_BT[:, t], mask_BT[:, t] = label_values(columns[task.column], task, mask, faults)
     time_ms_B = times_ms(columns[schema.time_column], schema, place) if labelled else np.zeros(rows, dtype=np.int64)
+    if unseen_ids:
+        faults = [fault for fault in faults if not fault.unseen_id]
     batch = Batch(
         dense_BF=torch.from_numpy(dense_BF),
         onehot_BC=torch.from_numpy(onehot_BC),
@@ -71,22 +86,6 @@ def decode(
         row_B=torch.from_numpy(_row_ids(columns, schema, first_row, rows, faults, place)),
     )
     return batch, faults
-
-
-def times_ms(column: pa.Array, schema: Schema, place: Place) -> Ints:
-    """Unix milliseconds, UTC, int64 [B], from a number in the schema's unit or from an Arrow timestamp.
-
-    Raises:
-        UserError: a time is null. Such a row has no position in the order.
-    """
-    if column.null_count:
-        raise place.error(schema.time_column, f"{column.null_count} rows have no time; prepare the log without them")
-    if pa.types.is_timestamp(column.type):
-        return _to_ms(column.cast(pa.int64()).to_numpy(zero_copy_only=False), column.type.unit)
-    if pa.types.is_floating(column.type):
-        values = column.cast(pa.float64()).to_numpy(zero_copy_only=False)
-        return np.rint(values * TIME_UNITS[schema.time_unit]).astype(np.int64)
-    return _to_ms(_int64(column, schema.time_column, place), schema.time_unit)
 
 
 def dense_values(column: pa.Array, feature: DenseFeature, faults: list[Fault]) -> Floats:
@@ -113,6 +112,8 @@ def embedding_rows(column: pa.Array, owner: CategoricalFeature, name: str, fault
         faults: faults found are appended here.
         place: origin of the rows, for errors.
     """
+    if pa.types.is_null(value_type(column.type)):
+        return np.zeros(len(column), dtype=np.int64)
     if pa.types.is_dictionary(column.type) and not is_string(column.type.value_type):
         column = column.dictionary_decode()
     if is_string(column.type) or pa.types.is_dictionary(column.type):
@@ -123,7 +124,7 @@ def embedding_rows(column: pa.Array, owner: CategoricalFeature, name: str, fault
         return np.append(distinct, 0)[codes.fill_null(len(distinct)).to_numpy(zero_copy_only=False)]
     if owner.vocabulary:
         known_ids = pa.array(owner.vocabulary, pa.int64())
-        found = pc.index_in(column.cast(pa.int64()), value_set=known_ids, skip_nulls=True)
+        found = pc.index_in(_as_int64(column, name, place), value_set=known_ids, skip_nulls=True)
         return found.fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int64) + 1
     ids = _int64(column, name, place, fill=0)
     missing = _nulls(column)
@@ -139,7 +140,8 @@ def embedding_rows(column: pa.Array, owner: CategoricalFeature, name: str, fault
             )
             for reason, wrong in (("id below 0", ids < 0), ("id out of range", ids >= owner.num_embeddings)):
                 if wrong.any():
-                    faults.append(_fault(name, f"{reason} ({ids[wrong][0]})", cure, wrong))
+                    fault = _fault(name, f"{reason} ({ids[wrong][0]})", cure, wrong)
+                    faults.append(replace(fault, unseen_id=True))
     if missing is not None:
         rows[missing] = 0
     return rows
@@ -164,6 +166,8 @@ def ragged_rows(
     column: pa.Array, feature: CategoricalFeature, owner: CategoricalFeature, faults: list[Fault], place: Place
 ) -> Ragged:
     """Rows of the embedding table for a column of lists. A null list is an empty list, a null id is row 0."""
+    if pa.types.is_null(column.type):
+        column = column.cast(pa.list_(pa.int64()))
     lengths = pc.list_value_length(column).fill_null(0).to_numpy(zero_copy_only=False).astype(np.int64)
     found: list[Fault] = []
     values = embedding_rows(column.flatten(), owner, feature.column, found, place)
@@ -171,7 +175,7 @@ def ragged_rows(
     np.cumsum(lengths, out=offsets[1:])
     for fault in found:
         rows = np.unique(np.searchsorted(offsets, fault.rows, side="right") - 1)
-        faults.append(Fault(column=fault.column, reason=fault.reason, cure=fault.cure, rows=rows))
+        faults.append(replace(fault, rows=rows))
     if feature.max_length and lengths.max(initial=0) > feature.max_length:
         kept = np.minimum(lengths, feature.max_length)
         starts = offsets[1:] - kept
@@ -186,17 +190,24 @@ def label_values(column: pa.Array, task: Task, mask: pa.Array | None, faults: li
     missing = _nulls(column)
     observed = np.ones(len(column), dtype=np.bool_) if missing is None else ~missing
     if mask is not None:
-        observed &= mask.cast(pa.bool_()).fill_null(False).to_numpy(zero_copy_only=False)
+        observed &= _mask_values(mask, task, faults)
     if task.at_least is not None:
-        above = pc.greater_equal(column, pa.scalar(task.at_least)).fill_null(False)
-        values = above.to_numpy(zero_copy_only=False).astype(np.float32)
+        numbers = _as_number(column, pa.float64()).fill_null(0.0).to_numpy(zero_copy_only=False)
+        values = (numbers >= task.at_least).astype(np.float32)
+        finite = np.isfinite(numbers)  # a comparison would make a NaN an observed 0
     else:
         values = transformed(_floats(column, 0.0), task.transform, task.scale)
-    values = np.where(observed, values, np.float32(0.0))
-    finite = np.isfinite(values)
+        finite = np.isfinite(values)
+    finite |= ~observed
     if not finite.all():
-        values = np.where(finite, values, np.float32(0.0))
         faults.append(_fault(task.column, "label NaN or infinity", "make it null where it is unknown", ~finite))
+    values = np.where(observed & finite, values, np.float32(0.0))
+    if task.type == "regression":
+        large = np.abs(values) > _LARGEST_LABEL
+        if large.any():
+            cure = f"its square does not fit float32: give task '{task.name}' a scale or transform: log1p"
+            faults.append(_fault(task.column, f"label above {_LARGEST_LABEL:g} ({values[large][0]:g})", cure, large))
+            values = np.where(large, np.float32(0.0), values)
     if task.type == "binary":
         wrong = (values != 0) & (values != 1)
         if wrong.any():
@@ -205,10 +216,22 @@ def label_values(column: pa.Array, task: Task, mask: pa.Array | None, faults: li
     return values, observed
 
 
+def _mask_values(mask: pa.Array, task: Task, faults: list[Fault]) -> Bools:
+    if pa.types.is_boolean(mask.type):
+        return mask.fill_null(False).to_numpy(zero_copy_only=False)
+    values = _floats(mask, 0.0)
+    wrong = (values != 0) & (values != 1)
+    if wrong.any():
+        cure = f"the mask of task '{task.name}' is true or false, 1 or 0"
+        faults.append(_fault(task.mask, f"mask neither 0 nor 1 ({values[wrong][0]:g})", cure, wrong))
+    return values == 1
+
+
 def transformed(values: Floats, transform: Transform, scale: float) -> Floats:
     """``transform(scale * x)``. log1p is signed: ``sign(x) * log(1 + |x|)``."""
     if scale != 1.0:
-        values = values * np.float32(scale)
+        with np.errstate(over="ignore"):  # an infinity is reported by the caller
+            values = values * np.float32(scale)
     if transform == "log1p":
         values = np.copysign(np.log1p(np.abs(values)), values)
     return values
@@ -249,32 +272,28 @@ def _nulls(column: pa.Array) -> Bools | None:
 
 
 def _floats(column: pa.Array, fill: float) -> Floats:
-    if column.type != pa.float32():
-        column = column.cast(pa.float32(), safe=False)
+    column = _as_number(column, pa.float32())
     if column.null_count:
         column = column.fill_null(pa.scalar(fill, pa.float32()))
     return column.to_numpy(zero_copy_only=False)
 
 
-def _int64(column: pa.Array, name: str, place: Place, fill: int | None = None) -> Ints:
-    if column.type != pa.int64():
-        try:
-            column = column.cast(pa.int64())
-        except pa.ArrowInvalid as error:
-            raise place.error(name, "an integer does not fit int64; write the column as int64") from error
-    if fill is not None and column.null_count:
-        column = column.fill_null(fill)
-    return column.to_numpy(zero_copy_only=False)
+def _as_number(column: pa.Array, kind: pa.DataType) -> pa.Array:
+    if pa.types.is_dictionary(column.type):
+        column = column.dictionary_decode()
+    return column if column.type == kind else column.cast(kind, safe=False)
 
 
-def _to_ms(values: Ints, unit: str) -> Ints:
-    factor = TIME_UNITS[unit]
-    return values * int(factor) if factor >= 1 else values // round(1 / factor)
+def _int64(column: pa.Array, name: str, place: Place, fill: int) -> Ints:
+    column = _as_int64(column, name, place)
+    return (column.fill_null(fill) if column.null_count else column).to_numpy(zero_copy_only=False)
 
 
-def is_string(kind: pa.DataType) -> bool:
-    """True for each of Arrow's string types."""
-    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+def _as_int64(column: pa.Array, name: str, place: Place) -> pa.Array:
+    try:
+        return column if column.type == pa.int64() else column.cast(pa.int64())
+    except pa.ArrowInvalid as error:
+        raise place.error(name, "an integer does not fit int64; write the column as int64") from error
 
 
 def _one_chunk(column: pa.ChunkedArray) -> pa.Array:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,6 +18,14 @@ T = TypeVar("T")
 _TRIES = 4
 _FIRST_PAUSE_S = 0.5
 _OURS = (UserError, pa.ArrowException, AssertionError)
+
+SCHEMA_FILE = "schema.yaml"
+QUARANTINE_DIR = "quarantine"
+# Endings of files that someone may expect to be read.
+_DATA_ENDINGS = (
+    *(".parquet", ".parquet.gz", ".parq", ".pq", ".orc", ".avro", ".feather", ".arrow"),
+    *(".csv", ".csv.gz", ".jsonl", ".json.gz"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,19 +46,42 @@ class Root:
         """Path of a file in the folder."""
         return f"{self.path.rstrip('/')}/{name}"
 
-    def parquet_files(self) -> list[str]:
-        """Names of the Parquet files in the folder itself, sorted.
+    def parquet_files(self) -> tuple[list[str], list[str]]:
+        """Paths of the Parquet files in the folder and its subfolders, sorted, with forward slashes.
+
+        Left out are hidden files and folders (``.x``, ``_x``, as in Spark and Hive), the folder ``quarantine``, and a
+        subfolder with a schema.yaml, which is a log of its own.
+
+        Returns:
+            The files to read, and the files that look like data and are left out.
 
         Raises:
             UserError: the folder does not exist or has no Parquet file.
         """
-        selector = fs.FileSelector(self.path, recursive=False, allow_not_found=True)
+        selector = fs.FileSelector(self.path, recursive=True, allow_not_found=True)
         infos = self.retried(lambda: self.filesystem.get_file_info(selector), what=f"listing {self.url}")
-        names = sorted(info.base_name for info in infos if info.is_file and info.extension == "parquet")
-        names = [name for name in names if not name.startswith((".", "_"))]
+        base = self.path.strip("/") + "/"
+        paths = sorted(info.path.lstrip("/").removeprefix(base) for info in infos if info.is_file)
+        others = tuple(path.removesuffix(SCHEMA_FILE) for path in paths if path.endswith(f"/{SCHEMA_FILE}"))
+        names, passed_over = [], []
+        for path in paths:
+            parts = path.split("/")
+            if parts[0] == QUARANTINE_DIR:
+                continue
+            if (
+                path.lower().endswith(".parquet")
+                and not any(part.startswith((".", "_")) for part in parts)
+                and not path.startswith(others)
+            ):
+                names.append(path)
+            elif path.lower().endswith(_DATA_ENDINGS):
+                passed_over.append(path)
         if not names:
-            raise UserError(f"no Parquet files in {self.url}: give a folder with schema.yaml and *.parquet files")
-        return names
+            there = f" (passed over: {few(passed_over)})" if passed_over else ""
+            raise UserError(
+                f"no Parquet files in {self.url}{there}: give a folder with schema.yaml and *.parquet files"
+            )
+        return names, passed_over
 
     def read_bytes(self, name: str) -> bytes | None:
         """The content of a small file. None if it does not exist."""
@@ -103,7 +135,9 @@ def open_root(root: str) -> Root:
     """
     root = str(root)
     if "://" not in root:
-        return Root(filesystem=fs.LocalFileSystem(), path=root, url=root)
+        # A shell does not expand the ~ in data.source=~/log.
+        path = os.path.normpath(os.path.expanduser(root))
+        return Root(filesystem=fs.LocalFileSystem(), path=path, url=root)
     try:
         filesystem, path = fs.FileSystem.from_uri(root)
     # ImportError: for hf://, Arrow itself imports fsspec.
@@ -127,3 +161,8 @@ def _from_fsspec(url: str) -> tuple[fs.FileSystem, str]:
 def one_line(error: BaseException) -> str:
     """The text of an error on one line."""
     return " ".join(str(error).split()) or type(error).__name__
+
+
+def few(names: list[str]) -> str:
+    """The first names of a list, for a message."""
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime as dt
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from ranker.data.batch import Batch
 from ranker.data.hashing import splitmix64
@@ -21,6 +23,7 @@ from ranker.data.row_faults import Place
 from ranker.data.schema import Schema
 
 _SAMPLE_GROUPS = 8
+_ENOUGH = 10  # labels of each kind for such a judgement
 _SUSPECT = 0.95  # AUC from which a single feature most likely leaks the label
 _VANISHED = 0.1  # share of the median rate below which a label counts as vanished
 
@@ -111,11 +114,12 @@ def missing_days(entries: Sequence[FileEntry]) -> Iterator[str]:
 
 
 def out_of_order(entries: Sequence[FileEntry]) -> Iterator[str]:
-    """Warnings for files that begin before the previous one ends. A log cannot be read from them."""
+    """Warnings for files whose times overlap. A log cannot be read from them."""
     filled = [entry for entry in entries if entry.time_min_ms is not None and entry.time_max_ms is not None]
+    filled.sort(key=lambda entry: (entry.time_min_ms, entry.time_max_ms))
     for before, entry in pairwise(filled):
         if entry.time_min_ms < before.time_max_ms:  # type: ignore[operator]
-            yield f"{entry.path} begins before {before.path} ends: name the files in time order"
+            yield f"{entry.path} begins before {before.path} ends: sort the rows over all files"
 
 
 def leak_suspects(sample: Sequence[Batch], schema: Schema) -> Iterator[str]:
@@ -132,6 +136,8 @@ def leak_suspects(sample: Sequence[Batch], schema: Schema) -> Iterator[str]:
         if task.type == "regression":
             labels = labels > np.median(labels[observed]) if observed.any() else labels > 0
         positive = labels > 0
+        if min(positive[observed].sum(), (~positive[observed]).sum()) < _ENOUGH:  # a few may agree by chance
+            continue
         for f, dense in enumerate(schema.dense):
             auc = _auc(rows.dense_BF[observed, f].numpy(), positive[observed])
             if max(auc, 1 - auc) >= _SUSPECT:
@@ -143,6 +149,31 @@ def leak_suspects(sample: Sequence[Batch], schema: Schema) -> Iterator[str]:
             auc = _auc(means(ids[other]), positive[other])
             if auc >= _SUSPECT:
                 yield _leak(feature.name, task.name, auc)
+
+
+def imprecise_columns(footers: Mapping[str, pq.FileMetaData], schema: Schema) -> Iterator[str]:
+    """Warnings for dense features of integers above 2^24, whose last bits float32 does not hold."""
+    for feature in schema.dense:
+        for file, footer in footers.items():
+            if footer.schema.to_arrow_schema().get_field_index(feature.column) < 0:  # in the name of a folder
+                continue
+            largest = _largest_integer(footer, feature.column)
+            if largest > 2**24:
+                yield (
+                    f"{file}: dense feature '{feature.name}' holds integers up to {largest:,}, and float32 is exact "
+                    f"up to {2**24:,}: if it is an id, make it categorical; if it is a time, use a difference of times"
+                )
+                break
+
+
+def _largest_integer(footer: pq.FileMetaData, name: str) -> int:
+    """The largest absolute value of an integer column, by the footer. 0 if it does not tell, or for another type."""
+    column = next(i for i in range(footer.num_columns) if footer.schema.column(i).path == name)
+    if not pa.types.is_integer(footer.schema.to_arrow_schema().field(name).type):
+        return 0
+    found = (footer.row_group(group).column(column).statistics for group in range(footer.num_row_groups))
+    known = [statistics for statistics in found if statistics is not None and statistics.has_min_max]
+    return max((max(abs(known_one.min), abs(known_one.max)) for known_one in known), default=0)
 
 
 def broken_checksums(root: Path, manifest: Manifest) -> Iterator[str]:

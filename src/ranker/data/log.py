@@ -32,6 +32,11 @@ class Log(ABC):
     def num_rows(self) -> int: ...  # noqa: D102
 
     @property
+    def id_types(self) -> dict[str, str]:
+        """By column of a categorical feature, what its ids are: ``string`` or ``integer``. Empty if unknown."""
+        return {}
+
+    @property
     def bad_rows(self) -> dict[tuple[str, int], int]:
         """By file and row group, the number of rows dropped so far because they cannot be used."""
         return {}
@@ -79,6 +84,11 @@ class Selected(Log):
     def num_rows(self) -> int:
         """Number of all rows."""
         return self._log.num_rows
+
+    @property
+    def id_types(self) -> dict[str, str]:
+        """As in the source."""
+        return self._log.id_types
 
     @property
     def bad_rows(self) -> dict[tuple[str, int], int]:

@@ -12,22 +12,20 @@ from typing import Any
 import numpy as np
 
 from ranker.data.batch import Batch
-from ranker.data.checks import check_sorted
-from ranker.data.decode import decode, times_ms
-from ranker.data.filesystem import open_root
+from ranker.data.decode import decode
+from ranker.data.hold_out import first_held_out
 from ranker.data.log import Log
-from ranker.data.manifest import MANIFEST_FILE, Manifest
-from ranker.data.parquet_index import ParquetIndex, build_index
+from ranker.data.parquet_index import ParquetIndex, open_index
 from ranker.data.row_faults import POLICIES, bad_rows, drop_rows, raise_first, write_quarantine
-from ranker.data.schema import SCHEMA_FILE, Schema
+from ranker.data.schema import Schema
+from ranker.data.times import DAY_MS, LONGEST_GAP_MS, check_gap, check_sorted, times_ms
 from ranker.errors import UserError, one_of
 
-_DAY_MS = 86_400_000
 _KEPT_GROUPS = 2  # a moving window needs the row group that it leaves and the one that it enters
 
 
 class ParquetLog(Log):
-    """Rows of a folder with a schema and Parquet files. The order of file names is time order.
+    """Rows of a folder with a schema and Parquet files, whose times do not overlap.
 
     Opening reads only the footers. Reading decodes whole row groups and caches the last few, so that windows smaller
     than a row group do not decode it repeatedly. Several threads may read at the same time.
@@ -43,6 +41,7 @@ class ParquetLog(Log):
         *,
         schema: Schema | None = None,
         eval_days: int = 1,
+        hold_out: str | float | None = None,
         days: Sequence[str | dt.date | None] | None = None,
         on_bad_rows: str = "raise",
     ) -> None:
@@ -52,6 +51,7 @@ class ParquetLog(Log):
             root: a folder or URL, see ``filesystem.open_root``.
             schema: the schema. Default: ``schema.yaml`` in the folder.
             eval_days: number of days (UTC) at the end that are held out.
+            hold_out: hours (``6h``) or a share of the rows (0.1) at the end that are held out, in place of eval_days.
             days: first and last day (UTC, ``YYYY-MM-DD``) to use, both included. null for an open end.
             on_bad_rows: ``raise`` raises an error at the first row that cannot be used. ``drop`` keeps the position of
                 such a row, but it counts for nothing. ``quarantine`` also writes it to a folder of that name.
@@ -61,18 +61,17 @@ class ParquetLog(Log):
         """
         one_of(on_bad_rows, POLICIES, "on_bad_rows")
         self._on_bad_rows = on_bad_rows
-        self._root = open_root(root)
-        self.schema = schema if schema is not None else self._read_schema()
-        text = self._root.read_bytes(MANIFEST_FILE)
-        manifest = Manifest.from_json(text, where=f"{root}/{MANIFEST_FILE}") if text is not None else None
-        self.index: ParquetIndex = build_index(self._root, schema=self.schema, manifest=manifest)
+        self.index: ParquetIndex = open_index(root, schema=schema)
+        self.schema, self._root = self.index.schema, self.index.root
         self._bad_rows: dict[tuple[str, int], int] = {}
         self._groups: OrderedDict[int, Future[Batch]] = OrderedDict()
         self._times: OrderedDict[int, np.ndarray[Any, np.dtype[np.int64]]] = OrderedDict()
         self._lock = threading.Lock()
         self._first, self._stop = 0, self.index.rows
         self._keep_days(days)
-        self._train_rows = self._hold_out(eval_days)
+        self._check_gaps()
+        self._train_rows = self.num_rows  # until the hold-out is known
+        self._train_rows = first_held_out(self, eval_days=eval_days, hold_out=hold_out, where=self._root.url)
 
     @property
     def num_rows(self) -> int:
@@ -83,6 +82,11 @@ class ParquetLog(Log):
     def train_rows(self) -> int:
         """Number of rows before the hold-out."""
         return self._train_rows
+
+    @property
+    def id_types(self) -> dict[str, str]:
+        """By column of a categorical feature, what its ids are: ``string`` or ``integer``."""
+        return self.index.id_types
 
     @property
     def bad_rows(self) -> dict[tuple[str, int], int]:
@@ -127,12 +131,6 @@ class ParquetLog(Log):
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, _lock=threading.Lock())
 
-    def _read_schema(self) -> Schema:
-        text = self._root.read_bytes(SCHEMA_FILE)
-        if text is None:
-            raise UserError(f"no {SCHEMA_FILE} in {self._root.url}: a data set needs one beside its Parquet files")
-        return Schema.from_text(text, source=f"{self._root.url}/{SCHEMA_FILE}")
-
     def _keep_days(self, days: Sequence[str | dt.date | None] | None) -> None:
         if days is None:
             return
@@ -140,24 +138,38 @@ class ParquetLog(Log):
             raise UserError(f"days must be [first, last], each YYYY-MM-DD or null, got {days!r}")
         first, last = (_midnight_ms(day) if day is not None else None for day in days)
         low = self.row_at_time(first) if first is not None else 0
-        high = self.row_at_time(last + _DAY_MS) if last is not None else self.index.rows
+        high = self.row_at_time(last + DAY_MS) if last is not None else self.index.rows
         if low >= high:
             there = f"{_day(int(self.index.time_min_ms[0]))} .. {_day(int(self.index.time_max_ms[-1]))}"
             raise UserError(f"days {days[0]} .. {days[1]} hold no rows; the log covers {there}")
         self._first, self._stop = low, high
 
-    def _hold_out(self, eval_days: int) -> int:
-        if eval_days < 1:
-            raise UserError(f"eval_days must be at least 1, got {eval_days}")
-        last_day = self.time_at_row(self.num_rows - 1) // _DAY_MS
-        rows = self.row_at_time((last_day - eval_days + 1) * _DAY_MS)
-        if rows == 0:
-            first, last = _day(self.time_at_row(0)), _day(last_day * _DAY_MS)
-            raise UserError(
-                f"{self._root.url}: days {first} .. {last} leave no rows to train on if the last {eval_days} "
-                "are held out; use more days or lower eval_days"
-            )
-        return rows
+    def _check_gaps(self) -> None:
+        """Refuses selected rows that are years apart, such as one in 2031 or files in two units."""
+        index = self.index
+        first, last = index.group_of_row(self._first), index.group_of_row(self._stop - 1)
+        for group in range(first, last + 1):
+            place = index.places[group]
+            if group > first:
+                check_gap(
+                    int(index.time_max_ms[group - 1]),
+                    int(index.time_min_ms[group]),
+                    schema=self.schema,
+                    place=place,
+                    what="begins at",
+                )
+            if index.time_max_ms[group] - index.time_min_ms[group] > LONGEST_GAP_MS:
+                start = int(index.starts[group])
+                low, high = max(self._first - start, 0), self._stop - start
+                times = self._group_times(group)[low:high]
+                row = int(np.argmax(np.diff(times))) + 1 if len(times) > 1 else 0
+                check_gap(
+                    int(times[row - 1]) if row else int(times[0]),
+                    int(times[row]),
+                    schema=self.schema,
+                    place=place,
+                    what=f"row {low + row} is at",
+                )
 
     def _group_times(self, group: int) -> np.ndarray[Any, np.dtype[np.int64]]:
         """Times of a row group's rows, int64, Unix milliseconds. The last few are cached."""
@@ -216,7 +228,7 @@ def _midnight_ms(day: str | dt.date) -> int:
         date = day if isinstance(day, dt.date) else dt.date.fromisoformat(str(day))
     except ValueError as error:
         raise UserError(f"days: '{day}' is not a day; write YYYY-MM-DD") from error
-    return (date - dt.date(1970, 1, 1)).days * _DAY_MS
+    return (date - dt.date(1970, 1, 1)).days * DAY_MS
 
 
 def _day(time_ms: int) -> str:

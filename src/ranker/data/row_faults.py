@@ -15,11 +15,10 @@ from pyarrow import fs
 
 from ranker.atomic import replacing
 from ranker.data.batch import Batch, Ragged
-from ranker.data.filesystem import Root, one_line
+from ranker.data.filesystem import QUARANTINE_DIR, Root, one_line
 from ranker.errors import UserError
 
 POLICIES = ("raise", "drop", "quarantine")  # values of on_bad_rows
-QUARANTINE_DIR = "quarantine"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,23 +42,32 @@ class Fault:
         reason: what is wrong with the rows. It follows a count in messages: "ids below 0".
         cure: what the user can do.
         rows: int64, positions within the row group.
+        unseen_id: the rows have an id out of range, which could also be read as unknown.
     """
 
     column: str
     reason: str
     cure: str
     rows: npt.NDArray[np.int64]
+    unseen_id: bool = False
 
 
-def raise_first(faults: Sequence[Fault], place: Place) -> None:
+def raise_first(
+    faults: Sequence[Fault], place: Place, *, otherwise: str = "set on_bad_rows to drop or quarantine"
+) -> None:
     """Raises an error for the first fault, if there is one.
+
+    Args:
+        faults: the faults of a row group.
+        place: origin of the rows.
+        otherwise: what else the user can do, besides the cure of the fault.
 
     Raises:
         UserError: there is a fault. The line names file, column, row group, the first row, and what to do.
     """
     for fault in faults:
         problem = f"{fault.reason} in {len(fault.rows)} rows, first in row {fault.rows[0]}"
-        raise place.error(fault.column, f"{problem}; {fault.cure}, or set on_bad_rows to drop or quarantine")
+        raise place.error(fault.column, f"{problem}; {fault.cure}, or {otherwise}")
 
 
 def bad_rows(faults: Sequence[Fault]) -> npt.NDArray[np.int64]:
@@ -124,7 +132,8 @@ def write_quarantine(root: Root, place: Place, table: pa.Table, faults: Sequence
     for name, values in extra.items():
         bad = bad.append_column(name, values)
     folder = root.join(QUARANTINE_DIR)
-    path = f"{folder}/{place.file.removesuffix('.parquet')}.row_group={place.row_group:05d}.parquet"
+    name = place.file.replace("/", "%2F").removesuffix(".parquet")  # one folder, so that it can be read as a table
+    path = f"{folder}/{name}.row_group={place.row_group:05d}.parquet"
     try:
         if isinstance(root.filesystem, fs.LocalFileSystem):
             with replacing(Path(path)) as draft:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,12 +13,34 @@ import yaml
 
 from ranker.atomic import write_text
 from ranker.data.columns import CategoricalFeature, DenseFeature, Task, Transform, from_plain, to_plain
+from ranker.data.filesystem import SCHEMA_FILE
 from ranker.errors import UserError, one_of, suggest
 
 __all__ = ["SCHEMA_FILE", "TIME_UNITS", "CategoricalFeature", "DenseFeature", "Schema", "Task", "Transform"]
 
 TIME_UNITS = {"s": 1000.0, "ms": 1.0, "us": 1e-3, "ns": 1e-6}
-SCHEMA_FILE = "schema.yaml"
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML without duplicate keys, of which the plain loader keeps the last one without a word."""
+
+
+def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
+    seen: set[Any] = set()
+    for key, _ in node.value:
+        if key.tag == "tag:yaml.org,2002:merge":  # << may repeat keys, that is what it is for
+            continue
+        name = loader.construct_object(key, deep=True)
+        if not isinstance(name, str | int | float | bool | None):
+            raise yaml.constructor.ConstructorError(None, None, "a key must be a word", key.start_mark)
+        if name in seen:
+            line = key.start_mark.line + 1
+            raise yaml.constructor.ConstructorError(None, None, f"key '{name}' occurs twice, in line {line} again")
+        seen.add(name)
+    return loader.construct_mapping(node, deep=True)
+
+
+_Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,8 +57,8 @@ class Schema:
         row_id: optional integer column that identifies a row, for audits. Default: the position in the log.
 
     Raises:
-        UserError: a name occurs twice or contains '.' or '/', there is no task or no feature, or a shared table does
-            not exist or has another width.
+        UserError: a name is empty, occurs twice or contains '.' or '/', there is no task or no feature, or a shared
+            table does not exist or has another width.
     """
 
     name: str
@@ -56,6 +78,8 @@ class Schema:
             for name in names:
                 if names.count(name) > 1:
                     raise UserError(f"schema '{self.name}': two {what}s are called '{name}'")
+                if not name.strip():
+                    raise UserError(f"schema '{self.name}': a {what} has no name")
                 if "." in name or "/" in name:
                     raise UserError(f"schema '{self.name}': {what} name '{name}' must not hold '.' or '/'")
         if not self.tasks:
@@ -64,6 +88,19 @@ class Schema:
             raise UserError(f"schema '{self.name}': no feature; give some under dense: or categorical:")
         for feature in self.categorical:
             self._check_shared_table(feature)
+        if not self.time_column.strip():
+            raise UserError(f"schema '{self.name}': time_column is empty; name the column that orders the log")
+
+    def label_features(self) -> Iterator[str]:
+        """One line for each label or mask that is a feature too: the model would read what it is to predict."""
+        features = {f.column: f.name for f in self.dense} | {f.column: f.name for f in self.categorical}
+        for task in self.tasks:
+            for what, column in (("label", task.column), ("mask", task.mask)):
+                if column and column in features:
+                    yield (
+                        f"column '{column}' is the {what} of task '{task.name}' and feature '{features[column]}', so "
+                        f"the model reads the answer: leave it out with data.drop_features=[{features[column]}]"
+                    )
 
     def _check_shared_table(self, feature: CategoricalFeature) -> None:
         if not feature.table:
@@ -203,9 +240,11 @@ class Schema:
             UserError: it is not YAML, or it does not describe a schema.
         """
         try:
-            raw = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise UserError(f"{source} is not YAML: {' '.join(str(error).split())}") from error
+            raw = yaml.load(text, Loader=_Loader)
+        except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date such as 2026-02-30
+            words = " ".join(str(error).split())
+            printable = "".join(c if c.isprintable() else "?" for c in words)
+            raise UserError(f"{source} is not YAML: {printable}") from error
         return cls.from_dict(raw, source=source)
 
     def to_dict(self) -> dict[str, Any]:

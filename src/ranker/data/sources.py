@@ -10,13 +10,19 @@ from ranker.errors import UserError
 
 
 def prepared(
-    *, root: str | None, eval_days: int = 1, days: Sequence[str] | None = None, on_bad_rows: str = "raise"
+    *,
+    root: str | None,
+    eval_days: int = 1,
+    hold_out: str | float | None = None,
+    days: Sequence[str] | None = None,
+    on_bad_rows: str = "raise",
 ) -> ParquetLog:
     """Opens a folder of Parquet files with a schema.yaml.
 
     Args:
         root: the folder.
         eval_days: number of days at the end that are evaluated and not trained on.
+        hold_out: hours (``6h``) or a share of the rows (0.1) at the end, in place of eval_days.
         days: first and last day to use, both included. None for all.
         on_bad_rows: ``raise``, ``drop`` or ``quarantine``, see ParquetLog.
 
@@ -25,7 +31,7 @@ def prepared(
     """
     if root is None:
         raise UserError("data=parquet needs data.source=DIR, a folder of Parquet files with a schema.yaml")
-    return ParquetLog(root, eval_days=eval_days, days=days, on_bad_rows=on_bad_rows)
+    return ParquetLog(root, eval_days=eval_days, hold_out=hold_out, days=days, on_bad_rows=on_bad_rows)
 
 
 def prepared_from(
@@ -34,6 +40,7 @@ def prepared_from(
     source: str | None,
     cache_dir: str,
     eval_days: int = 1,
+    hold_out: str | float | None = None,
     days: Sequence[str] | None = None,
     on_bad_rows: str = "raise",
 ) -> ParquetLog:
@@ -44,6 +51,7 @@ def prepared_from(
         source: the folder with the published files.
         cache_dir: folder for prepared data.
         eval_days: number of days at the end that are evaluated and not trained on.
+        hold_out: hours (``6h``) or a share of the rows (0.1) at the end, in place of eval_days.
         days: first and last day to use, both included. None for all.
         on_bad_rows: ``raise``, ``drop`` or ``quarantine``, see ParquetLog.
 
@@ -53,4 +61,4 @@ def prepared_from(
     if source is None:
         raise UserError(f"data={kind} needs data.source=DIR, the folder with the published files")
     root = str(prepare_cached(kind, source, cache_dir))
-    return ParquetLog(root, eval_days=eval_days, days=days, on_bad_rows=on_bad_rows)
+    return ParquetLog(root, eval_days=eval_days, hold_out=hold_out, days=days, on_bad_rows=on_bad_rows)

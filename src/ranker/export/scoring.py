@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 
 from ranker.atomic import replacing
 from ranker.data.batch import Batch
-from ranker.data.checks import check_feature_columns
+from ranker.data.checks import check_feature_columns, check_id_types
 from ranker.data.decode import decode
 from ranker.data.filesystem import one_line
 from ranker.data.loader import in_order
@@ -26,6 +26,8 @@ from ranker.export.program_runtime import Engine
 ROW_GROUP = 131_072  # rows per row group of the output, a few MB
 ROW = "row"  # name of the row id column if the file has none
 ON_BAD_ROWS = ("raise", "null")
+UNSEEN_IDS = ("raise", "unknown")
+_OTHERWISE = "give such rows no score with --on-bad-rows null"
 _AHEAD = 2  # pieces decoded ahead
 _BUFFER = 1 << 18  # bytes per column
 
@@ -53,33 +55,52 @@ class ParquetRows:
         schema: of the export.
         piece_rows: rows per piece.
         on_bad_rows: ``raise`` stops at the first row that cannot be used; ``null`` gives such rows a null score.
+        unseen_ids: ``raise`` treats an id out of range as such a row; ``unknown`` reads it as unknown, row 0 of its
+            table.
+        id_types: by column, the type of the ids that the model was trained on. Empty if it is not known.
 
     Raises:
         UserError: the file is not a Parquet file, or a column is missing or has the wrong type.
     """
 
-    def __init__(self, path: Path, schema: Schema, *, piece_rows: int, on_bad_rows: str = "raise") -> None:
+    def __init__(
+        self,
+        path: Path,
+        schema: Schema,
+        *,
+        piece_rows: int,
+        on_bad_rows: str = "raise",
+        unseen_ids: str = "raise",
+        id_types: Mapping[str, str] | None = None,
+    ) -> None:
         one_of(on_bad_rows, ON_BAD_ROWS, "--on-bad-rows")
+        one_of(unseen_ids, UNSEEN_IDS, "--unseen-ids")
         if piece_rows < 1:
             raise UserError(f"--batch-rows must be 1 or more, got {piece_rows}")
         if not path.is_file():
             raise UserError(f"no file {path}")
         self._path, self._schema = path, schema
-        self._piece_rows, self._on_bad_rows = piece_rows, on_bad_rows
+        self._piece_rows, self._on_bad_rows, self._unseen_ids = piece_rows, on_bad_rows, unseen_ids
         try:
             columns = pq.read_schema(path)
             check_feature_columns(columns, schema=schema, file=str(path))
+            check_id_types(columns, id_types or {}, schema=schema, file=str(path))
             self._names = schema.feature_columns()
-            self.id_name = schema.row_id if schema.row_id in columns.names else ROW
-            if self.id_name != ROW and self.id_name not in self._names:
-                self._names.append(self.id_name)
-            if self.id_name != ROW and not pa.types.is_integer(columns.field(self.id_name).type):
-                raise UserError(f"{path}: row id '{self.id_name}' is {columns.field(self.id_name).type}, no integer")
+            has_id = schema.row_id in columns.names
+            self.id_name = schema.row_id if has_id else ROW
+            while self.id_name in schema.task_names:  # the output has one column per task, with its name
+                self.id_name += "_id"
+            if has_id and schema.row_id not in self._names:
+                self._names.append(schema.row_id)
+            if has_id and not pa.types.is_integer(columns.field(schema.row_id).type):
+                raise UserError(f"{path}: row id '{schema.row_id}' is {columns.field(schema.row_id).type}, no integer")
             leaves = pq.read_metadata(path).schema
             texts = [leaves.column(i) for i in range(len(leaves))]
             strings = [leaf.path for leaf in texts if leaf.logical_type.type == "STRING" and leaf.path in self._names]
             # Without these options Arrow reads a whole row group, or whole columns of it, into memory.
-            self._file = pq.ParquetFile(path, read_dictionary=strings, pre_buffer=False, buffer_size=_BUFFER)
+            self._file = pq.ParquetFile(
+                path, read_dictionary=strings, pre_buffer=False, buffer_size=_BUFFER, page_checksum_verification=True
+            )
         except pa.ArrowException as error:
             raise UserError(f"{path} is no Parquet file, or a broken one ({one_line(error)})") from error
         self.num_rows: int = self._file.metadata.num_rows
@@ -114,9 +135,16 @@ class ParquetRows:
                 raise place.error(self._names[0], f"{one_line(error)}; if it is broken, write it again") from error
 
     def _piece(self, table: pa.Table, *, first_row: int, within: int, place: Place) -> Piece:
-        batch, faults = decode(table, schema=self._schema, first_row=first_row, place=place, labelled=False)
+        batch, faults = decode(
+            table,
+            schema=self._schema,
+            first_row=first_row,
+            place=place,
+            labelled=False,
+            unseen_ids=self._unseen_ids == "unknown",
+        )
         if faults and self._on_bad_rows == "raise":
-            raise_first([_moved(fault, within) for fault in faults], place)
+            raise_first([_for_scoring(_moved(fault, within)) for fault in faults], place, otherwise=_OTHERWISE)
         return Piece(batch, bad_rows(faults))
 
 
@@ -172,3 +200,10 @@ def _scored(piece: Piece, engine: Engine, columns: pa.Schema) -> pa.Table:
 
 def _moved(fault: Fault, rows: int) -> Fault:
     return replace(fault, rows=fault.rows + rows)
+
+
+def _for_scoring(fault: Fault) -> Fault:
+    """The fault with a cure that is in reach of someone who scores: the schema cannot change any more."""
+    if fault.unseen_id:
+        return replace(fault, cure="read such ids as unknown with --unseen-ids unknown")
+    return replace(fault, cure="correct the file")

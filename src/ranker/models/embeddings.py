@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from ranker.data.batch import Batch
 from ranker.data.schema import Schema
+from ranker.errors import UserError
 
 INIT_RANGE = 0.05
 _NARROW = 8
@@ -57,6 +59,7 @@ class EmbeddingTables(nn.Module):
         self._ragged_starts: dict[int, list[int]] = {}
 
         start, rows = _place(schema)
+        _check_memory(schema)
         # Modules instead of parameters, because DDP reads from nn.Embedding whether its gradient is sparse.
         self.tables = nn.ModuleDict(
             {
@@ -126,6 +129,19 @@ class EmbeddingTables(nn.Module):
             end += part.values.shape[0]
         values = [part.values + start for part, start in zip(lists, self._ragged_starts[dim], strict=True)]
         return torch.cat(values), torch.cat(offsets)
+
+
+def _check_memory(schema: Schema) -> None:
+    """Refuses tables that cannot fit, before the system kills the process for them."""
+    sizes = {f.name: 4 * f.rows * f.embedding_dim for f in schema.categorical}
+    needed, there = sum(sizes.values()), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > there:
+        largest = max(sizes, key=lambda name: sizes[name])
+        raise UserError(
+            f"schema '{schema.name}': the embedding tables need {needed / 2**30:,.0f} GiB, this machine has "
+            f"{there / 2**30:,.0f}; the largest is that of '{largest}' ({sizes[largest] / 2**30:,.0f} GiB): lower its "
+            "num_embeddings or hash_buckets, or its embedding_dim"
+        )
 
 
 def _place(schema: Schema) -> tuple[dict[str, int], dict[int, int]]:

@@ -11,6 +11,7 @@ from ranker.data.decode import decode
 from ranker.data.hashing import hash_bytes, splitmix64
 from ranker.data.row_faults import Place
 from ranker.data.schema import CategoricalFeature, DenseFeature, Schema, Task
+from ranker.errors import UserError
 
 TASKS = (Task(name="y"),)
 PLACE = Place(file="day.parquet", row_group=0)
@@ -191,3 +192,42 @@ def test_no_rows_decode_to_an_empty_batch():
     assert len(batch) == 0
     assert not faults
     assert batch.ragged["b"].offsets.tolist() == [0]
+
+
+@pytest.mark.parametrize(
+    ("column", "task", "reason", "rows"),
+    [
+        (pa.array([5.0, math.nan, 1.0]), {"at_least": 4.0}, "label NaN or infinity", [1]),
+        (pa.array([1e38, 2.0, -1e38]), {"type": "regression"}, "label above 1e+15 (1e+38)", [0, 2]),
+        (pa.array([3.0, 2.0, 1.0]), {"type": "regression", "scale": 1e30}, "label above 1e+15 (3e+30)", [0, 1, 2]),
+    ],
+)
+def test_a_label_that_would_be_misread_or_overflow_is_a_fault(column, task, reason, rows):
+    _, (fault,) = decoded(
+        {"z": column, "x": pa.array([0.0] * 3)}, dense=[DenseFeature(name="x")], tasks=[Task(name="z", **task)]
+    )
+    assert fault.reason == reason
+    assert fault.rows.tolist() == rows
+
+
+def test_a_mask_is_true_or_false_and_nothing_else():
+    task = Task(name="z", mask="m")
+    columns = {"x": pa.array([0.0] * 4), "z": pa.array([1, 1, 1, 1]), "m": pa.array([0, 1, 2, -1])}
+    batch, (fault,) = decoded(columns, dense=[DenseFeature(name="x")], tasks=[task])
+    assert fault.reason == "mask neither 0 nor 1 (2)"
+    assert fault.rows.tolist() == [2, 3]
+    assert batch.mask_BT[:, 0].tolist() == [False, True, False, False]
+
+
+@pytest.mark.parametrize("kind", [pa.bool_(), pa.float16(), pa.uint64(), pa.decimal128(5, 1)])
+def test_a_threshold_applies_to_every_kind_of_number(kind):
+    columns = {"x": pa.array([0.0] * 3), "z": pa.array([0, 1, None], pa.int8()).cast(kind)}
+    batch, faults = decoded(columns, dense=[DenseFeature(name="x")], tasks=[Task(name="z", at_least=0.5)])
+    assert not faults
+    assert batch.labels_BT[:, 0].tolist() == [0, 1, 0]
+    assert batch.mask_BT[:, 0].tolist() == [True, True, False]
+
+
+def test_integers_of_a_vocabulary_that_do_not_fit_are_named():
+    with pytest.raises(UserError, match="column 'c', row group 0: an integer does not fit int64"):
+        one_hot(pa.array([2**63 + 1], pa.uint64()), vocabulary=(1, 2))

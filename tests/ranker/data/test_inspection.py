@@ -131,22 +131,57 @@ def test_the_script_lists_constant_columns_among_its_warnings(write_log, inspect
     for arguments in ([], ["--quick"]):
         assert inspect_data([str(root), *arguments]) == 0
         shown = capsys.readouterr().out
-        assert "warning: nothing can be learned from columns that never change: 'price' (always 2.5)" in shown
+        assert "names columns from which nothing can be learned: 'price' (always 2.5)" in shown
         assert "nothing looks wrong" not in shown
 
 
-def test_days_out_of_order_are_shown_with_what_the_manifest_says(write_log, inspect_data, capsys):
-    root = write_log(DAYS)
-    (root / "day=2022-04-26.parquet").rename(root / "day=2022-04-30.parquet")
+def test_files_that_overlap_are_shown_with_what_the_manifest_says(write_log, inspect_data, capsys):
+    hour, day = 3_600_000, 86_400_000
+
+    def change(number, columns):
+        if number == 1:
+            columns["t"] = pa.array(columns["t"].to_numpy() + hour)
+
+    root = write_log(DAYS, change=change)
     start = 1_650_844_800_000
     entries = [
-        FileEntry(path=f"day={day}.parquet", rows=40, time_min_ms=start + k * 86_400_000, time_max_ms=start + k + 1)
-        for day, k in (("2022-04-25", 0), ("2022-04-27", 2), ("2022-04-30", 1))
+        FileEntry(
+            path=f"day=2022-04-{25 + k}.parquet",
+            rows=40,
+            time_min_ms=start + k * day,
+            time_max_ms=start + (k + 1) * day + (hour if k == 1 else -hour),
+        )
+        for k in range(3)
     ]
-    entries = [dataclasses.replace(entry, time_max_ms=entry.time_min_ms + 1000) for entry in entries]
     Manifest(files=tuple(entries)).write(root)
     assert inspect_data([str(root)]) == 2
     shown = capsys.readouterr()
     assert "manifest.json: 120 rows" in shown.out
-    assert "warning: day=2022-04-30.parquet begins before day=2022-04-27.parquet ends" in shown.out
-    assert shown.err.startswith("error: day=2022-04-30.parquet, column 't', row group 0: begins before")
+    assert "warning: day=2022-04-27.parquet begins before day=2022-04-26.parquet ends" in shown.out
+    assert shown.err.startswith("error: day=2022-04-27.parquet, column 't', row group 0: begins before")
+
+
+def test_what_opening_a_log_warns_about_is_a_warning_here_too(write_log, inspect_data, capsys, caplog):
+    root = write_log(DAYS)
+    (root / "_late.parquet").write_text("")
+    assert inspect_data([str(root), "--quick"]) == 0
+    assert "passed over _late.parquet; only *.parquet files are read" in capsys.readouterr().out
+    assert not caplog.records
+
+
+def test_integers_that_float32_does_not_hold_are_named(write_log, log_schema, inspect_data, capsys):
+    def change(number, columns):
+        columns["price"] = pa.array(range(2**24 - 39 + 40 * (number == 1), 2**24 + 1 + 40 * (number == 1)))
+
+    root = write_log(DAYS, change=change)
+    assert inspect_data([str(root), "--quick"]) == 0
+    shown = capsys.readouterr().out
+    assert "day=2022-04-26.parquet: dense feature 'price' has integers up to 16,777,256" in shown
+    assert shown.count("has integers up to") == 1
+
+
+def test_a_label_that_is_a_feature_is_named(write_log, log_schema, inspect_data, capsys):
+    features = (*log_schema.dense, DenseFeature(name="seconds", column="watch"))
+    root = write_log(DAYS, schema=dataclasses.replace(log_schema, dense=features))
+    assert inspect_data([str(root), "--quick"]) == 0
+    assert "column 'watch' is the label of task 'watch' and feature 'seconds'" in capsys.readouterr().out

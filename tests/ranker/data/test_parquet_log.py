@@ -93,9 +93,9 @@ def test_times_are_found_in_files_without_statistics(write_log):
 def test_the_last_days_are_held_out(write_log):
     root = str(write_log(UNEVEN))
     assert [ParquetLog(root, eval_days=days).train_rows for days in (1, 2, 3, 4)] == [75, 55, 55, 54]
-    with pytest.raises(UserError, match="leave no rows to train on if the last 9 are held out"):
+    with pytest.raises(UserError, match="leave none to train on if the last 9 days are held out"):
         ParquetLog(root, eval_days=9)
-    with pytest.raises(UserError, match="eval_days must be at least 1"):
+    with pytest.raises(UserError, match="eval_days must be a whole number of at least 1"):
         ParquetLog(root, eval_days=0)
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gzip
 import os
 from pathlib import Path
 
@@ -205,3 +206,24 @@ def test_the_slice_reads_as_a_log_with_the_side_table_of_each_row(real: Path) ->
     assert batch.dense_BF[:, column].expm1().tolist() == pytest.approx(fans.to_list(), rel=1e-4, abs=1e-4)
     assert batch.dense_BF.isfinite().all()
     assert (batch.ragged["history"].offsets.diff() > 0).float().mean() > 0.9
+
+
+@pytest.mark.parametrize("what", ["gz", "mark", "blank"])
+def test_files_may_be_compressed_and_have_marks_and_blank_lines(tmp_path: Path, what: str) -> None:
+    rows = [row(), row(user_id=1, video_id=1, time_ms=START + HOUR)]
+    prepare("kuairand", source(tmp_path / "plain", rows), tmp_path / "expected")
+    changed = source(tmp_path / "src", rows)
+    for file in list(changed.glob("*.csv")):
+        raw = file.read_bytes()
+        if what == "gz":
+            file.unlink()
+            file.with_name(f"{file.name}.gz").write_bytes(gzip.compress(raw))
+        else:
+            file.write_bytes(b"\xef\xbb\xbf" + raw if what == "mark" else raw + b"\n")
+    prepare("kuairand", changed, tmp_path / "dst")
+    assert prepared(tmp_path / "dst").equals(prepared(tmp_path / "expected"))
+
+
+def test_a_log_that_ends_in_a_remark_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"log_standard_4_25_pure.csv: the last line has 1 of 19 fields \('2 rows'\)"):
+        prepare("kuairand", source(tmp_path / "src", [row(), "2 rows"]), tmp_path / "dst")

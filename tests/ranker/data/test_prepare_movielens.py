@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gzip
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -92,4 +93,72 @@ def test_a_missing_file_and_a_broken_line_are_named(tmp_path: Path) -> None:
         prepare("movielens", source, tmp_path / "dst")
     (source / "ratings.dat").unlink()
     with pytest.raises(UserError, match=r"no ratings\.dat or ratings\.csv in .*src"):
+        prepare("movielens", source, tmp_path / "dst")
+
+
+def later_layout(folder: Path) -> Path:
+    folder.mkdir()
+    ratings = "userId,movieId,rating,timestamp\n7,3,0.5,978307200\n8,4,4.0,978307201\n"
+    (folder / "ratings.csv").write_text(ratings)
+    (folder / "movies.csv").write_text("movieId,title,genres\n3,Alien (1979),Horror\n4,Brazil (1985),Comedy\n")
+    return folder
+
+
+def rows_of(folder: Path) -> list[dict[str, object]]:
+    return pl.concat([pl.read_parquet(file) for file in sorted(folder.glob("*.parquet"))]).to_dicts()
+
+
+@pytest.mark.parametrize("layout", [ml_1m, later_layout])
+@pytest.mark.parametrize("what", ["gz", "mark", "blank", "crlf"])
+def test_files_may_be_compressed_and_have_marks_and_blank_lines(tmp_path: Path, layout, what: str) -> None:
+    prepare("movielens", layout(tmp_path / "plain"), tmp_path / "expected")
+    source = layout(tmp_path / "src")
+    for file in list(source.iterdir()):
+        raw = file.read_bytes()
+        if what == "gz":
+            file.unlink()
+            file.with_name(f"{file.name}.gz").write_bytes(gzip.compress(raw))
+        elif what == "mark":
+            file.write_bytes(b"\xef\xbb\xbf" + raw.decode("latin-1").encode())
+        elif what == "blank":
+            file.write_bytes(raw + b"\n\n")
+        else:
+            file.write_bytes(raw.replace(b"\n", b"\r\n"))
+    prepare("movielens", source, tmp_path / "dst")
+    assert rows_of(tmp_path / "dst") == rows_of(tmp_path / "expected")
+
+
+@pytest.mark.parametrize("end", [b"9,4", b"(2 rows)\n", b"9,4,4.0,978307201,7\n", b"\x1a"])
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_last_line_that_is_no_row_is_named(tmp_path: Path, end: bytes, packed: bool) -> None:
+    source = later_layout(tmp_path / "src")
+    file = source / "ratings.csv"
+    raw = file.read_bytes() + end
+    file.write_bytes(raw)
+    if packed:
+        file.unlink()
+        file = source / "ratings.csv.gz"
+        file.write_bytes(gzip.compress(raw))
+    with pytest.raises(UserError, match=rf"{file.name}: the last line has \d of 4 fields") as caught:
+        prepare("movielens", source, tmp_path / "dst")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_cut_off_rating_of_the_older_layout_is_named(tmp_path: Path) -> None:
+    source = ml_1m(tmp_path / "src")
+    with (source / "ratings.dat").open("a") as file:
+        file.write("1::10::5")
+    with pytest.raises(UserError, match=r"ratings.dat: the last line has 3 of 4 fields \('1::10::5'\); delete it"):
+        prepare("movielens", source, tmp_path / "dst")
+
+
+def test_a_broken_archive_and_a_file_in_both_forms_are_refused(tmp_path: Path) -> None:
+    source = later_layout(tmp_path / "src")
+    packed = gzip.compress((source / "ratings.csv").read_bytes() * 1000)
+    (source / "ratings.csv.gz").write_bytes(packed)
+    with pytest.raises(UserError, match=r"holds both ratings\.csv and ratings\.csv\.gz; keep one"):
+        prepare("movielens", source, tmp_path / "dst")
+    (source / "ratings.csv").unlink()
+    (source / "ratings.csv.gz").write_bytes(packed[:-30])
+    with pytest.raises(UserError, match=r"ratings.csv.gz cannot be unpacked \(.*\); fetch it again"):
         prepare("movielens", source, tmp_path / "dst")

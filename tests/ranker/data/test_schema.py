@@ -139,3 +139,83 @@ def test_parts_are_immutable():
     assert hash(schema)
     with pytest.raises(dataclasses.FrozenInstanceError):
         schema.tasks[0].weight = 3
+
+
+def categorical(**parts):
+    return changed(categorical=[{"name": "c", **parts}])
+
+
+@pytest.mark.parametrize(
+    ("raw", "message"),
+    [
+        (categorical(vocabulary="de"), r"vocabulary must be a list, such as \[de, fr\], got 'de'"),
+        (categorical(vocabulary={"de": 1}), "vocabulary must be a list"),
+        (categorical(vocabulary=5), "vocabulary must be a list"),
+        (categorical(vocabulary=[0.5, 1]), "0.5 is neither a string nor an integer"),
+        (
+            categorical(vocabulary=["de", False]),
+            "False is a boolean, as YAML reads no, NO, on and yes; put it in quotes",
+        ),
+        (categorical(vocabulary=["de", None]), "None is neither a string"),
+        (categorical(vocabulary=["de", 5]), "holds strings and integers"),
+        (categorical(vocabulary=["de", "fr", "de"]), "holds 'de' twice"),
+        (categorical(vocabulary=[2**63]), "does not fit 64 bits"),
+        (categorical(hash_buckets=-3), "hash_buckets must be 0"),
+        (categorical(num_embeddings=-3), "num_embeddings must be 0"),
+        (categorical(hash_buckets=10**40), "hash_buckets must fit 64 bits"),
+        (categorical(hash_buckets=5, kind="sequence", max_length=-2), "max_length must be 0"),
+        (categorical(hash_buckets=5, max_length=2), "max_length is for lists"),
+        (categorical(hash_buckets=2.5), "hash_buckets must be int"),
+        (changed(dense=[{"name": "x", "scale": 0}]), "scale must be a number other than 0"),
+        (changed(dense=[{"name": "x", "scale": float("nan")}]), "scale must be a number other than 0"),
+        (changed(dense=[{"name": "x", "scale": 1e300}]), "scale must be a number other than 0"),
+        (changed(dense=[{"name": "x", "scale": "1e-3"}]), "write it without quotes, and 1e-3 as 1.0e-3"),
+        (changed(dense=[{"name": "x", "fill_null": float("nan")}]), "fill_null must be a number that fits float32"),
+        (changed(dense=[{"name": "x", "fill_null": 1e39}]), "fill_null must be a number that fits float32"),
+        (changed(tasks=[{"name": "y", "at_least": float("inf")}]), "at_least must be a number"),
+        (changed(tasks=[{"name": "y", "weight": float("nan")}]), "weight must be above 0"),
+        (changed(tasks=[{"name": "y", "type": "regression", "scale": 0}]), "scale must be a number other than 0"),
+        (changed(tasks=[{"name": " "}]), "a task has no name"),
+        (changed(tasks=[{"name": "a\nb"}]), "must be one line of printable characters"),
+        (changed(tasks=[{"name": False}]), "name must be str, got False; put it in quotes"),
+        (changed(time_column=""), "time_column is empty"),
+    ],
+)
+def test_a_value_that_would_be_misread_later_is_refused_by_name(raw, message):
+    with pytest.raises(UserError, match=message) as caught:
+        Schema.from_dict(raw, source="schema.yaml")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("name: a\ntime_column: t\nname: b", "key 'name' occurs twice, in line 3 again"),
+        ("tasks:\n- {name: y, scale: 1.0, scale: 2.0}", "key 'scale' occurs twice"),
+        ("? [a, b]\n: c", "a key must be a word"),
+        ("name: 2026-02-30", "is not YAML"),
+        ("[" * 3000, "is not YAML"),
+        ("a: &x [*x]", "is not YAML|a schema is|unknown key"),
+        ("name: " + "9" * 5000, "is not YAML"),
+        (b"\xff\xfe\x00", "is not YAML"),
+    ],
+)
+def test_yaml_that_is_ambiguous_or_broken_is_refused_in_one_line(text, message):
+    with pytest.raises(UserError, match=message) as caught:
+        Schema.from_text(text, source="schema.yaml")
+    assert "\n" not in str(caught.value)
+
+
+def test_merged_keys_may_be_overridden():
+    text = "defaults: &d {name: x, scale: 2.0}\ndense: [{<<: *d, scale: 3.0}]"
+    with pytest.raises(UserError, match="unknown key 'defaults'"):  # but not: key 'scale' occurs twice
+        Schema.from_text(text)
+
+
+def test_a_label_or_mask_among_the_features_is_named():
+    tasks = [{"name": "buy", "column": "price"}, {"name": "stars", "type": "regression", "mask": "country"}]
+    price, country = Schema.from_dict(changed(tasks=tasks)).label_features()
+    assert "column 'price' is the label of task 'buy' and feature 'price'" in price
+    assert "column 'country' is the mask of task 'stars'" in country
+    assert "data.drop_features=[country]" in country
+    assert list(Schema.from_dict(PLAIN).label_features()) == []

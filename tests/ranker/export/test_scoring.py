@@ -120,6 +120,60 @@ def test_a_file_that_does_not_fit_is_refused_in_one_line(changed: dict[str, Any]
     assert not (tmp_path / "out.parquet").exists()
 
 
+def strict(file: Path, out: Path, *, schema: Schema = SCHEMA, **options: Any) -> list[str]:
+    """Scores a file; returns the columns of the output."""
+    rows = ParquetRows(file, schema, piece_rows=40, **options)
+    score_file(rows, Echo(), out, tasks=schema.task_names)
+    return pq.read_schema(out).names
+
+
+@pytest.mark.parametrize(
+    ("changed", "told"),
+    [
+        ({"tags": [[99]] * 5}, "read such ids as unknown with --unseen-ids unknown, or give such rows no score with"),
+        ({"x": [None] * 4 + [1.0]}, "correct the file, or give such rows no score with --on-bad-rows null"),
+    ],
+)
+def test_the_advice_names_options_of_score(changed: dict[str, Any], told: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=told) as caught:
+        strict(write(tmp_path / "in.parquet", 5, **changed), tmp_path / "out.parquet")
+
+    assert "on_bad_rows to drop" not in str(caught.value)
+    assert "num_embeddings" not in str(caught.value)
+
+
+def test_unseen_ids_can_be_read_as_unknown(tmp_path: Path) -> None:
+    file = write(tmp_path / "in.parquet", 5, tags=[[99, 1], [-4], [3], [], [8]])
+    seen = []
+    for piece in ParquetRows(file, SCHEMA, piece_rows=40, unseen_ids="unknown"):
+        assert len(piece.bad) == 0
+        seen += piece.batch.ragged["tags"].values.tolist()
+
+    assert seen == [0, 2, 0, 4, 9]
+
+
+def test_ids_of_another_type_than_in_training_are_refused(tmp_path: Path) -> None:
+    tags = CategoricalFeature(name="tags", kind="multi_hot", hash_buckets=9)
+    schema = Schema(name="toy", time_column="t", dense=SCHEMA.dense, categorical=(tags,), tasks=SCHEMA.tasks)
+    file = tmp_path / "in.parquet"
+    pq.write_table(pa.table({"x": [1.0, 2.0], "tags": [["1"], ["2", "3"]]}), file)
+
+    told = "in column 'tags' are strings, but the model was trained on integers"
+    with pytest.raises(UserError, match=told):
+        strict(file, tmp_path / "out.parquet", schema=schema, id_types={"tags": "integer"})
+    strict(file, tmp_path / "out.parquet", schema=schema, id_types={"tags": "string"})
+    strict(file, tmp_path / "out.parquet", schema=schema)  # an export that does not say
+
+
+@pytest.mark.parametrize(("row_id", "first"), [("", "row_id"), ("event", "event")])
+def test_a_task_may_be_called_row(tmp_path: Path, row_id: str, first: str) -> None:
+    tasks = (Task(name="row"),)
+    schema = Schema(
+        name="t", time_column="t", row_id=row_id, dense=SCHEMA.dense, categorical=SCHEMA.categorical, tasks=tasks
+    )
+    assert strict(write(tmp_path / "in.parquet", 5), tmp_path / "out.parquet", schema=schema) == [first, "row"]
+
+
 @pytest.mark.parametrize("content", [b"", b"not parquet at all"])
 def test_what_is_no_parquet_file_is_said(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "in.parquet").write_bytes(content)

@@ -7,6 +7,7 @@ import torch
 
 from ranker.data.batch import Ragged
 from ranker.data.schema import CategoricalFeature, Schema, Task
+from ranker.errors import UserError
 from ranker.models.embeddings import EmbeddingTables, by_bag, by_gather
 
 
@@ -190,3 +191,11 @@ def test_the_gradient_of_a_single_row_may_begin_anywhere_in_memory():
         (torch.cat([torch.ones(1, 3), one_hot.view(1, 16), bags.view(1, 8)], dim=1) @ joining).sum().backward()
         gradients.append(leaf.grad)
     torch.testing.assert_close(*gradients)
+
+
+def test_tables_larger_than_the_machine_are_refused_by_name():
+    small = CategoricalFeature(name="small", num_embeddings=5)
+    huge = CategoricalFeature(name="user", hash_buckets=10**12, embedding_dim=64)
+    schema = Schema(name="s", time_column="t", categorical=(small, huge), tasks=(Task(name="y"),))
+    with pytest.raises(UserError, match=r"need 238,419 GiB, this machine has .*; the largest is that of 'user'"):
+        EmbeddingTables(schema)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import polars as pl
 
-from ranker.data.prepare.recipe import TIME, Recipe, folder, one_file, scan_csv
+from ranker.data.prepare.recipe import TIME, Recipe, collected, csv_files, folder, one_file, scan_csv
 from ranker.data.schema import CategoricalFeature, DenseFeature, Schema, Task
 from ranker.errors import UserError
 
@@ -73,7 +73,7 @@ def kuairand_files(source: str | Path) -> list[Path]:
         UserError: a file is missing.
     """
     where = folder(source, "KuaiRand-Pure")
-    logs = sorted(where.glob("log_standard_*.csv"))
+    logs = csv_files(where, "log_standard_*.csv")
     if not logs:
         raise UserError(f"the log is missing: no log_standard_*.csv in {where}")
     users = one_file(where, "user_features_*.csv", "the table of users")
@@ -202,7 +202,7 @@ def read_users(file: Path) -> pl.DataFrame:
     text = [pl.col(name).replace("UNKNOWN", None) for name in USER_TEXT]
     columns = [_code("user_id"), *text, *map(_code, (*USER_FLAGS, *USER_CODES))]
     columns += map(_amount, USER_COUNTS)
-    return _collect(frame.select(columns).unique("user_id", keep="first", maintain_order=True), file)
+    return collected(frame.select(columns).unique("user_id", keep="first", maintain_order=True), file)
 
 
 def read_videos(file: Path) -> pl.DataFrame:
@@ -225,7 +225,7 @@ def read_videos(file: Path) -> pl.DataFrame:
         uploaded_ms.alias("uploaded_ms"),
         pl.col("tag").str.split(",").list.eval(pl.element().str.strip_chars().cast(pl.Int64)).alias("tag"),
     ]
-    return _collect(frame.select(columns).unique("video_id", keep="first", maintain_order=True), file)
+    return collected(frame.select(columns).unique("video_id", keep="first", maintain_order=True), file)
 
 
 def read_history(file: Path) -> pl.DataFrame:
@@ -235,14 +235,7 @@ def read_history(file: Path) -> pl.DataFrame:
         UserError: the file is not such a table.
     """
     frame = pl.scan_parquet(file).select("user_id", "last_time_ms", pl.col("watch_seq").alias("history"))
-    return _collect(frame.unique("user_id", keep="first", maintain_order=True), file)
-
-
-def _collect(frame: pl.LazyFrame, file: Path) -> pl.DataFrame:
-    try:
-        return frame.collect()
-    except pl.exceptions.PolarsError as error:
-        raise UserError(f"{file} cannot be read: {str(error).splitlines()[0]}; fetch it again") from error
+    return collected(frame.unique("user_id", keep="first", maintain_order=True), file)
 
 
 def finish_rows(

@@ -6,12 +6,15 @@ Every feature is known before the rating: the user, the time and the film. No fe
 
 from __future__ import annotations
 
+import codecs
+import gzip
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
 import polars as pl
 
-from ranker.data.prepare.recipe import TIME, Recipe, folder, scan_csv
+from ranker.data.prepare.recipe import TIME, Recipe, check_last_line, collected, csv_files, folder, scan_csv
 from ranker.data.schema import CategoricalFeature, DenseFeature, Schema, Task
 from ranker.errors import UserError
 
@@ -31,11 +34,12 @@ def movielens_files(source: str | Path) -> list[Path]:
     """
     where = folder(source, "MovieLens")
     for names in (("ratings.dat", "movies.dat", "users.dat"), ("ratings.csv", "movies.csv")):
-        if (where / names[0]).is_file():
-            for name in names:
-                if not (where / name).is_file():
+        found = [csv_files(where, name) for name in names]
+        if found[0]:
+            for name, files in zip(names, found, strict=True):
+                if not files:
                     raise UserError(f"{name} is missing in {where}; it must be beside {names[0]}")
-            return [where / name for name in names]
+            return [files[0] for files in found]
     raise UserError(f"the ratings are missing: no ratings.dat or ratings.csv in {where}")
 
 
@@ -51,7 +55,8 @@ def movielens_recipe(files: Sequence[Path]) -> Recipe:
     ratings, movies, *users = files
     log = scan_dat(ratings) if users else scan_ratings(ratings)
     films, people = read_movies(movies), read_users(users[0]) if users else None
-    schema = _schema(films, people, top_user=largest(log if people is None else people.lazy(), "user_id"))
+    top_user = largest(log, "user_id", ratings) if people is None else largest(people.lazy(), "user_id", users[0])
+    schema = _schema(films, people, top_user=top_user)
 
     def finish(rows: pl.DataFrame) -> pl.DataFrame:
         return finish_rows(rows, films=films, people=people)
@@ -69,8 +74,9 @@ def scan_dat(file: Path) -> pl.LazyFrame:
     # With a one-byte separator, each "::" contains an empty column.
     types = {"user_id": pl.Int64, "_1": pl.String, "movie_id": pl.Int64, "_2": pl.String}
     types |= {"rating": pl.Float32, "_3": pl.String, "timestamp": pl.Int64}
+    check_last_line(file, lambda line: line.count("::") + 1, fields=4)
     frame = pl.scan_csv(file, separator=":", has_header=False, schema=types, quote_char=None)
-    return _log(frame)
+    return _log(frame.filter(~pl.all_horizontal(pl.all().is_null())))  # a blank line
 
 
 def scan_ratings(file: Path) -> pl.LazyFrame:
@@ -79,9 +85,14 @@ def scan_ratings(file: Path) -> pl.LazyFrame:
     return _log(scan_csv(file, types).rename({"userId": "user_id", "movieId": "movie_id"}))
 
 
-def largest(table: pl.LazyFrame, name: str) -> int:
-    """The largest id in a column. 0 if there is none."""
-    return int(table.select(pl.col(name).max().fill_null(0)).collect(engine="streaming").item())
+def largest(table: pl.LazyFrame, name: str, file: Path | None = None) -> int:
+    """The largest id in a column. 0 if there is none.
+
+    Raises:
+        UserError: the table is read from a file that cannot be parsed.
+    """
+    top = table.select(pl.col(name).max().fill_null(0))
+    return int((top.collect() if file is None else collected(top, file)).item())
 
 
 def _log(frame: pl.LazyFrame) -> pl.LazyFrame:
@@ -94,9 +105,9 @@ def read_movies(file: Path) -> pl.DataFrame:
     Raises:
         UserError: a line is not ``id::title::genres``, or a column is missing.
     """
-    if file.suffix == ".csv":
+    if ".csv" in file.suffixes:
         types = {"movieId": pl.Int64, "title": pl.String, "genres": pl.String}
-        frame = scan_csv(file, types).rename({"movieId": "movie_id"}).collect()
+        frame = collected(scan_csv(file, types).rename({"movieId": "movie_id"}), file)
     else:
         rows = _split(file, 3)
         frame = pl.DataFrame(rows, schema=["movie_id", "title", "genres"], orient="row")
@@ -122,7 +133,15 @@ def read_users(file: Path) -> pl.DataFrame:
 
 def _split(file: Path, fields: int) -> list[list[str]]:
     """Lines of a ``::``-separated file in latin-1. There are a few thousand, so plain Python is fast enough."""
-    rows = [line.split("::") for line in file.read_text(encoding="latin-1").splitlines() if line]
+    raw = file.read_bytes()
+    if file.suffix == ".gz":
+        try:
+            raw = gzip.decompress(raw)
+        except (OSError, EOFError, zlib.error) as error:
+            raise UserError(f"{file} cannot be unpacked ({error}); fetch it again") from error
+    # The published titles are in latin-1. A byte order mark shows that somebody has converted the file.
+    text = raw.decode("utf-8-sig" if raw.startswith(codecs.BOM_UTF8) else "latin-1")
+    rows = [line.split("::") for line in text.splitlines() if line.strip()]
     for number, row in enumerate(rows, start=1):
         if len(row) != fields:
             raise UserError(f"{file} line {number}: expected {fields} fields between '::', found {len(row)}")
