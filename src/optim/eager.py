@@ -93,7 +93,7 @@ def _collapse(reduction: Reduction, values: Tensor, dims: tuple[int, ...] | None
     if values.numel() == 0:
         return values.new_zeros(()) if dims is None else values.new_zeros((values.shape[0], *(1 for _ in dims)))
     if reduction.combine == "norm":
-        return torch.linalg.vector_norm(values, dim=dims, keepdim=dims is not None)
+        return _norm(values, dims)
     return values.amax() if dims is None else values.amax(dim=dims, keepdim=True)
 
 
@@ -102,7 +102,16 @@ def _join(reduction: Reduction, parts: Sequence[Tensor]) -> Tensor:
     if len(parts) == 1:
         return parts[0]
     together = torch.stack(list(parts))
-    return torch.linalg.vector_norm(together) if reduction.combine == "norm" else together.amax()
+    return _norm(together, None) if reduction.combine == "norm" else together.amax()
+
+
+def _norm(values: Tensor, dims: tuple[int, ...] | None) -> Tensor:
+    """Return the 2-norm, also of values whose squares leave the range of their dtype."""
+    # A factor that is a power of 2 changes no bit of a norm that can be computed without it.
+    least, largest = torch.aminmax(values) if dims is None else (values.amin(dims, True), values.amax(dims, True))
+    size = torch.maximum(-least, largest)
+    scale = torch.ones_like(size).where(size < 2.0**50, 2.0**-80).where(size > 2.0**-50, 2.0**80)
+    return torch.linalg.vector_norm(values * scale, dim=dims, keepdim=dims is not None) / scale
 
 
 def _by_name(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:

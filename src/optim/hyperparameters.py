@@ -129,7 +129,8 @@ SHARED: tuple[Hyperparameter, ...] = (
         name="on_nonfinite",
         default="propagate",
         choices=("propagate", "skip", "raise"),
-        doc="What an infinite or NaN gradient does: pass through, skip the whole step and count it, or raise.",
+        doc="What a gradient does that is infinite, NaN, or too large for its square to be finite (1.8e19 in float32): "
+        "pass through, skip the whole step and count it, or raise.",
     ),
     Hyperparameter(name="collect_stats", default=False, doc="Keep the report of `clip_stats()`, on the device."),
     Hyperparameter(

@@ -73,10 +73,10 @@ def combine_norm(values: Tensor, groups: Sequence[dist.ProcessGroup]) -> Tensor:
     """Return the 2-norm over ranks of the parts' 2-norms."""
     if not groups:
         return values
-    squares = values.square()
+    squares = values.double().square()  # the square of a float32 norm may leave the range of float32
     for group in groups:
         dist.all_reduce(squares, group=group)
-    return squares.sqrt()
+    return squares.sqrt().to(values.dtype)
 
 
 @dataclass(slots=True)
@@ -117,12 +117,17 @@ class LocalParam:
         self.unit_dims = tuple(range(1, self.weight.ndim)) if several else None
 
     def is_finite(self) -> Tensor:
-        """Return whether all of the local gradient is finite, as a 0-d bool on its device."""
+        """Return whether all of the local gradient is finite, as a 0-d bool on its device.
+
+        For an update that keeps state its square must be finite, too: an accumulator of infinity holds its coordinate
+        still from then on. In float32 that is a gradient of 1.8e19.
+        """
         if self.grad.numel() == 0:
             return torch.ones((), dtype=torch.bool, device=self.grad.device)
         # One vectorised pass, which NaN survives. The infinity norm is thirty times slower on the CPU.
         least, largest = torch.aminmax(self.grad)
-        return least.isfinite() & largest.isfinite()
+        size = torch.maximum(-least, largest).to(torch.promote_types(self.weight.dtype, torch.float32))
+        return (size.square() if self.state else size).isfinite()
 
     def write_back(self) -> None:
         """Copy touched rows back into their tables. Dense tensors were written in place."""

@@ -186,7 +186,9 @@ class SigmaOptimizer(torch.optim.Optimizer):
         if policy == "raise":
             if not all(ok.values()):
                 names = [local.name for group in groups for local in group.locals if not local.is_finite()]
-                raise FloatingPointError(f"gradient of {', '.join(names) or 'another rank'} is not finite")
+                raise FloatingPointError(
+                    f"gradient of {', '.join(names) or 'another rank'} is not finite, or its square is not"
+                )
             return {}
         counter = self.param_groups[0]
         first = next(iter(ok.values()))

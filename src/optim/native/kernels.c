@@ -43,6 +43,7 @@ enum { CHUNK = 1 << 16, BLOCK = 512, LANES = 32, WAYS = 4 };
 #define WORD int32_t
 #define EPSILON FLT_EPSILON
 #define SMALLEST FLT_MIN
+#define LARGEST FLT_MAX
 #include "kernels.h"
 #undef REAL
 #undef NAME
@@ -51,6 +52,7 @@ enum { CHUNK = 1 << 16, BLOCK = 512, LANES = 32, WAYS = 4 };
 #undef WORD
 #undef EPSILON
 #undef SMALLEST
+#undef LARGEST
 
 #define REAL double
 #define NAME(x) x##_double
@@ -59,6 +61,7 @@ enum { CHUNK = 1 << 16, BLOCK = 512, LANES = 32, WAYS = 4 };
 #define WORD int64_t
 #define EPSILON DBL_EPSILON
 #define SMALLEST DBL_MIN
+#define LARGEST DBL_MAX
 #include "kernels.h"
 
 static int64_t chunks(const Tensor *t) { return (t->size + CHUNK - 1) / CHUNK; }
@@ -117,7 +120,7 @@ void optim_reduce(const Tensor *tensors, int64_t count, const Settings *s, const
     }
 }
 
-/* out: [count], whether all gradients of a tensor are finite. */
+/* out: [count], whether all gradients of a tensor are finite, and their squares. */
 void optim_finite(const Tensor *tensors, int64_t count, const Settings *s, uint8_t *out, int64_t threads) {
     (void)s;
     for (int64_t t = 0; t < count; t++) {
