@@ -48,6 +48,8 @@ def _step_piece(
 ) -> tuple[dict[str, Tensor], Sizes | None]:
     """Write w <- w - lr * sigma * r and the elementwise state; return the new counts, and the step's size if asked."""
     lr: Any = settings["lr"]
+    if isinstance(lr, Tensor):  # 1 - lr * weight_decay is 1 in bfloat16
+        lr = lr.to(torch.promote_types(lr.dtype, torch.float32))
     before, seen = Piece(weight, grad, state).effective(settings)
     factor = None if sigma is None else sigma.to(before.dtype)
     fed = seen * factor if factor is not None and feeds_clipped else seen

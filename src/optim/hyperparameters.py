@@ -6,6 +6,7 @@ import difflib
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 import torch
@@ -75,7 +76,7 @@ class Hyperparameter:
             if self.name != "lr" or value.numel() != 1:
                 raise TypeError(f"{where}: {self.name} must be a number, got a tensor of shape {tuple(value.shape)}")
             return value
-        if isinstance(value, bool) or not isinstance(value, int | float):
+        if isinstance(value, bool) or not isinstance(value, Real):  # numpy scalars are
             raise TypeError(f"{where}: {self.name} must be a number, got {value!r}")
         above = value > self.low if self.low_open else value >= self.low
         below = value < self.high if self.high_open else value <= self.high

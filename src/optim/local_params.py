@@ -6,7 +6,8 @@ process groups over which a reduction must be combined. The rest of the package 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,32 +21,61 @@ ShardGroups = tuple[tuple["dist.ProcessGroup", int], ...]
 """(process group, dimension of the tensor that is split over it) for every mesh dimension that shards a tensor."""
 
 
-def _is_dtensor(tensor: Tensor) -> bool:
+def is_dtensor(tensor: Tensor) -> bool:
     """Whether this is a DTensor, without importing torch.distributed.tensor (which takes a second)."""
     if type(tensor) is nn.Parameter or type(tensor) is Tensor:
         return False
     return hasattr(tensor, "device_mesh") and hasattr(tensor, "placements")
 
 
+def named_params(param_groups: Sequence[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], str, Tensor]]:
+    """Yield (group, name, parameter) for every parameter; a name that comes again is numbered: `weight#2`.
+
+    Names are for reports. Where a group has none, or not as many as parameters (torch's ZeroRedundancyOptimizer and
+    `param_groups[0]["params"].append` leave it so), parameters are called by their position: `parameter_7`.
+    """
+    seen: dict[str, int] = {}
+    start = 0
+    for group in param_groups:
+        params = group["params"]
+        names = group.get("param_names") or ()
+        if len(names) != len(params):
+            names = [f"parameter_{number}" for number in range(start, start + len(params))]
+        for name, param in zip(names, params, strict=True):
+            times = seen[name] = seen.get(name, 0) + 1
+            yield group, name if times == 1 else f"{name}#{times}", param
+        start += len(params)
+
+
+@contextmanager
+def lasting() -> Iterator[None]:
+    """Make tensors that may be written to later, also where this step runs under torch.inference_mode."""
+    if not torch.is_inference_mode_enabled():
+        yield
+        return
+    with torch.inference_mode(False), torch.no_grad():
+        yield
+
+
 def local_tensor(tensor: Tensor) -> Tensor:
     """Return the part of a tensor that is on this rank. It shares the tensor's memory."""
     if tensor.requires_grad:
         tensor = tensor.detach()
-    return tensor.to_local() if _is_dtensor(tensor) else tensor  # type: ignore[attr-defined]
+    return tensor.to_local() if is_dtensor(tensor) else tensor  # type: ignore[attr-defined]
 
 
 def _local_gradient(param: Tensor) -> Tensor:
     """Return the local part of the gradient, sharded as the parameter is."""
     grad = param.grad
     assert grad is not None
-    if _is_dtensor(param) and grad.placements != param.placements:  # type: ignore[attr-defined]
+    if is_dtensor(param) and grad.placements != param.placements:  # type: ignore[attr-defined]
         grad = grad.redistribute(placements=param.placements)  # type: ignore[attr-defined]
     return local_tensor(grad)
 
 
 def shard_groups(param: Tensor) -> ShardGroups:
     """Return the process groups that split a parameter; empty for a plain or replicated one."""
-    if not _is_dtensor(param):
+    if not is_dtensor(param):
         return ()
     mesh, placements = param.device_mesh, param.placements  # type: ignore[attr-defined]
     return tuple(
@@ -150,11 +180,11 @@ def make_local(
 
     Raises:
         ValueError: a sparse gradient with coupled weight decay (which would touch every row) or sparse in more than
-            its first dimension.
+            its first dimension; a gradient or a state of another shape than the parameter.
         IndexError: a sparse gradient has a row outside of its table.
     """
     sharding: ShardGroups = ()
-    if _is_dtensor(param):
+    if is_dtensor(param):
         sharding = shard_groups(param)
         grad, weight = _local_gradient(param), local_tensor(param)
         state = {key: local_tensor(value) for key, value in state.items()}
@@ -162,6 +192,7 @@ def make_local(
         assert param.grad is not None, "only parameters with a gradient are stepped"
         grad, weight = param.grad, param.detach()
     rows, tables = None, []
+    _check_shapes(name, weight, grad, state)
     if grad.is_sparse:
         if settings["weight_decay"]:
             raise ValueError(
@@ -176,6 +207,19 @@ def make_local(
         tables = [(whole, weight), *((state[key], copy) for key, copy in touched.items() if copy.ndim)]
         state = touched
     return LocalParam(name, param, method, update, settings, weight, grad, state, rows, tables, sharding)
+
+
+def _check_shapes(name: str, weight: Tensor, grad: Tensor, state: Mapping[str, Tensor]) -> None:
+    """Refuse what the C kernels would read or write beyond its end."""
+    shape = weight.shape
+    if grad.shape != shape:
+        raise ValueError(f"{name}: the gradient has shape {tuple(grad.shape)}, the parameter {tuple(shape)}")
+    for key, value in state.items():
+        if value.ndim and value.shape != shape:
+            raise ValueError(
+                f"{name}: state {key!r} has shape {tuple(value.shape)}, the parameter {tuple(shape)}; "
+                "delete optimizer.state[parameter] after changing its size"
+            )
 
 
 @dataclass(slots=True)

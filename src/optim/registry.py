@@ -195,7 +195,10 @@ class Method:
         if self.presets:
             values |= self.presets[known["preset"].check(given.get("preset", values["preset"]), where)]
         values |= given
-        return {name: spec.check(values[name], where) for name, spec in known.items()}
+        checked = {name: spec.check(values[name], where) for name, spec in known.items()}
+        if checked.get("eps") == 0 and not checked.get("initial_accumulator_value"):
+            raise ValueError(f"{where}: eps = 0 needs an initial accumulator above 0; a gradient of 0 would give 0 / 0")
+        return checked
 
 
 _METHODS: dict[str, Method] = {}

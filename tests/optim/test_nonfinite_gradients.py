@@ -152,7 +152,7 @@ def test_a_nan_poisons_clippys_whole_tensor_as_in_the_authors_code(backend: str)
 @pytest.mark.parametrize("backend", ["auto", "eager"])
 @pytest.mark.parametrize("name", optim.list_optimizers())
 def test_a_gradient_whose_square_overflows_counts_as_not_finite(name: str, backend: str) -> None:
-    """It would make the accumulator infinite, which holds its coordinate still for good. Gradient descent keeps none."""
+    """An infinite accumulator holds its coordinate still for good. Gradient descent keeps none."""
     params, optimizer = make(name, "skip", backend)
     before = bits(params, optimizer)
     fill(params, -2e19)  # its square is 4e38
