@@ -78,11 +78,12 @@ class Hyperparameter:
             return value
         if isinstance(value, bool) or not isinstance(value, Real):  # numpy scalars are
             raise TypeError(f"{where}: {self.name} must be a number, got {value!r}")
-        above = value > self.low if self.low_open else value >= self.low
-        below = value < self.high if self.high_open else value <= self.high
-        if not (above and below) or math.isnan(value):
+        number = float(value)
+        above = number > self.low if self.low_open else number >= self.low
+        below = number < self.high if self.high_open else number <= self.high
+        if not (above and below) or math.isnan(number):
             raise ValueError(f"{where}: {self.name} must be in {self.range}, got {value!r}")
-        return float(value)
+        return number
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -131,8 +132,10 @@ def _have_memory(weight: Tensor, *others: Tensor) -> bool:
             and tensor.is_cpu
             and tensor.dtype == weight.dtype
             and tensor.layout is torch.strided
+            and tensor.shape == weight.shape
             and tensor.is_contiguous()
             and not tensor.is_neg()
+            and (tensor.data_ptr() or not tensor.numel())  # memory that FSDP1 has freed for a while
         ):
             return False
     return True
@@ -189,8 +192,32 @@ def _call(
 ) -> None:
     library = load()
     assert library is not None, "takes() checked that the kernels are there"
-    count, threads = ctypes.c_int64(len(tensors)), ctypes.c_int64(torch.get_num_threads())
+    count, threads = ctypes.c_int64(len(tensors)), ctypes.c_int64(_threads())
     getattr(library, name)(tensors, count, ctypes.byref(settings), *map(_pointer, arguments), threads)
+
+
+class _Team:
+    """Whether OpenMP has started threads, which a fork does not copy. Waiting for them would last for ever."""
+
+    started = False
+    lost = False
+
+    @classmethod
+    def fork(cls) -> None:
+        """Note in a child process that the threads of its parent are not there."""
+        cls.lost = cls.started
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_Team.fork)
+
+
+def _threads() -> int:
+    if _Team.lost:
+        return 1
+    threads = torch.get_num_threads()
+    _Team.started |= threads > 1
+    return threads
 
 
 def _lr(group: TensorGroup) -> Tensor | ctypes.c_double:
