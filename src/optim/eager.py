@@ -50,12 +50,13 @@ def _step_piece(
     lr: Any = settings["lr"]
     if isinstance(lr, Tensor):  # 1 - lr * weight_decay is 1 in bfloat16
         lr = lr.to(torch.promote_types(lr.dtype, torch.float32))
-    before, seen = Piece(weight, grad, state).effective(settings)
+    piece = Piece(weight, grad, state)
+    before, seen = piece.effective(update, settings)
     factor = None if sigma is None else sigma.to(before.dtype)
     fed = seen * factor if factor is not None and feeds_clipped else seen
     if clips_gradient:
         seen, factor = fed, None
-    direction = update.direction(seen, state, settings).update
+    direction = piece.direction(before, seen, update, settings).update
     after: Mapping[str, Tensor] = update.advance(fed, state, settings)
     if settings["decoupled_weight_decay"]:
         before = before * (1 - lr * settings["weight_decay"])

@@ -114,7 +114,8 @@ COMMON: tuple[Hyperparameter, ...] = (
     Hyperparameter(
         name="decoupled_weight_decay",
         default=False,
-        doc="True: w <- (1 - lr * weight_decay) * w, as in AdamW. False: g <- g + weight_decay * w.",
+        doc="True: w <- (1 - lr * weight_decay) * w, as in AdamW. False: g <- g + weight_decay * w; "
+        "for lamb_adam r <- r + weight_decay * w, as published.",
     ),
     Hyperparameter(name="maximize", default=False, doc="Ascend instead of descend."),
     Hyperparameter(

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from optim.registry import Coordinates, Method, Settings, Update
+from optim.registry import Coordinates, Direction, Method, Settings, Update
 
 ShardGroups = tuple[tuple["dist.ProcessGroup", int], ...]
 """(process group, dimension of the tensor that is split over it) for every mesh dimension that shards a tensor."""
@@ -230,21 +230,37 @@ class Piece:
     grad: Tensor
     state: dict[str, Tensor]
 
-    def effective(self, settings: Settings) -> tuple[Tensor, Tensor]:
+    def effective(self, update: Update, settings: Settings) -> tuple[Tensor, Tensor]:
         """Return weight and gradient in the dtype of the computation, with sign and coupled decay applied."""
         dtype = torch.promote_types(self.weight.dtype, torch.float32)
         weight, grad = self.weight.to(dtype), self.grad.to(dtype)
         if settings["maximize"]:
             grad = -grad
-        if settings["weight_decay"] and not settings["decoupled_weight_decay"]:
+        if coupled_decay(settings) and not decays_update(update):
             grad = grad.add(weight, alpha=settings["weight_decay"])
         return weight, grad
 
+    def direction(self, weight: Tensor, grad: Tensor, update: Update, settings: Settings) -> Direction:
+        """Return r for what `effective` returned."""
+        direction = update.direction(grad, self.state, settings)
+        if coupled_decay(settings) and decays_update(update):
+            return Direction(direction.update.add(weight, alpha=settings["weight_decay"]), None)
+        return direction
+
     def coordinates(self, update: Update, settings: Settings) -> Coordinates:
         """Compute w, g, r."""
-        weight, grad = self.effective(settings)
-        direction, scale = update.direction(grad, self.state, settings)
-        return Coordinates(weight, grad, direction, scale)
+        weight, grad = self.effective(update, settings)
+        return Coordinates(weight, grad, *self.direction(weight, grad, update, settings))
+
+
+def coupled_decay(settings: Settings) -> float:
+    """Return the weight decay that joins the gradient or r; 0 where it is applied to the weight itself."""
+    return 0.0 if settings["decoupled_weight_decay"] else settings["weight_decay"]
+
+
+def decays_update(update: Update) -> bool:
+    """Whether coupled weight decay is added to r, not to g."""
+    return getattr(update, "decays_update", False)
 
 
 CHUNK = 1 << 16

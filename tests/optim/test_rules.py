@@ -223,3 +223,26 @@ def test_a_norm_per_unit_is_exact_where_units_differ_by_forty_orders() -> None:
     choose_sigma(group)
     assert group.sigma is not None
     torch.testing.assert_close(group.sigma.flatten(), torch.full((3,), 1e-2))
+
+
+@pytest.mark.parametrize("backend", ["eager", "auto"])
+@pytest.mark.parametrize("weight_decay", [0.0, 0.01, 0.1])
+@pytest.mark.parametrize("maximize", [False, True])
+def test_lamb_adam_is_algorithm_2_of_its_paper(weight_decay: float, maximize: bool, backend: str) -> None:
+    """You et al., ICLR 2020, with phi the identity; the same as timm's Lamb without its gradient clipping."""
+    beta1, beta2, eps, lr = 0.9, 0.999, 1e-6, 0.02
+    x = torch.randn(6, 5, dtype=torch.float64)
+    param = torch.nn.Parameter(x.clone())
+    given = {"lr": lr, "weight_decay": weight_decay, "eps": eps, "maximize": maximize, "backend": backend}
+    optimizer = optim.build_optimizer("lamb_adam", [param], **given)
+    m, v = torch.zeros_like(x), torch.zeros_like(x)
+    for t in range(1, 4):
+        grad = torch.randn(6, 5, dtype=torch.float64)
+        param.grad = -grad if maximize else grad
+        optimizer.step()
+        m = beta1 * m + (1 - beta1) * grad
+        v = beta2 * v + (1 - beta2) * grad**2
+        r = (m / (1 - beta1**t)) / ((v / (1 - beta2**t)).sqrt() + eps)
+        joined = r + weight_decay * x
+        x = x - lr * x.norm() / joined.norm() * joined
+        torch.testing.assert_close(param.detach(), x, rtol=1e-12, atol=1e-12)

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 import optim
 from optim.native.backend import NATIVE
@@ -143,6 +144,25 @@ def test_functional_tensors_step_as_plain_ones(name: str) -> None:
     with torch.no_grad():
         functional = torch.func.functionalize(step)(weight.clone(), grad)
         torch.testing.assert_close(functional, step(weight.clone(), grad))
+
+
+@pytest.mark.parametrize("name", optim.list_optimizers())
+def test_fake_tensors_on_the_cpu_are_traced_by_the_default_backend(name: str) -> None:
+    with FakeTensorMode():
+        param = torch.nn.Parameter(torch.ones(40, 3))
+        param.grad = torch.ones(40, 3)
+        optimizer = optim.build_optimizer(name, [param], lr=0.1, collect_stats=True, on_nonfinite="skip")
+        optimizer.step()
+        assert all(isinstance(value, FakeTensor) for value in optimizer.state[param].values())
+
+
+def test_a_tensor_whose_memory_was_freed_is_left_to_torch() -> None:
+    param = torch.nn.Parameter(torch.ones(5))
+    param.grad = torch.ones(5)
+    optimizer = optim.build_optimizer("clippy", [param], lr=0.1)
+    param.untyped_storage().resize_(0)  # as FSDP1 does between two uses
+    (local,) = optimizer.gather()
+    assert not NATIVE.takes(local)
 
 
 @pytest.mark.parametrize("backend", ["auto", "eager"])
