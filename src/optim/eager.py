@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from optim import torch_private
-from optim.local_params import CHUNK, LocalParam, Piece, pieces
+from optim.local_params import PIECE, LocalParam, Piece, pieces
 from optim.registry import UPDATE_MAX, UPDATE_NORM, Coordinates, Reduction, Settings, Update
 from optim.tensor_group import Limiting, StepSize, TensorGroup, largest_term
 from optim.updates import ADAGRAD
@@ -48,10 +48,10 @@ def _step_piece(
 ) -> tuple[dict[str, Tensor], Sizes | None]:
     """Write w <- w - lr * sigma * r and the elementwise state; return the new counts, and the step's size if asked."""
     lr: Any = settings["lr"]
-    if isinstance(lr, Tensor):  # 1 - lr * weight_decay is 1 in bfloat16
-        lr = lr.to(torch.promote_types(lr.dtype, torch.float32))
     piece = Piece(weight, grad, state)
     before, seen = piece.effective(update, settings)
+    if isinstance(lr, Tensor):  # 1 - lr * weight_decay is 1 in bfloat16
+        lr = lr.to(torch.promote_types(lr.dtype, before.dtype))
     factor = None if sigma is None else sigma.to(before.dtype)
     fed = seen * factor if factor is not None and feeds_clipped else seen
     if clips_gradient:
@@ -84,7 +84,7 @@ def _limiting(local: LocalParam) -> list[Tensor]:
             return [zero, zero.long() - 1, *(zero for _ in at)]
         values = limiting.map(Coordinates(*at, *[None] * (4 - len(at))), local.settings)
         value, index = values.flatten().max(dim=0)
-        found.append([value, index + number * CHUNK, *(torch.take(tensor, index) for tensor in at)])
+        found.append([value, index + number * PIECE, *(torch.take(tensor, index) for tensor in at)])
     columns = [torch.stack(list(values)) for values in zip(*found, strict=True)]
     best = columns[0].argmax()
     return [torch.take(column, best) for column in columns]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -69,17 +70,42 @@ def exceeded(seed: int, backend: str) -> str | None:
     return None if worst <= 1 else f"{worst} times the bound: {seed}, {given}"
 
 
+def exceeded_on_adam(seed: int, backend: str) -> str | None:
+    """The same on Adam, whose moments are drawn."""
+    given, weight, grad, second = draw(seed)
+    given = {key: given[key] for key in ("lr", "lambda_rel", "lambda_abs", "eps")}
+    param = torch.nn.Parameter(weight.clone())
+    optimizer = optim.build_optimizer("clippy_adam", [("w", param)], backend=backend, collect_stats=True, **given)
+    other = random.Random(seed + 1), torch.Generator().manual_seed(seed + 1)
+    first = scaled(weight.numel(), other[1], other[0]).to(weight.dtype)
+    optimizer.state[param] |= {"step": torch.tensor(2.0), "exp_avg": first, "exp_avg_sq": second.clone()}
+    param.grad = grad
+    optimizer.step()
+    info = torch.finfo(weight.dtype)
+    limit = given["lambda_rel"] * weight.double().abs() + given["lambda_abs"]
+    allowed = limit * (1 + 64 * info.eps) + 2 * info.eps * weight.double().abs() + 4 * info.tiny
+    moved = (param.detach().double() - weight.double()).abs()
+    worst = (moved / allowed).max().item()
+    return None if worst <= 1 else f"{worst} times the bound: {seed}, {given}"
+
+
+Check = Callable[[int, str], str | None]
+CHECKS = [exceeded, exceeded_on_adam]
+
+
+@pytest.mark.parametrize("check", CHECKS)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_the_bound_holds_at_every_scale(backend: str) -> None:
-    wrong = [found for seed in range(40) if (found := exceeded(seed, backend))]
+def test_the_bound_holds_at_every_scale(backend: str, check: Check) -> None:
+    wrong = [found for seed in range(40) if (found := check(seed, backend))]
     assert not wrong, wrong[:3]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("part", range(8))
+@pytest.mark.parametrize("check", CHECKS)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_the_bound_holds_at_every_scale_at_length(backend: str, part: int) -> None:
-    wrong = [found for seed in range(1000 * part, 1000 * part + 1000) if (found := exceeded(seed, backend))]
+def test_the_bound_holds_at_every_scale_at_length(backend: str, check: Check, part: int) -> None:
+    wrong = [found for seed in range(1000 * part, 1000 * part + 1000) if (found := check(seed, backend))]
     assert not wrong, (len(wrong), wrong[:3])
 
 

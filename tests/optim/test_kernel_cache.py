@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from optim.native import library
+from optim.native.structs import LAYOUT
 
 COMPILER = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="no C compiler")
@@ -19,9 +20,10 @@ pytestmark = pytest.mark.skipif(COMPILER is None, reason="no C compiler")
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A cache of its own, and small sources that compile in no time."""
     (tmp_path / "sources").mkdir()
-    functions = "".join(f"int {name}(void) {{ return 7; }}\n" for name in library.FUNCTIONS)
+    functions = "".join(f"int {name}(void) {{ return {LAYOUT}; }}\n" for name in library.FUNCTIONS)
     (tmp_path / "sources" / "kernels.c").write_text(functions)
-    (tmp_path / "sources" / "kernels.h").write_text("")
+    for name in library._SOURCES[1:]:
+        (tmp_path / "sources" / name).write_text("")
     (tmp_path / "tmp").mkdir(mode=0o1777)
     (tmp_path / "base").mkdir(mode=0o700)
     monkeypatch.setattr(library, "_HERE", tmp_path / "sources")
@@ -33,7 +35,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def load() -> ctypes.CDLL:
     found = library.load.__wrapped__()
     assert found is not None
-    assert found.optim_step() == 7
+    assert found.optim_step() == LAYOUT
     return found
 
 
@@ -68,6 +70,15 @@ def test_a_damaged_library_is_compiled_again_with_a_warning(
     (made_again,) = cache.glob("*.so")
     assert made_again.read_bytes() == content
     assert not made_again.is_symlink()
+
+
+def test_sources_that_were_changed_under_a_running_process_are_not_called(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    sources = tmp_path / "sources" / "kernels.c"
+    sources.write_text(sources.read_text().replace(str(LAYOUT), str(LAYOUT + 8)))
+    assert library.load.__wrapped__() is None
+    assert "not of this version of optim" in caplog.text
 
 
 def _folder(cache: Path) -> Path:

@@ -9,6 +9,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 import optim
+from optim.local_params import pieces
 from optim.native.backend import NATIVE
 
 NAMES = ["adagrad", "gc", "agc", "lamb", "clippy", "clippy_adam", "clippy_sgd"]
@@ -178,3 +179,13 @@ def test_a_default_device_is_not_where_helper_tensors_go(name: str, backend: str
         report = optimizer.clip_stats()
     assert all((param < 1).all() for param in params)
     assert report["parameter_1"]["steps"] == 1
+
+
+def test_pieces_in_plain_torch_are_too_small_to_be_split_over_threads() -> None:
+    """An operation of at least 2^15 coordinates (at::internal::GRAIN_SIZE) runs on all threads, which then wait."""
+    param = torch.nn.Parameter(torch.ones(200_001))
+    param.grad = torch.ones(200_001)
+    (local,) = optim.build_optimizer("clippy", [param], lr=0.1, backend="eager").gather()
+    sizes = [piece.weight.numel() for piece in pieces(local)]
+    assert sum(sizes) == 200_001
+    assert max(sizes) < 2**15

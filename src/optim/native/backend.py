@@ -13,6 +13,7 @@ from torch import Tensor
 from optim.eager import EAGER
 from optim.local_params import CHUNK, LocalParam, Piece, coupled_decay, decays_update
 from optim.native.library import load
+from optim.native.structs import SettingsStruct, TensorStruct
 from optim.registry import Method, Reduction
 from optim.tensor_group import Limiting, StepSize, TensorGroup, largest_term
 from optim.torch_private import is_plain
@@ -26,31 +27,10 @@ OVERSHOOT = COLUMNS.index("overshoot")
 NO_BOUND = (0.0, 0.0, 0.0)
 
 
-class _Tensor(ctypes.Structure):
-    _fields_ = (
-        ("weight", ctypes.c_void_p),
-        ("grad", ctypes.c_void_p),
-        ("total", ctypes.c_void_p),
-        ("moment", ctypes.c_void_p),
-        ("count", ctypes.c_void_p),
-        ("size", ctypes.c_int64),
-        ("is_double", ctypes.c_int64),
-    )
-
-
-class _Settings(ctypes.Structure):
-    _fields_ = (
-        *((name, ctypes.c_double) for name in ("sign", "decay", "eps", "bound_rel", "bound_abs", "bound_acc")),
-        *((name, ctypes.c_double) for name in ("shrink", "joined", "beta1", "beta2")),
-        *((name, ctypes.c_int64) for name in ("delayed", "inside", "clips_gradient", "feeds_clipped")),
-        *((name, ctypes.c_int64) for name in ("grads", "weights", "updates", "largest", "overshoot")),
-    )
-
-
 class _Scratch(NamedTuple):
     """Of one step of a group: its tensors as the C code sees them, and what the first pass made of each."""
 
-    tensors: ctypes.Array[_Tensor]
+    tensors: ctypes.Array[TensorStruct]
     columns: Tensor | None
 
 
@@ -169,12 +149,12 @@ def _buffer(rows: int, columns: int) -> Tensor:
     return torch.empty(max(1, rows), columns, dtype=torch.float64, device="cpu")
 
 
-def _tensors(group: TensorGroup) -> ctypes.Array[_Tensor]:
+def _tensors(group: TensorGroup) -> ctypes.Array[TensorStruct]:
     tensors = []
     for local in group.locals:
         total, moment = _state(local)
         tensors.append(
-            _Tensor(
+            TensorStruct(
                 local.weight.data_ptr(),
                 local.grad.data_ptr(),
                 total.data_ptr(),
@@ -184,17 +164,17 @@ def _tensors(group: TensorGroup) -> ctypes.Array[_Tensor]:
                 local.weight.dtype == torch.float64,
             )
         )
-    return (_Tensor * len(tensors))(*tensors)
+    return (TensorStruct * len(tensors))(*tensors)
 
 
-def _settings(group: TensorGroup, reductions: Sequence[Reduction]) -> _Settings:
+def _settings(group: TensorGroup, reductions: Sequence[Reduction]) -> SettingsStruct:
     given, update = group.settings, group.locals[0].update
     bounds = [reduction.bound(given) for reduction in reductions if reduction.bound is not None]
     relative, absolute, accumulator = bounds[0] if bounds else NO_BOUND
     wanted = {reduction.kernel for reduction in reductions}
     joins, decay = decays_update(update), coupled_decay(given)
     beta1, beta2 = given["betas"] if isinstance(update, Adam) else (0.0, 0.0)
-    return _Settings(
+    return SettingsStruct(
         sign=-1.0 if given["maximize"] else 1.0,
         decay=0.0 if joins else decay,
         eps=given["eps"],
@@ -218,7 +198,10 @@ def _settings(group: TensorGroup, reductions: Sequence[Reduction]) -> _Settings:
 
 
 def _call(
-    name: str, tensors: ctypes.Array[_Tensor], settings: _Settings, *arguments: Tensor | ctypes.c_double | None
+    name: str,
+    tensors: ctypes.Array[TensorStruct],
+    settings: SettingsStruct,
+    *arguments: Tensor | ctypes.c_double | None,
 ) -> None:
     library = load()
     assert library is not None, "takes() checked that the kernels are there"

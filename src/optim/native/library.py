@@ -18,6 +18,8 @@ from pathlib import Path
 
 import torch  # imported before loading, so that the kernels share torch's OpenMP threads
 
+from optim.native.structs import LAYOUT
+
 _log = logging.getLogger("optim")
 _HERE = Path(__file__).parent
 _SOURCES = ("kernels.c", "kernels.h", "adam.h")
@@ -25,7 +27,7 @@ _FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-sha
 # Apple's compiler has no -fopenmp, others no -march=native. The variants without them are slower, not different.
 _VARIANTS = ((*_FLAGS, "-fopenmp"), _FLAGS, tuple(flag for flag in _FLAGS if flag != "-march=native"))
 
-FUNCTIONS = ("optim_reduce", "optim_finite", "optim_step")
+FUNCTIONS = ("optim_layout", "optim_reduce", "optim_finite", "optim_step")
 _WITHOUT = "all methods run in plain torch, several times slower"
 
 
@@ -43,9 +45,9 @@ def load() -> ctypes.CDLL | None:
             except (OSError, subprocess.SubprocessError) as error:
                 _log.info("C kernels with %s: %s", " ".join(flags), getattr(error, "stderr", None) or error)
                 continue
-            if all(hasattr(library, name) for name in FUNCTIONS):
+            if all(hasattr(library, name) for name in FUNCTIONS) and library.optim_layout() == LAYOUT:
                 return library
-            _log.info("C kernels with %s: the library lacks functions", " ".join(flags))
+            _log.warning("the C kernels are not of this version of optim, which was changed while it ran")
     _log.info("no C kernels: %s", _WITHOUT)
     return None
 
