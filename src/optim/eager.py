@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from optim import torch_private
-from optim.local_params import PIECE, LocalParam, Piece, pieces
+from optim.local_params import CHUNK, LocalParam, Piece, pieces
 from optim.registry import UPDATE_MAX, UPDATE_NORM, Coordinates, Reduction, Settings, Update
 from optim.tensor_group import Limiting, StepSize, TensorGroup, largest_term
 from optim.updates import ADAGRAD
@@ -76,15 +77,16 @@ def _limiting(local: LocalParam) -> list[Tensor]:
     """
     limiting = local.method.limiting
     assert limiting is not None, "only methods with a limiting coordinate are asked"
-    found = []
-    for number, piece in enumerate(pieces(local)):
-        at = [tensor for tensor in piece.coordinates(local.update, local.settings) if tensor is not None]
-        if local.weight.numel() == 0:
-            zero = local.weight.new_zeros(())
-            return [zero, zero.long() - 1, *(zero for _ in at)]
-        values = limiting.map(Coordinates(*at, *[None] * (4 - len(at))), local.settings)
-        value, index = values.flatten().max(dim=0)
-        found.append([value, index + number * PIECE, *(torch.take(tensor, index) for tensor in at)])
+    found, cut = [], list(pieces(local))
+    with _one_thread(cut):
+        for number, piece in enumerate(cut):
+            at = [tensor for tensor in piece.coordinates(local.update, local.settings) if tensor is not None]
+            if local.weight.numel() == 0:
+                zero = local.weight.new_zeros(())
+                return [zero, zero.long() - 1, *(zero for _ in at)]
+            values = limiting.map(Coordinates(*at, *[None] * (4 - len(at))), local.settings)
+            value, index = values.flatten().max(dim=0)
+            found.append([value, index + number * CHUNK, *(torch.take(tensor, index) for tensor in at)])
     columns = [torch.stack(list(values)) for values in zip(*found, strict=True)]
     best = columns[0].argmax()
     return [torch.take(column, best) for column in columns]
@@ -135,6 +137,25 @@ def _write(target: Tensor, value: Tensor, ok: Tensor | None) -> None:
     target.copy_(value if ok is None else torch.where(ok, value.to(target.dtype), target))
 
 
+def _one_thread(cut: Sequence[Piece]) -> AbstractContextManager[None]:
+    """Work on one thread, where a tensor was cut into pieces.
+
+    On several threads every operation on a piece ends with all of them waiting for each other. Where other processes
+    take the processors, that makes a step of half a second last for ten.
+    """
+    return nullcontext() if len(cut) == 1 or torch.get_num_threads() == 1 else _without_threads()
+
+
+@contextmanager
+def _without_threads() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 class Eager:
     """Tensor by tensor; on the CPU piece by piece, so that temporaries stay in cache."""
 
@@ -161,12 +182,13 @@ class Eager:
     def _reduce(
         self, local: LocalParam, reductions: Sequence[Reduction], dims: tuple[int, ...] | None
     ) -> dict[str, Tensor]:
-        settings = self.settings(local)
-        cut = [
-            self.reduce_piece(piece.weight, piece.grad, piece.state, settings, local.update, reductions, dims)
-            for piece in self.pieces(local)
-        ]
-        parts = zip(*cut, strict=True)
+        settings, cut = self.settings(local), self.pieces(local)
+        with _one_thread(cut):
+            found = [
+                self.reduce_piece(piece.weight, piece.grad, piece.state, settings, local.update, reductions, dims)
+                for piece in cut
+            ]
+        parts = zip(*found, strict=True)
         return {reduction.name: _join(reduction, values) for reduction, values in zip(reductions, parts, strict=True)}
 
     def limiting(self, group: TensorGroup) -> Limiting:
@@ -206,9 +228,13 @@ class Eager:
         form = {"feeds_clipped": feeds, "clips_gradient": group.clips_gradient, "measure": measure}
         counts: dict[str, Tensor] = {}
         sizes = []
-        for piece in self.pieces(local):
-            counts, size = self.step_piece(piece.weight, piece.grad, piece.state, sigma, ok, settings, update, **form)
-            sizes.append(size)
+        cut = self.pieces(local)
+        with _one_thread(cut):
+            for piece in cut:
+                counts, size = self.step_piece(
+                    piece.weight, piece.grad, piece.state, sigma, ok, settings, update, **form
+                )
+                sizes.append(size)
         for key, value in counts.items():  # every piece had to see the old count
             _write(local.state[key], value, ok)
         local.write_back()

@@ -264,19 +264,14 @@ def decays_update(update: Update) -> bool:
 
 
 CHUNK = 1 << 16
-"""Coordinates in a chunk of the C code."""
-
-PIECE = (1 << 15) - 64
-"""Coordinates in a piece on the CPU: below the 2^15 from which torch splits an operation over threads. They would wait
-for each other after every operation, for seconds where other processes take the processor. Temporaries stay in cache.
-"""
+"""Coordinates in a piece on the CPU: the temporaries of a float32 piece fit a 2 MiB cache. The C code uses the same."""
 
 
 def pieces(local: LocalParam) -> Iterator[Piece]:
     """Cut a tensor into pieces. One piece where cutting does not pay or sigma needs whole rows."""
     tensors = [local.weight, local.grad, *(value for value in local.state.values() if value.ndim)]
     whole = (
-        local.weight.numel() <= PIECE
+        local.weight.numel() <= CHUNK
         or local.weight.device.type != "cpu"
         or torch.compiler.is_compiling()
         or local.unit_dims is not None
@@ -286,5 +281,5 @@ def pieces(local: LocalParam) -> Iterator[Piece]:
         yield Piece(local.weight, local.grad, local.state)
         return
     elementwise = [key for key, value in local.state.items() if value.ndim]
-    for weight, grad, *state in zip(*(tensor.view(-1).split(PIECE) for tensor in tensors), strict=True):
+    for weight, grad, *state in zip(*(tensor.view(-1).split(CHUNK) for tensor in tensors), strict=True):
         yield Piece(weight, grad, {**local.state, **dict(zip(elementwise, state, strict=True))})

