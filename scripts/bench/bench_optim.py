@@ -44,6 +44,8 @@ PEERS: dict[str, str] = {}  # versions of other people's packages, as they are u
 # Largest ratio to torch's fused Adagrad on the CPU, for these methods on these sets, where nothing clips.
 LIMIT, LIMITED, LIMITED_SETS = 1.6, ("clippy", "gc"), ("small", "large")
 METHODS = ("clippy", "gc", "agc", "lamb")
+# The same for methods on Adam and torch's fused AdamW.
+ADAM_BASE, ADAM_LIMIT, ADAM_METHODS = "torch AdamW fused", 2.0, ("clippy_adam", "clippy_adamw", "lamb_adam")
 Step = Callable[[], object]
 NOTHING: Step = int  # returns 0
 
@@ -96,6 +98,12 @@ def fast(params: list[nn.Parameter], device: str, *, everything: bool) -> dict[s
     return steps
 
 
+def adam(params: list[nn.Parameter]) -> dict[str, Step]:
+    """Return torch's fused AdamW, and the methods on Adam."""
+    steps: dict[str, Step] = {ADAM_BASE: torch.optim.AdamW(params, lr=1e-3, fused=True).step}
+    return steps | {name: optim.build_optimizer(name, params, lr=0.1).step for name in ADAM_METHODS}
+
+
 def slow(params: list[nn.Parameter], device: str) -> dict[str, Step]:
     """Return the steps that make temporaries as large as the tensors, and pytorch_optimizer's LAMB where installed."""
     steps: dict[str, Step] = {"torch Adagrad for-loop": torch.optim.Adagrad(params, **ADAGRAD, foreach=False).step}
@@ -120,12 +128,17 @@ def bench_dense(
     medians = interleaved(fast(params, device, everything=everything), seconds / 2, sync, gradients)
     if everything:  # separately, because page faults of fresh temporaries disturb the next step
         medians |= interleaved(slow(params, device), seconds / 4, sync, gradients)
+    medians |= interleaved(adam(params), seconds / 4, sync, gradients)
     what, base = f"{name}, gradients ~ {scale:g}", BASE[device]
     rows = []
     for label in METHODS:
         title, ratio = f"{what}: {label} / {base}", medians[label] / medians[base]
         target = device == "cpu" and everything and label in LIMITED and name in LIMITED_SETS
         rows.append(limited(title, ratio, LIMIT) if target else Line(title, ratio, "ratio"))
+    for label in ADAM_METHODS:
+        title, ratio = f"{what}: {label} / {ADAM_BASE}", medians[label] / medians[ADAM_BASE]
+        target = device == "cpu" and name in LIMITED_SETS
+        rows.append(limited(title, ratio, ADAM_LIMIT) if target else Line(title, ratio, "ratio"))
     if device == "cuda" and everything:
         source = torch.empty(sum(param.numel() for param in params), device=device)
         copy = interleaved({"copy": source.clone}, seconds / 4, sync)[

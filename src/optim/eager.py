@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -48,12 +49,15 @@ def _step_piece(
 ) -> tuple[dict[str, Tensor], Sizes | None]:
     """Write w <- w - lr * sigma * r and the elementwise state; return the new counts, and the step's size if asked."""
     lr: Any = settings["lr"]
-    before, seen = Piece(weight, grad, state).effective(settings)
+    piece = Piece(weight, grad, state)
+    before, seen = piece.effective(update, settings)
+    if isinstance(lr, Tensor):  # 1 - lr * weight_decay is 1 in bfloat16
+        lr = lr.to(torch.promote_types(lr.dtype, before.dtype))
     factor = None if sigma is None else sigma.to(before.dtype)
     fed = seen * factor if factor is not None and feeds_clipped else seen
     if clips_gradient:
         seen, factor = fed, None
-    direction = update.direction(seen, state, settings).update
+    direction = piece.direction(before, seen, update, settings).update
     after: Mapping[str, Tensor] = update.advance(fed, state, settings)
     if settings["decoupled_weight_decay"]:
         before = before * (1 - lr * settings["weight_decay"])
@@ -73,15 +77,16 @@ def _limiting(local: LocalParam) -> list[Tensor]:
     """
     limiting = local.method.limiting
     assert limiting is not None, "only methods with a limiting coordinate are asked"
-    found = []
-    for number, piece in enumerate(pieces(local)):
-        at = [tensor for tensor in piece.coordinates(local.update, local.settings) if tensor is not None]
-        if local.weight.numel() == 0:
-            zero = local.weight.new_zeros(())
-            return [zero, zero.long() - 1, *(zero for _ in at)]
-        values = limiting.map(Coordinates(*at, *[None] * (4 - len(at))), local.settings)
-        value, index = values.flatten().max(dim=0)
-        found.append([value, index + number * CHUNK, *(torch.take(tensor, index) for tensor in at)])
+    found, cut = [], list(pieces(local))
+    with _one_thread(cut):
+        for number, piece in enumerate(cut):
+            at = [tensor for tensor in piece.coordinates(local.update, local.settings) if tensor is not None]
+            if local.weight.numel() == 0:
+                zero = local.weight.new_zeros(())
+                return [zero, zero.long() - 1, *(zero for _ in at)]
+            values = limiting.map(Coordinates(*at, *[None] * (4 - len(at))), local.settings)
+            value, index = values.flatten().max(dim=0)
+            found.append([value, index + number * CHUNK, *(torch.take(tensor, index) for tensor in at)])
     columns = [torch.stack(list(values)) for values in zip(*found, strict=True)]
     best = columns[0].argmax()
     return [torch.take(column, best) for column in columns]
@@ -93,7 +98,7 @@ def _collapse(reduction: Reduction, values: Tensor, dims: tuple[int, ...] | None
     if values.numel() == 0:
         return values.new_zeros(()) if dims is None else values.new_zeros((values.shape[0], *(1 for _ in dims)))
     if reduction.combine == "norm":
-        return torch.linalg.vector_norm(values, dim=dims, keepdim=dims is not None)
+        return _norm(values, dims)
     return values.amax() if dims is None else values.amax(dim=dims, keepdim=True)
 
 
@@ -102,7 +107,16 @@ def _join(reduction: Reduction, parts: Sequence[Tensor]) -> Tensor:
     if len(parts) == 1:
         return parts[0]
     together = torch.stack(list(parts))
-    return torch.linalg.vector_norm(together) if reduction.combine == "norm" else together.amax()
+    return _norm(together, None) if reduction.combine == "norm" else together.amax()
+
+
+def _norm(values: Tensor, dims: tuple[int, ...] | None) -> Tensor:
+    """Return the 2-norm, also of values whose squares leave the range of their dtype."""
+    # A factor that is a power of 2 changes no bit of a norm that can be computed without it.
+    least, largest = torch.aminmax(values) if dims is None else (values.amin(dims, True), values.amax(dims, True))
+    size = torch.maximum(-least, largest)
+    scale = torch.ones_like(size).where(size < 2.0**50, 2.0**-80).where(size > 2.0**-50, 2.0**80)
+    return torch.linalg.vector_norm(values * scale, dim=dims, keepdim=dims is not None) / scale
 
 
 def _by_name(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
@@ -121,6 +135,25 @@ def _stack(values: list[Tensor]) -> Tensor:
 def _write(target: Tensor, value: Tensor, ok: Tensor | None) -> None:
     # A product with 0 would turn an infinity into NaN. A selection keeps the old bits.
     target.copy_(value if ok is None else torch.where(ok, value.to(target.dtype), target))
+
+
+def _one_thread(cut: Sequence[Piece]) -> AbstractContextManager[None]:
+    """Work on one thread, where a tensor was cut into pieces.
+
+    On several threads every operation on a piece ends with all of them waiting for each other. Where other processes
+    take the processors, that makes a step of half a second last for ten.
+    """
+    return nullcontext() if len(cut) == 1 or torch.get_num_threads() == 1 else _without_threads()
+
+
+@contextmanager
+def _without_threads() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 class Eager:
@@ -149,12 +182,13 @@ class Eager:
     def _reduce(
         self, local: LocalParam, reductions: Sequence[Reduction], dims: tuple[int, ...] | None
     ) -> dict[str, Tensor]:
-        settings = self.settings(local)
-        cut = [
-            self.reduce_piece(piece.weight, piece.grad, piece.state, settings, local.update, reductions, dims)
-            for piece in self.pieces(local)
-        ]
-        parts = zip(*cut, strict=True)
+        settings, cut = self.settings(local), self.pieces(local)
+        with _one_thread(cut):
+            found = [
+                self.reduce_piece(piece.weight, piece.grad, piece.state, settings, local.update, reductions, dims)
+                for piece in cut
+            ]
+        parts = zip(*found, strict=True)
         return {reduction.name: _join(reduction, values) for reduction, values in zip(reductions, parts, strict=True)}
 
     def limiting(self, group: TensorGroup) -> Limiting:
@@ -194,9 +228,13 @@ class Eager:
         form = {"feeds_clipped": feeds, "clips_gradient": group.clips_gradient, "measure": measure}
         counts: dict[str, Tensor] = {}
         sizes = []
-        for piece in self.pieces(local):
-            counts, size = self.step_piece(piece.weight, piece.grad, piece.state, sigma, ok, settings, update, **form)
-            sizes.append(size)
+        cut = self.pieces(local)
+        with _one_thread(cut):
+            for piece in cut:
+                counts, size = self.step_piece(
+                    piece.weight, piece.grad, piece.state, sigma, ok, settings, update, **form
+                )
+                sizes.append(size)
         for key, value in counts.items():  # every piece had to see the old count
             _write(local.state[key], value, ok)
         local.write_back()

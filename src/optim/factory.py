@@ -58,6 +58,8 @@ def build_optimizer(
     if isinstance(model_or_params, nn.Module):
         tables = _embedding_parameters(model_or_params)
         entries: list[Any] = _split(list(model_or_params.named_parameters()), patterns, tables, embedding)
+    elif isinstance(model_or_params, Tensor):
+        raise TypeError("params must be a module or an iterable of tensors, pairs or dicts, got a single tensor")
     else:
         entries = list(model_or_params)
         if embedding is not None:

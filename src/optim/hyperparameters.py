@@ -6,6 +6,7 @@ import difflib
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 import torch
@@ -75,13 +76,14 @@ class Hyperparameter:
             if self.name != "lr" or value.numel() != 1:
                 raise TypeError(f"{where}: {self.name} must be a number, got a tensor of shape {tuple(value.shape)}")
             return value
-        if isinstance(value, bool) or not isinstance(value, int | float):
+        if isinstance(value, bool) or not isinstance(value, Real):  # numpy scalars are
             raise TypeError(f"{where}: {self.name} must be a number, got {value!r}")
-        above = value > self.low if self.low_open else value >= self.low
-        below = value < self.high if self.high_open else value <= self.high
-        if not (above and below) or math.isnan(value):
+        number = float(value)
+        above = number > self.low if self.low_open else number >= self.low
+        below = number < self.high if self.high_open else number <= self.high
+        if not (above and below) or math.isnan(number):
             raise ValueError(f"{where}: {self.name} must be in {self.range}, got {value!r}")
-        return float(value)
+        return number
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -112,7 +114,8 @@ COMMON: tuple[Hyperparameter, ...] = (
     Hyperparameter(
         name="decoupled_weight_decay",
         default=False,
-        doc="True: w <- (1 - lr * weight_decay) * w, as in AdamW. False: g <- g + weight_decay * w.",
+        doc="True: w <- (1 - lr * weight_decay) * w, as in AdamW. False: g <- g + weight_decay * w; "
+        "for lamb_adam r <- r + weight_decay * w, as published.",
     ),
     Hyperparameter(name="maximize", default=False, doc="Ascend instead of descend."),
     Hyperparameter(
@@ -129,7 +132,8 @@ SHARED: tuple[Hyperparameter, ...] = (
         name="on_nonfinite",
         default="propagate",
         choices=("propagate", "skip", "raise"),
-        doc="What an infinite or NaN gradient does: pass through, skip the whole step and count it, or raise.",
+        doc="What a gradient does that is infinite, NaN, or too large for its square to be finite (1.8e19 in float32): "
+        "pass through, skip the whole step and count it, or raise.",
     ),
     Hyperparameter(name="collect_stats", default=False, doc="Keep the report of `clip_stats()`, on the device."),
     Hyperparameter(

@@ -6,7 +6,8 @@ process groups over which a reduction must be combined. The rest of the package 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,38 +15,67 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from optim.registry import Coordinates, Method, Settings, Update
+from optim.registry import Coordinates, Direction, Method, Settings, Update
 
 ShardGroups = tuple[tuple["dist.ProcessGroup", int], ...]
 """(process group, dimension of the tensor that is split over it) for every mesh dimension that shards a tensor."""
 
 
-def _is_dtensor(tensor: Tensor) -> bool:
+def is_dtensor(tensor: Tensor) -> bool:
     """Whether this is a DTensor, without importing torch.distributed.tensor (which takes a second)."""
     if type(tensor) is nn.Parameter or type(tensor) is Tensor:
         return False
     return hasattr(tensor, "device_mesh") and hasattr(tensor, "placements")
 
 
+def named_params(param_groups: Sequence[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], str, Tensor]]:
+    """Yield (group, name, parameter) for every parameter; a name that comes again is numbered: `weight#2`.
+
+    Names are for reports. Where a group has none, or not as many as parameters (torch's ZeroRedundancyOptimizer and
+    `param_groups[0]["params"].append` leave it so), parameters are called by their position: `parameter_7`.
+    """
+    seen: dict[str, int] = {}
+    start = 0
+    for group in param_groups:
+        params = group["params"]
+        names = group.get("param_names") or ()
+        if len(names) != len(params):
+            names = [f"parameter_{number}" for number in range(start, start + len(params))]
+        for name, param in zip(names, params, strict=True):
+            times = seen[name] = seen.get(name, 0) + 1
+            yield group, name if times == 1 else f"{name}#{times}", param
+        start += len(params)
+
+
+@contextmanager
+def lasting() -> Iterator[None]:
+    """Make tensors that may be written to later, also where this step runs under torch.inference_mode."""
+    if not torch.is_inference_mode_enabled():
+        yield
+        return
+    with torch.inference_mode(False), torch.no_grad():
+        yield
+
+
 def local_tensor(tensor: Tensor) -> Tensor:
     """Return the part of a tensor that is on this rank. It shares the tensor's memory."""
     if tensor.requires_grad:
         tensor = tensor.detach()
-    return tensor.to_local() if _is_dtensor(tensor) else tensor  # type: ignore[attr-defined]
+    return tensor.to_local() if is_dtensor(tensor) else tensor  # type: ignore[attr-defined]
 
 
 def _local_gradient(param: Tensor) -> Tensor:
     """Return the local part of the gradient, sharded as the parameter is."""
     grad = param.grad
     assert grad is not None
-    if _is_dtensor(param) and grad.placements != param.placements:  # type: ignore[attr-defined]
+    if is_dtensor(param) and grad.placements != param.placements:  # type: ignore[attr-defined]
         grad = grad.redistribute(placements=param.placements)  # type: ignore[attr-defined]
     return local_tensor(grad)
 
 
 def shard_groups(param: Tensor) -> ShardGroups:
     """Return the process groups that split a parameter; empty for a plain or replicated one."""
-    if not _is_dtensor(param):
+    if not is_dtensor(param):
         return ()
     mesh, placements = param.device_mesh, param.placements  # type: ignore[attr-defined]
     return tuple(
@@ -73,10 +103,10 @@ def combine_norm(values: Tensor, groups: Sequence[dist.ProcessGroup]) -> Tensor:
     """Return the 2-norm over ranks of the parts' 2-norms."""
     if not groups:
         return values
-    squares = values.square()
+    squares = values.double().square()  # the square of a float32 norm may leave the range of float32
     for group in groups:
         dist.all_reduce(squares, group=group)
-    return squares.sqrt()
+    return squares.sqrt().to(values.dtype)
 
 
 @dataclass(slots=True)
@@ -117,12 +147,17 @@ class LocalParam:
         self.unit_dims = tuple(range(1, self.weight.ndim)) if several else None
 
     def is_finite(self) -> Tensor:
-        """Return whether all of the local gradient is finite, as a 0-d bool on its device."""
+        """Return whether all of the local gradient is finite, as a 0-d bool on its device.
+
+        For an update that keeps state its square must be finite, too: an accumulator of infinity holds its coordinate
+        still from then on. In float32 that is a gradient of 1.8e19.
+        """
         if self.grad.numel() == 0:
             return torch.ones((), dtype=torch.bool, device=self.grad.device)
         # One vectorised pass, which NaN survives. The infinity norm is thirty times slower on the CPU.
         least, largest = torch.aminmax(self.grad)
-        return least.isfinite() & largest.isfinite()
+        size = torch.maximum(-least, largest).to(torch.promote_types(self.weight.dtype, torch.float32))
+        return (size.square() if self.state else size).isfinite()
 
     def write_back(self) -> None:
         """Copy touched rows back into their tables. Dense tensors were written in place."""
@@ -145,11 +180,11 @@ def make_local(
 
     Raises:
         ValueError: a sparse gradient with coupled weight decay (which would touch every row) or sparse in more than
-            its first dimension.
+            its first dimension; a gradient or a state of another shape than the parameter.
         IndexError: a sparse gradient has a row outside of its table.
     """
     sharding: ShardGroups = ()
-    if _is_dtensor(param):
+    if is_dtensor(param):
         sharding = shard_groups(param)
         grad, weight = _local_gradient(param), local_tensor(param)
         state = {key: local_tensor(value) for key, value in state.items()}
@@ -157,6 +192,7 @@ def make_local(
         assert param.grad is not None, "only parameters with a gradient are stepped"
         grad, weight = param.grad, param.detach()
     rows, tables = None, []
+    _check_shapes(name, weight, grad, state)
     if grad.is_sparse:
         if settings["weight_decay"]:
             raise ValueError(
@@ -173,6 +209,19 @@ def make_local(
     return LocalParam(name, param, method, update, settings, weight, grad, state, rows, tables, sharding)
 
 
+def _check_shapes(name: str, weight: Tensor, grad: Tensor, state: Mapping[str, Tensor]) -> None:
+    """Refuse what the C kernels would read or write beyond its end."""
+    shape = weight.shape
+    if grad.shape != shape:
+        raise ValueError(f"{name}: the gradient has shape {tuple(grad.shape)}, the parameter {tuple(shape)}")
+    for key, value in state.items():
+        if value.ndim and value.shape != shape:
+            raise ValueError(
+                f"{name}: state {key!r} has shape {tuple(value.shape)}, the parameter {tuple(shape)}; "
+                "delete optimizer.state[parameter] after changing its size"
+            )
+
+
 @dataclass(slots=True)
 class Piece:
     """Part of a LocalParam, small enough to stay in cache: views, flattened where there is more than one."""
@@ -181,21 +230,37 @@ class Piece:
     grad: Tensor
     state: dict[str, Tensor]
 
-    def effective(self, settings: Settings) -> tuple[Tensor, Tensor]:
+    def effective(self, update: Update, settings: Settings) -> tuple[Tensor, Tensor]:
         """Return weight and gradient in the dtype of the computation, with sign and coupled decay applied."""
         dtype = torch.promote_types(self.weight.dtype, torch.float32)
         weight, grad = self.weight.to(dtype), self.grad.to(dtype)
         if settings["maximize"]:
             grad = -grad
-        if settings["weight_decay"] and not settings["decoupled_weight_decay"]:
+        if coupled_decay(settings) and not decays_update(update):
             grad = grad.add(weight, alpha=settings["weight_decay"])
         return weight, grad
 
+    def direction(self, weight: Tensor, grad: Tensor, update: Update, settings: Settings) -> Direction:
+        """Return r for what `effective` returned."""
+        direction = update.direction(grad, self.state, settings)
+        if coupled_decay(settings) and decays_update(update):
+            return Direction(direction.update.add(weight, alpha=settings["weight_decay"]), None)
+        return direction
+
     def coordinates(self, update: Update, settings: Settings) -> Coordinates:
         """Compute w, g, r."""
-        weight, grad = self.effective(settings)
-        direction, scale = update.direction(grad, self.state, settings)
-        return Coordinates(weight, grad, direction, scale)
+        weight, grad = self.effective(update, settings)
+        return Coordinates(weight, grad, *self.direction(weight, grad, update, settings))
+
+
+def coupled_decay(settings: Settings) -> float:
+    """Return the weight decay that joins the gradient or r; 0 where it is applied to the weight itself."""
+    return 0.0 if settings["decoupled_weight_decay"] else settings["weight_decay"]
+
+
+def decays_update(update: Update) -> bool:
+    """Whether coupled weight decay is added to r, not to g."""
+    return getattr(update, "decays_update", False)
 
 
 CHUNK = 1 << 16

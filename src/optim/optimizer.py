@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from optim import stats
+from optim.checkpoint import SKIPPED, fit
 from optim.eager import COMPILED, EAGER
 from optim.hyperparameters import SHARED, check_names
-from optim.local_params import LocalParam, local_tensor, make_local
+from optim.local_params import LocalParam, lasting, make_local, named_params
 from optim.native.backend import NATIVE, is_available
-from optim.registry import get_info
+from optim.registry import Method, Update, get_info
 from optim.tensor_group import Backend, TensorGroup, all_finite, choose_sigma, make_groups
 
-SKIPPED = "skipped_steps"
 WARNED = "warned_still"
 _SHARED = {spec.name: spec for spec in SHARED}
 _INTERNAL = {"params", "param_names", "method", "initial_lr", SKIPPED}
@@ -97,12 +97,15 @@ class SigmaOptimizer(torch.optim.Optimizer):
             TypeError: an unknown hyperparameter, or a parameter that is not real and floating.
             ValueError: a value out of range, or a parameter that another group has.
         """
+        if not isinstance(param_group, dict):
+            raise TypeError(f"param_group must be a dict, but got {type(param_group)}")
         group = dict(param_group)
         method = get_info(group.setdefault("method", self.defaults["method"]))
         where = f"group {len(self.param_groups)} ({method.name})"
         given = {name: value for name, value in group.items() if name not in _INTERNAL}
         for name in _SHARED:
-            if name in given:
+            # ZeroRedundancyOptimizer puts every argument of the optimizer into every group.
+            if name in given and given.pop(name) != self.defaults[name]:
                 raise TypeError(f"{where}: {name} belongs to the optimizer as a whole; pass it to build_optimizer")
         inherited = self.defaults if method.name == self.defaults["method"] else {"lr": self.defaults["lr"]}
         known = method.all_hyperparameters
@@ -115,7 +118,8 @@ class SigmaOptimizer(torch.optim.Optimizer):
         super().add_param_group({**group, **settings})
         added = self.param_groups[-1]
         for name in self.defaults:  # torch copies every default into every group
-            if name not in settings and name != "method":
+            # OneCycleLR and CyclicLR look for betas in every group if the defaults have them.
+            if name not in settings and name not in ("method", "betas"):
                 del added[name]
 
     @overload
@@ -163,18 +167,25 @@ class SigmaOptimizer(torch.optim.Optimizer):
             names: Only parameters of these names; None for all.
         """
         gathered = []
-        for group in self.param_groups:
-            method = get_info(group["method"])
-            update = method.update if method.update_for is None else method.update_for(group)
-            for name, param in zip(group["param_names"], group["params"], strict=True):
-                if param.grad is None or (names is not None and name not in names):
-                    continue
-                state = {key: value for key, value in self.state.get(param, {}).items() if key != stats.STATE_KEY}
-                if not state:
+        treatment = {id(group): _treatment(group) for group in self.param_groups}
+        for group, name, param in named_params(self.param_groups):
+            if param.grad is None or (names is not None and name not in names):
+                continue
+            method, update = treatment[id(group)]
+            kept = self.state.get(param, {})
+            state = {key: value for key, value in kept.items() if key != stats.STATE_KEY}
+            if not state:
+                with lasting():
                     state = update.init(param.detach(), group)
+                if keep_state:
+                    self.state[param].update(state)
+            for key, value in state.items():
+                # A count that a loader left on the CPU (ZeroRedundancyOptimizer does) would be copied at every step.
+                if not value.ndim and param.ndim and value.device != param.device:
+                    state[key] = value.to(param.device)
                     if keep_state:
-                        self.state[param].update(state)
-                gathered.append(make_local(name, param, method, update, group, state))
+                        kept[key] = state[key]
+            gathered.append(make_local(name, param, method, update, group, state))
         return gathered
 
     def _check_finite(self, groups: list[TensorGroup]) -> dict[torch.device, Tensor]:
@@ -186,12 +197,17 @@ class SigmaOptimizer(torch.optim.Optimizer):
         if policy == "raise":
             if not all(ok.values()):
                 names = [local.name for group in groups for local in group.locals if not local.is_finite()]
-                raise FloatingPointError(f"gradient of {', '.join(names) or 'another rank'} is not finite")
+                raise FloatingPointError(
+                    f"gradient of {', '.join(names) or 'another rank'} is not finite, or its square is not"
+                )
             return {}
         counter = self.param_groups[0]
         first = next(iter(ok.values()))
         if SKIPPED not in counter:
-            counter[SKIPPED] = torch.zeros((), dtype=torch.long, device=first.device)
+            with lasting():
+                counter[SKIPPED] = torch.zeros((), dtype=torch.long, device=first.device)
+        elif counter[SKIPPED].device != first.device:
+            counter[SKIPPED] = counter[SKIPPED].to(first.device)
         counter[SKIPPED].add_(first.logical_not())  # in place: a CUDA graph addresses tensors by their memory
         return ok
 
@@ -224,18 +240,24 @@ class SigmaOptimizer(torch.optim.Optimizer):
         return stats.last_step(self.param_groups, self.state) if self.collect_stats else {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state_dict. Keeps the dtype of its tensors, where torch would cast float32 state to bfloat16.
+        """Load a state_dict, of this package or of the torch.optim optimizer with the same update. See `fit`.
+
+        State is kept in the parameter's dtype, but never narrower than float32, where torch would cast it to bfloat16.
 
         Raises:
-            ValueError: the groups do not fit.
+            ValueError, TypeError: it does not fit. Nothing has been changed.
         """
-        super().load_state_dict(state_dict)
-        saved = [key for group in state_dict["param_groups"] for key in group["params"]]
-        params = [param for group in self.param_groups for param in group["params"]]
-        for key, param in zip(saved, params, strict=True):
-            for name, value in state_dict["state"].get(key, {}).items():
-                if isinstance(value, Tensor) and self.state[param][name].dtype != value.dtype:
-                    self.state[param][name] = value.to(device=local_tensor(param).device, copy=True)
+        # As the last hook before torch's own loading it sees what the hooks of the user made of the state_dict.
+        handle = self.register_load_state_dict_pre_hook(lambda optimizer, saved: fit(optimizer.param_groups, saved))
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            handle.remove()
+
+
+def _treatment(group: dict[str, Any]) -> tuple[Method, Update]:
+    method = get_info(group["method"])
+    return method, method.update if method.update_for is None else method.update_for(group)
 
 
 def _named(params: Any, names: list[str] | None, start: int) -> list[tuple[str, Tensor]]:

@@ -24,7 +24,7 @@ class Coordinates(NamedTuple):
     Attributes:
         weight: w, before the step.
         grad: g, the gradient as the update sees it (sign and coupled weight decay included).
-        update: r, the step at learning rate 1 and sigma 1.
+        update: r, the step at learning rate 1 and sigma 1 (weight decay that joins it included).
         scale: r / g, the inverse root of the accumulator. None for an update that has no accumulator.
     """
 
@@ -80,7 +80,8 @@ class Update(Protocol):
     """How r follows from the gradient. All functions are pure: they never write to a tensor that they are given.
 
     A step computes the direction first (to choose sigma) and advances the state afterwards, or not at all where the
-    gradient is not finite.
+    gradient is not finite. Weight decay that is not decoupled is added to the gradient before; an update with an
+    attribute `decays_update` that is true has weight_decay * w added to r instead.
     """
 
     @property
@@ -109,16 +110,28 @@ Terms = Callable[[Coordinates, Settings], Mapping[str, Tensor]]
 
 TERMS = ("relative", "absolute", "accumulator")
 
-SUPPORTS: Mapping[str, bool] = {
-    "dense": True,
-    "sparse": True,
-    "foreach": False,
-    "dtensor": True,
-    "closure": True,
-    "tensor_lr": True,
-    "compile": True,
+CAPABILITIES: Mapping[str, str] = {
+    "dense": 'dense parameters, on any device, by plain torch or `backend="compiled"`',
+    "narrow": "bfloat16 and float16 parameters, with state in float32",
+    "sparse": "sparse gradients: only the touched rows and their state move",
+    "dtensor": "DTensor, FSDP2 (norms and maxima over all shards)",
+    "zero": "ZeroRedundancyOptimizer, as `optimizer_class=optim.SigmaOptimizer, method=NAME`",
+    "checkpoint": "torch.distributed.checkpoint's state dicts",
+    "closure": "closures",
+    "tensor_lr": "a learning rate that is a tensor, in any dtype",
+    "hooks": "hooks on the step and on state dicts",
+    "grad_scaler": "GradScaler",
+    "in_backward": "a step in the backward pass, one optimizer a parameter",
+    "functional": "gradients of torch.func; a step under torch.func.functionalize",
+    "swa": "AveragedModel, SWALR",
+    "profiler": "the step's name in a profile",
+    "compile": "torch.compile(optimizer.step)",
+    "foreach": "torch.optim's keyword `foreach` (refused)",
 }
-"""What every method made of an update and a rule supports. "foreach" is torch.optim's keyword, which is refused."""
+"""What may be asked of a method. tests/optim/test_torch_checks.py has a test of each, for every method."""
+
+SUPPORTS: Mapping[str, bool] = {capability: capability != "foreach" for capability in CAPABILITIES}
+"""What every method made of an update and a rule supports."""
 
 
 def _never(_settings: Settings) -> bool:
@@ -195,7 +208,10 @@ class Method:
         if self.presets:
             values |= self.presets[known["preset"].check(given.get("preset", values["preset"]), where)]
         values |= given
-        return {name: spec.check(values[name], where) for name, spec in known.items()}
+        checked = {name: spec.check(values[name], where) for name, spec in known.items()}
+        if checked.get("eps") == 0 and not checked.get("initial_accumulator_value"):
+            raise ValueError(f"{where}: eps = 0 needs an initial accumulator above 0; a gradient of 0 would give 0 / 0")
+        return checked
 
 
 _METHODS: dict[str, Method] = {}

@@ -11,11 +11,10 @@ import torch
 from torch import Tensor
 
 from optim import torch_private
-from optim.local_params import LocalParam, combine_max, combine_norm, has_several_sigmas
+from optim.checkpoint import ROW as STATE_KEY
+from optim.local_params import LocalParam, combine_max, combine_norm, has_several_sigmas, lasting, named_params
 from optim.registry import TERMS, get_info
 from optim.tensor_group import StepSize, TensorGroup
-
-STATE_KEY = "clip_stats"
 
 STILL = 1e-3
 """A tensor whose sigma is below this hardly moves."""
@@ -170,10 +169,7 @@ def record(
     sigma, ranks = reasons.sigma, group.process_groups
     new = {
         "sigma": sigma,
-        "sigma_min": torch.minimum(row["sigma_min"], sigma),
-        "sigma_mean": row["sigma_mean"] * DECAY + sigma * (1 - DECAY),
-        "steps": row["steps"] + 1,
-        "clipped_steps": row["clipped_steps"] + (sigma < 1),
+        **_summed(row, sigma, group.settings["lr"]),
         "update_max": combine_max(size.largest.double(), ranks),
         "update_norm": combine_norm(size.norm.double(), ranks),
         "coordinate": reasons.coordinate,
@@ -184,12 +180,30 @@ def record(
     torch_private.copy_all(rows, list((after if ok is None else torch.where(ok, after, before)).unbind()))
 
 
+def _summed(row: Mapping[str, Tensor], sigma: Tensor, lr: float | Tensor) -> dict[str, Tensor]:
+    """Return the fields that sum up all steps. A step at learning rate 0 is none.
+
+    torch.distributed.checkpoint takes one to make the state.
+    """
+    new = {
+        "sigma_min": torch.minimum(row["sigma_min"], sigma),
+        "sigma_mean": row["sigma_mean"] * DECAY + sigma * (1 - DECAY),
+        "steps": row["steps"] + 1,
+        "clipped_steps": row["clipped_steps"] + (sigma < 1),
+    }
+    if not isinstance(lr, Tensor):
+        return new if lr else {field: row[field] for field in new}
+    counts = torch.zeros_like(sigma) + lr != 0
+    return {field: torch.where(counts, value, row[field]) for field, value in new.items()}
+
+
 def _row(local: LocalParam, state: dict[str, Any]) -> Tensor:
     """Return a parameter's row, made at its first step."""
     if STATE_KEY not in state:
         # float64 can represent every flat index of a tensor.
-        row = torch.zeros(len(FIELDS), dtype=torch.float64, device=local.weight.device)
-        row.select(0, FIELDS.index("sigma_min")).fill_(torch.inf)  # item assignment would copy from the host
+        with lasting():
+            row = torch.zeros(len(FIELDS), dtype=torch.float64, device=local.weight.device)
+            row.select(0, FIELDS.index("sigma_min")).fill_(torch.inf)  # item assignment would copy from the host
         state[STATE_KEY] = row
     return state[STATE_KEY]
 
@@ -198,12 +212,11 @@ def read(param_groups: list[dict[str, Any]], state: Mapping[Tensor, dict[str, An
     """Return the reports by parameter name; one transfer per device."""
     rows: dict[torch.device, list[tuple[str, Tensor]]] = defaultdict(list)
     names = []
-    for group in param_groups:
-        for name, param in zip(group["param_names"], group["params"], strict=True):
-            row = state.get(param, {}).get(STATE_KEY)
-            if row is not None:
-                names.append(name)
-                rows[row.device].append((name, row))
+    for _, name, param in named_params(param_groups):
+        row = state.get(param, {}).get(STATE_KEY)
+        if row is not None:
+            names.append(name)
+            rows[row.device].append((name, row))
     values = {}
     for pairs in rows.values():
         table = torch.stack([row for _, row in pairs]).tolist()
@@ -214,22 +227,22 @@ def read(param_groups: list[dict[str, Any]], state: Mapping[Tensor, dict[str, An
 def last_step(param_groups: list[dict[str, Any]], state: Mapping[Tensor, dict[str, Any]]) -> dict[str, LastStep]:
     """Return what the last step did by parameter name, on the device; a few kernels per group and device."""
     report: dict[str, LastStep] = {}
-    for group in param_groups:
-        method = get_info(group["method"])
-        rows: dict[torch.device, list[tuple[str, Tensor, Tensor]]] = defaultdict(list)
-        for name, param in zip(group["param_names"], group["params"], strict=True):
-            row = state.get(param, {}).get(STATE_KEY)
-            if row is not None:
-                rows[row.device].append((name, param, row))
-        for triples in rows.values():
-            table = torch.stack([row for _, _, row in triples])
-            sigma, moved = (table.select(1, FIELDS.index(field)) for field in ("sigma", "update_max"))
-            direction = torch.where(sigma > 0, moved / (sigma * group["lr"]), torch.nan)
-            for (name, param, _), one, size in zip(triples, sigma.unbind(), direction.unbind(), strict=True):
-                sparse = param.grad is not None and param.grad.is_sparse
-                if has_several_sigmas(method, group, param.ndim, sparse=sparse):
-                    size = torch.full_like(size, torch.nan)
-                report[name] = LastStep(one, size, method.sigma is not None)
+    rows: dict[tuple[int, torch.device], list[tuple[str, Tensor, Tensor]]] = defaultdict(list)
+    for group, name, param in named_params(param_groups):
+        row = state.get(param, {}).get(STATE_KEY)
+        if row is not None:
+            rows[id(group), row.device].append((name, param, row))
+    groups = {id(group): group for group in param_groups}
+    for (key, _), triples in rows.items():
+        group, method = groups[key], get_info(groups[key]["method"])
+        table = torch.stack([row for _, _, row in triples])
+        sigma, moved = (table.select(1, FIELDS.index(field)) for field in ("sigma", "update_max"))
+        direction = torch.where(sigma > 0, moved / (sigma * group["lr"]), torch.nan)
+        for (name, param, _), one, size in zip(triples, sigma.unbind(), direction.unbind(), strict=True):
+            sparse = param.grad is not None and param.grad.is_sparse
+            if has_several_sigmas(method, group, param.ndim, sparse=sparse):
+                size = torch.full_like(size, torch.nan)
+            report[name] = LastStep(one, size, method.sigma is not None)
     return report
 
 

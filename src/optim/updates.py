@@ -11,6 +11,10 @@ Adam (Kingma, Ba, ICLR 2015, Algorithm 1). AdamW is the same update with `decoup
     v_t = beta2 * v_{t-1} + (1 - beta2) * g_t^2
     r_t = (m_t / (1 - beta1^t)) / (sqrt(v_t / (1 - beta2^t)) + eps)
 
+LAMB's weight decay joins the direction after the moments (You et al., ICLR 2020, Algorithm 2), so that sigma sees it:
+
+    r_t = (m_t / (1 - beta1^t)) / (sqrt(v_t / (1 - beta2^t)) + eps) + weight_decay * w_t
+
 Gradient descent: r_t = g_t, no state.
 """
 
@@ -75,15 +79,20 @@ _ADAGRAD_HYPERPARAMETERS = (
 )
 
 
+@dataclass(frozen=True, slots=True)
 class Adam:
-    """Moments are kept in float32 or wider. Sparse gradients move the moments of the touched rows only ("lazy")."""
+    """Moments are kept in float32 or wider. Sparse gradients move the moments of the touched rows only ("lazy").
 
-    hyperparameters = (
-        Hyperparameter(
-            name="betas", default=(0.9, 0.999), low=0.0, high=1.0, high_open=True, doc="Decay of m and of v per step."
-        ),
-        Hyperparameter(name="eps", default=1e-8, low=0.0, unit="gradient", doc="Added to the root of v."),
-    )
+    Attributes:
+        decays_update: Whether weight decay that is not decoupled is added to r, as in LAMB, not to g.
+    """
+
+    decays_update: bool = False
+
+    @property
+    def hyperparameters(self) -> tuple[Hyperparameter, ...]:
+        """The decays of the moments, and epsilon."""
+        return _ADAM_HYPERPARAMETERS
 
     def init(self, weight: Tensor, _settings: Settings) -> dict[str, Tensor]:
         """Return zero moments and a step count of 0, on the device so that no step waits for it."""
@@ -114,6 +123,14 @@ class Adam:
         }
 
 
+_ADAM_HYPERPARAMETERS = (
+    Hyperparameter(
+        name="betas", default=(0.9, 0.999), low=0.0, high=1.0, high_open=True, doc="Decay of m and of v per step."
+    ),
+    Hyperparameter(name="eps", default=1e-8, low=0.0, unit="gradient", doc="Added to the root of v."),
+)
+
+
 class GradientDescent:
     """The gradient itself is the direction."""
 
@@ -134,4 +151,5 @@ class GradientDescent:
 
 ADAGRAD = Adagrad()
 ADAM = Adam()
+LAMB_ADAM = Adam(decays_update=True)
 SGD = GradientDescent()

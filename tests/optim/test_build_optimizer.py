@@ -8,6 +8,7 @@ from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -70,9 +71,8 @@ def test_every_method_says_where_it_comes_from_and_what_its_hyperparameters_are(
     info = optim.get_info(name)
     assert info.reference
     assert info.summary.endswith(".")
-    # Each capability has its tests in this folder. torch's keyword `foreach` is reported as unsupported, and refused.
-    promised = {"dense", "sparse", "dtensor", "closure", "tensor_lr", "compile"}
-    assert {capability: capability in promised for capability in (*promised, "foreach")} == dict(info.supports)
+    # test_torch_checks.py tests every capability. torch's keyword `foreach` is reported as unsupported, and refused.
+    assert [capability for capability, supported in info.supports.items() if not supported] == ["foreach"]
     with pytest.raises(TypeError, match="foreach"):
         optim.build_optimizer(name, [torch.nn.Parameter(torch.ones(2))], lr=0.1, foreach=True)
     for hyperparameter in info.all_hyperparameters.values():
@@ -162,6 +162,11 @@ def test_an_explicit_argument_overrides_the_preset() -> None:
         ({"groups": [{"pattern": "head", "backend": "eager"}]}, TypeError, "belongs to the optimizer as a whole"),
         ({"embedding": {"methd": "gc"}}, TypeError, "unknown hyperparameter 'methd'"),
         ({"embedding": "adagrad"}, TypeError, "embedding: must be a mapping"),
+        ({"eps": 0.0, "initial_accumulator_value": 0.0}, ValueError, "a gradient of 0 would give 0 / 0"),
+        ({"name": "clippy_adam", "eps": 0.0}, ValueError, "a gradient of 0 would give 0 / 0"),
+        ({"lr": np.array([0.1])}, TypeError, "lr must be a number"),
+        ({"lr": np.bool_(True)}, TypeError, "lr must be a number"),
+        ({"model_or_params": nn.Parameter(torch.ones(2))}, TypeError, "iterable of tensors.*, got a single tensor"),
     ],
 )
 def test_mistakes_are_refused_in_one_line(
@@ -189,6 +194,19 @@ def test_a_parameter_in_two_groups_is_refused() -> None:
 def test_complex_and_integer_parameters_are_refused() -> None:
     with pytest.raises(TypeError, match="real floating-point"):
         optim.build_optimizer("gc", [nn.Parameter(torch.ones(2, dtype=torch.complex64))], lr=1.0)
+
+
+@pytest.mark.parametrize("number", [np.float32(0.25), np.float64(0.25), np.int64(1)], ids=repr)
+def test_numpy_scalars_are_numbers(number: Any) -> None:
+    (group,) = optim.build_optimizer("clippy", [nn.Parameter(torch.ones(2))], lr=number, lambda_rel=number).param_groups
+    assert (type(group["lr"]), group["lr"]) == (float, float(number))
+    assert group["lambda_rel"] == float(number)
+
+
+def test_a_group_that_is_no_dict_is_refused_as_torch_refuses_it() -> None:
+    optimizer = optim.build_optimizer("clippy", [nn.Parameter(torch.ones(2))], lr=0.1)
+    with pytest.raises(TypeError, match="param_group must be a dict, but got <class 'list'>"):
+        optimizer.add_param_group([nn.Parameter(torch.ones(2))])  # type: ignore[arg-type]
 
 
 @pytest.fixture

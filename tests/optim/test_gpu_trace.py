@@ -26,15 +26,19 @@ FUSED = torch.ops.aten._fused_adagrad_
 class Watch(TorchDispatchMode):
     """Records operations, checks their devices, and stands in for the fused kernel, which has no fake version."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, cpu_numbers: bool = False) -> None:
         super().__init__()
         self.names: list[str] = []
+        self.cpu_numbers = cpu_numbers
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.names.append(func.overloadpacket._qualified_op_name.removeprefix("aten::"))
         given = torch.utils._pytree.tree_leaves((args, kwargs))
         tensors = [value for value in given if isinstance(value, torch.Tensor)]
-        assert all(value.device.type == "cuda" for value in tensors), (func, [value.device for value in tensors])
+        # A kernel takes a number that is a tensor on the CPU as an argument, but a condition or a copy waits for it.
+        numbers = self.cpu_numbers and self.names[-1] != "where"
+        devices = [value.device.type for value in tensors if not (numbers and value.ndim == 0)]
+        assert set(devices) <= {"cuda"}, (func, [value.device for value in tensors])
         if func.overloadpacket is FUSED:
             return None
         return func(*args, **(kwargs or {}))
@@ -76,6 +80,8 @@ def parameters() -> list[nn.Parameter]:
 
 OPTIONS: list[dict[str, Any]] = [
     {"lr": "tensor"},
+    {"lr": "tensor", "collect_stats": True, "on_nonfinite": "skip", "weight_decay": 0.1},
+    {"lr": "cpu tensor", "collect_stats": True, "on_nonfinite": "skip"},
     {"collect_stats": True, "on_nonfinite": "skip", "weight_decay": 0.1, "decoupled_weight_decay": True},
     {"clip_accumulator": True, "on_nonfinite": "skip"},
     {"preset": "tfrs", "lambda_acc": 0.1, "collect_stats": True},
@@ -86,7 +92,10 @@ KNOWN = {name: {*optim.get_info(name).all_hyperparameters, "collect_stats", "on_
 CASES = [
     (name, backend, options)
     for name in NAMES
-    for backend, tried in (("auto", OPTIONS), ("compiled", OPTIONS[:2]))  # the other backends are part of auto
+    for backend, tried in (
+        ("auto", OPTIONS),
+        ("compiled", [OPTIONS[0], *OPTIONS[2:4]]),
+    )
     for options in tried
     if set(options) <= KNOWN[name]
 ]
@@ -98,10 +107,11 @@ def test_a_step_on_cuda_mixes_no_devices_and_asks_for_no_number(
     name: str, backend: str, options: dict[str, Any], fake: FakeTensorMode
 ) -> None:
     options = {"lr": 0.1, **options}
-    if options["lr"] == "tensor":
-        options["lr"] = torch.full((), 0.1, device="cuda")
+    cpu_numbers = options["lr"] == "cpu tensor"
+    if isinstance(options["lr"], str):
+        options["lr"] = torch.full((), 0.1, device="cpu" if cpu_numbers else "cuda")
     optimizer = optim.build_optimizer(name, parameters(), backend=backend, **options)
-    with Watch() as watch:
+    with Watch(cpu_numbers=cpu_numbers) as watch:
         optimizer.step()
         optimizer.step()
         if "collect_stats" in options:

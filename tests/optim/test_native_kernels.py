@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import time
+
 import pytest
 import torch
 
@@ -123,3 +127,28 @@ def test_a_step_that_weight_decay_makes_large_is_found() -> None:
         sigmas.append(optimizer.clip_stats()["w"]["sigma"])
     assert sigmas[0] < 0.5
     assert sigmas[0] == pytest.approx(sigmas[1], rel=1e-6)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of a fork where threads run, which is what is tested
+def test_a_process_forked_after_a_step_on_several_threads_can_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = torch.get_num_threads()
+    weight = torch.nn.Parameter(torch.ones(4 * CHUNK))
+    optimizer = optim.build_optimizer("clippy", [weight], lr=0.5, backend="native")
+    weight.grad = torch.ones(4 * CHUNK)
+    try:
+        torch.set_num_threads(2)
+        optimizer.step()
+        child = os.fork()
+        if child == 0:
+            optimizer.step()
+            os._exit(0)
+    finally:
+        torch.set_num_threads(before)
+    deadline = time.monotonic() + 30
+    while os.waitpid(child, os.WNOHANG) == (0, 0):
+        if time.monotonic() > deadline:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            pytest.fail("the child waits for threads that the fork did not copy")
+        time.sleep(0.01)

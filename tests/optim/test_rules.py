@@ -7,6 +7,9 @@ from typing import Any
 import pytest
 import torch
 
+import optim
+from optim.tensor_group import choose_sigma, make_groups
+
 BACKENDS = ["eager", "auto"]
 LR, G0 = 0.3, 0.1
 ABLATIONS = ["clippy_norm2", "clippy_gradient", "clippy_gradient_norm2"]
@@ -197,3 +200,49 @@ def test_weights_of_zero_can_move(step_once: Any, name: str, backend: str) -> No
 def test_agc_without_a_floor_holds_zeros_still_as_the_papers_formula_does(step_once: Any) -> None:
     after, _ = step_once("agc", torch.zeros(3), torch.ones(3), lr=LR, min_norm=0.0)
     assert after.equal(torch.zeros(3))
+
+
+@pytest.mark.parametrize("backend", ["auto", "eager"])
+@pytest.mark.parametrize("size", [100, 70_000])
+@pytest.mark.parametrize("scale", [1e19, 1e17, 1e-21, 1e-25])
+def test_lamb_takes_norms_whose_squares_leave_the_range_of_float32(scale: float, size: int, backend: str) -> None:
+    param = torch.nn.Parameter(torch.full((size,), scale))
+    given = {"lr": 0.1, "eps": 1e-30, "initial_accumulator_value": 0.0, "backend": backend, "collect_stats": True}
+    optimizer = optim.build_optimizer("lamb", [("w", param)], **given)
+    param.grad = torch.ones(size)  # so r is 1 everywhere
+    optimizer.step()
+    assert optimizer.clip_stats()["w"]["sigma"] == pytest.approx(1e-2 * scale, rel=1e-3)
+
+
+def test_a_norm_per_unit_is_exact_where_units_differ_by_forty_orders() -> None:
+    param = torch.nn.Parameter(torch.tensor([[1e19, 1e19], [1e-21, 1e-21], [1.0, 1.0]]))
+    optimizer = optim.build_optimizer("agc", [param], lr=0.1, by="unit", min_norm=0.0)
+    param.grad = param.detach().clone()
+    (local,) = optimizer.gather()
+    (group,) = make_groups([local], optimizer.backends)
+    choose_sigma(group)
+    assert group.sigma is not None
+    torch.testing.assert_close(group.sigma.flatten(), torch.full((3,), 1e-2))
+
+
+@pytest.mark.parametrize("backend", ["eager", "auto"])
+@pytest.mark.parametrize("weight_decay", [0.0, 0.01, 0.1])
+@pytest.mark.parametrize("maximize", [False, True])
+def test_lamb_adam_is_algorithm_2_of_its_paper(weight_decay: float, maximize: bool, backend: str) -> None:
+    """You et al., ICLR 2020, with phi the identity; the same as timm's Lamb without its gradient clipping."""
+    beta1, beta2, eps, lr = 0.9, 0.999, 1e-6, 0.02
+    x = torch.randn(6, 5, dtype=torch.float64)
+    param = torch.nn.Parameter(x.clone())
+    given = {"lr": lr, "weight_decay": weight_decay, "eps": eps, "maximize": maximize, "backend": backend}
+    optimizer = optim.build_optimizer("lamb_adam", [param], **given)
+    m, v = torch.zeros_like(x), torch.zeros_like(x)
+    for t in range(1, 4):
+        grad = torch.randn(6, 5, dtype=torch.float64)
+        param.grad = -grad if maximize else grad
+        optimizer.step()
+        m = beta1 * m + (1 - beta1) * grad
+        v = beta2 * v + (1 - beta2) * grad**2
+        r = (m / (1 - beta1**t)) / ((v / (1 - beta2**t)).sqrt() + eps)
+        joined = r + weight_decay * x
+        x = x - lr * x.norm() / joined.norm() * joined
+        torch.testing.assert_close(param.detach(), x, rtol=1e-12, atol=1e-12)

@@ -24,8 +24,9 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("lamb", {}),
     ("clippy", {}),
     ("clippy", {"backend": "eager"}),
-    ("clippy_adam", {}),
+    ("lamb_adam", {"weight_decay": 0.1}),
 ]
+CASES += [(name, {}) for name in optim.list_optimizers() if (name, {}) not in CASES]
 
 
 def ranker() -> nn.Module:
@@ -78,6 +79,37 @@ def check_fsdp2(rank: int) -> None:
         assert_same(model, optimizer, case)
 
 
+def check_zero(rank: int) -> None:
+    """ZeroRedundancyOptimizer splits the parameters over ranks, and gathers and scatters the state."""
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+
+    def zero(model: nn.Module, case: tuple[str, dict[str, Any]]) -> ZeroRedundancyOptimizer:
+        given = {"method": case[0], "lr": 0.3, "collect_stats": True, "on_nonfinite": "skip", **case[1]}
+        return ZeroRedundancyOptimizer(model.parameters(), optim.SigmaOptimizer, **given)
+
+    def steps(model: nn.Module, optimizer: ZeroRedundancyOptimizer, numbers: range) -> None:
+        for step in numbers:
+            optimizer.zero_grad()
+            model(batch(step)).square().mean().backward()
+            optimizer.step()
+
+    for case in CASES:
+        model, resumed, alone = ranker(), ranker(), ranker()
+        optimizer = zero(model, case)
+        steps(model, optimizer, range(2))
+        optimizer.consolidate_state_dict(to=0)
+        saved = [optimizer.state_dict() if rank == 0 else None]
+        dist.broadcast_object_list(saved)
+        again = zero(resumed, case)
+        resumed.load_state_dict(model.state_dict())
+        again.load_state_dict(saved[0])
+        steps(resumed, again, range(2, 3))
+        train(alone, case, slice(None))
+        for mine, theirs in zip(resumed.parameters(), alone.parameters(), strict=True):
+            torch.testing.assert_close(mine, theirs, msg=f"{case}")
+        assert len(again.optim.clip_stats()) == sum(len(group["params"]) for group in again.optim.param_groups)
+
+
 def check_column_shards(rank: int) -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Shard, distribute_tensor
@@ -121,11 +153,14 @@ def check_nonfinite_on_one_rank(rank: int) -> None:
             optim.build_optimizer(name, [param], lr=0.3, on_nonfinite="raise", **given).step()
 
 
+PARTS = (check_ddp, check_fsdp2, check_zero, check_column_shards, check_nonfinite_on_one_rank)
+
+
 def worker(rank: int, port: int, folder: str) -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=2)
-    for check in (check_ddp, check_fsdp2, check_column_shards, check_nonfinite_on_one_rank):
+    for check in PARTS:
         try:
             torch.manual_seed(0)
             check(rank)
@@ -154,7 +189,7 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("check", ["check_ddp", "check_fsdp2", "check_column_shards", "check_nonfinite_on_one_rank"])
+@pytest.mark.parametrize("check", [check.__name__ for check in PARTS])
 def test_two_processes_step_as_one(check: str, outcomes: Path) -> None:
     for rank in (0, 1):
         report = outcomes / f"{check}.{rank}"

@@ -6,9 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 import optim
 from optim.native.backend import NATIVE
+from optim.updates import Adagrad
 
 NAMES = ["adagrad", "gc", "agc", "lamb", "clippy", "clippy_adam", "clippy_sgd"]
 
@@ -145,6 +147,25 @@ def test_functional_tensors_step_as_plain_ones(name: str) -> None:
         torch.testing.assert_close(functional, step(weight.clone(), grad))
 
 
+@pytest.mark.parametrize("name", optim.list_optimizers())
+def test_fake_tensors_on_the_cpu_are_traced_by_the_default_backend(name: str) -> None:
+    with FakeTensorMode():
+        param = torch.nn.Parameter(torch.ones(40, 3))
+        param.grad = torch.ones(40, 3)
+        optimizer = optim.build_optimizer(name, [param], lr=0.1, collect_stats=True, on_nonfinite="skip")
+        optimizer.step()
+        assert all(isinstance(value, FakeTensor) for value in optimizer.state[param].values())
+
+
+def test_a_tensor_whose_memory_was_freed_is_left_to_torch() -> None:
+    param = torch.nn.Parameter(torch.ones(5))
+    param.grad = torch.ones(5)
+    optimizer = optim.build_optimizer("clippy", [param], lr=0.1)
+    param.untyped_storage().resize_(0)  # as FSDP1 does between two uses
+    (local,) = optimizer.gather()
+    assert not NATIVE.takes(local)
+
+
 @pytest.mark.parametrize("backend", ["auto", "eager"])
 @pytest.mark.parametrize("name", NAMES)
 def test_a_default_device_is_not_where_helper_tensors_go(name: str, backend: str) -> None:
@@ -158,3 +179,25 @@ def test_a_default_device_is_not_where_helper_tensors_go(name: str, backend: str
         report = optimizer.clip_stats()
     assert all((param < 1).all() for param in params)
     assert report["parameter_1"]["steps"] == 1
+
+
+def test_pieces_in_plain_torch_are_stepped_by_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several threads would wait for each other after every operation on a piece."""
+    seen, direction = [], Adagrad.direction
+
+    def watched(update: Adagrad, grad: torch.Tensor, *others: Any) -> Any:
+        seen.append((grad.numel() > 100, torch.get_num_threads()))
+        return direction(update, grad, *others)
+
+    monkeypatch.setattr(Adagrad, "direction", watched)
+    params = [torch.nn.Parameter(torch.ones(size)) for size in (200_001, 100)]
+    for param in params:
+        param.grad = torch.ones_like(param)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        optim.build_optimizer("clippy", params, lr=0.1, backend="eager", collect_stats=True).step()
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+    assert set(seen) == {(True, 1), (False, 3)}

@@ -69,7 +69,8 @@ def clippy(reduced: Mapping[str, Tensor], settings: Settings) -> Tensor:
     lr = settings["lr"]
     worst = reduced["overshoot"] * lr
     if isinstance(lr, Tensor):
-        worst = worst.where(lr != 0, 0.0)  # b_i = 0 makes it infinity * 0
+        # b_i = 0 makes it infinity * 0. A condition on another device (lr may be on the CPU) would wait for this one.
+        worst = worst.where(torch.zeros_like(worst) + lr != 0, 0.0)
     elif lr == 0:
         worst = torch.zeros_like(worst)
     return worst.clamp(min=1.0).reciprocal()

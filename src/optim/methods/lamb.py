@@ -3,7 +3,8 @@
     sigma = trust_coefficient * norm2(w) / norm2(r)      (phi is the identity)
 
 Where norm2(w) or norm2(r) is 0 the ratio is 1, as in the authors' code. Sigma may exceed 1: this rule scales, it does
-not clip. `lamb` is LAMB on Adagrad (Tang et al., KDD 2023), `lamb_adam` the original on Adam.
+not clip. `lamb` is LAMB on Adagrad (Tang et al., KDD 2023), `lamb_adam` the original on Adam. In the original weight
+decay is part of r: r = m / (sqrt(v) + eps) + weight_decay * w, with m and v corrected for their start at 0.
 
 Source: You et al., "Large Batch Optimization for Deep Learning: Training BERT in 76 minutes", ICLR 2020, Algorithm 2.
 """
@@ -18,7 +19,7 @@ from torch import Tensor
 from optim.hyperparameters import Hyperparameter
 from optim.optimizer import Common, Params, SigmaOptimizer
 from optim.registry import UPDATE_NORM, WEIGHT_NORM, Settings, register_rule
-from optim.updates import ADAGRAD, ADAM
+from optim.updates import ADAGRAD, LAMB_ADAM
 
 
 def trust_coefficient(default: float) -> Hyperparameter:
@@ -37,7 +38,7 @@ def trust_coefficient(default: float) -> Hyperparameter:
     "lamb_adam",
     summary="LAMB on Adam, the original.",
     reference="You et al., ICLR 2020",
-    update=ADAM,
+    update=LAMB_ADAM,
     reductions=(WEIGHT_NORM, UPDATE_NORM),
     hyperparameters=(trust_coefficient(1.0),),
     defaults={"lr": 1e-3, "eps": 1e-6},
@@ -79,6 +80,8 @@ class LAMB(SigmaOptimizer):
 
 class LAMBAdam(SigmaOptimizer):
     """LAMB as published: Adam with sigma = trust_coefficient * norm2(w) / norm2(r) per tensor.
+
+    r = m / (sqrt(v) + eps) + weight_decay * w. With decoupled_weight_decay the decay is beside the step, as in AdamW.
 
     Args and errors are those of `build_optimizer("lamb_adam", ...)`.
     """

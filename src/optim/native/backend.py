@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -10,44 +11,26 @@ import torch
 from torch import Tensor
 
 from optim.eager import EAGER
-from optim.local_params import CHUNK, LocalParam, Piece
+from optim.local_params import CHUNK, LocalParam, Piece, coupled_decay, decays_update
 from optim.native.library import load
-from optim.registry import Reduction
+from optim.native.structs import SettingsStruct, TensorStruct
+from optim.registry import Method, Reduction
 from optim.tensor_group import Limiting, StepSize, TensorGroup, largest_term
 from optim.torch_private import is_plain
-from optim.updates import Adagrad
+from optim.updates import Adagrad, Adam
 
 REDUCTIONS = ("grad_norm", "weight_norm", "update_norm", "update_max", "overshoot")
 """What the C code computes, in the order of its columns. Of norms it returns the squares."""
-COLUMNS = (*REDUCTIONS, "index", "weight", "grad", "total")
-"""Then, for the largest overshoot: its flat index, and w, g (sign and decay included) and G there."""
+COLUMNS = (*REDUCTIONS, "index", "weight", "grad", "total", "moment")
+"""Then, for the largest overshoot: its flat index, and w, g (sign and decay included), G (of Adam v) and m there."""
 OVERSHOOT = COLUMNS.index("overshoot")
 NO_BOUND = (0.0, 0.0, 0.0)
-
-
-class _Tensor(ctypes.Structure):
-    _fields_ = (
-        ("weight", ctypes.c_void_p),
-        ("grad", ctypes.c_void_p),
-        ("total", ctypes.c_void_p),
-        ("size", ctypes.c_int64),
-        ("is_double", ctypes.c_int64),
-    )
-
-
-class _Settings(ctypes.Structure):
-    _fields_ = (
-        *((name, ctypes.c_double) for name in ("sign", "decay", "eps", "bound_rel", "bound_abs", "bound_acc")),
-        ("shrink", ctypes.c_double),
-        *((name, ctypes.c_int64) for name in ("delayed", "inside", "clips_gradient", "feeds_clipped")),
-        *((name, ctypes.c_int64) for name in ("grads", "weights", "updates", "largest", "overshoot")),
-    )
 
 
 class _Scratch(NamedTuple):
     """Of one step of a group: its tensors as the C code sees them, and what the first pass made of each."""
 
-    tensors: ctypes.Array[_Tensor]
+    tensors: ctypes.Array[TensorStruct]
     columns: Tensor | None
 
 
@@ -56,18 +39,23 @@ def is_available() -> bool:
     return load() is not None
 
 
+def has_kernels(method: Method) -> bool:
+    """Whether the kernels compute a method's update and all that its rule asks for."""
+    return isinstance(method.update, Adagrad | Adam) and all(reduction.kernel for reduction in method.reductions)
+
+
 class Native:
-    """Dense, contiguous float32 and float64 tensors on the CPU, stepped by Adagrad, whose reductions are in C."""
+    """Dense, contiguous float32 and float64 tensors on the CPU, stepped by Adagrad or Adam, with reductions in C."""
 
     def takes(self, local: LocalParam) -> bool:
         """Whether the kernels can step this tensor."""
         return (
             local.unit_dims is None
-            and isinstance(local.update, Adagrad)
+            and has_kernels(local.method)
             and local.weight.dtype in (torch.float32, torch.float64)
             and not torch.compiler.is_compiling()
-            and _have_memory(local.weight, local.grad, local.state["sum"])
-            and None not in [reduction.kernel for reduction in local.method.reductions]
+            and (_takes_adam(local) if isinstance(local.update, Adam) else isinstance(local.update, Adagrad))
+            and _have_memory(local.weight, local.grad, *(value for value in _state(local) if value is not None))
             and is_available()
         )
 
@@ -92,11 +80,15 @@ class Native:
         if limiting is None or limiting.kernel != "overshoot":
             return EAGER.limiting(group)
         columns = group.scratch.columns
-        value, index, weight, grad, total = (column.contiguous() for column in columns[:, OVERSHOOT:].unbind(dim=1))
+        value, index, *at = (column.contiguous() for column in columns[:, OVERSHOOT:].unbind(dim=1))
+        weight, grad, total, moment = at
+        state = {"sum": total, "exp_avg": moment, "exp_avg_sq": total}
+        if isinstance(group.locals[0].update, Adam):
+            state["step"] = torch.stack([local.state["step"] for local in group.locals])
         # Sign and coupled decay are in the gradient already.
         settings = {**group.settings, "maximize": False, "weight_decay": 0.0}
-        at = Piece(weight, grad, {"sum": total}).coordinates(group.locals[0].update, settings)
-        return Limiting(value, index.long(), largest_term(group, at), weight == 0)
+        coordinates = Piece(weight, grad, state).coordinates(group.locals[0].update, settings)
+        return Limiting(value, index.long(), largest_term(group, coordinates), weight == 0)
 
     def finite(self, group: TensorGroup) -> Tensor:
         """Check all gradients."""
@@ -123,6 +115,19 @@ class Native:
 NATIVE = Native()
 
 
+def _state(local: LocalParam) -> tuple[Tensor, Tensor | None]:
+    """Return G and None, or v and m of Adam."""
+    state = local.state
+    return (state["sum"], None) if isinstance(local.update, Adagrad) else (state["exp_avg_sq"], state["exp_avg"])
+
+
+def _takes_adam(local: LocalParam) -> bool:
+    """Whether Adam's count is where C can read it, and its moments are not fed something else than r is made of."""
+    count = local.state["step"]
+    readable = is_plain(count) and count.is_cpu and count.dtype == torch.float32 and count.ndim == 0
+    return readable and not local.method.feeds_clipped(local.settings)
+
+
 def _have_memory(weight: Tensor, *others: Tensor) -> bool:
     """Whether C may walk the memory of tensors: no subclass, no wrapper, no lazy negation; on the CPU, contiguous."""
     for tensor in (weight, *others):
@@ -131,8 +136,10 @@ def _have_memory(weight: Tensor, *others: Tensor) -> bool:
             and tensor.is_cpu
             and tensor.dtype == weight.dtype
             and tensor.layout is torch.strided
+            and tensor.shape == weight.shape
             and tensor.is_contiguous()
             and not tensor.is_neg()
+            and (tensor.data_ptr() or not tensor.numel())  # memory that FSDP1 has freed for a while
         ):
             return False
     return True
@@ -142,38 +149,44 @@ def _buffer(rows: int, columns: int) -> Tensor:
     return torch.empty(max(1, rows), columns, dtype=torch.float64, device="cpu")
 
 
-def _tensors(group: TensorGroup) -> ctypes.Array[_Tensor]:
-    return (_Tensor * len(group.locals))(
-        *(
-            _Tensor(
+def _tensors(group: TensorGroup) -> ctypes.Array[TensorStruct]:
+    tensors = []
+    for local in group.locals:
+        total, moment = _state(local)
+        tensors.append(
+            TensorStruct(
                 local.weight.data_ptr(),
                 local.grad.data_ptr(),
-                local.state["sum"].data_ptr(),
+                total.data_ptr(),
+                None if moment is None else moment.data_ptr(),
+                None if moment is None else local.state["step"].data_ptr(),
                 local.weight.numel(),
                 local.weight.dtype == torch.float64,
             )
-            for local in group.locals
         )
-    )
+    return (TensorStruct * len(tensors))(*tensors)
 
 
-def _settings(group: TensorGroup, reductions: Sequence[Reduction]) -> _Settings:
+def _settings(group: TensorGroup, reductions: Sequence[Reduction]) -> SettingsStruct:
     given, update = group.settings, group.locals[0].update
-    assert isinstance(update, Adagrad), "takes() checked that"
     bounds = [reduction.bound(given) for reduction in reductions if reduction.bound is not None]
     relative, absolute, accumulator = bounds[0] if bounds else NO_BOUND
     wanted = {reduction.kernel for reduction in reductions}
-    decoupled = given["decoupled_weight_decay"]
-    return _Settings(
+    joins, decay = decays_update(update), coupled_decay(given)
+    beta1, beta2 = given["betas"] if isinstance(update, Adam) else (0.0, 0.0)
+    return SettingsStruct(
         sign=-1.0 if given["maximize"] else 1.0,
-        decay=0.0 if decoupled else given["weight_decay"],
+        decay=0.0 if joins else decay,
         eps=given["eps"],
         bound_rel=relative,
         bound_abs=absolute,
         bound_acc=accumulator,
-        shrink=given["weight_decay"] if decoupled else 0.0,
-        delayed=update.delayed,
-        inside=update.epsilon_inside,
+        shrink=given["weight_decay"] - decay,
+        joined=decay if joins else 0.0,
+        beta1=beta1,
+        beta2=beta2,
+        delayed=isinstance(update, Adagrad) and update.delayed,
+        inside=isinstance(update, Adagrad) and update.epsilon_inside,
         clips_gradient=group.clips_gradient,
         feeds_clipped=group.method.feeds_clipped(given),
         grads="grad_norm" in wanted,
@@ -185,12 +198,39 @@ def _settings(group: TensorGroup, reductions: Sequence[Reduction]) -> _Settings:
 
 
 def _call(
-    name: str, tensors: ctypes.Array[_Tensor], settings: _Settings, *arguments: Tensor | ctypes.c_double | None
+    name: str,
+    tensors: ctypes.Array[TensorStruct],
+    settings: SettingsStruct,
+    *arguments: Tensor | ctypes.c_double | None,
 ) -> None:
     library = load()
     assert library is not None, "takes() checked that the kernels are there"
-    count, threads = ctypes.c_int64(len(tensors)), ctypes.c_int64(torch.get_num_threads())
+    count, threads = ctypes.c_int64(len(tensors)), ctypes.c_int64(_threads())
     getattr(library, name)(tensors, count, ctypes.byref(settings), *map(_pointer, arguments), threads)
+
+
+class _Team:
+    """Whether OpenMP has started threads, which a fork does not copy. Waiting for them would last for ever."""
+
+    started = False
+    lost = False
+
+    @classmethod
+    def fork(cls) -> None:
+        """Note in a child process that the threads of its parent are not there."""
+        cls.lost = cls.started
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_Team.fork)
+
+
+def _threads() -> int:
+    if _Team.lost:
+        return 1
+    threads = torch.get_num_threads()
+    _Team.started |= threads > 1
+    return threads
 
 
 def _lr(group: TensorGroup) -> Tensor | ctypes.c_double:

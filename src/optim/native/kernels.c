@@ -1,4 +1,4 @@
-/* Adagrad's family on the CPU: reduce a list of tensors, then step them. Called from backend.py through ctypes. */
+/* Adagrad's and Adam's family on the CPU: reduce a list of tensors, then step them. Called from backend.py through ctypes. */
 
 #include <float.h>
 #include <math.h>
@@ -12,7 +12,9 @@
 typedef struct {
     void *weight;
     const void *grad;
-    void *total;       /* the accumulator G */
+    void *total;       /* the accumulator G; of Adam v */
+    void *moment;      /* m of Adam; null for Adagrad */
+    float *count;      /* Adam's steps before this one */
     int64_t size;      /* coordinates */
     int64_t is_double; /* float otherwise */
 } Tensor;
@@ -21,6 +23,7 @@ typedef struct {
     double sign, decay, eps;
     double bound_rel, bound_abs, bound_acc; /* b = bound_rel * |w| + bound_abs + bound_acc / root */
     double shrink;                          /* decoupled weight decay */
+    double joined, beta1, beta2;            /* of Adam; joined: weight decay that is part of r */
     int64_t delayed, inside;
     int64_t clips_gradient, feeds_clipped; /* r is of sigma * g', and so is what G is fed */
     int64_t grads, weights, updates, largest, overshoot; /* which reductions are wanted */
@@ -31,7 +34,7 @@ typedef struct {
     double keep, rate, seen, fed;
 } Factors;
 
-enum { GRAD_SQ, WEIGHT_SQ, UPDATE_SQ, UPDATE_MAX, OVERSHOOT, INDEX, WEIGHT, GRAD, TOTAL, COLUMNS };
+enum { GRAD_SQ, WEIGHT_SQ, UPDATE_SQ, UPDATE_MAX, OVERSHOOT, INDEX, WEIGHT, GRAD, TOTAL, MOMENT, COLUMNS };
 enum { MOVED_SQ, MOVED_MAX, SIZES }; /* of the step taken, lr and sigma included */
 /* A float chunk of w, g and G fits a 1 MiB cache. */
 enum { CHUNK = 1 << 16, BLOCK = 512, LANES = 32, WAYS = 4 };
@@ -43,7 +46,9 @@ enum { CHUNK = 1 << 16, BLOCK = 512, LANES = 32, WAYS = 4 };
 #define WORD int32_t
 #define EPSILON FLT_EPSILON
 #define SMALLEST FLT_MIN
+#define LARGEST FLT_MAX
 #include "kernels.h"
+#include "adam.h"
 #undef REAL
 #undef NAME
 #undef SQRT
@@ -51,6 +56,7 @@ enum { CHUNK = 1 << 16, BLOCK = 512, LANES = 32, WAYS = 4 };
 #undef WORD
 #undef EPSILON
 #undef SMALLEST
+#undef LARGEST
 
 #define REAL double
 #define NAME(x) x##_double
@@ -59,7 +65,12 @@ enum { CHUNK = 1 << 16, BLOCK = 512, LANES = 32, WAYS = 4 };
 #define WORD int64_t
 #define EPSILON DBL_EPSILON
 #define SMALLEST DBL_MIN
+#define LARGEST DBL_MAX
 #include "kernels.h"
+#include "adam.h"
+
+/* Compared with structs.py before anything else is called. */
+int optim_layout(void) { return sizeof(Tensor) * 10000 + sizeof(Settings); }
 
 static int64_t chunks(const Tensor *t) { return (t->size + CHUNK - 1) / CHUNK; }
 
@@ -101,7 +112,11 @@ void optim_reduce(const Tensor *tensors, int64_t count, const Settings *s, const
             const Part mine = part_of(n);
             for (int64_t c = mine.begin; c < mine.end; c++) {
                 double *part = parts + c * COLUMNS;
-                if (tensor->is_double)
+                if (tensor->moment && tensor->is_double)
+                    adam_reduce_chunk_double(tensor, c, width(tensor, c), s, &worst, part);
+                else if (tensor->moment)
+                    adam_reduce_chunk_float(tensor, c, width(tensor, c), s, &worst, part);
+                else if (tensor->is_double)
                     reduce_chunk_double(tensor, c, width(tensor, c), s, &worst, part);
                 else
                     reduce_chunk_float(tensor, c, width(tensor, c), s, &worst, part);
@@ -117,7 +132,7 @@ void optim_reduce(const Tensor *tensors, int64_t count, const Settings *s, const
     }
 }
 
-/* out: [count], whether all gradients of a tensor are finite. */
+/* out: [count], whether all gradients of a tensor are finite, and their squares. */
 void optim_finite(const Tensor *tensors, int64_t count, const Settings *s, uint8_t *out, int64_t threads) {
     (void)s;
     for (int64_t t = 0; t < count; t++) {
@@ -158,12 +173,17 @@ void optim_step(const Tensor *tensors, int64_t count, const Settings *s, const d
             const Part mine = part_of(n);
             for (int64_t c = mine.begin; c < mine.end; c++) {
                 double *part = parts ? parts + c * SIZES : 0;
-                if (tensor->is_double)
+                if (tensor->moment && tensor->is_double)
+                    adam_step_chunk_double(tensor, c, width(tensor, c), s, &factors, part);
+                else if (tensor->moment)
+                    adam_step_chunk_float(tensor, c, width(tensor, c), s, &factors, part);
+                else if (tensor->is_double)
                     step_chunk_double(tensor, c, width(tensor, c), s, &factors, part);
                 else
                     step_chunk_float(tensor, c, width(tensor, c), s, &factors, part);
             }
         }
+        if (tensor->count) *tensor->count += 1;
         for (int64_t c = 0; parts && c < n; c++) {
             double *size = out + t * SIZES;
             size[MOVED_SQ] += parts[c * SIZES + MOVED_SQ];

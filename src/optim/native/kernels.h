@@ -61,11 +61,32 @@ INLINE REAL NAME(norms)(const REAL *restrict w, const REAL *restrict g, const RE
     return smallest;
 }
 
+/* Whether a sum of squares lost nothing to an overflow or an underflow. Says no to 0, which may be one. */
+INLINE int NAME(in_range)(double sum) { return sum >= SMALLEST / EPSILON && sum <= LARGEST; }
+
+/* The same numbers as `norms`, accumulated in double: for squares that leave the range of REAL. */
+static void NAME(wide_norms)(const REAL *w, const REAL *g, const REAL *total, int64_t n, const Settings *s,
+                             double *out) {
+    const REAL sign = s->sign, decay = s->decay, eps = s->eps;
+    memset(out, 0, COLUMNS * sizeof(double));
+    for (int64_t i = 0; i < n; i++) {
+        const REAL wi = s->weights || s->decay != 0 || s->updates ? w[i] : (REAL)0, gi = sign * g[i] + decay * wi;
+        out[GRAD_SQ] += (double)gi * gi;
+        out[WEIGHT_SQ] += (double)wi * wi;
+        if (!s->updates) continue;
+        const double size = fabs((double)(gi / NAME(root)(total[i], gi, eps, s->delayed, s->inside)));
+        out[UPDATE_SQ] += size * size;
+        if (size > out[UPDATE_MAX]) out[UPDATE_MAX] = size;
+    }
+    if (out[UPDATE_SQ] != out[UPDATE_SQ]) out[UPDATE_MAX] = NAN;
+}
+
 /* The largest g^2 / G that cannot overshoot by `worst` even where the weight is 0, whose bound is the smallest:
  * g^2 < L (G + g^2), solved for G. The margin keeps the rounding here and in the exact computation on the safe side. */
 INLINE REAL NAME(allowed)(const Settings *s, double worst, int delayed) {
-    const double limit = worst * worst * s->bound_abs * s->bound_abs * (1 - 16 * EPSILON);
-    return delayed ? limit : limit < 1 ? limit / (1 - limit) : INFINITY;
+    const double square = worst * worst * s->bound_abs * s->bound_abs * (1 - 16 * EPSILON);
+    const double limit = delayed ? square : square < 1 ? square / (1 - square) : LARGEST;
+    return limit < LARGEST ? limit : LARGEST; /* an infinite one would allow everything, also where G is 0 */
 }
 
 /* Whether g^2 / G is allowed at every one of n coordinates. Where it is, the weights need not be read. NaN, and 0 < 0,
@@ -74,7 +95,9 @@ INLINE int NAME(totals_allow)(const REAL *restrict g, const REAL *restrict total
     REAL beyond[LANES] = {0};
 #define AT(k)                                                                                  \
     {                                                                                          \
-        const REAL by = g[i + k] * g[i + k] + (SMALLEST - allowed * total[i + k]);             \
+        /* kept finite, because g^2 inside a fused multiply-add does not overflow */           \
+        const REAL product = allowed * total[i + k], most = product > LARGEST ? LARGEST : product; \
+        const REAL by = g[i + k] * g[i + k] + (SMALLEST - most);                               \
         beyond[k] += (REAL)0 > by ? (REAL)0 : by; /* this way round the processor keeps NaN */ \
     }
     int64_t i = 0;
@@ -88,18 +111,21 @@ INLINE int NAME(totals_allow)(const REAL *restrict g, const REAL *restrict total
 }
 
 /* Whether any of n coordinates may overshoot by `worst` or more: the comparison of squares, without root or division.
- * The margin keeps the rounding of the dozen operations on the safe side. NaN compares as "may". */
+ * The margin keeps the rounding of the dozen operations on the safe side. "May" is also the answer for NaN, for a
+ * (worst * bound)^2 outside the range of normal numbers, and where SMALLEST, the error of an underflow, makes it. */
 INLINE int NAME(may_exceed)(const REAL *restrict w, const REAL *restrict g, const REAL *restrict total, int64_t n,
                             const Settings *s, REAL worst, int delayed) {
-    const REAL sign = s->sign, decay = s->decay, relative = s->bound_rel, absolute = s->bound_abs;
-    const REAL limit = worst * worst * (1 - 16 * EPSILON);
+    const REAL sign = s->sign, decay = s->decay;
+    const REAL limit = worst * (1 - 8 * EPSILON), relative = limit * (REAL)s->bound_rel;
+    const REAL absolute = limit * (REAL)s->bound_abs;
     WORD hit[LANES] = {0};
 #define AT(k)                                                                               \
     {                                                                                       \
         const REAL wi = w[i + k], gi = sign * g[i + k] + decay * wi;                        \
-        const REAL bound = relative * FABS(wi) + absolute;                                  \
+        const REAL bound = relative * FABS(wi) + absolute, limit_sq = bound * bound;        \
         const REAL square = gi * gi, base = delayed ? total[i + k] : total[i + k] + square; \
-        hit[k] |= !(square < limit * (bound * bound * base));                               \
+        hit[k] |= !(square + SMALLEST < limit_sq * base);                                   \
+        hit[k] |= !(limit_sq >= SMALLEST) | !(limit_sq <= LARGEST);                         \
     }
     int64_t i = 0;
     for (; i + LANES <= n; i += LANES)
@@ -111,11 +137,12 @@ INLINE int NAME(may_exceed)(const REAL *restrict w, const REAL *restrict g, cons
     return any != 0;
 }
 
-/* |r| / bound of one coordinate. With one division: |r| / (bound + accumulator / root). 0 / 0 fails every comparison. */
+/* |r| / bound of one coordinate: |r| / (bound + accumulator / root). Two divisions, because the product of a small bound
+ * and a small root may underflow. 0 / 0 fails every comparison. */
 INLINE REAL NAME(overshoot_at)(REAL w, REAL gi, REAL total, const Settings *s, int delayed, int inside) {
     const REAL relative = s->bound_rel, absolute = s->bound_abs, accumulator = s->bound_acc, eps = s->eps;
-    const REAL bound = relative * FABS(w) + absolute;
-    return FABS(gi) / (bound * NAME(root)(total, gi, eps, delayed, inside) + accumulator);
+    const REAL bound = relative * FABS(w) + absolute, root = NAME(root)(total, gi, eps, delayed, inside);
+    return FABS(gi) / root / (accumulator == 0 ? bound : bound + accumulator / root);
 }
 
 /* max |r| / bound of n coordinates, exactly; NaN where a gradient is not finite. */
@@ -225,7 +252,7 @@ static void NAME(reduce_chunk)(const Tensor *t, int64_t chunk, int64_t n, const 
     const int64_t begin = chunk * CHUNK;
     const REAL *w = (const REAL *)t->weight + begin, *g = (const REAL *)t->grad + begin;
     const REAL *total = (const REAL *)t->total + begin;
-    REAL worst = *search;
+    REAL worst = *search < LARGEST ? *search : LARGEST;
 #define CALL(d, i)                                                                                                \
     {                                                                                                             \
         int done = 0;                                                                                             \
@@ -239,6 +266,10 @@ static void NAME(reduce_chunk)(const Tensor *t, int64_t chunk, int64_t n, const 
         } else if (s->updates) NAME(norms)(w, g, total, n, s, out, d, i, 1, 1, 0);                                \
         else if (s->weights || (s->grads && s->decay != 0)) NAME(norms)(w, g, total, n, s, out, d, i, 1, 0, 0);   \
         else if (s->grads) NAME(norms)(w, g, total, n, s, out, d, i, 0, 0, 0);                                    \
+        if (sizeof(REAL) < sizeof(double) &&                                                                      \
+            ((s->grads && !NAME(in_range)(out[GRAD_SQ])) || (s->weights && !NAME(in_range)(out[WEIGHT_SQ])) ||    \
+             (s->updates && !NAME(in_range)(out[UPDATE_SQ]))))                                                    \
+            NAME(wide_norms)(w, g, total, n, s, out);                                                             \
         if (s->overshoot) NAME(overshoot)(w, g, total, n, s, &worst, d, i, out);                                  \
     }
     DISPATCH(CALL)
@@ -247,14 +278,14 @@ static void NAME(reduce_chunk)(const Tensor *t, int64_t chunk, int64_t n, const 
     *search = worst;
 }
 
-/* x - x is 0 for a finite x and NaN otherwise. */
+/* Whether all gradients and their squares are finite: x * 0 is 0 for a finite x and NaN otherwise. */
 static int NAME(chunk_finite)(const Tensor *t, int64_t chunk, int64_t n) {
     const REAL *g = (const REAL *)t->grad + chunk * CHUNK;
     REAL sum[LANES] = {0};
     int64_t i = 0;
     for (; i + LANES <= n; i += LANES)
-        for (int k = 0; k < LANES; k++) sum[k] += g[i + k] - g[i + k];
-    for (int k = 0; i + k < n; k++) sum[k] += g[i + k] - g[i + k];
+        for (int k = 0; k < LANES; k++) sum[k] += g[i + k] * g[i + k] * 0;
+    for (int k = 0; i + k < n; k++) sum[k] += g[i + k] * g[i + k] * 0;
     REAL all = 0;
     for (int k = 0; k < LANES; k++) all += sum[k];
     return all == 0;
