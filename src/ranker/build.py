@@ -16,6 +16,7 @@ import pytorch_lightning as pl
 import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
+from lightning_fabric.plugins import TorchCheckpointIO
 from omegaconf import DictConfig, OmegaConf, open_dict
 from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.loggers.logger import Logger
@@ -27,12 +28,15 @@ from ranker.data.log import Log, Selected
 from ranker.data.schema import Schema
 from ranker.errors import UserError
 from ranker.models import Ranker
-from ranker.runs.run_folder import GLOBAL_STEP, RunFolder
+from ranker.runs import objective
+from ranker.runs.run_folder import RunFolder
 from ranker.training import trackers
-from ranker.training.bookkeeping import Bookkeeping, Interruption, NewestCheckpoint
+from ranker.training.bookkeeping import Bookkeeping, Interruption
+from ranker.training.checkpoints import Checkpoints, DurableCheckpointIO
 from ranker.training.metrics_csv import MetricsCsv
 from ranker.training.module import RankingModule
 from ranker.training.progress import say_in_log
+from ranker.training.resumption import Resumption
 from ranker.training.sharpness_probe import SharpnessProbe
 from ranker.training.stability_callback import Stability
 
@@ -55,7 +59,7 @@ class Run:
         sharpness: the callback that measures sharpness; None where it is switched off.
         interruption: the callback that ends training on request.
         loggers: metrics.csv and the tracker.
-        checkpoint: the checkpoint to resume from; None for a new run.
+        resumption: where the run goes on; None for a new run.
     """
 
     cfg: DictConfig
@@ -68,7 +72,7 @@ class Run:
     sharpness: SharpnessProbe | None
     interruption: Interruption
     loggers: list[Logger]
-    checkpoint: Path | None
+    resumption: Resumption | None
 
 
 def open_folder(cfg: DictConfig, checkpoint: Path | None = None) -> tuple[DictConfig, RunFolder, Path | None]:
@@ -120,7 +124,8 @@ def build(cfg: DictConfig, folder: RunFolder, checkpoint: Path | None) -> Run:
     log = open_log(cfg)
     module = build_module(cfg, log.schema)
     _check_optimizer(module)
-    bookkeeping, interruption = Bookkeeping(), Interruption(folder)
+    resumption = None if checkpoint is None else Resumption.of(checkpoint, module)
+    bookkeeping, interruption = Bookkeeping(), Interruption()
     stability, others = _configured_callbacks(cfg, folder, speed=bookkeeping.examples_per_second)
     datamodule = RankingDataModule(
         log,
@@ -134,7 +139,15 @@ def build(cfg: DictConfig, folder: RunFolder, checkpoint: Path | None) -> Run:
         dense_statistics=cfg.data.dense_statistics,
         wrap_training=lambda loader: stability.overheard(bookkeeping.timed(loader)),
     )
-    checkpoints = NewestCheckpoint(folder.checkpoints, every=cfg.train.checkpoint_every)
+    tasks = {task.name: task.type for task in log.schema.tasks}
+    checkpoints = Checkpoints(
+        folder.checkpoints,
+        every=cfg.train.checkpoint_every,
+        best_by=objective.chosen(cfg.objective, objective.metrics_of(tasks)),
+        interruption=interruption,
+    )
+    if resumption is not None:
+        checkpoints.continue_from(resumption.step)
     callbacks: list[Callback] = [bookkeeping, *others, interruption, checkpoints]
     mitigation = [name] if (name := OmegaConf.select(cfg, "mitigation.name", default="none")) != "none" else []
     loggers = trackers.build(
@@ -148,8 +161,6 @@ def build(cfg: DictConfig, folder: RunFolder, checkpoint: Path | None) -> Run:
             tags=[cfg.data.name, cfg.scale.name, cfg.model.name, cfg.optim.name, *mitigation, *cfg.tags],
         ),
     )
-    if checkpoint is not None:
-        _continue_files(loggers, folder, checkpoint)
     return Run(
         cfg=cfg,
         folder=folder,
@@ -161,7 +172,7 @@ def build(cfg: DictConfig, folder: RunFolder, checkpoint: Path | None) -> Run:
         sharpness=next((c for c in others if isinstance(c, SharpnessProbe)), None),
         interruption=interruption,
         loggers=loggers,
-        checkpoint=checkpoint,
+        resumption=resumption,
     )
 
 
@@ -254,10 +265,13 @@ def _trainer(cfg: DictConfig, folder: RunFolder, callbacks: list[Callback], logg
         "use_distributed_sampler": False,
     }
     try:
-        return instantiate(cfg.trainer, **settings, _convert_="all")
+        trainer: pl.Trainer = instantiate(cfg.trainer, **settings, _convert_="all")
     except Exception as error:
         cause = error.__cause__ or error
         raise UserError(f"trainer: {' '.join(str(cause).split())}") from error
+    if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # a user's own stays
+        trainer.strategy.checkpoint_io = DurableCheckpointIO()
+    return trainer
 
 
 def _quiet_lightning() -> None:
@@ -290,22 +304,20 @@ def _check_devices(cfg: DictConfig) -> None:
 def _check_optimizer(module: RankingModule) -> None:
     """Refuses a wrong hyperparameter now, before processes start and data are read."""
     try:
-        module.configure_optimizers()
+        module.make_optimizer()
     except (TypeError, ValueError) as error:  # what torch.optim and the optim package raise
         raise UserError(f"optim: {error}") from error
 
 
-def _continue_files(loggers: list[Logger], folder: RunFolder, checkpoint: Path) -> None:
-    step = int(torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)[GLOBAL_STEP])
-    _keep_until(loggers, folder, step)
-
-
 @rank_zero_only
-def _keep_until(loggers: list[Logger], folder: RunFolder, step: int) -> None:
-    folder.keep_events_until(step)
-    for logger in loggers:
+def continue_files(run: Run) -> None:
+    """Drops what the files of a resumed run hold of steps after its checkpoint: these steps will come again."""
+    if run.resumption is None:
+        return
+    run.folder.keep_events_until(run.resumption.step)
+    for logger in run.loggers:
         if isinstance(logger, MetricsCsv):
-            logger.resume(step)
+            logger.resume(run.resumption.step)
 
 
 def _names(value: Any) -> list[str] | None:

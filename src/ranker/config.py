@@ -25,7 +25,8 @@ class TrainSettings:
         max_steps: stop after this many steps; -1 trains on every row once.
         eval_every: evaluate on the hold-out every so many steps; 0 only at the end.
         progressive: score each window before it is trained on.
-        checkpoint_every: write a checkpoint every so many steps; 0 writes none but on interruption.
+        checkpoint_every: write a checkpoint every so many steps, at the last step and where the hold-out is best;
+            0 writes none but on interruption.
         log_every: write metrics every so many steps.
         warmup_steps: raise the learning rate linearly from 0 over so many steps; 0 for none.
         compile: run the model through torch.compile.

@@ -9,10 +9,13 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from ranker import run_summary
-from ranker.build import Run, build, open_folder, own_process_environment
+from ranker.build import Run, build, continue_files, open_folder, own_process_environment
 from ranker.installation import command_line
-from ranker.runs import provenance
+from ranker.runs import objective, provenance
+from ranker.runs.metric_names import VAL
+from ranker.runs.run_folder import FINISHED, METRICS, read_summary
 from ranker.training import trackers
+from ranker.training.metrics_csv import has_values
 
 
 def run(cfg: DictConfig, checkpoint: Path | None = None) -> float:
@@ -38,12 +41,18 @@ def run(cfg: DictConfig, checkpoint: Path | None = None) -> float:
 
 def _train(run: Run) -> float:
     start = time.monotonic()
+    if _is_finished(run):
+        summary = read_summary(run.folder.path)
+        if summary is not None and summary["status"] in FINISHED:
+            return objective.value_of(summary, run.cfg.objective)
     if run.trainer.is_global_zero:
         run.folder.save_config(run.cfg)
         trackers.write_config(run.loggers, run.cfg)
         print(f"run folder: {run.folder.path}", flush=True)
     try:
-        checkpoint = str(run.checkpoint) if run.checkpoint else None
+        continue_files(run)
+        checkpoint = str(run.resumption.path) if run.resumption else None
+        _make_up_evaluation(run)
         run.trainer.fit(run.module, datamodule=run.datamodule, ckpt_path=checkpoint, weights_only=True)
         if run.interruption.stopped:
             raise KeyboardInterrupt
@@ -64,7 +73,38 @@ def _train(run: Run) -> float:
     summary = _finish(run, status, reason, time.monotonic() - start)
     if run.trainer.is_global_zero:
         run_summary.show(summary)
-    return run_summary.objective(summary, run.cfg.objective)
+    return objective.value_of(summary, run.cfg.objective)
+
+
+def _is_finished(run: Run) -> bool:
+    """Whether a resumed run has nothing left to train; says so."""
+    if run.resumption is None:
+        return False
+    step, limit = run.resumption.step, run.cfg.train.max_steps
+    if 0 < limit <= step:
+        why = f"train.max_steps={limit} is reached; a larger value goes on"
+    elif run.resumption.position >= run.datamodule.num_batches:
+        why = "every row of the log was trained on"
+    else:
+        return False
+    if run.trainer.is_global_zero:
+        print(f"{run.folder.path}: nothing is left to train after step {step}: {why}", flush=True)
+    return True
+
+
+def _make_up_evaluation(run: Run) -> None:
+    """Evaluates at the checkpoint's step, if the run was killed between this checkpoint and its evaluation."""
+    every = run.cfg.train.eval_every
+    if run.resumption is None or not every:
+        return
+    step = run.resumption.step
+    if step % every or has_values(run.folder.path / METRICS, step, f"{VAL}/"):
+        return
+    run.module.holdout_step = step
+    run.trainer.validate(
+        run.module, datamodule=run.datamodule, ckpt_path=str(run.resumption.path), verbose=False, weights_only=True
+    )
+    run.module.holdout_step = None
 
 
 def _finish(run: Run, status: str, reason: str, seconds: float) -> dict[str, object]:

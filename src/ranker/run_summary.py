@@ -134,14 +134,6 @@ def show(summary: dict[str, Any], console: Console | None = None) -> None:
     )
 
 
-def objective(summary: dict[str, Any], name: str | None) -> float:
-    """The metric that a sweep maximises; 0 if it is undefined, as it may be for a lost model."""
-    metrics = summary["metrics"]
-    chosen = name or next((key for key in metrics if key.endswith("/auc")), None)
-    value = metrics.get(chosen) if chosen else None
-    return value if value is not None and math.isfinite(value) else 0.0  # None is a NaN read from summary.json
-
-
 def _cell(name: str, value: float | None) -> str:
     if value is None:
         return ""

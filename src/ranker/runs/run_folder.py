@@ -7,6 +7,7 @@ import json
 import math
 import os
 import platform
+import sys
 from collections.abc import Iterable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -16,6 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from ranker.atomic import write_text
 from ranker.errors import UserError
+from ranker.runs.checkpoint_files import newest_intact
 
 CONFIG, SUMMARY, EVENTS, METRICS, CHECKPOINTS = (
     "config.yaml",
@@ -25,6 +27,7 @@ CONFIG, SUMMARY, EVENTS, METRICS, CHECKPOINTS = (
     "checkpoints",
 )
 SKIPPED_ROWS = "skipped_rows.csv"
+FINISHED = ("completed", "diverged")  # statuses of a run that has its result; a failed run has none
 RECORDED_PACKAGES = ("evenkeel-ranker", "torch", "pytorch-lightning", "hydra-core", "torchmetrics", "polars", "pyarrow")
 
 # Keys of a checkpoint. Lightning chooses the first three, the last after the name of the class.
@@ -32,6 +35,7 @@ GLOBAL_STEP, STATE_DICT, DATA_MODULE = "global_step", "state_dict", "RankingData
 NET_PREFIX = "net."  # of the model's weights in STATE_DICT
 TRAIN_AUC = "train_auc._extra_state"  # in STATE_DICT: histograms of the training AUC, of rank 0
 TRAIN_AUC_BY_RANK = "train_auc_by_rank"  # the same of each rank
+OPTIMIZER_SETTINGS = "optimizer_settings"  # hyperparameters of each group, as configured
 
 
 class RunFolder:
@@ -65,15 +69,12 @@ class RunFolder:
         return self.path / CHECKPOINTS
 
     def newest_checkpoint(self) -> Path:
-        """The checkpoint that was written last.
+        """The intact checkpoint of the highest step. A line says which damaged ones were passed over.
 
         Raises:
             UserError: there is none.
         """
-        found = sorted(self.checkpoints.glob("*.ckpt"), key=lambda p: p.stat().st_mtime_ns)
-        if not found:
-            raise UserError(f"no checkpoint in {self.checkpoints}; the run ended before its first one")
-        return found[-1]
+        return newest_intact(self.checkpoints, lambda line: print(line, file=sys.stderr, flush=True))
 
     def load_config(self) -> DictConfig:
         """The resolved configuration of the run."""
@@ -119,6 +120,15 @@ class RunFolder:
         """Writes skipped_rows.csv: per rollback, ranges start .. stop - 1 of the log's rows that it left out."""
         lines = [f"{number},{start},{stop}\n" for number, ranges in rollbacks for start, stop in ranges]
         write_text(self.path / SKIPPED_ROWS, "".join(["rollback,start,stop\n", *lines]))
+
+
+def read_summary(folder: Path) -> dict[str, Any] | None:
+    """The summary of a run that ended; None if there is none, or if the file is not one."""
+    try:
+        found = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) and "status" in found else None
 
 
 def whole_lines(path: Path) -> bytes:

@@ -19,14 +19,14 @@ from omegaconf import DictConfig
 from ranker import config, run_summary
 from ranker.atomic import write_text
 from ranker.errors import UserError
+from ranker.runs import objective
 from ranker.runs.config_identity import config_hash
 from ranker.runs.provenance import cores
-from ranker.runs.run_folder import CONFIG, SUMMARY, RunFolder
+from ranker.runs.run_folder import CONFIG, FINISHED, SUMMARY, RunFolder, read_summary
 from ranker.sweeps.job_list import is_parallel, jobs_at_a_time
 from ranker.sweeps.watch import BEFORE, Journal, duration
 
 OUTPUT, TRACEBACK, LOCK = "output.txt", "traceback.txt", ".lock"
-FINISHED = ("completed", "diverged")  # a diverged run is a result; a failed run is not
 
 
 def run_job(cfg: DictConfig) -> float | None:
@@ -49,7 +49,7 @@ def run_job(cfg: DictConfig) -> float | None:
             run, summary = done
             journal.add(job, BEFORE, run=run)
             print(f"job {job}: done before, {summary['status']}, in {run} (force=true runs it again)", flush=True)
-            return run_summary.objective(summary, cfg.objective)
+            return objective.value_of(summary, cfg.objective)
         journal.add(job, "started", run=folder)
         start = time.monotonic()
         try:
@@ -130,8 +130,8 @@ def _previous_runs(sweep_dir: Path, mark: str) -> list[tuple[Path, dict[str, Any
     for path, folders, files in os.walk(sweep_dir):
         if SUMMARY in files:
             folders.clear()  # runs are not nested
-            summary = _read_summary(Path(path))
-            if summary.get("config_hash") == mark:
+            summary = read_summary(Path(path))  # None: another job has just removed it
+            if summary is not None and summary.get("config_hash") == mark:
                 found.append((Path(path), summary))
         folders[:] = sorted(name for name in folders if not name.startswith("."))
     return found
@@ -142,7 +142,7 @@ def _checkpoint_to_resume(folder: Path, mark: str) -> Path | None:
 
     Only a killed or interrupted run resumes. A failed run may have the cause of its failure in its state.
     """
-    run, summary = RunFolder(folder), _read_summary(folder)
+    run, summary = RunFolder(folder), read_summary(folder)
     if summary and not str(summary.get("reason")).startswith("interrupted"):
         return None
     if not (folder / CONFIG).is_file() or config_hash(run.load_config()) != mark:
@@ -172,11 +172,3 @@ def _clear(folder: Path, mark: str, others: list[Path]) -> None:
     for other in others:
         if other.resolve() != folder.resolve():
             shutil.rmtree(other)
-
-
-def _read_summary(folder: Path) -> dict[str, Any]:
-    try:
-        found = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # another job has just removed it, or it is not our file
-        return {}
-    return found if isinstance(found, dict) else {}

@@ -82,7 +82,9 @@ class MetricsCsv(Logger):
 
     @rank_zero_only
     def save(self) -> None:
-        """Brings the file up to date."""
+        """Brings the file up to date. Leaves the file of an earlier run as it is while nothing was logged."""
+        if not self._rows and self.path.is_file():
+            return
         late = any(step <= self._closed_step for step in self._rows)
         if late or len(self._columns) != self._in_header or not self.path.is_file():
             self._rebuild()
@@ -148,6 +150,17 @@ class MetricsCsv(Logger):
             for row in csv.DictReader(line for line in file if line.endswith("\n")):
                 if until is None or int(row["step"]) <= until:
                     yield {name: value for name, value in row.items() if value}
+
+
+def has_values(path: Path, step: int, prefix: str) -> bool:
+    """Whether the row of a step has a value in a column whose name starts with a prefix."""
+    if not path.is_file():
+        return False
+    with path.open(newline="", encoding="utf-8") as file:
+        for row in csv.DictReader(line for line in file if line.endswith("\n")):
+            if row["step"] == str(step):
+                return any(value for name, value in row.items() if name.startswith(prefix))
+    return False
 
 
 def _merged(older: Iterable[dict[str, Any]], newer: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
