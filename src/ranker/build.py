@@ -7,7 +7,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,18 +17,20 @@ import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from lightning_fabric.plugins import TorchCheckpointIO
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.loggers.logger import Logger
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
-from ranker.config import base_lr, outside_folder, resumed
+from ranker.config import base_lr, check, outside_folder
+from ranker.config_overrides import resumed
 from ranker.data.datamodule import RankingDataModule
 from ranker.data.log import Log, Selected
 from ranker.data.schema import Schema
 from ranker.errors import UserError
+from ranker.installation import conf_folder
 from ranker.models import Ranker
-from ranker.runs import objective
+from ranker.runs import log_identity, objective, run_lock
 from ranker.runs.run_folder import RunFolder
 from ranker.training import trackers
 from ranker.training.bookkeeping import Bookkeeping, Interruption
@@ -75,24 +77,50 @@ class Run:
     resumption: Resumption | None
 
 
-def open_folder(cfg: DictConfig, checkpoint: Path | None = None) -> tuple[DictConfig, RunFolder, Path | None]:
-    """The configuration, the run's folder, and the checkpoint to resume from.
+def run_folder(cfg: DictConfig) -> RunFolder:
+    """The folder of the run.
+
+    Raises:
+        UserError: ``resume`` names a folder that is not a run.
+    """
+    if cfg.resume is not None:
+        return RunFolder.existing(cfg.resume)
+    return RunFolder(os.environ.get(RUN_DIR_VARIABLE, HydraConfig.get().runtime.output_dir))
+
+
+@contextmanager
+def alone_in(folder: RunFolder) -> Iterator[None]:
+    """Holds the lock of the run folder, in the first process of the run."""
+    with run_lock.held(folder.path) if _is_first_process() else nullcontext():
+        yield
+
+
+def starting_point(cfg: DictConfig, folder: RunFolder, checkpoint: Path | None) -> tuple[DictConfig, Path | None]:
+    """The configuration of the run, and the checkpoint to resume from. Refuses what is wrong with either.
 
     Args:
         cfg: the configuration as composed. With ``resume`` that of the saved run is used.
+        folder: the run folder.
         checkpoint: of an earlier attempt at the same run, in Hydra's folder for this job.
 
     Raises:
-        UserError: ``resume`` names a folder that is not a run, or that has no checkpoint.
+        UserError: the run has no checkpoint, a setting cannot change in a resumed run, or a new run would mix its
+            files with those of another.
     """
-    hydra = HydraConfig.get()
     if cfg.resume is None:
         given = os.environ.get(CHECKPOINT_VARIABLE)
-        folder = RunFolder(os.environ.get(RUN_DIR_VARIABLE, hydra.runtime.output_dir))
-        return cfg, folder, checkpoint or (Path(given) if given else None)
-    folder = RunFolder.existing(cfg.resume)
-    checkpoint = folder.newest_checkpoint()
-    return resumed(cfg, folder.load_config(), list(hydra.overrides.task)), folder, checkpoint
+        checkpoint = checkpoint or (Path(given) if given else None)
+        if checkpoint is None and _is_first_process():
+            folder.make_room(force=cfg.force)
+        return cfg, checkpoint
+    cfg = resumed(cfg, folder.load_config(), list(HydraConfig.get().overrides.task), conf=conf_folder())
+    check(cfg)
+    return cfg, folder.newest_checkpoint()
+
+
+def _is_first_process() -> bool:
+    """Whether this process started the run, and not another process of it: those find the run folder in a variable."""
+    return RUN_DIR_VARIABLE not in os.environ and getattr(rank_zero_only, "rank", 0) == 0
 
 
 def open_log(cfg: DictConfig) -> Log:
@@ -122,6 +150,8 @@ def build(cfg: DictConfig, folder: RunFolder, checkpoint: Path | None) -> Run:
     if cfg.train.threads:
         torch.set_num_threads(cfg.train.threads)
     log = open_log(cfg)
+    if checkpoint is not None:
+        log_identity.check_log(folder.path, log)
     module = build_module(cfg, log.schema)
     _check_optimizer(module)
     resumption = None if checkpoint is None else Resumption.of(checkpoint, module)
@@ -234,6 +264,9 @@ def own_process_environment(folder: RunFolder, checkpoint: Path | None) -> Itera
     environment = dict(os.environ)
     arguments = list(sys.argv)
     os.environ[RUN_DIR_VARIABLE] = str(folder.path)
+    hydra = HydraConfig.get()
+    run_dir = hydra.run.dir
+    _set_run_dir(hydra, str(folder.path))  # where Lightning has Hydra write in the other processes
     if checkpoint is not None:
         os.environ[CHECKPOINT_VARIABLE] = str(checkpoint)
     sys.argv = [arguments[0], *outside_folder(), *HydraConfig.get().overrides.task]
@@ -241,10 +274,16 @@ def own_process_environment(folder: RunFolder, checkpoint: Path | None) -> Itera
         yield
     finally:
         sys.argv = arguments
+        _set_run_dir(hydra, run_dir)
         os.environ.clear()
         os.environ.update(environment)
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
+
+
+def _set_run_dir(hydra: Any, path: str) -> None:
+    with read_write(hydra):
+        hydra.run.dir = path
 
 
 def _trainer(cfg: DictConfig, folder: RunFolder, callbacks: list[Callback], loggers: list[Logger]) -> pl.Trainer:

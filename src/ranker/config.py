@@ -120,44 +120,6 @@ def check(cfg: DictConfig) -> None:
         raise UserError(f"train.max_steps must be -1 (every row once) or more than 0, got {cfg.train.max_steps}")
 
 
-def resumed(cfg: DictConfig, saved: DictConfig, overrides: list[str]) -> DictConfig:
-    """The configuration of a run that goes on: what was saved, with the values given now on top.
-
-    Args:
-        cfg: the configuration as composed from this command line (unused values are ignored).
-        saved: the resolved configuration of the run folder.
-        overrides: this command line's overrides, such as ``["resume=runs/x", "train.max_steps=500"]``.
-
-    Raises:
-        UserError: an override chooses another group option, or a value that is not in the saved configuration.
-    """
-    groups = {
-        "model",
-        "optim",
-        "data",
-        "scale",
-        "trainer",
-        "callbacks",
-        "logger",
-        "mitigation",
-        "experiment",
-        "hparams_search",
-    }
-    merged = saved.copy()
-    for override in overrides:
-        key = override.lstrip("+~").split("=", 1)[0]
-        if key in ("resume", "force") or key.startswith("hydra."):
-            continue
-        if key in groups and key != "logger":
-            raise UserError(f"resume goes on with the saved {key}; '{override}' would start another run: leave it out")
-        if OmegaConf.select(saved, key, default=None) is None and OmegaConf.select(cfg, key, default=None) is None:
-            raise UserError(f"'{key}' is not in the configuration of {cfg.resume}")
-        OmegaConf.update(merged, key, OmegaConf.select(cfg, key), force_add=True)
-    merged.resume = cfg.resume
-    merged.lr = learning_rate(merged)
-    return merged
-
-
 def is_sweep() -> bool:
     """Whether what runs now is a job of a multirun."""
     return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN

@@ -9,9 +9,17 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from ranker import run_summary
-from ranker.build import Run, build, continue_files, open_folder, own_process_environment
+from ranker.build import (
+    Run,
+    alone_in,
+    build,
+    continue_files,
+    own_process_environment,
+    run_folder,
+    starting_point,
+)
 from ranker.installation import command_line
-from ranker.runs import objective, provenance
+from ranker.runs import log_identity, objective, provenance
 from ranker.runs.metric_names import VAL
 from ranker.runs.run_folder import FINISHED, METRICS, read_summary
 from ranker.training import trackers
@@ -32,11 +40,13 @@ def run(cfg: DictConfig, checkpoint: Path | None = None) -> float:
         The metric a sweep maximises.
     """
     provenance.commit()  # now, because the checkout may change before the summary is written
-    cfg, folder, checkpoint = open_folder(cfg, checkpoint)
-    with own_process_environment(folder, checkpoint):
-        parts = build(cfg, folder, checkpoint)
-        with trackers.finishing(parts.loggers):
-            return _train(parts)
+    folder = run_folder(cfg)
+    with alone_in(folder):
+        cfg, checkpoint = starting_point(cfg, folder, checkpoint)
+        with own_process_environment(folder, checkpoint):
+            parts = build(cfg, folder, checkpoint)
+            with trackers.finishing(parts.loggers):
+                return _train(parts)
 
 
 def _train(run: Run) -> float:
@@ -47,6 +57,7 @@ def _train(run: Run) -> float:
             return objective.value_of(summary, run.cfg.objective)
     if run.trainer.is_global_zero:
         run.folder.save_config(run.cfg)
+        log_identity.write(run.folder.path, run.datamodule.log)
         trackers.write_config(run.loggers, run.cfg)
         print(f"run folder: {run.folder.path}", flush=True)
     try:

@@ -22,6 +22,7 @@ from ranker.export.program_runtime import open_program
 from ranker.export.scoring import ON_BAD_ROWS, ParquetRows, score_file
 from ranker.installation import conf_folder
 from ranker.runs.checkpoint_files import Best, damage, step_of
+from ranker.runs.log_identity import check_schema
 from ranker.runs.run_folder import SUMMARY, RunFolder, read_summary, versions
 from ranker.stability.gate import GateSettings, Verdict
 
@@ -65,6 +66,7 @@ def _export(given: argparse.Namespace, settings: GateSettings, destination: Path
     path, which = _chosen_checkpoint(given, folder)
     weights = Weights.read(path)
     log = open_log(cfg)
+    check_schema(folder.path, log.schema)
     candidate = Candidate.load(make_net(cfg, log.schema), weights, log=log, eval_batch_size=cfg.scale.eval_batch_size)
     print(f"{path}: {cfg.model.name}, step {weights.step}, {which}", flush=True)
     rows = log.num_rows - log.train_rows

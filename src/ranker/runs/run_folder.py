@@ -7,6 +7,7 @@ import json
 import math
 import os
 import platform
+import shutil
 import sys
 from collections.abc import Iterable, Mapping
 from importlib.metadata import PackageNotFoundError, version
@@ -26,7 +27,12 @@ CONFIG, SUMMARY, EVENTS, METRICS, CHECKPOINTS = (
     "metrics.csv",
     "checkpoints",
 )
-SKIPPED_ROWS = "skipped_rows.csv"
+SKIPPED_ROWS, CAPSULES, SNAPSHOTS = "skipped_rows.csv", "capsules", "snapshots"
+SCHEMA, FINGERPRINT = "schema.yaml", "log.json"  # what the run was trained on
+TRACKER = "tracker.json"  # id of the run in W&B
+# What a run leaves; a new run in the same folder must not mix with it.
+LEFT_BY_A_RUN = (CONFIG, SUMMARY, EVENTS, METRICS, CHECKPOINTS, CAPSULES, SNAPSHOTS)
+WRITTEN_BESIDE = (SKIPPED_ROWS, SCHEMA, FINGERPRINT, TRACKER)
 FINISHED = ("completed", "diverged")  # statuses of a run that has its result; a failed run has none
 RECORDED_PACKAGES = ("evenkeel-ranker", "torch", "pytorch-lightning", "hydra-core", "torchmetrics", "polars", "pyarrow")
 
@@ -75,6 +81,24 @@ class RunFolder:
             UserError: there is none.
         """
         return newest_intact(self.checkpoints, lambda line: print(line, file=sys.stderr, flush=True))
+
+    def make_room(self, *, force: bool) -> None:
+        """Refuses a folder that holds a run already, or removes this run's files; those of others stay.
+
+        Raises:
+            UserError: it holds a run, and ``force`` is not set.
+        """
+        found = [self.path / name for name in (*LEFT_BY_A_RUN, *WRITTEN_BESIDE) if (self.path / name).exists()]
+        if not force and any(path.name in LEFT_BY_A_RUN for path in found):
+            raise UserError(
+                f"{self.path} holds a run already; go on with it with resume={self.path}, choose another folder, "
+                "or clear it with force=true"
+            )
+        for path in found if force else ():
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
 
     def load_config(self) -> DictConfig:
         """The resolved configuration of the run."""

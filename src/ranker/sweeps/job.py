@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import shutil
@@ -19,14 +18,14 @@ from omegaconf import DictConfig
 from ranker import config, run_summary
 from ranker.atomic import write_text
 from ranker.errors import UserError
-from ranker.runs import objective
+from ranker.runs import objective, run_lock
 from ranker.runs.config_identity import config_hash
 from ranker.runs.provenance import cores
 from ranker.runs.run_folder import CONFIG, FINISHED, SUMMARY, RunFolder, read_summary
 from ranker.sweeps.job_list import is_parallel, jobs_at_a_time
 from ranker.sweeps.watch import BEFORE, Journal, duration
 
-OUTPUT, TRACEBACK, LOCK = "output.txt", "traceback.txt", ".lock"
+OUTPUT, TRACEBACK = "output.txt", "traceback.txt"
 
 
 def run_job(cfg: DictConfig) -> float | None:
@@ -42,7 +41,8 @@ def run_job(cfg: DictConfig) -> float | None:
     hydra = HydraConfig.get()
     job, folder, sweep_dir = hydra.job.num, Path(hydra.runtime.output_dir), Path(hydra.sweep.dir)
     journal, mark = Journal(sweep_dir), config_hash(cfg)
-    with _exclusive(folder):
+    folder.mkdir(parents=True, exist_ok=True)
+    with run_lock.held(folder, wait=True):  # duplicate jobs, or two sweeps at once, run one after the other
         found = [] if cfg.resume else _previous_runs(sweep_dir, mark)
         done = next(((run, summary) for run, summary in found if summary["status"] in FINISHED), None)
         if done and not cfg.force:
@@ -115,15 +115,6 @@ def _write_failure(cfg: DictConfig, folder: Path, mark: str, error: Exception, s
     return reason
 
 
-@contextlib.contextmanager
-def _exclusive(folder: Path) -> Iterator[None]:
-    """Locks a run folder, so that duplicate jobs, or two sweeps at once, do not run in it at the same time."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / LOCK).open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
 def _previous_runs(sweep_dir: Path, mark: str) -> list[tuple[Path, dict[str, Any]]]:
     """Folders and summaries of the runs in a sweep folder whose configuration has this hash."""
     found = []
@@ -147,7 +138,10 @@ def _checkpoint_to_resume(folder: Path, mark: str) -> Path | None:
         return None
     if not (folder / CONFIG).is_file() or config_hash(run.load_config()) != mark:
         return None
-    return run.newest_checkpoint() if any(run.checkpoints.glob("*.ckpt")) else None
+    try:
+        return run.newest_checkpoint()
+    except UserError:  # there is none, or none is intact
+        return None
 
 
 def _clear(folder: Path, mark: str, others: list[Path]) -> None:
@@ -163,7 +157,7 @@ def _clear(folder: Path, mark: str, others: list[Path]) -> None:
             f"{folder} holds another run; add ${{config_hash:}} to hydra.sweep.subdir, so that each has its own folder"
         )
     for entry in folder.iterdir():
-        if entry.name in (".hydra", LOCK) or entry.suffix == ".log":
+        if entry.name in (".hydra", run_lock.LOCK) or entry.suffix == ".log":
             continue
         if entry.is_dir() and not entry.is_symlink():
             shutil.rmtree(entry)
