@@ -31,6 +31,7 @@ from ranker.errors import UserError
 from ranker.installation import conf_folder
 from ranker.models import Ranker
 from ranker.runs import log_identity, objective, run_lock
+from ranker.runs.config_identity import cell_hash
 from ranker.runs.run_folder import RunFolder
 from ranker.training import trackers
 from ranker.training.bookkeeping import Bookkeeping, Interruption
@@ -44,6 +45,18 @@ from ranker.training.stability_callback import Stability
 
 # Environment variables that tell the processes started by DDP their folder and the checkpoint of a sweep's job.
 RUN_DIR_VARIABLE, CHECKPOINT_VARIABLE = "EVENKEEL_RUN_DIR", "EVENKEEL_CHECKPOINT"
+
+# Arguments of Lightning's Trainer that a run sets itself, and the options for what they do.
+INSTEAD = {
+    "max_epochs": "a run makes one pass over the log, or train.max_steps",
+    "max_steps": "use train.max_steps",
+    "limit_val_batches": "use data.eval_max_rows, or train.eval_every=0 for none",
+    "val_check_interval": "use train.eval_every",
+    "check_val_every_n_epoch": "use train.eval_every",
+    "callbacks": "use +callbacks.NAME._target_=CLASS",
+    "logger": "use logger=NAME",
+    "default_root_dir": "use hydra.run.dir",
+}
 
 
 @dataclass(frozen=True)
@@ -180,15 +193,17 @@ def build(cfg: DictConfig, folder: RunFolder, checkpoint: Path | None) -> Run:
         checkpoints.continue_from(resumption.step)
     callbacks: list[Callback] = [bookkeeping, *others, interruption, checkpoints]
     mitigation = [name] if (name := OmegaConf.select(cfg, "mitigation.name", default="none")) != "none" else []
+    words = [
+        log.schema.name if cfg.data.name == "parquet" else cfg.data.name,
+        *(cfg.scale.name, cfg.model.name, cfg.optim.name),
+    ]
     loggers = trackers.build(
         cfg.logger,
         trackers.Tracked(
             folder,
             name=folder.path.name,
-            group="/".join(
-                [cfg.data.name, cfg.scale.name, cfg.model.name, cfg.optim.name, f"x{cfg.lr_mult:g}", *mitigation]
-            ),
-            tags=[cfg.data.name, cfg.scale.name, cfg.model.name, cfg.optim.name, *mitigation, *cfg.tags],
+            group="/".join([*words, f"x{cfg.lr_mult:g}", *mitigation, cell_hash(cfg)[:6]]),
+            tags=[*words, *mitigation, *cfg.tags],
         ),
     )
     return Run(
@@ -303,6 +318,9 @@ def _trainer(cfg: DictConfig, folder: RunFolder, callbacks: list[Callback], logg
         "enable_model_summary": False,
         "use_distributed_sampler": False,
     }
+    for name in settings:
+        if name in cfg.trainer:
+            raise UserError(f"trainer.{name} is set by this project; {INSTEAD.get(name, 'leave it out')}")
     try:
         trainer: pl.Trainer = instantiate(cfg.trainer, **settings, _convert_="all")
     except Exception as error:

@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ranker.errors import UserError, suggest
-from ranker.runs import config_identity
+from ranker.runs import config_identity, objective
 
 
 @dataclass
@@ -134,6 +134,9 @@ def outside_folder() -> list[str]:
 def _register_resolvers() -> None:
     config_identity.register()
     OmegaConf.register_new_resolver("learning_rate", lambda *, _root_: learning_rate(_root_), replace=True)
+    OmegaConf.register_new_resolver(
+        "objective_direction", lambda *, _root_: objective.direction(_root_.objective), replace=True
+    )
 
 
 _register_resolvers()  # at import, because a worker of a parallel sweep imports this module and calls nothing

@@ -12,7 +12,7 @@ from rich.table import Table
 from ranker import config
 from ranker.errors import UserError
 from ranker.runs import provenance
-from ranker.runs.config_identity import config_hash
+from ranker.runs.config_identity import cell_hash, config_hash
 from ranker.runs.metric_names import TEST, task_metric
 from ranker.runs.run_folder import versions
 
@@ -37,6 +37,7 @@ def summarise(run: Run, *, status: str, reason: str, seconds: float) -> dict[str
         "status": status,
         "reason": reason,
         **asked_for(run.cfg),
+        "data": data_name(run.cfg, run.module.schema.name),
         "metrics": run.module.holdout,
         "divergence": detector.summary() if detector else dict(NO_DIVERGENCE),
         **({"sharpness": looked} if looked else {}),
@@ -74,6 +75,11 @@ def never_began(cfg: DictConfig, *, reason: str, seconds: float) -> dict[str, An
     }
 
 
+def data_name(cfg: DictConfig, schema: str) -> str:
+    """The name of the data by which runs are compared: of one's own logs the schema's, since all are ``parquet``."""
+    return schema if cfg.data.name == "parquet" else str(cfg.data.name)
+
+
 def asked_for(cfg: DictConfig) -> dict[str, Any]:
     """The choices by which runs are compared."""
     try:
@@ -98,6 +104,7 @@ def made_with(cfg: DictConfig) -> dict[str, Any]:
     """What is needed to get the same numbers: hash of the configuration, commit, machine, versions."""
     return {
         "config_hash": config_hash(cfg),
+        "cell": cell_hash(cfg),
         "commit": provenance.commit(),
         "machine": provenance.machine(),
         "versions": versions(),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
@@ -23,6 +24,7 @@ from ranker.runs.run_folder import OPTIMIZER_SETTINGS, STATE_DICT, TRAIN_AUC, TR
 from ranker.training.training_step import StepSignals, clip_gradients, forward_loss, step_signals
 
 log = logging.getLogger(__name__)
+KEPT_SIGNALS = 1000  # steps
 
 OptimizerFactory = Callable[..., Optimizer]
 
@@ -71,6 +73,8 @@ class RankingModule(pl.LightningModule):
         self.holdout_metrics = TaskMetrics(schema)
         self.progressive_metrics = TaskMetrics(schema)
         self.signals: StepSignals | None = None
+        # On the device, unread. A verdict comes some hundred steps after the first step of its event.
+        self._unrecorded: deque[tuple[int, StepSignals, float]] = deque(maxlen=KEPT_SIGNALS)
         self.holdout: dict[str, float] = {}
         self.holdout_notes: dict[str, str] = {}
         self._settings: list[dict[str, Any]] = []  # of the optimizer, as configured
@@ -99,18 +103,32 @@ class RankingModule(pl.LightningModule):
 
     def record_step(self) -> None:
         """Writes the numbers of the last step every ``log_every`` steps; reading them waits for the device."""
-        if self.signals is None or self.global_step % self.log_every:
+        if self.signals is None:
             return
-        losses = self.signals.losses_T.tolist()
-        aucs = self.signals.auc_T.tolist()
+        lr = self.optimizers().param_groups[0]["lr"]  # type: ignore[union-attr]
+        if self.global_step % self.log_every:
+            self._unrecorded.append((self.global_step, self.signals, lr))
+            return
+        self._record_signals(self.global_step, self.signals, lr)
+
+    def record_event(self, step: int) -> None:
+        """Writes the numbers of a recent step, whatever ``log_every``: an event has its point in every curve."""
+        for past, signals, lr in self._unrecorded:
+            if past == step:
+                self._record_signals(step, signals, lr)
+
+    def _record_signals(self, step: int, signals: StepSignals, lr: float) -> None:
+        losses = signals.losses_T.tolist()
+        aucs = signals.auc_T.tolist()
         weights = [task.weight for task in self.schema.tasks]
         values = {names.TRAIN_LOSS: sum(w * x for w, x in zip(weights, losses, strict=True))}
-        values[names.LEARNING_RATE] = self.optimizers().param_groups[0]["lr"]  # type: ignore[union-attr]
+        values[names.LEARNING_RATE] = lr
         for task, loss, auc in zip(self.schema.tasks, losses, aucs, strict=True):
-            values[names.task_metric(names.TRAIN, task.name, "loss")] = loss
+            if loss:  # exactly 0: no row of the batch has a label of this task
+                values[names.task_metric(names.TRAIN, task.name, "loss")] = loss
             if task.type == "binary":
                 values[names.task_metric(names.TRAIN, task.name, "auc")] = auc
-        self.record(values)
+        self.record(values, step=step)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Adds a batch of the hold-out."""
