@@ -48,7 +48,7 @@ RUN_DIR_VARIABLE, CHECKPOINT_VARIABLE = "EVENKEEL_RUN_DIR", "EVENKEEL_CHECKPOINT
 
 # Arguments of Lightning's Trainer that a run sets itself, and the options for what they do.
 INSTEAD = {
-    "max_epochs": "a run makes one pass over the log, or train.max_steps",
+    "max_epochs": "a run makes one pass over the log, and train.max_steps ends it earlier",
     "max_steps": "use train.max_steps",
     "limit_val_batches": "use data.eval_max_rows, or train.eval_every=0 for none",
     "val_check_interval": "use train.eval_every",

@@ -18,10 +18,12 @@ from ranker.build import (
     run_folder,
     starting_point,
 )
+from ranker.errors import UserError
 from ranker.installation import command_line
 from ranker.runs import log_identity, objective, provenance
+from ranker.runs.checkpoint_files import by_step
 from ranker.runs.metric_names import VAL
-from ranker.runs.run_folder import FINISHED, METRICS, read_summary
+from ranker.runs.run_folder import FINISHED, METRICS, SUMMARY, read_summary
 from ranker.training import trackers
 from ranker.training.metrics_csv import has_values
 
@@ -70,7 +72,10 @@ def _train(run: Run) -> float:
         run.trainer.test(run.module, datamodule=run.datamodule, verbose=False)
         run.datamodule.join_bad_rows()
     except BaseException as error:
-        _finish(run, "failed", _why(error, run), time.monotonic() - start)
+        try:
+            _finish(run, "failed", _why(error, run), time.monotonic() - start)
+        except OSError as second:  # a full disk, for example; the first error is the one to show
+            print(f"{run.folder.path / SUMMARY} cannot be written: {second.strerror}", file=sys.stderr, flush=True)
         if isinstance(error, KeyboardInterrupt):
             sys.exit(f"interrupted at step {run.trainer.global_step}; go on with: {_resume_command(run)}")
         raise
@@ -127,10 +132,14 @@ def _finish(run: Run, status: str, reason: str, seconds: float) -> dict[str, obj
 
 
 def _why(error: BaseException, run: Run) -> str:
+    if isinstance(error, UserError):
+        return str(error)
     if isinstance(error, (KeyboardInterrupt, SystemExit)):
         return f"interrupted at step {run.trainer.global_step}; go on with: {_resume_command(run)}"
     return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 def _resume_command(run: Run) -> str:
-    return f"{command_line('train')} resume={run.folder.path}"
+    if by_step(run.folder.checkpoints):
+        return f"{command_line('train')} resume={run.folder.path}"
+    return "the same command and force=true, since no checkpoint was written yet"
