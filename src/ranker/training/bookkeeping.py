@@ -155,16 +155,19 @@ class Interruption(Callback):
         self._step = 0  # optimizer steps at the end of the last batch
         self._handlers: dict[signal.Signals, Any] = {}
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Takes over the two signals during training; only the main thread may.
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Takes over Ctrl-C during training."""
+        if stage == "fit":
+            self._take_over(signal.SIGINT)
 
-        Not earlier: Lightning registers its own handler of SIGTERM before this hook. That one ends the run by an
-        exception after an evaluation, without a checkpoint.
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Takes over SIGTERM, now that Lightning has registered its own handler.
+
+        That one ends the run by an exception after an evaluation, without a checkpoint. ``teardown`` gives it back
+        before Lightning restores the handler of before.
         """
         self._step = trainer.global_step
-        if threading.current_thread() is threading.main_thread() and not self._handlers:
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._handlers[number] = signal.signal(number, self._request)
+        self._take_over(signal.SIGTERM)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -182,6 +185,10 @@ class Interruption(Callback):
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
         self._handlers.clear()
+
+    def _take_over(self, number: signal.Signals) -> None:
+        if number not in self._handlers and threading.current_thread() is threading.main_thread():  # no other may
+            self._handlers[number] = signal.signal(number, self._request)
 
     def _request(self, number: int, frame: FrameType | None) -> None:
         if self._requested:
