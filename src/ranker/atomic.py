@@ -14,7 +14,7 @@ from ranker.errors import UserError
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path, *, durable: bool = False) -> Iterator[Path]:
     """Yields a temporary path beside a file, and renames it to the file when the block ends without an error.
 
     The temporary file is hidden and its name contains the process id, so that two processes never share one. It is
@@ -22,6 +22,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
     Args:
         path: the file to write.
+        durable: also after a power failure: the data are on the disk before the name is.
 
     Yields:
         Where to write.
@@ -33,7 +34,11 @@ def replacing(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
+        if durable:
+            _flush(temporary)
         temporary.replace(path)
+        if durable:
+            _flush(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -42,6 +47,15 @@ def write_text(path: Path, text: str) -> None:
     """Writes a text file in UTF-8, atomically."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def _flush(path: Path) -> None:
+    """Waits until a file, or the names in a folder, are on the disk."""
+    number = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
 
 
 @contextmanager

@@ -7,7 +7,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,28 +16,47 @@ import pytorch_lightning as pl
 import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf, open_dict
+from lightning_fabric.plugins import TorchCheckpointIO
+from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.loggers.logger import Logger
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
-from ranker.config import base_lr, outside_folder, resumed
+from ranker.config import base_lr, check, outside_folder
+from ranker.config_overrides import resumed
 from ranker.data.datamodule import RankingDataModule
 from ranker.data.log import Log, Selected
 from ranker.data.schema import Schema
 from ranker.errors import UserError
+from ranker.installation import conf_folder
 from ranker.models import Ranker
-from ranker.runs.run_folder import GLOBAL_STEP, RunFolder
+from ranker.runs import log_identity, objective, run_lock
+from ranker.runs.config_identity import cell_hash
+from ranker.runs.run_folder import RunFolder
 from ranker.training import trackers
-from ranker.training.bookkeeping import Bookkeeping, Interruption, NewestCheckpoint
+from ranker.training.bookkeeping import Bookkeeping, Interruption
+from ranker.training.checkpoints import Checkpoints, DurableCheckpointIO
 from ranker.training.metrics_csv import MetricsCsv
 from ranker.training.module import RankingModule
 from ranker.training.progress import say_in_log
+from ranker.training.resumption import Resumption
 from ranker.training.sharpness_probe import SharpnessProbe
 from ranker.training.stability_callback import Stability
 
 # Environment variables that tell the processes started by DDP their folder and the checkpoint of a sweep's job.
 RUN_DIR_VARIABLE, CHECKPOINT_VARIABLE = "EVENKEEL_RUN_DIR", "EVENKEEL_CHECKPOINT"
+
+# Arguments of Lightning's Trainer that a run sets itself, and the options for what they do.
+INSTEAD = {
+    "max_epochs": "a run makes one pass over the log, and train.max_steps ends it earlier",
+    "max_steps": "use train.max_steps",
+    "limit_val_batches": "use data.eval_max_rows, or train.eval_every=0 for none",
+    "val_check_interval": "use train.eval_every",
+    "check_val_every_n_epoch": "use train.eval_every",
+    "callbacks": "use +callbacks.NAME._target_=CLASS",
+    "logger": "use logger=NAME",
+    "default_root_dir": "use hydra.run.dir",
+}
 
 
 @dataclass(frozen=True)
@@ -55,7 +74,7 @@ class Run:
         sharpness: the callback that measures sharpness; None where it is switched off.
         interruption: the callback that ends training on request.
         loggers: metrics.csv and the tracker.
-        checkpoint: the checkpoint to resume from; None for a new run.
+        resumption: where the run goes on; None for a new run.
     """
 
     cfg: DictConfig
@@ -68,27 +87,53 @@ class Run:
     sharpness: SharpnessProbe | None
     interruption: Interruption
     loggers: list[Logger]
-    checkpoint: Path | None
+    resumption: Resumption | None
 
 
-def open_folder(cfg: DictConfig, checkpoint: Path | None = None) -> tuple[DictConfig, RunFolder, Path | None]:
-    """The configuration, the run's folder, and the checkpoint to resume from.
+def run_folder(cfg: DictConfig) -> RunFolder:
+    """The folder of the run.
+
+    Raises:
+        UserError: ``resume`` names a folder that is not a run.
+    """
+    if cfg.resume is not None:
+        return RunFolder.existing(cfg.resume)
+    return RunFolder(os.environ.get(RUN_DIR_VARIABLE, HydraConfig.get().runtime.output_dir))
+
+
+@contextmanager
+def alone_in(folder: RunFolder) -> Iterator[None]:
+    """Holds the lock of the run folder, in the first process of the run."""
+    with run_lock.held(folder.path) if _is_first_process() else nullcontext():
+        yield
+
+
+def starting_point(cfg: DictConfig, folder: RunFolder, checkpoint: Path | None) -> tuple[DictConfig, Path | None]:
+    """The configuration of the run, and the checkpoint to resume from. Refuses what is wrong with either.
 
     Args:
         cfg: the configuration as composed. With ``resume`` that of the saved run is used.
+        folder: the run folder.
         checkpoint: of an earlier attempt at the same run, in Hydra's folder for this job.
 
     Raises:
-        UserError: ``resume`` names a folder that is not a run, or that has no checkpoint.
+        UserError: the run has no checkpoint, a setting cannot change in a resumed run, or a new run would mix its
+            files with those of another.
     """
-    hydra = HydraConfig.get()
     if cfg.resume is None:
         given = os.environ.get(CHECKPOINT_VARIABLE)
-        folder = RunFolder(os.environ.get(RUN_DIR_VARIABLE, hydra.runtime.output_dir))
-        return cfg, folder, checkpoint or (Path(given) if given else None)
-    folder = RunFolder.existing(cfg.resume)
-    checkpoint = folder.newest_checkpoint()
-    return resumed(cfg, folder.load_config(), list(hydra.overrides.task)), folder, checkpoint
+        checkpoint = checkpoint or (Path(given) if given else None)
+        if checkpoint is None and _is_first_process():
+            folder.make_room(force=cfg.force)
+        return cfg, checkpoint
+    cfg = resumed(cfg, folder.load_config(), list(HydraConfig.get().overrides.task), conf=conf_folder())
+    check(cfg)
+    return cfg, folder.newest_checkpoint()
+
+
+def _is_first_process() -> bool:
+    """Whether this process started the run, and not another process of it: those find the run folder in a variable."""
+    return RUN_DIR_VARIABLE not in os.environ and getattr(rank_zero_only, "rank", 0) == 0
 
 
 def open_log(cfg: DictConfig) -> Log:
@@ -118,9 +163,12 @@ def build(cfg: DictConfig, folder: RunFolder, checkpoint: Path | None) -> Run:
     if cfg.train.threads:
         torch.set_num_threads(cfg.train.threads)
     log = open_log(cfg)
+    if checkpoint is not None:
+        log_identity.check_log(folder.path, log)
     module = build_module(cfg, log.schema)
     _check_optimizer(module)
-    bookkeeping, interruption = Bookkeeping(), Interruption(folder)
+    resumption = None if checkpoint is None else Resumption.of(checkpoint, module)
+    bookkeeping, interruption = Bookkeeping(), Interruption()
     stability, others = _configured_callbacks(cfg, folder, speed=bookkeeping.examples_per_second)
     datamodule = RankingDataModule(
         log,
@@ -134,22 +182,30 @@ def build(cfg: DictConfig, folder: RunFolder, checkpoint: Path | None) -> Run:
         dense_statistics=cfg.data.dense_statistics,
         wrap_training=lambda loader: stability.overheard(bookkeeping.timed(loader)),
     )
-    checkpoints = NewestCheckpoint(folder.checkpoints, every=cfg.train.checkpoint_every)
+    tasks = {task.name: task.type for task in log.schema.tasks}
+    checkpoints = Checkpoints(
+        folder.checkpoints,
+        every=cfg.train.checkpoint_every,
+        best_by=objective.chosen(cfg.objective, objective.metrics_of(tasks)),
+        interruption=interruption,
+    )
+    if resumption is not None:
+        checkpoints.continue_from(resumption.step)
     callbacks: list[Callback] = [bookkeeping, *others, interruption, checkpoints]
     mitigation = [name] if (name := OmegaConf.select(cfg, "mitigation.name", default="none")) != "none" else []
+    words = [
+        log.schema.name if cfg.data.name == "parquet" else cfg.data.name,
+        *(cfg.scale.name, cfg.model.name, cfg.optim.name),
+    ]
     loggers = trackers.build(
         cfg.logger,
         trackers.Tracked(
             folder,
             name=folder.path.name,
-            group="/".join(
-                [cfg.data.name, cfg.scale.name, cfg.model.name, cfg.optim.name, f"x{cfg.lr_mult:g}", *mitigation]
-            ),
-            tags=[cfg.data.name, cfg.scale.name, cfg.model.name, cfg.optim.name, *mitigation, *cfg.tags],
+            group="/".join([*words, f"x{cfg.lr_mult:g}", *mitigation, cell_hash(cfg)[:6]]),
+            tags=[*words, *mitigation, *cfg.tags],
         ),
     )
-    if checkpoint is not None:
-        _continue_files(loggers, folder, checkpoint)
     return Run(
         cfg=cfg,
         folder=folder,
@@ -161,7 +217,7 @@ def build(cfg: DictConfig, folder: RunFolder, checkpoint: Path | None) -> Run:
         sharpness=next((c for c in others if isinstance(c, SharpnessProbe)), None),
         interruption=interruption,
         loggers=loggers,
-        checkpoint=checkpoint,
+        resumption=resumption,
     )
 
 
@@ -224,6 +280,9 @@ def own_process_environment(folder: RunFolder, checkpoint: Path | None) -> Itera
     environment = dict(os.environ)
     arguments = list(sys.argv)
     os.environ[RUN_DIR_VARIABLE] = str(folder.path)
+    hydra = HydraConfig.get()
+    run_dir = hydra.run.dir
+    _set_run_dir(hydra, str(folder.path))  # where Lightning has Hydra write in the other processes
     if checkpoint is not None:
         os.environ[CHECKPOINT_VARIABLE] = str(checkpoint)
     sys.argv = [arguments[0], *outside_folder(), *HydraConfig.get().overrides.task]
@@ -231,10 +290,16 @@ def own_process_environment(folder: RunFolder, checkpoint: Path | None) -> Itera
         yield
     finally:
         sys.argv = arguments
+        _set_run_dir(hydra, run_dir)
         os.environ.clear()
         os.environ.update(environment)
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
+
+
+def _set_run_dir(hydra: Any, path: str) -> None:
+    with read_write(hydra):
+        hydra.run.dir = path
 
 
 def _trainer(cfg: DictConfig, folder: RunFolder, callbacks: list[Callback], loggers: list[Logger]) -> pl.Trainer:
@@ -254,11 +319,17 @@ def _trainer(cfg: DictConfig, folder: RunFolder, callbacks: list[Callback], logg
         "enable_model_summary": False,
         "use_distributed_sampler": False,
     }
+    for name in settings:
+        if name in cfg.trainer:
+            raise UserError(f"trainer.{name} is set by this project; {INSTEAD.get(name, 'leave it out')}")
     try:
-        return instantiate(cfg.trainer, **settings, _convert_="all")
+        trainer: pl.Trainer = instantiate(cfg.trainer, **settings, _convert_="all")
     except Exception as error:
         cause = error.__cause__ or error
         raise UserError(f"trainer: {' '.join(str(cause).split())}") from error
+    if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # a user's own stays
+        trainer.strategy.checkpoint_io = DurableCheckpointIO()
+    return trainer
 
 
 def _quiet_lightning() -> None:
@@ -291,22 +362,20 @@ def _check_devices(cfg: DictConfig) -> None:
 def _check_optimizer(module: RankingModule) -> None:
     """Refuses a wrong hyperparameter now, before processes start and data are read."""
     try:
-        module.configure_optimizers()
+        module.make_optimizer()
     except (TypeError, ValueError) as error:  # what torch.optim and the optim package raise
         raise UserError(f"optim: {error}") from error
 
 
-def _continue_files(loggers: list[Logger], folder: RunFolder, checkpoint: Path) -> None:
-    step = int(torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)[GLOBAL_STEP])
-    _keep_until(loggers, folder, step)
-
-
 @rank_zero_only
-def _keep_until(loggers: list[Logger], folder: RunFolder, step: int) -> None:
-    folder.keep_events_until(step)
-    for logger in loggers:
+def continue_files(run: Run) -> None:
+    """Drops what the files of a resumed run hold of steps after its checkpoint: these steps will come again."""
+    if run.resumption is None:
+        return
+    run.folder.keep_events_until(run.resumption.step)
+    for logger in run.loggers:
         if isinstance(logger, MetricsCsv):
-            logger.resume(step)
+            logger.resume(run.resumption.step)
 
 
 def _names(value: Any) -> list[str] | None:

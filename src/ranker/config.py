@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ranker.errors import UserError, suggest
-from ranker.runs import config_identity
+from ranker.runs import config_identity, objective
 
 
 @dataclass
@@ -25,7 +25,8 @@ class TrainSettings:
         max_steps: stop after this many steps; -1 trains on every row once.
         eval_every: evaluate on the hold-out every so many steps; 0 only at the end.
         progressive: score each window before it is trained on.
-        checkpoint_every: write a checkpoint every so many steps; 0 writes none but on interruption.
+        checkpoint_every: write a checkpoint every so many steps, at the last step and where the hold-out is best;
+            0 writes none but on interruption.
         log_every: write metrics every so many steps.
         warmup_steps: raise the learning rate linearly from 0 over so many steps; 0 for none.
         head_bias: where the heads' biases start: ``labels``, at the constant that fits the first window best; ``zero``.
@@ -121,44 +122,6 @@ def check(cfg: DictConfig) -> None:
         raise UserError(f"train.max_steps must be -1 (every row once) or more than 0, got {cfg.train.max_steps}")
 
 
-def resumed(cfg: DictConfig, saved: DictConfig, overrides: list[str]) -> DictConfig:
-    """The configuration of a run that goes on: what was saved, with the values given now on top.
-
-    Args:
-        cfg: the configuration as composed from this command line (unused values are ignored).
-        saved: the resolved configuration of the run folder.
-        overrides: this command line's overrides, such as ``["resume=runs/x", "train.max_steps=500"]``.
-
-    Raises:
-        UserError: an override chooses another group option, or a value that is not in the saved configuration.
-    """
-    groups = {
-        "model",
-        "optim",
-        "data",
-        "scale",
-        "trainer",
-        "callbacks",
-        "logger",
-        "mitigation",
-        "experiment",
-        "hparams_search",
-    }
-    merged = saved.copy()
-    for override in overrides:
-        key = override.lstrip("+~").split("=", 1)[0]
-        if key in ("resume", "force") or key.startswith("hydra."):
-            continue
-        if key in groups and key != "logger":
-            raise UserError(f"resume goes on with the saved {key}; '{override}' would start another run: leave it out")
-        if OmegaConf.select(saved, key, default=None) is None and OmegaConf.select(cfg, key, default=None) is None:
-            raise UserError(f"'{key}' is not in the configuration of {cfg.resume}")
-        OmegaConf.update(merged, key, OmegaConf.select(cfg, key), force_add=True)
-    merged.resume = cfg.resume
-    merged.lr = learning_rate(merged)
-    return merged
-
-
 def is_sweep() -> bool:
     """Whether what runs now is a job of a multirun."""
     return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
@@ -173,6 +136,9 @@ def outside_folder() -> list[str]:
 def _register_resolvers() -> None:
     config_identity.register()
     OmegaConf.register_new_resolver("learning_rate", lambda *, _root_: learning_rate(_root_), replace=True)
+    OmegaConf.register_new_resolver(
+        "objective_direction", lambda *, _root_: objective.direction(_root_.objective), replace=True
+    )
 
 
 _register_resolvers()  # at import, because a worker of a parallel sweep imports this module and calls nothing

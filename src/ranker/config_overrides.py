@@ -1,4 +1,4 @@
-"""A saved configuration with overrides: what a replay tries in place of what the run did."""
+"""A saved configuration with overrides: what a resumed run changes, and what a replay tries."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from omegaconf import DictConfig, OmegaConf
 from ranker.config import check, learning_rate, register
 from ranker.errors import UserError, suggest
 from ranker.hydra_private import parse
+from ranker.runs.config_identity import is_below
+from ranker.runs.run_folder import CONFIG, RunFolder
 
 # What can change in a replay; the batches, their order and the seed are the capsule's.
 REPLAYABLE = (
@@ -26,6 +28,110 @@ REPLAYABLE = (
     "trainer.precision",
     "callbacks.rollback",
 )
+
+# What can change when a run resumes. Anything else would make it another run: other batches, another model.
+RESUMABLE = (
+    "lr_mult",
+    "data.base_lr",
+    "optim",
+    "train",
+    "trainer",
+    "callbacks",
+    "logger",
+    "data.source",
+    "data.root",
+    "data.log.root",
+    "data.cache_dir",
+    "data.log.cache_dir",
+    "data.on_bad_rows",
+    "data.log.on_bad_rows",
+    "data.num_workers",
+    "data.eval_max_rows",
+    "scale.eval_batch_size",
+    "objective",
+    "tags",
+)
+NOT_RESUMABLE = (
+    "optim.name",
+    "optim._target_",
+    "optim.groups",
+    "train.warmup_steps",
+    "trainer._target_",
+    "trainer.accumulate_grad_batches",
+)
+GROUPS = ("scale", "data", "model", "optim", "mitigation")  # whose option a saved configuration names
+
+
+def resumed_words(words: list[str], *, conf: Path) -> list[str]:
+    """The command line of a resumed run, with the groups that the run was made of, and with its folder for the log.
+
+    So an override of a resumed run is composed as it was for the run itself: ``data.source`` exists for
+    ``data=parquet`` only. Any other command line is returned as it is.
+
+    Args:
+        words: the arguments.
+        conf: the folder of the configuration files.
+    """
+    given = [word.removeprefix("resume=").strip("'\"") for word in words if word.startswith("resume=")]
+    folder = Path(given[-1]) if given else None
+    if folder is None or not (folder / CONFIG).is_file():
+        return words
+    saved = RunFolder(folder).load_config()
+    places = [conf, *(Path(words[i + 1]) for i, word in enumerate(words[:-1]) if word in ("--config-dir", "-cd"))]
+    chosen = []
+    for group in GROUPS:
+        name = OmegaConf.select(saved, f"{group}.name")
+        asked = any(word.startswith(f"{group}=") for word in words)
+        if not asked and any((place / group / f"{name}.yaml").is_file() for place in places):
+            chosen.append(f"{group}={name}")
+    multirun = bool({"-m", "--multirun"} & set(words))
+    if not multirun and not any(word.startswith("hydra.run.dir=") for word in words):
+        chosen += [f"hydra.run.dir={_quoted(str(folder))}", "hydra.output_subdir=null"]
+    return [*words, *chosen]
+
+
+def resumed(cfg: DictConfig, saved: DictConfig, overrides: list[str], *, conf: Path) -> DictConfig:
+    """The configuration of a run that goes on: what was saved, with the values given now and what follows from them.
+
+    Args:
+        cfg: the configuration as composed from this command line, with the groups of the run.
+        saved: the resolved configuration of the run folder.
+        overrides: this command line's overrides, such as ``["resume=runs/x", "train.max_steps=500"]``.
+        conf: the folder of the configuration files.
+
+    Raises:
+        UserError: an override of something that cannot change in a resumed run, or that the run does not have.
+    """
+    before, merged, keys = cfg.copy(), saved.copy(), []
+    for each in (before, merged):
+        OmegaConf.set_struct(each, False)
+    for override in parse(overrides):
+        key, line = str(override.key_or_group), override.input_line
+        if key in ("resume", "force") or key.startswith("hydra"):
+            continue
+        if key == "logger":
+            merged.logger = OmegaConf.to_container(cfg.logger, resolve=True)
+            continue
+        if (conf / key).is_dir():
+            name = OmegaConf.select(saved, f"{key}.name")
+            if name is None or name != OmegaConf.select(cfg, f"{key}.name"):
+                raise UserError(f"resume goes on with the saved {key}; '{line}' would start another run: leave it out")
+            continue
+        asked, known = (_plain(OmegaConf.select(each, key)) for each in (cfg, saved))
+        if asked == known:
+            continue
+        if not is_below(key, RESUMABLE) or is_below(key, NOT_RESUMABLE):
+            raise UserError(f"{key} is {known} and cannot change when a run resumes; without '{line}' it goes on")
+        keys.append(key)
+        OmegaConf.update(before, key, known, force_add=True)
+        OmegaConf.update(merged, key, asked, force_add=True)
+    if keys:
+        old, new = (dict(_leaves(OmegaConf.to_container(each, resolve=True))) for each in (before, cfg))
+        for key in (name for name in new if new[name] != old.get(name)):
+            OmegaConf.update(merged, key, new[key], force_add=True)
+    merged.resume = cfg.resume
+    merged.lr = learning_rate(merged)
+    return merged
 
 
 def altered(saved: DictConfig, overrides: list[str], *, folder: Path) -> DictConfig:
@@ -111,6 +217,16 @@ def _remove(merged: DictConfig, key: str, after: DictConfig) -> None:
             if holder is not None and name in holder:
                 del holder[name]
             return
+
+
+def _plain(value: Any) -> Any:
+    return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+
+
+def _quoted(text: str) -> str:
+    """A value as Hydra's grammar reads it, whatever characters it has."""
+    escaped = text.replace("\\", "\\\\").replace("'", "\\'")
+    return f"'{escaped}'"
 
 
 def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:

@@ -10,11 +10,24 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from ranker import run_summary
-from ranker.build import Run, build, open_folder, own_process_environment
+from ranker.build import (
+    Run,
+    alone_in,
+    build,
+    continue_files,
+    own_process_environment,
+    run_folder,
+    starting_point,
+)
 from ranker.data.start_report import start_report
+from ranker.errors import UserError
 from ranker.installation import command_line
-from ranker.runs import provenance
+from ranker.runs import log_identity, objective, provenance
+from ranker.runs.checkpoint_files import by_step
+from ranker.runs.metric_names import VAL
+from ranker.runs.run_folder import FINISHED, METRICS, SUMMARY, read_summary
 from ranker.training import trackers
+from ranker.training.metrics_csv import has_values
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -33,30 +46,42 @@ def run(cfg: DictConfig, checkpoint: Path | None = None) -> float:
         The metric a sweep maximises.
     """
     provenance.commit()  # now, because the checkout may change before the summary is written
-    cfg, folder, checkpoint = open_folder(cfg, checkpoint)
-    with own_process_environment(folder, checkpoint):
-        parts = build(cfg, folder, checkpoint)
-        with trackers.finishing(parts.loggers):
-            return _train(parts)
+    folder = run_folder(cfg)
+    with alone_in(folder):
+        cfg, checkpoint = starting_point(cfg, folder, checkpoint)
+        with own_process_environment(folder, checkpoint):
+            parts = build(cfg, folder, checkpoint)
+            with trackers.finishing(parts.loggers):
+                return _train(parts)
 
 
 def _train(run: Run) -> float:
     start = time.monotonic()
-    if run.checkpoint is None:
+    if _is_finished(run):
+        summary = read_summary(run.folder.path)
+        if summary is not None and summary["status"] in FINISHED:
+            return objective.value_of(summary, run.cfg.objective)
+    if run.resumption is None:
         _say_start(run)
     if run.trainer.is_global_zero:
         run.folder.save_config(run.cfg)
+        log_identity.write(run.folder.path, run.datamodule.log)
         trackers.write_config(run.loggers, run.cfg)
         print(f"run folder: {run.folder.path}", flush=True)
     try:
-        checkpoint = str(run.checkpoint) if run.checkpoint else None
+        continue_files(run)
+        checkpoint = str(run.resumption.path) if run.resumption else None
+        _make_up_evaluation(run)
         run.trainer.fit(run.module, datamodule=run.datamodule, ckpt_path=checkpoint, weights_only=True)
         if run.interruption.stopped:
             raise KeyboardInterrupt
         run.trainer.test(run.module, datamodule=run.datamodule, verbose=False)
         run.datamodule.join_bad_rows()
     except BaseException as error:
-        _finish(run, "failed", _why(error, run), time.monotonic() - start)
+        try:
+            _finish(run, "failed", _why(error, run), time.monotonic() - start)
+        except OSError as second:  # a full disk, for example; the first error is the one to show
+            print(f"{run.folder.path / SUMMARY} cannot be written: {second.strerror}", file=sys.stderr, flush=True)
         if isinstance(error, KeyboardInterrupt):
             sys.exit(f"interrupted at step {run.trainer.global_step}; go on with: {_resume_command(run)}")
         raise
@@ -72,7 +97,38 @@ def _train(run: Run) -> float:
     summary = _finish(run, status, reason, time.monotonic() - start)
     if run.trainer.is_global_zero:
         run_summary.show(summary)
-    return run_summary.objective(summary, run.cfg.objective)
+    return objective.value_of(summary, run.cfg.objective)
+
+
+def _is_finished(run: Run) -> bool:
+    """Whether a resumed run has nothing left to train; says so."""
+    if run.resumption is None:
+        return False
+    step, limit = run.resumption.step, run.cfg.train.max_steps
+    if 0 < limit <= step:
+        why = f"train.max_steps={limit} is reached; a larger value goes on"
+    elif run.resumption.position >= run.datamodule.num_batches:
+        why = "every row of the log was trained on"
+    else:
+        return False
+    if run.trainer.is_global_zero:
+        print(f"{run.folder.path}: nothing is left to train after step {step}: {why}", flush=True)
+    return True
+
+
+def _make_up_evaluation(run: Run) -> None:
+    """Evaluates at the checkpoint's step, if the run was killed between this checkpoint and its evaluation."""
+    every = run.cfg.train.eval_every
+    if run.resumption is None or not every:
+        return
+    step = run.resumption.step
+    if step % every or has_values(run.folder.path / METRICS, step, f"{VAL}/"):
+        return
+    run.module.holdout_step = step
+    run.trainer.validate(
+        run.module, datamodule=run.datamodule, ckpt_path=str(run.resumption.path), verbose=False, weights_only=True
+    )
+    run.module.holdout_step = None
 
 
 def _say_start(run: Run) -> None:
@@ -103,10 +159,14 @@ def _finish(run: Run, status: str, reason: str, seconds: float) -> dict[str, obj
 
 
 def _why(error: BaseException, run: Run) -> str:
+    if isinstance(error, UserError):
+        return str(error)
     if isinstance(error, (KeyboardInterrupt, SystemExit)):
         return f"interrupted at step {run.trainer.global_step}; go on with: {_resume_command(run)}"
     return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 def _resume_command(run: Run) -> str:
-    return f"{command_line('train')} resume={run.folder.path}"
+    if by_step(run.folder.checkpoints):
+        return f"{command_line('train')} resume={run.folder.path}"
+    return "the same command and force=true, since no checkpoint was written yet"

@@ -13,7 +13,7 @@ from rich.table import Table
 from ranker import config
 from ranker.errors import UserError
 from ranker.runs import provenance
-from ranker.runs.config_identity import config_hash
+from ranker.runs.config_identity import cell_hash, config_hash
 from ranker.runs.metric_names import TEST, task_metric
 from ranker.runs.run_folder import versions
 from ranker.stability.gate import relative_loss
@@ -42,6 +42,7 @@ def summarise(run: Run, *, status: str, reason: str, seconds: float) -> dict[str
         "status": status,
         "reason": reason,
         **asked_for(run.cfg),
+        "data": data_name(run.cfg, run.module.schema.name),
         "metrics": run.module.holdout,
         "no_better_than_constant": no_better_than_constant(run.module.holdout),
         "divergence": detector.summary() if detector else dict(NO_DIVERGENCE),
@@ -82,6 +83,11 @@ def never_began(cfg: DictConfig, *, reason: str, seconds: float) -> dict[str, An
     }
 
 
+def data_name(cfg: DictConfig, schema: str) -> str:
+    """The name of the data by which runs are compared: of one's own logs the schema's, since all are ``parquet``."""
+    return schema if cfg.data.name == "parquet" else str(cfg.data.name)
+
+
 def asked_for(cfg: DictConfig) -> dict[str, Any]:
     """The choices by which runs are compared."""
     try:
@@ -106,6 +112,7 @@ def made_with(cfg: DictConfig) -> dict[str, Any]:
     """What is needed to get the same numbers: hash of the configuration, commit, machine, versions."""
     return {
         "config_hash": config_hash(cfg),
+        "cell": cell_hash(cfg),
         "commit": provenance.commit(),
         "machine": provenance.machine(),
         "versions": versions(),
@@ -177,14 +184,6 @@ def no_better_than_constant(metrics: Mapping[str, float | None]) -> list[str]:
     own = {key.removeprefix(f"{TEST}/"): value for key, value in metrics.items() if value is not None}
     tasks = dict.fromkeys(key.split("/")[0] for key in own)
     return [task for task in tasks if relative_loss(own, task) >= 1.0]
-
-
-def objective(summary: dict[str, Any], name: str | None) -> float:
-    """The metric that a sweep maximises; 0 if it is undefined, as it may be for a lost model."""
-    metrics = summary["metrics"]
-    chosen = name or next((key for key in metrics if key.endswith("/auc")), None)
-    value = metrics.get(chosen) if chosen else None
-    return value if value is not None and math.isfinite(value) else 0.0  # None is a NaN read from summary.json
 
 
 def _adaptation(run: Run) -> dict[str, float] | None:

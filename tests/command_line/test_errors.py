@@ -59,6 +59,11 @@ MISTAKES = [
     (["+logger.mine._target_=builtins.dict"], "logger.mine gives a dict", ""),
     (["resume=/nowhere"], "no config.yaml in /nowhere", ""),
     (["train.max_steps=0"], "train.max_steps must be", "0"),
+    (["+trainer.max_epochs=3"], "trainer.max_epochs is set by this project", "train.max_steps"),
+    (["+trainer.val_check_interval=3"], "trainer.val_check_interval is set by this project", "train.eval_every"),
+    (["objective=test/clik/auc"], "objective=test/clik/auc is not a metric of this run", "'test/click/auc'"),
+    (["objective=val/click/auc"], "objective=val/click/auc is not a metric of this run", "'test/click/auc'"),
+    (["objective=test/click/calibration"], "objective=test/click/calibration is not a metric", "logloss"),
 ]
 
 

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from ranker.data.schema import CategoricalFeature, DenseFeature, Schema, Task
+from ranker.runs.checkpoint_files import by_step
 from support import TINY
 
 DAY_MS = 86_400_000
@@ -143,14 +144,17 @@ def test_an_exported_model_scores_a_file_as_the_run_itself_does(
     files = {path.name for path in out.iterdir()}
     assert files == {"model.pt2", "model.onnx", "schema.yaml", "export.json", "metrics.json", "gate.json"}
     assert json.loads((out / "gate.json").read_text())["passed"] is True
-    assert json.loads((out / "export.json").read_text())["dense_statistics"]["rows"] == ROWS
-    summary = json.loads((trained / "summary.json").read_text())["metrics"]
+    about = json.loads((out / "export.json").read_text())
+    assert about["dense_statistics"]["rows"] == ROWS
+    summary = json.loads((trained / "summary.json").read_text())
+    assert (about["step"], about["checkpoint"]) == (summary["steps"], "the last one")
+    summary = summary["metrics"]
     metrics = json.loads((out / "metrics.json").read_text())
     assert metrics["click/auc"] == pytest.approx(summary["test/click/auc"])
 
 
 def break_weights(run: Path, change: Callable[[str, torch.Tensor], torch.Tensor]) -> None:
-    (path,) = (run / "checkpoints").glob("*.ckpt")
+    path = by_step(run / "checkpoints")[-1]
     saved = torch.load(path, weights_only=True)
     saved["state_dict"] = {name: change(name, x) for name, x in saved["state_dict"].items()}
     torch.save(saved, path)
@@ -209,6 +213,26 @@ def test_a_program_that_disagrees_is_refused_and_the_draft_is_gone(
 
     assert "refused: exported pt2: differs from the eager model by 0.5" in capsys.readouterr().err
     assert sorted(run.rglob("*")) == before
+
+
+def test_other_weights_than_those_of_the_summary_are_exported_only_where_asked_for(
+    export: Callable[..., int], run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def exported(*arguments: object) -> dict[str, object]:
+        assert export(run, "--force", "--out", tmp_path / "out", *LENIENT, *arguments) == 0
+        return json.loads((tmp_path / "out" / "export.json").read_text())
+
+    files = by_step(run / "checkpoints")
+    summary = json.loads((run / "summary.json").read_text())
+    best = json.loads((run / "checkpoints" / "best" / "best.json").read_text())
+    about = exported("--best")
+    assert (about["step"], about["checkpoint"]) == (best["step"], f"the best by val/click/auc ({best['value']:.4f})")
+
+    (run / "summary.json").write_text(json.dumps(summary | {"steps": 9}))  # as if the last checkpoint were lost
+    assert export(run, "--out", tmp_path / "refused") == 2
+    assert "summary.json reports step 9, but the newest checkpoint is of step 8" in capsys.readouterr().err
+    assert not (tmp_path / "refused").exists()
+    assert exported("--checkpoint", files[-1])["step"] == 8
 
 
 @pytest.mark.parametrize(

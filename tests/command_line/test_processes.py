@@ -209,7 +209,8 @@ def test_the_global_clip_of_two_processes_is_that_of_one(train_tiny: Callable[..
 
 
 @pytest.mark.slow
-def test_a_multirun_of_ddp_jobs_runs_each_job_once(tmp_path: Path) -> None:
+def test_a_multirun_of_ddp_jobs_runs_each_job_once_and_leaves_no_other_folder(tmp_path: Path) -> None:
+    before = set((ROOT / "runs").glob("*"))
     process = train_process(
         "-m",
         *TINY,
@@ -223,3 +224,4 @@ def test_a_multirun_of_ddp_jobs_runs_each_job_once(tmp_path: Path) -> None:
 
     assert process.returncode == 0, errors
     assert [finished(p.parent).summary["world_size"] for p in sorted(tmp_path.glob("*/summary.json"))] == [2, 2]
+    assert set((ROOT / "runs").glob("*")) == before

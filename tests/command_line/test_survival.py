@@ -205,6 +205,8 @@ def test_a_jump_that_comes_back_is_undone_only_if_asked(train: Train, tmp_path: 
     undone = train(tmp_path / "undone", *settings, "callbacks.rollback.cause=micro")
 
     assert [e["kind"] for e in events(left.folder)] == ["micro"]
+    rows = {int(row["step"]): row for row in metrics(left.folder)}
+    assert float(rows[BAD[0] + 1]["train/loss"]) > 3 * float(rows[60]["train/loss"]), "though log_every passes it over"
     assert left.summary["rollbacks"] == []
     assert [e["kind"] for e in events(undone.folder)] == ["micro", "rollback"]
     (rollback,) = undone.summary["rollbacks"]

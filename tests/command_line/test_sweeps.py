@@ -93,11 +93,17 @@ def test_a_job_with_a_wrong_value_fails_alone_and_has_a_summary(
     assert "2 of 2 jobs done (1 completed, 1 failed)" in told.out
 
 
-def test_a_run_that_was_killed_is_done_again_in_a_clean_folder(command_line: Command, tmp_path: Path) -> None:
-    sweep(command_line, tmp_path, "seed=0")
+@pytest.mark.parametrize("checkpoint", ["none", "truncated"])
+def test_a_run_killed_without_a_usable_checkpoint_is_done_again_in_a_clean_folder(
+    command_line: Command, tmp_path: Path, checkpoint: str
+) -> None:
+    sweep(command_line, tmp_path, "seed=0", "train.checkpoint_every=0")
     (folder,) = (path.parent for path in tmp_path.glob("*/summary.json"))
     (folder / "summary.json").unlink()  # what a kill leaves: everything but the summary
     (folder / "events.jsonl").write_text('{"kind": "full", "step": 1}\n')
+    if checkpoint == "truncated":
+        (folder / "checkpoints").mkdir()
+        (folder / "checkpoints" / "step=1.ckpt").write_bytes(b"PK")
 
     sweep(command_line, tmp_path, "seed=0")
 

@@ -17,6 +17,7 @@ from ranker.capsules.training_state import TrainingState
 from ranker.data.batch import Batch, Ragged
 from ranker.data.schema import SCHEMA_FILE, Schema
 from ranker.errors import UserError
+from ranker.runs.run_folder import plain
 from ranker.stability import Event
 
 FORMAT = 1
@@ -111,8 +112,8 @@ class Capsule:
             raw["event"] = Event(**raw["event"] | {"depth": math.inf if depth is None else depth})
             manifest = Manifest(**raw)
             shares, pasts = zip(*(read_share(path / share_file(r)) for r in range(manifest.world_size)), strict=True)
-            plain = torch.load(path / SNAPSHOT, map_location="cpu", weights_only=True)
-            state = TrainingState(**plain | {"auc": torch.stack(pasts).sum(0)})
+            saved = torch.load(path / SNAPSHOT, map_location="cpu", weights_only=True)
+            state = TrainingState(**saved | {"auc": torch.stack(pasts).sum(0)})
         except (OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
             if isinstance(error, UserError):
                 raise
@@ -138,8 +139,8 @@ def write_share(path: Path, batches: Sequence[Batch], auc: Tensor) -> None:
 
 def read_share(path: Path) -> tuple[list[Batch], Tensor]:
     """Reads a file of ``write_share``."""
-    plain = torch.load(path, map_location="cpu", weights_only=True)
-    return [_batch(part) for part in plain["batches"]], plain["auc"]
+    share = torch.load(path, map_location="cpu", weights_only=True)
+    return [_batch(part) for part in share["batches"]], share["auc"]
 
 
 def write_state(path: Path, state: TrainingState) -> None:
@@ -149,8 +150,8 @@ def write_state(path: Path, state: TrainingState) -> None:
 
 def write_manifest(path: Path, manifest: Manifest) -> None:
     """Writes ``capsule.json``. Must be the last file, because its presence means that the capsule is complete."""
-    plain = asdict(manifest) | {"event": manifest.event.to_dict()}
-    write_text(path / MANIFEST, json.dumps(plain, indent=1) + "\n")
+    content = asdict(manifest) | {"event": manifest.event.to_dict()}
+    write_text(path / MANIFEST, json.dumps(plain(content), indent=1, allow_nan=False) + "\n")
 
 
 def replace_event(path: Path, event: Event) -> None:

@@ -16,10 +16,14 @@ from rich.console import Console
 
 from ranker.cli import command
 from ranker.data.columns import from_plain as from_mapping
+from ranker.errors import UserError
 from ranker.export.bundle import PROGRAMS, Export, counted, refuse_existing, write_json
 from ranker.export.program_runtime import open_program
 from ranker.export.scoring import ON_BAD_ROWS, UNSEEN_IDS, ParquetRows, score_file
 from ranker.installation import conf_folder
+from ranker.runs.checkpoint_files import Best, damage, step_of
+from ranker.runs.log_identity import check_schema
+from ranker.runs.run_folder import SUMMARY, RunFolder, read_summary, versions
 from ranker.stability.gate import GateSettings, Verdict
 
 DESCRIPTION = """Export the model of a run, if it passes the gate.
@@ -56,15 +60,15 @@ def _export(given: argparse.Namespace, settings: GateSettings, destination: Path
     # Imported late: Lightning and torch's exporter cost seconds that --help need not wait for.
     from ranker.build import make_net, open_log
     from ranker.export.release import Candidate, Weights, write_export
-    from ranker.runs.run_folder import RunFolder, versions
 
     folder = RunFolder.existing(given.run)
     cfg = folder.load_config()
-    path = given.checkpoint or folder.newest_checkpoint()
+    path, which = _chosen_checkpoint(given, folder)
     weights = Weights.read(path)
     log = open_log(cfg)
+    check_schema(folder.path, log.schema)
     candidate = Candidate.load(make_net(cfg, log.schema), weights, log=log, eval_batch_size=cfg.scale.eval_batch_size)
-    print(f"{path}: {cfg.model.name}, step {weights.step}", flush=True)
+    print(f"{path}: {cfg.model.name}, step {weights.step}, {which}", flush=True)
     rows = log.num_rows - log.train_rows
     with counted("evaluating on the hold-out", total=rows, console=Console(stderr=True)) as advance:
         metrics, positives = candidate.evaluate(advance)
@@ -75,6 +79,7 @@ def _export(given: argparse.Namespace, settings: GateSettings, destination: Path
         "data": cfg.data.name,
         "run": folder.path.name,
         "step": weights.step,
+        "checkpoint": which,
         "holdout_rows": rows,
         "id_types": log.id_types,
         "versions": versions(),
@@ -84,12 +89,42 @@ def _export(given: argparse.Namespace, settings: GateSettings, destination: Path
     )
 
 
+def _chosen_checkpoint(given: argparse.Namespace, folder: RunFolder) -> tuple[Path, str]:
+    """The checkpoint to export, and which one it is in words.
+
+    Raises:
+        UserError: it is missing or damaged, or the last one is not of the step that summary.json reports.
+    """
+    if given.checkpoint is not None or given.best:
+        path, which = given.checkpoint, "the checkpoint that was given"
+        if given.best:
+            best = Best.read(folder.checkpoints)
+            if best is None:
+                raise UserError(
+                    f"{folder.path} keeps no best checkpoint; train.eval_every and checkpoint_every keep one"
+                )
+            path, which = best.path(folder.checkpoints), f"the best by {best.metric} ({best.value:.4f})"
+        if path.is_file() and (reason := damage(path)):
+            raise UserError(f"{path} is {reason}; give another one with --checkpoint")
+        return path, which
+    path = folder.newest_checkpoint()
+    summary, step = read_summary(folder.path), step_of(path)
+    if summary is not None and summary["steps"] != step:
+        raise UserError(
+            f"{SUMMARY} reports step {summary['steps']}, but the newest checkpoint is of step {step}; "
+            f"resume the run to train the missing steps, or ask for these weights with --checkpoint {path}"
+        )
+    return path, "the last one"
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", metavar="RUN_DIR", type=Path, help="a run folder")
     parser.add_argument("--out", type=Path, help="where the export goes (default: RUN_DIR/export)")
     parser.add_argument("--onnx", action="store_true", help="write an ONNX program too")
-    parser.add_argument("--checkpoint", type=Path, help="a checkpoint file (default: the newest one of the run)")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--best", action="store_true", help="the checkpoint that was best on the hold-out by objective")
+    which.add_argument("--checkpoint", type=Path, help="a checkpoint file (default: the last one of the run)")
     parser.add_argument("--force", action="store_true", help="replace an export that is there")
     parser.add_argument("--report", type=Path, metavar="FILE", help="write the gate's report here, also when refused")
     gate = parser.add_argument_group("the gate", "values stand in conf/gate; each of these replaces one")

@@ -13,7 +13,7 @@ from rich.console import Console
 from ranker import atomic
 from ranker.cli import command
 from ranker.errors import UserError
-from ranker.reports.comparison import as_csv, as_html, as_markdown, as_rich, comparison, run_table
+from ranker.reports.comparison import as_csv, as_html, as_markdown, as_rich, caption, comparison, links, run_table
 from ranker.reports.run_table import find_runs, load_runs, load_tracked, metric_names
 from ranker.runs.run_folder import SUMMARY
 
@@ -64,9 +64,10 @@ def compare(arguments: Sequence[str] | None = None) -> int:
 
 
 def _print(runs: pl.DataFrame, metrics: list[str], form: str) -> None:
-    tables = [(metric, *comparison(runs, metric)) for metric in metrics]
+    tables = [(caption(metric), *comparison(runs, metric)) for metric in metrics]
     if form == "html":
-        print(as_html([*tables, ("runs", *run_table(runs, metrics))], title="Comparison of runs"), end="")
+        every = [*tables, ("runs", *run_table(runs, metrics))]
+        print(as_html(every, title="Comparison of runs", links=links(runs)), end="")
         return
     for metric, header, rows in tables:
         if form == "table":
@@ -96,7 +97,7 @@ def _load(source: str) -> pl.DataFrame:
 @command
 def plot(arguments: Sequence[str] | None = None) -> int:
     """Draws loss and AUC of several runs, labelled by optimizer and learning rate."""
-    from ranker.reports.curves import plot_training
+    from ranker.reports.curves import Curve, plot_training
 
     parser = argparse.ArgumentParser(description="Draw loss and AUC of several runs.")
     parser.add_argument("runs", nargs="+", type=Path, help="run folders, or folders that hold some")
@@ -106,8 +107,10 @@ def plot(arguments: Sequence[str] | None = None) -> int:
     curves, titles = [], set()
     for folder in (run for given in options.runs for run in find_runs(given)):
         summary = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
-        ending = f", {summary['status']}" if summary["status"] != "completed" else ""
-        curves.append((f"{summary['optim']} {summary['lr_mult']:g}x{ending}", summary["optim"], folder))
+        interrupted = str(summary.get("reason")).startswith("interrupted")
+        status = "interrupted" if interrupted else summary["status"]
+        label = f"{summary['optim']} {summary['lr_mult']:g}x{'' if status == 'completed' else f', {status}'}"
+        curves.append(Curve(label, summary["optim"], summary["lr_mult"], folder))
         titles.add(f"{summary['model']} on {summary['data']}, {summary['scale']} scale")
     plot_training(curves, options.task, options.out, title="; ".join(sorted(titles)))
     print(options.out)

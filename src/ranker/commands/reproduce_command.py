@@ -47,8 +47,9 @@ def reproduce(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time")
     parser.add_argument("--out", type=Path, default=Path("multirun/reproduce"), help="where run folders go")
     parser.add_argument(
-        "--results", type=Path, help="where CSV, Markdown and pictures go: results/, or OUT/results if quick"
+        "--results", type=Path, help="where CSV, Markdown and pictures go (default: OUT/results, see --publish)"
     )
+    parser.add_argument("--publish", action="store_true", help="write to results/, where the published numbers are")
     parser.add_argument("--no-run", action="store_true", help="only read the runs that are there")
     options = parser.parse_intermixed_args(arguments)
     if options.what == "check":
@@ -62,7 +63,9 @@ def reproduce(arguments: Sequence[str] | None = None) -> int:
     if options.what != "all" and options.what not in BY_NAME:
         raise UserError(f"unknown table or figure '{options.what}'; {suggest(options.what, [*BY_NAME, 'all'])}")
     out = options.out / "quick" if options.quick else options.out
-    results = options.results or (out / "results" if options.quick else _root() / "results")
+    if options.publish and (options.quick or options.results):
+        raise UserError("--publish writes the full results to results/; leave --quick and --results out")
+    results = options.results or (_root() / "results" if options.publish else out / "results")
     setting = _setting(options)
     wanted = list(STUDIES) if options.what == "all" else _with_needs(BY_NAME[options.what])
     for study in wanted:
@@ -106,10 +109,11 @@ def make(study: Study, setting: Setting, *, out: Path, results: Path, parallel: 
         write_text(folder / f"{phase.name}.csv", runs.write_csv())
         found[phase.name] = runs
     path = folder / f"{study.name}.md"
-    write_text(path, render(study, setting.data, load_found(study, folder), name))
+    text = render(study, setting.data, load_found(study, folder), name)
+    write_text(path, text)
     if study.draw is not None:
         study.draw(setting.data, found, folder / study.name)
-    print(path, flush=True)
+    print(text, path, sep="\n", flush=True)
 
 
 def _root() -> Path:

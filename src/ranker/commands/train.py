@@ -8,6 +8,7 @@ import hydra
 from omegaconf import DictConfig
 
 from ranker import cli, config
+from ranker.config_overrides import resumed_words
 from ranker.installation import conf_folder
 
 config.register()
@@ -46,6 +47,7 @@ def train() -> None:
         sys.argv[0] = __file__
     if {"--cfg", "-c", "--cfg=job", "-cjob"} & set(sys.argv) and "--resolve" not in sys.argv:
         sys.argv.append("--resolve")  # shows the learning rate and widths that will be used, not ${...}
+    sys.argv[1:] = resumed_words(sys.argv[1:], conf=conf_folder())
     cli.run(_main)
 
 

@@ -76,6 +76,11 @@ class Selected(Log):
         self._tasks = [log.schema.task_names.index(name) for name in schema.task_names]
 
     @property
+    def source(self) -> Log:
+        """The log with all its columns."""
+        return self._log
+
+    @property
     def train_rows(self) -> int:
         """Number of training rows."""
         return self._log.train_rows

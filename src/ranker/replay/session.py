@@ -111,7 +111,7 @@ class Session:
         self.console.print(f"at most {most} replays of at most {each} batches")
         with self._progress("bisect", None) as (advance, describe):
             findings = search.run(on_batch=advance, on_question=describe)
-        write_text(out / BISECTION, json.dumps(findings.to_dict(), indent=1) + "\n")
+        write_text(out / BISECTION, json.dumps(plain(findings.to_dict()), indent=1, allow_nan=False) + "\n")
         for sentence in findings.sentences():
             self.console.print(sentence)
         self.console.print(f"{findings.replays} replays; {out / BISECTION}")
@@ -185,7 +185,10 @@ class Session:
             }
             for t in trajectories
         ]
-        write_text(out / TABLE, json.dumps({"tasks": list(schema.task_names), "trajectories": table}) + "\n")
+        write_text(
+            out / TABLE,
+            json.dumps(plain({"tasks": list(schema.task_names), "trajectories": table}), allow_nan=False) + "\n",
+        )
         self.console.print(f"{out / PICTURE}, {out / TABLE}")
 
     @contextmanager

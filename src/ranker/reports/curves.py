@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,11 +19,40 @@ if TYPE_CHECKING:
 COLOURS = {"adagrad": "#c0392b", "gc": "#d68910", "agc": "#7d6608", "lamb": "#6c3483", "clippy": "#1a5276"}
 
 
-def plot_training(runs: Sequence[tuple[str, str, Path]], task: str, destination: Path, *, title: str) -> None:
+OTHERS = ("#117a65", "#b9770e", "#5d6d7e", "#a04000", "#1f618d", "#7b241c")  # of optimizers without one of their own
+DASHES = ("-", "--", ":", "-.")
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A run in a figure.
+
+    Attributes:
+        label: its words in the legend.
+        optim: its optimizer, which decides the colour.
+        lr_mult: its learning rate, which decides the dashes.
+        folder: the run folder.
+    """
+
+    label: str
+    optim: str
+    lr_mult: float
+    folder: Path
+
+
+def styles(runs: Sequence[Curve]) -> list[tuple[str, str]]:
+    """Colour and dashes of each curve: one colour a method, one kind of line a learning rate."""
+    others = sorted({run.optim for run in runs} - COLOURS.keys())
+    colours = COLOURS | {name: OTHERS[i % len(OTHERS)] for i, name in enumerate(others)}
+    rates = sorted({run.lr_mult for run in runs})
+    return [(colours[run.optim], DASHES[rates.index(run.lr_mult) % len(DASHES)]) for run in runs]
+
+
+def plot_training(runs: Sequence[Curve], task: str, destination: Path, *, title: str) -> None:
     """Draws the training loss (above) and the hold-out AUC of one task (below) over steps.
 
     Args:
-        runs: (label, optimizer name, run folder) of each curve.
+        runs: the runs.
         task: a binary task.
         destination: the figure file; its suffix decides the format (.png, .svg).
         title: of the figure.
@@ -36,10 +66,10 @@ def plot_training(runs: Sequence[tuple[str, str, Path]], task: str, destination:
     from matplotlib import pyplot
 
     figure, (upper, lower) = pyplot.subplots(2, 1, sharex=True, figsize=(7.5, 6), height_ratios=[1, 1])
-    for label, optim, folder in runs:
-        metrics = _read(folder)
-        _line(upper, metrics, TRAIN_LOSS, label, optim)
-        _line(lower, metrics, task_metric(VAL, task, "auc"), label, optim, marker="o")
+    for run, style in zip(runs, styles(runs), strict=True):
+        metrics = _read(run.folder)
+        _line(upper, metrics, TRAIN_LOSS, run.label, style)
+        _line(lower, metrics, task_metric(VAL, task, "auc"), run.label, style, marker="o")
     upper.set_yscale("log")
     upper.set_ylabel("training loss, sum of tasks")
     upper.set_title(title, loc="left")
@@ -72,7 +102,9 @@ def _read(folder: Path) -> pl.DataFrame:
     return pl.read_csv(whole_lines(path), infer_schema_length=None)
 
 
-def _line(axes: Axes, metrics: pl.DataFrame, column: str, label: str, optim: str, *, marker: str = "") -> None:
+def _line(
+    axes: Axes, metrics: pl.DataFrame, column: str, label: str, style: tuple[str, str], *, marker: str = ""
+) -> None:
     if column not in metrics.columns:
         raise UserError(f"no column '{column}' in metrics.csv; known: {', '.join(metrics.columns)}")
     points = metrics.select("step", pl.col(column).cast(pl.Float64)).drop_nulls()
@@ -80,7 +112,8 @@ def _line(axes: Axes, metrics: pl.DataFrame, column: str, label: str, optim: str
         points["step"],
         points[column],
         label=label,
-        color=COLOURS.get(optim),
+        color=style[0],
+        linestyle=style[1],
         marker=marker,
         markersize=3,
         linewidth=1.3,

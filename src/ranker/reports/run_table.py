@@ -9,10 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import polars as pl
+import yaml
+from omegaconf import DictConfig, OmegaConf
 
 from ranker.errors import UserError, suggest
+from ranker.runs import config_identity
+from ranker.runs.config_identity import cell_hash
 from ranker.runs.metric_names import TEST
-from ranker.runs.run_folder import SUMMARY
+from ranker.runs.run_folder import CONFIG, SUMMARY
 
 if TYPE_CHECKING:
     from ranker.training.trackers import TrackedRun
@@ -21,7 +25,7 @@ KEYS = ("data", "scale", "model", "optim", "lr_mult", "seed")
 CELL = ("data", "scale", "model", "optim", "mitigation", "lr_mult")  # equal for runs that differ only by seed
 MADE_WITH = ("reason", "config_hash", "commit", "machine")
 COPIED = ("lr", "status", "steps", "examples_per_second", "data_wait_fraction")  # from the summary
-LOST = ("diverged", "unsettled", "failed")  # statuses of runs that are in no mean
+LOST = ("diverged", "unsettled", "failed", "interrupted")  # statuses of runs that are in no mean
 ENDED = ("crashed", "failed", "killed", "finished")  # states of W&B
 
 
@@ -42,15 +46,19 @@ def load_runs(folder: str | Path) -> pl.DataFrame:
 
     Columns: data, scale, model, optim, mitigation, lr_mult, seed, lr, status, first_step, micro, unsettled, steps,
     examples_per_second, data_wait_fraction, dense_parameters, reason, config_hash, commit, machine (null for runs of
-    older versions), run, and ``<task>/<metric>``.
+    older versions), run, cell, folder, ``<task>/<metric>``, and settings such as ``optim.lambda_abs`` that differ
+    between runs which are equal in all other columns but the seed.
 
     Raises:
         UserError: there is no run.
     """
-    rows = []
+    rows, settings = [], []
     for path in find_runs(folder):
-        rows.append(_row(json.loads((path / SUMMARY).read_text(encoding="utf-8")), path.name))
-    return pl.DataFrame(rows, infer_schema_length=None)
+        cfg = _config(path)
+        row = _row(json.loads((path / SUMMARY).read_text(encoding="utf-8")), path.name)
+        rows.append(row | {"cell": None if cfg is None else cell_hash(cfg), "folder": str(path.resolve())})
+        settings.append({} if cfg is None else config_identity.settings(cfg))
+    return _table(rows, settings)
 
 
 def load_tracked(project: str) -> pl.DataFrame:
@@ -67,11 +75,11 @@ def load_tracked(project: str) -> pl.DataFrame:
     """
     from ranker.training.trackers import tracked_runs  # imported late: it imports Lightning, which takes seconds
 
-    summaries = [(run.name, _tracked_summary(run)) for run in tracked_runs(project)]
-    rows = [_row(found, name) for name, found in summaries if found is not None]
-    if not rows:
+    found = [(run, summary) for run in tracked_runs(project) if (summary := _tracked_summary(run)) is not None]
+    if not found:
         raise UserError(f"no finished run of evenkeel in {project}; runs are sent there with logger=wandb")
-    return pl.DataFrame(rows, infer_schema_length=None)
+    rows = [_row(summary, run.name) | {"cell": summary.get("cell")} for run, summary in found]
+    return _table(rows, [config_identity.settings(OmegaConf.create(run.config)) for run, _ in found])
 
 
 def metric_names(runs: pl.DataFrame) -> list[str]:
@@ -80,7 +88,7 @@ def metric_names(runs: pl.DataFrame) -> list[str]:
 
 
 def by_cell(runs: pl.DataFrame, metrics: Sequence[str]) -> pl.DataFrame:
-    """Mean and standard deviation over seeds for each (data, scale, model, optim, mitigation, lr_mult).
+    """Mean and standard deviation over seeds for each cell: the runs of one configuration but for the seed.
 
     Args:
         runs: from ``load_runs``, or the CSV it was saved to. An old CSV has no column ``mitigation``.
@@ -104,11 +112,48 @@ def by_cell(runs: pl.DataFrame, metrics: Sequence[str]) -> pl.DataFrame:
         cells.append(pl.col(metric).filter(done).std().alias(f"{metric}/std"))
     if "mitigation" not in runs.columns:
         runs = runs.with_columns(mitigation=pl.lit("none"))
-    return runs.with_columns(pl.col("mitigation").fill_null("none")).group_by(CELL, maintain_order=True).agg(cells)
+    keys = [*CELL, *setting_names(runs), *(["cell"] if "cell" in runs.columns else [])]
+    return runs.with_columns(pl.col("mitigation").fill_null("none")).group_by(keys, maintain_order=True).agg(cells)
+
+
+def setting_names(runs: pl.DataFrame) -> list[str]:
+    """Columns with settings that differ between runs of one (data, scale, model, optim, mitigation, lr_mult)."""
+    return [column for column in runs.columns if "." in column and "/" not in column]
+
+
+def _table(rows: list[dict[str, Any]], settings: list[dict[str, Any]]) -> pl.DataFrame:
+    """The runs with a column for each setting that the columns of ``CELL`` do not tell apart."""
+    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for row, own in zip(rows, settings, strict=True):
+        groups.setdefault(tuple(row[key] for key in CELL), []).append(own)
+    differing = {
+        key
+        for group in groups.values()
+        for key in {name for own in group for name in own}
+        if "." in key and len({repr(own.get(key)) for own in group if own}) > 1
+    }
+    for row, own in zip(rows, settings, strict=True):
+        row |= {key: None if own.get(key) is None else str(own[key]) for key in sorted(differing)}
+    return pl.DataFrame(rows, infer_schema_length=None)
+
+
+def _config(folder: Path) -> DictConfig | None:
+    """The configuration of a run; None for a run that left none, or one that cannot be read."""
+    try:
+        found = OmegaConf.load(folder / CONFIG)
+        return found if isinstance(found, DictConfig) else None
+    except (OSError, yaml.YAMLError):
+        return None
 
 
 def outcome(summary: Mapping[str, Any]) -> str:
-    """The status of a run; ``unsettled`` where training ended before it was known whether the model recovered."""
+    """The status of a run.
+
+    ``unsettled`` where training ended before it was known whether the model recovered. ``interrupted`` where its user
+    or a scheduler ended it, which is no verdict on the model.
+    """
+    if summary["status"] == "failed" and str(summary.get("reason")).startswith("interrupted"):
+        return "interrupted"
     unsettled = summary["status"] == "completed" and summary["divergence"].get("unsettled")
     return "unsettled" if unsettled else str(summary["status"])
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -48,17 +48,21 @@ def config_hash(cfg: DictConfig) -> str:
     Args:
         cfg: the configuration of a job, with or without Hydra's own node.
     """
-    try:
-        plain = _plain(cfg, resolve=True)
-    except OmegaConfBaseException:
-        plain = _plain(cfg, resolve=False)
-    for path in (*NOT_IDENTIFYING, *_RESOLVED_INTO_OTHERS):
-        _drop(plain, path.split("."))
-    data = plain.get("data")
-    if isinstance(data, dict) and "root" in data:  # the former name of data.source: a run has one hash by either
-        data["root"] = data.pop("source", data["root"])
-    text = json.dumps(_same_numbers(plain), sort_keys=True, separators=(",", ":"), default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:LENGTH]
+    return _digest(_identifying(cfg))
+
+
+def cell_hash(cfg: DictConfig) -> str:
+    """The hash of a configuration without its seed: equal for the runs that are averaged."""
+    plain = _identifying(cfg)
+    plain.pop("seed", None)
+    return _digest(plain)
+
+
+def settings(cfg: DictConfig) -> dict[str, Any]:
+    """The settings behind ``cell_hash``, by dotted key. Lists are values."""
+    plain = _identifying(cfg)
+    plain.pop("seed", None)
+    return dict(_leaves(plain))
 
 
 def is_below(key: str, branches: Iterable[str]) -> bool:
@@ -69,6 +73,32 @@ def is_below(key: str, branches: Iterable[str]) -> bool:
 def register() -> None:
     """Registers the resolver ``${config_hash:}``, which names run folders."""
     OmegaConf.register_new_resolver("config_hash", lambda *, _root_: config_hash(_root_), replace=True)
+
+
+def _identifying(cfg: DictConfig) -> dict[str, Any]:
+    try:
+        plain = _plain(cfg, resolve=True)
+    except OmegaConfBaseException:
+        plain = _plain(cfg, resolve=False)
+    for path in (*NOT_IDENTIFYING, *_RESOLVED_INTO_OTHERS):
+        _drop(plain, path.split("."))
+    data = plain.get("data")
+    if isinstance(data, dict) and "root" in data:  # the former name of data.source: a run has one hash by either
+        data["root"] = data.pop("source", data["root"])
+    return plain
+
+
+def _digest(plain: dict[str, Any]) -> str:
+    text = json.dumps(_same_numbers(plain), sort_keys=True, separators=(",", ":"), default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:LENGTH]
+
+
+def _leaves(tree: dict[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{path}{key}.")
+        else:
+            yield f"{path}{key}", value
 
 
 def _plain(cfg: DictConfig, *, resolve: bool) -> dict[str, Any]:

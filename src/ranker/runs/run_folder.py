@@ -7,6 +7,8 @@ import json
 import math
 import os
 import platform
+import shutil
+import sys
 from collections.abc import Iterable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -16,6 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from ranker.atomic import write_text
 from ranker.errors import UserError
+from ranker.runs.checkpoint_files import newest_intact
 
 CONFIG, SUMMARY, EVENTS, METRICS, CHECKPOINTS = (
     "config.yaml",
@@ -24,7 +27,13 @@ CONFIG, SUMMARY, EVENTS, METRICS, CHECKPOINTS = (
     "metrics.csv",
     "checkpoints",
 )
-SKIPPED_ROWS = "skipped_rows.csv"
+SKIPPED_ROWS, CAPSULES, SNAPSHOTS = "skipped_rows.csv", "capsules", "snapshots"
+SCHEMA, FINGERPRINT = "schema.yaml", "log.json"  # what the run was trained on
+TRACKER = "tracker.json"  # id of the run in W&B
+# What a run leaves; a new run in the same folder must not mix with it.
+LEFT_BY_A_RUN = (CONFIG, SUMMARY, EVENTS, METRICS, CHECKPOINTS, CAPSULES, SNAPSHOTS)
+WRITTEN_BESIDE = (SKIPPED_ROWS, SCHEMA, FINGERPRINT, TRACKER)
+FINISHED = ("completed", "diverged")  # statuses of a run that has its result; a failed run has none
 RECORDED_PACKAGES = ("evenkeel-ranker", "torch", "pytorch-lightning", "hydra-core", "torchmetrics", "polars", "pyarrow")
 
 # Keys of a checkpoint. Lightning chooses the first three, the last after the name of the class.
@@ -32,6 +41,7 @@ GLOBAL_STEP, STATE_DICT, DATA_MODULE = "global_step", "state_dict", "RankingData
 NET_PREFIX = "net."  # of the model's weights in STATE_DICT
 TRAIN_AUC = "train_auc._extra_state"  # in STATE_DICT: histograms of the training AUC, of rank 0
 TRAIN_AUC_BY_RANK = "train_auc_by_rank"  # the same of each rank
+OPTIMIZER_SETTINGS = "optimizer_settings"  # hyperparameters of each group, as configured
 
 
 class RunFolder:
@@ -65,15 +75,30 @@ class RunFolder:
         return self.path / CHECKPOINTS
 
     def newest_checkpoint(self) -> Path:
-        """The checkpoint that was written last.
+        """The intact checkpoint of the highest step. A line says which damaged ones were passed over.
 
         Raises:
             UserError: there is none.
         """
-        found = sorted(self.checkpoints.glob("*.ckpt"), key=lambda p: p.stat().st_mtime_ns)
-        if not found:
-            raise UserError(f"no checkpoint in {self.checkpoints}; the run ended before its first one")
-        return found[-1]
+        return newest_intact(self.checkpoints, lambda line: print(line, file=sys.stderr, flush=True))
+
+    def make_room(self, *, force: bool) -> None:
+        """Refuses a folder that holds a run already, or removes this run's files; those of others stay.
+
+        Raises:
+            UserError: it holds a run, and ``force`` is not set.
+        """
+        found = [self.path / name for name in (*LEFT_BY_A_RUN, *WRITTEN_BESIDE) if (self.path / name).exists()]
+        if not force and any(path.name in LEFT_BY_A_RUN for path in found):
+            raise UserError(
+                f"{self.path} holds a run already; go on with it with resume={self.path}, choose another folder, "
+                "or clear it with force=true"
+            )
+        for path in found if force else ():
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
 
     def load_config(self) -> DictConfig:
         """The resolved configuration of the run."""
@@ -119,6 +144,15 @@ class RunFolder:
         """Writes skipped_rows.csv: per rollback, ranges start .. stop - 1 of the log's rows that it left out."""
         lines = [f"{number},{start},{stop}\n" for number, ranges in rollbacks for start, stop in ranges]
         write_text(self.path / SKIPPED_ROWS, "".join(["rollback,start,stop\n", *lines]))
+
+
+def read_summary(folder: Path) -> dict[str, Any] | None:
+    """The summary of a run that ended; None if there is none, or if the file is not one."""
+    try:
+        found = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) and "status" in found else None
 
 
 def whole_lines(path: Path) -> bytes:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import shutil
@@ -19,14 +18,14 @@ from omegaconf import DictConfig
 from ranker import config, run_summary
 from ranker.atomic import write_text
 from ranker.errors import UserError
+from ranker.runs import objective, run_lock
 from ranker.runs.config_identity import config_hash
 from ranker.runs.provenance import cores
-from ranker.runs.run_folder import CONFIG, SUMMARY, RunFolder
+from ranker.runs.run_folder import CONFIG, FINISHED, SUMMARY, RunFolder, read_summary
 from ranker.sweeps.job_list import is_parallel, jobs_at_a_time
 from ranker.sweeps.watch import BEFORE, Journal, duration
 
-OUTPUT, TRACEBACK, LOCK = "output.txt", "traceback.txt", ".lock"
-FINISHED = ("completed", "diverged")  # a diverged run is a result; a failed run is not
+OUTPUT, TRACEBACK = "output.txt", "traceback.txt"
 
 
 def run_job(cfg: DictConfig) -> float | None:
@@ -42,14 +41,15 @@ def run_job(cfg: DictConfig) -> float | None:
     hydra = HydraConfig.get()
     job, folder, sweep_dir = hydra.job.num, Path(hydra.runtime.output_dir), Path(hydra.sweep.dir)
     journal, mark = Journal(sweep_dir), config_hash(cfg)
-    with _exclusive(folder):
+    folder.mkdir(parents=True, exist_ok=True)
+    with run_lock.held(folder, wait=True):  # duplicate jobs, or two sweeps at once, run one after the other
         found = [] if cfg.resume else _previous_runs(sweep_dir, mark)
         done = next(((run, summary) for run, summary in found if summary["status"] in FINISHED), None)
         if done and not cfg.force:
             run, summary = done
             journal.add(job, BEFORE, run=run)
             print(f"job {job}: done before, {summary['status']}, in {run} (force=true runs it again)", flush=True)
-            return run_summary.objective(summary, cfg.objective)
+            return objective.value_of(summary, cfg.objective)
         journal.add(job, "started", run=folder)
         start = time.monotonic()
         try:
@@ -115,23 +115,14 @@ def _write_failure(cfg: DictConfig, folder: Path, mark: str, error: Exception, s
     return reason
 
 
-@contextlib.contextmanager
-def _exclusive(folder: Path) -> Iterator[None]:
-    """Locks a run folder, so that duplicate jobs, or two sweeps at once, do not run in it at the same time."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / LOCK).open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
 def _previous_runs(sweep_dir: Path, mark: str) -> list[tuple[Path, dict[str, Any]]]:
     """Folders and summaries of the runs in a sweep folder whose configuration has this hash."""
     found = []
     for path, folders, files in os.walk(sweep_dir):
         if SUMMARY in files:
             folders.clear()  # runs are not nested
-            summary = _read_summary(Path(path))
-            if summary.get("config_hash") == mark:
+            summary = read_summary(Path(path))  # None: another job has just removed it
+            if summary is not None and summary.get("config_hash") == mark:
                 found.append((Path(path), summary))
         folders[:] = sorted(name for name in folders if not name.startswith("."))
     return found
@@ -142,12 +133,15 @@ def _checkpoint_to_resume(folder: Path, mark: str) -> Path | None:
 
     Only a killed or interrupted run resumes. A failed run may have the cause of its failure in its state.
     """
-    run, summary = RunFolder(folder), _read_summary(folder)
+    run, summary = RunFolder(folder), read_summary(folder)
     if summary and not str(summary.get("reason")).startswith("interrupted"):
         return None
     if not (folder / CONFIG).is_file() or config_hash(run.load_config()) != mark:
         return None
-    return run.newest_checkpoint() if any(run.checkpoints.glob("*.ckpt")) else None
+    try:
+        return run.newest_checkpoint()
+    except UserError:  # there is none, or none is intact
+        return None
 
 
 def _clear(folder: Path, mark: str, others: list[Path]) -> None:
@@ -163,7 +157,7 @@ def _clear(folder: Path, mark: str, others: list[Path]) -> None:
             f"{folder} holds another run; add ${{config_hash:}} to hydra.sweep.subdir, so that each has its own folder"
         )
     for entry in folder.iterdir():
-        if entry.name in (".hydra", LOCK) or entry.suffix == ".log":
+        if entry.name in (".hydra", run_lock.LOCK) or entry.suffix == ".log":
             continue
         if entry.is_dir() and not entry.is_symlink():
             shutil.rmtree(entry)
@@ -172,11 +166,3 @@ def _clear(folder: Path, mark: str, others: list[Path]) -> None:
     for other in others:
         if other.resolve() != folder.resolve():
             shutil.rmtree(other)
-
-
-def _read_summary(folder: Path) -> dict[str, Any]:
-    try:
-        found = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # another job has just removed it, or it is not our file
-        return {}
-    return found if isinstance(found, dict) else {}

@@ -1,4 +1,4 @@
-"""Callbacks that keep a run resumable: bookkeeping after each batch, stopping on request, and the newest checkpoint."""
+"""Callbacks that keep a run resumable: bookkeeping after each batch, and stopping on request."""
 
 from __future__ import annotations
 
@@ -7,15 +7,13 @@ import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import pytorch_lightning as pl
-from pytorch_lightning.callbacks import Callback, ModelCheckpoint
+from pytorch_lightning.callbacks import Callback
 
 from ranker.data.batch import Batch
-from ranker.runs.run_folder import RunFolder
 from ranker.training.module import Fit
 
 
@@ -88,7 +86,8 @@ class Bookkeeping(Callback):
         return self._loader
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Starts the clock."""
+        """Starts the clock, after the optimizer has the settings of this run: a snapshot may be taken next."""
+        Fit(trainer).module.apply_settings()
         self._resume_clock()
 
     def on_train_batch_end(
@@ -140,39 +139,45 @@ class Bookkeeping(Callback):
 
 
 class Interruption(Callback):
-    """Ends training between two steps on Ctrl-C or SIGTERM, with a checkpoint. A second Ctrl-C stops at once.
+    """Ends training between two steps on Ctrl-C or SIGTERM. A second Ctrl-C stops at once.
 
     An exception at an arbitrary point of the program could leave weights half updated, and resuming from those would
     not give the numbers of an uninterrupted run. All ranks agree on the request first, so they stop at the same step.
-    Must come after the callbacks whose state belongs into the checkpoint of this step.
-
-    Args:
-        folder: where the checkpoint goes.
+    ``Checkpoints`` comes later and writes the state at which training stops.
 
     Attributes:
         stopped: whether training ended because of a request.
     """
 
-    def __init__(self, folder: RunFolder) -> None:
+    def __init__(self) -> None:
         self.stopped = False
-        self._folder = folder
         self._requested = False
+        self._step = 0  # optimizer steps at the end of the last batch
         self._handlers: dict[signal.Signals, Any] = {}
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Takes over the two signals during training; only the main thread may."""
-        if stage == "fit" and threading.current_thread() is threading.main_thread() and not self._handlers:
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._handlers[number] = signal.signal(number, self._request)
+        """Takes over Ctrl-C during training."""
+        if stage == "fit":
+            self._take_over(signal.SIGINT)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Takes over SIGTERM, now that Lightning has registered its own handler.
+
+        That one ends the run by an exception after an evaluation, without a checkpoint. ``teardown`` gives it back
+        before Lightning restores the handler of before.
+        """
+        self._step = trainer.global_step
+        self._take_over(signal.SIGTERM)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Stops here if it was requested on any rank."""
-        if not Fit(trainer).largest(int(self._requested)):
+        """Stops here if it was requested on any rank. Gradients that are still accumulated would be lost."""
+        step, before = trainer.global_step, self._step
+        self._step = step
+        if step == before or not Fit(trainer).largest(int(self._requested)):
             return
         self.stopped = True
-        trainer.save_checkpoint(self._folder.checkpoints / f"step={trainer.global_step}.ckpt")
         trainer.should_stop = True
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -181,32 +186,12 @@ class Interruption(Callback):
             signal.signal(number, handler)
         self._handlers.clear()
 
+    def _take_over(self, number: signal.Signals) -> None:
+        if number not in self._handlers and threading.current_thread() is threading.main_thread():  # no other may
+            self._handlers[number] = signal.signal(number, self._request)
+
     def _request(self, number: int, frame: FrameType | None) -> None:
         if self._requested:
             raise KeyboardInterrupt
         self._requested = True
         print("\nstopping after this step; once more to stop at once", file=sys.stderr, flush=True)
-
-
-class NewestCheckpoint(ModelCheckpoint):
-    """Writes a checkpoint at a fixed interval and then removes the previous one, so that one is always complete.
-
-    Args:
-        folder: where they go, named after their step.
-        every: steps between two checkpoints; 0 writes none.
-    """
-
-    def __init__(self, folder: Path, *, every: int) -> None:
-        super().__init__(
-            dirpath=folder,
-            filename="{step}",
-            every_n_train_steps=every,
-            save_top_k=1 if every else 0,
-            save_last=False,
-            enable_version_counter=False,
-        )
-
-    @property
-    def state_key(self) -> str:
-        """Without the interval, which Lightning includes: a run may resume with another interval."""
-        return type(self).__qualname__

@@ -7,6 +7,7 @@ test names it, and only this file must change.
 from __future__ import annotations
 
 import pytorch_lightning as pl
+from pytorch_lightning.loggers import WandbLogger
 from torch import nn
 
 
@@ -20,6 +21,15 @@ def refetch(trainer: pl.Trainer) -> None:
     if loop._data_fetcher is not None:
         iter(loop._data_fetcher)
         loop.epoch_loop.batch_progress.is_last_batch = loop._data_fetcher.done
+
+
+def without_anonymous(logger: WandbLogger) -> WandbLogger:
+    """A logger that does not pass ``anonymous`` to wandb, which warns of it at each start, whatever its value.
+
+    Private, because Lightning has no public way to leave the argument out.
+    """
+    logger._wandb_init.pop("anonymous", None)
+    return logger
 
 
 def is_compiled(net: nn.Module) -> bool:

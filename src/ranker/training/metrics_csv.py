@@ -6,6 +6,7 @@ import csv
 import heapq
 import io
 import shutil
+import sys
 import time
 from argparse import Namespace
 from collections import deque
@@ -17,6 +18,7 @@ from pytorch_lightning.loggers.logger import Logger
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
 from ranker.atomic import replacing
+from ranker.errors import UserError
 
 FLUSH_SECONDS = 5.0
 OPEN_ROWS = 64  # newest rows, which may still get values
@@ -82,18 +84,34 @@ class MetricsCsv(Logger):
 
     @rank_zero_only
     def save(self) -> None:
-        """Brings the file up to date."""
+        """Brings the file up to date. Leaves the file of an earlier run as it is while nothing was logged.
+
+        Raises:
+            UserError: it cannot be written, for example because the disk is full. The rows are kept for the next call.
+        """
+        if not self._rows and self.path.is_file():
+            return
         late = any(step <= self._closed_step for step in self._rows)
-        if late or len(self._columns) != self._in_header or not self.path.is_file():
-            self._rebuild()
-        else:
-            self._extend()
+        try:
+            if late or len(self._columns) != self._in_header or not self.path.is_file():
+                self._rebuild()
+            else:
+                self._extend()
+        except OSError as error:
+            raise UserError(
+                f"{self.path} cannot be written: {error.strerror}; free space, then resume the run"
+            ) from error
         self._flush_at = time.monotonic() + FLUSH_SECONDS
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
-        """Writes what is left."""
-        self.save()
+        """Writes what is left. After a failure, a second one is only said: the first is the reason that is shown."""
+        try:
+            self.save()
+        except UserError as error:
+            if status == "success":
+                raise
+            print(error, file=sys.stderr, flush=True)
 
     def _extend(self) -> None:
         """Appends what the file has not; copies it if an open row has changed."""
@@ -148,6 +166,17 @@ class MetricsCsv(Logger):
             for row in csv.DictReader(line for line in file if line.endswith("\n")):
                 if until is None or int(row["step"]) <= until:
                     yield {name: value for name, value in row.items() if value}
+
+
+def has_values(path: Path, step: int, prefix: str) -> bool:
+    """Whether the row of a step has a value in a column whose name starts with a prefix."""
+    if not path.is_file():
+        return False
+    with path.open(newline="", encoding="utf-8") as file:
+        for row in csv.DictReader(line for line in file if line.endswith("\n")):
+            if row["step"] == str(step):
+                return any(value for name, value in row.items() if name.startswith(prefix))
+    return False
 
 
 def _merged(older: Iterable[dict[str, Any]], newer: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
@@ -21,10 +22,11 @@ from ranker.losses import MultitaskLoss, best_constants
 from ranker.metrics import StreamingAUC, TaskMetrics
 from ranker.models import Ranker
 from ranker.runs import metric_names as names
-from ranker.runs.run_folder import STATE_DICT, TRAIN_AUC, TRAIN_AUC_BY_RANK
+from ranker.runs.run_folder import OPTIMIZER_SETTINGS, STATE_DICT, TRAIN_AUC, TRAIN_AUC_BY_RANK
 from ranker.training.training_step import StepSignals, clip_gradients, forward_loss, step_signals
 
 log = logging.getLogger(__name__)
+KEPT_SIGNALS = 1000  # steps
 
 OptimizerFactory = Callable[..., Optimizer]
 
@@ -85,8 +87,13 @@ class RankingModule(pl.LightningModule):
         self.holdout_metrics = TaskMetrics(schema)
         self.progressive_metrics = TaskMetrics(schema)
         self.signals: StepSignals | None = None
+        # On the device, unread. A verdict comes some hundred steps after the first step of its event.
+        self._unrecorded: deque[tuple[int, StepSignals, float]] = deque(maxlen=KEPT_SIGNALS)
         self.holdout: dict[str, float] = {}
         self.holdout_notes: dict[str, str] = {}
+        self._settings: list[dict[str, Any]] = []  # of the optimizer, as configured
+        self._saved_settings: list[dict[str, Any]] | None = None  # those of the checkpoint
+        self.holdout_step: int | None = None  # of an evaluation outside training; None: the last step
 
     def forward(self, batch: Batch) -> Tensor:
         """Logits, shape [B, T]."""
@@ -119,18 +126,32 @@ class RankingModule(pl.LightningModule):
 
     def record_step(self) -> None:
         """Writes the numbers of the last step every ``log_every`` steps; reading them waits for the device."""
-        if self.signals is None or self.global_step % self.log_every:
+        if self.signals is None:
             return
-        losses = self.signals.losses_T.tolist()
-        aucs = self.signals.auc_T.tolist()
+        lr = self.optimizers().param_groups[0]["lr"]  # type: ignore[union-attr]
+        if self.global_step % self.log_every:
+            self._unrecorded.append((self.global_step, self.signals, lr))
+            return
+        self._record_signals(self.global_step, self.signals, lr)
+
+    def record_event(self, step: int) -> None:
+        """Writes the numbers of a recent step, whatever ``log_every``: an event has its point in every curve."""
+        for past, signals, lr in self._unrecorded:
+            if past == step:
+                self._record_signals(step, signals, lr)
+
+    def _record_signals(self, step: int, signals: StepSignals, lr: float) -> None:
+        losses = signals.losses_T.tolist()
+        aucs = signals.auc_T.tolist()
         weights = [task.weight for task in self.schema.tasks]
         values = {names.TRAIN_LOSS: sum(w * x for w, x in zip(weights, losses, strict=True))}
-        values[names.LEARNING_RATE] = self.optimizers().param_groups[0]["lr"]  # type: ignore[union-attr]
+        values[names.LEARNING_RATE] = lr
         for task, loss, auc in zip(self.schema.tasks, losses, aucs, strict=True):
-            values[names.task_metric(names.TRAIN, task.name, "loss")] = loss
+            if loss:  # exactly 0: no row of the batch has a label of this task
+                values[names.task_metric(names.TRAIN, task.name, "loss")] = loss
             if task.type == "binary":
                 values[names.task_metric(names.TRAIN, task.name, "auc")] = auc
-        self.record(values)
+        self.record(values, step=step)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Adds a batch of the hold-out."""
@@ -153,12 +174,33 @@ class RankingModule(pl.LightningModule):
 
     def configure_optimizers(self) -> Mapping[str, object] | Optimizer:  # type: ignore[override]
         """The optimizer over all parameters, and the warm-up if there is one."""
-        optimizer = self.optimizer_factory(model_or_params=self.net, lr=self.lr)
+        optimizer = self.make_optimizer()
+        self._settings = settings_of(optimizer)
         if not self._warmup_steps:
             return optimizer
         steps = self._warmup_steps
         schedule = LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def make_optimizer(self) -> Optimizer:
+        """A new optimizer over all parameters."""
+        return self.optimizer_factory(model_or_params=self.net, lr=self.lr)
+
+    def apply_settings(self) -> None:
+        """Gives a resumed optimizer the hyperparameters that have changed since the checkpoint was written.
+
+        A learning rate is changed by its factor: a schedule or a rollback may have changed the one in the checkpoint.
+        Groups and schedules are Lightning's to restore, so this is called when it has done so.
+        """
+        if self._saved_settings is None:
+            return
+        groups = self.trainer.optimizers[0].param_groups
+        for number, (before, now, group) in enumerate(zip(self._saved_settings, self._settings, groups, strict=True)):
+            for name in (name for name in now if now[name] != before.get(name)):
+                if name == "lr" and before["lr"]:
+                    scale_lr(self.trainer, now["lr"] / before["lr"], group=number)
+                else:
+                    group[name] = now[name]
 
     def configure_gradient_clipping(
         self,
@@ -172,14 +214,16 @@ class RankingModule(pl.LightningModule):
             clip_gradients(params, gradient_clip_val, by_value=gradient_clip_algorithm == "value")
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Adds each rank's training AUC over its own rows; Lightning keeps the state of rank 0 alone."""
+        """Adds each rank's training AUC, of which Lightning keeps rank 0's alone, and the optimizer's settings."""
         own = self.train_auc.get_extra_state()
         by_rank = self.all_gather(own) if self.trainer.world_size > 1 else own[None]
         assert isinstance(by_rank, Tensor)
         checkpoint[TRAIN_AUC_BY_RANK] = by_rank.cpu()
+        checkpoint[OPTIMIZER_SETTINGS] = self._settings
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Gives this rank its own training AUC back; with another number of ranks, rank 0 gets the sum."""
+        self._saved_settings = checkpoint.get(OPTIMIZER_SETTINGS)
         by_rank = checkpoint.get(TRAIN_AUC_BY_RANK)
         if by_rank is None:
             return
@@ -206,7 +250,7 @@ class RankingModule(pl.LightningModule):
         self.holdout_notes = self.holdout_metrics.notes
         self.holdout_metrics.reset()
         self.holdout = {f"{phase}/{name}": value for name, value in values.items()}
-        self.record(_over_time(phase, values))
+        self.record(_over_time(phase, values), step=self.holdout_step)
 
 
 @dataclass(frozen=True)
@@ -241,6 +285,38 @@ class Fit:
         shared = torch.tensor(value, device=self.module.device)
         torch.distributed.all_reduce(shared, op=torch.distributed.ReduceOp.MAX)
         return int(shared)
+
+
+def settings_of(optimizer: Optimizer) -> list[dict[str, Any]]:
+    """The hyperparameters of each group that are plain values, as a checkpoint can hold them."""
+    return [
+        {name: value for name, value in group.items() if name != "params" and _is_plain(value)}
+        for group in optimizer.param_groups
+    ]
+
+
+def scale_lr(trainer: pl.Trainer, factor: float, *, group: int | None = None) -> None:
+    """Multiplies the learning rate, now and in the schedule.
+
+    Args:
+        trainer: the trainer of a running fit.
+        factor: above 0.
+        group: number of the parameter group; None for all.
+    """
+    chosen = [number for number in range(len(trainer.optimizers[0].param_groups)) if group in (None, number)]
+    for number in chosen:
+        settings = trainer.optimizers[0].param_groups[number]
+        for name in ("lr", "initial_lr"):
+            if name in settings:
+                settings[name] = settings[name] * factor
+        for config in trainer.lr_scheduler_configs:
+            config.scheduler.base_lrs[number] = config.scheduler.base_lrs[number] * factor
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, (list, tuple)):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, (bool, int, float, str))
 
 
 def _over_time(phase: str, values: Mapping[str, float]) -> dict[str, float]:

@@ -249,6 +249,7 @@ class Stability(Callback):
             if self._folder is not None:
                 self._folder.append_event(event.to_dict())
             fit.module.record({metric_names.divergence(event.kind): float(event.step)})
+            fit.module.record_event(event.step)
             title = _TITLES[event.kind]
             self._say(f"{title}: {event}", note=f"{title} at step {event.step}")
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import secrets
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,8 +17,10 @@ from pytorch_lightning.loggers import TensorBoardLogger, WandbLogger
 from pytorch_lightning.loggers.logger import Logger
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
+from ranker.atomic import write_text
 from ranker.errors import UserError, install_hint
-from ranker.runs.run_folder import METRICS, RunFolder
+from ranker.runs.run_folder import METRICS, TRACKER, RunFolder
+from ranker.training.lightning_private import without_anonymous
 from ranker.training.metrics_csv import MetricsCsv
 
 
@@ -56,7 +60,7 @@ def metrics_csv(run: Tracked) -> Logger:
 
 
 def weights_and_biases(run: Tracked, *, project: str, entity: str | None = None, group: str | None = None) -> Logger:
-    """Weights & Biases.
+    """Weights & Biases. A resumed run goes on in the run that it began there: the id is kept in the run folder.
 
     Args:
         run: the run.
@@ -66,8 +70,9 @@ def weights_and_biases(run: Tracked, *, project: str, entity: str | None = None,
     """
     import wandb
 
-    return WandbLogger(
+    logger = WandbLogger(
         name=run.name,
+        id=_tracker_id(run.folder.path),
         project=project,
         entity=entity,
         group=group or run.group,
@@ -76,6 +81,16 @@ def weights_and_biases(run: Tracked, *, project: str, entity: str | None = None,
         mode=wandb_mode(),
         settings=wandb.Settings(quiet=True),  # the run prints its own summary
     )
+    return without_anonymous(logger)
+
+
+def _tracker_id(folder: Path) -> str:
+    """The id of the run in W&B: that of its earlier attempt, or of the agent that started it, or a new one."""
+    try:
+        known = json.loads((folder / TRACKER).read_text(encoding="utf-8"))["wandb"]
+    except (OSError, ValueError, KeyError, TypeError):
+        known = None
+    return str(known or os.environ.get("WANDB_RUN_ID") or secrets.token_hex(4))
 
 
 def tensorboard(run: Tracked) -> Logger:
@@ -161,6 +176,8 @@ def _finish(loggers: list[Logger], *, exit_code: int) -> None:
 def write_config(loggers: list[Logger], cfg: DictConfig) -> None:
     """Gives the tracker the resolved configuration, so that runs can be filtered and grouped by any of its values."""
     for logger in loggers:
+        if isinstance(logger, WandbLogger) and logger.save_dir:
+            write_text(Path(logger.save_dir) / TRACKER, json.dumps({"wandb": logger.version}) + "\n")
         if not isinstance(logger, MetricsCsv):
             logger.log_hyperparams(
                 {

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import polars as pl
 import pytest
 
 from ranker.errors import UserError
-from ranker.reports.comparison import as_csv, as_markdown, comparison
+from ranker.reports.comparison import as_csv, as_html, as_markdown, caption, comparison, links, run_table
 from ranker.reports.run_table import by_cell, load_runs
 
 
@@ -99,3 +100,50 @@ def test_an_unknown_metric_and_an_empty_folder_are_said(sweep: Path, tmp_path: P
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"no summary\.json"):
         load_runs(tmp_path / "empty")
+
+
+def write_config(folder: Path, seed: int, **optim: float) -> None:
+    content = {
+        "seed": seed,
+        "optim": {"name": "clippy", **optim},
+        "train": {"log_every": seed + 1},
+        "tags": [str(seed)],
+    }
+    (folder / "config.yaml").write_text(json.dumps(content))
+
+
+def test_runs_that_differ_in_more_than_the_seed_are_rows_of_their_own_and_say_in_what(tmp_path: Path) -> None:
+    runs_of = [(0, 0.01, 0.70), (1, 0.01, 0.72), (0, 1e-5, 0.5), (1, 1e-5, 0.52)]
+    for number, (seed, lambda_abs, auc) in enumerate(runs_of):
+        write_run(tmp_path / str(number), "clippy", seed, auc)
+        write_config(tmp_path / str(number), seed, lambda_abs=lambda_abs, eps=1e-10)
+
+    runs = load_runs(tmp_path)
+
+    header, rows = comparison(runs, "is_click/auc")
+    assert header == ["model", "lr", "optim.lambda_abs", "clippy"]
+    assert rows == [["small", "1x", "0.01", "71.00 ± 1.41"], ["small", "1x", "1e-05", "51.00 ± 1.41"]]
+    runs.write_csv(tmp_path / "saved.csv")
+    assert comparison(pl.read_csv(tmp_path / "saved.csv"), "is_click/auc")[1] == [[*rows[0]], [*rows[1]]]
+    hashes = comparison(runs.drop("optim.lambda_abs"), "is_click/auc")
+    assert hashes[0] == ["model", "lr", "cell", "clippy"], "what differs is not known: still no mean over both"
+    assert sorted(row[-1] for row in hashes[1]) == ["51.00 ± 1.41", "71.00 ± 1.41"]
+
+
+def test_an_interrupted_run_is_no_failed_one_and_an_auc_has_one_unit(sweep: Path) -> None:
+    write_run(sweep / "5", "clippy", 2, None, status="failed", reason="interrupted at step 5; go on with: ...")
+    runs = load_runs(sweep)
+
+    assert comparison(runs, "is_click/auc")[1][0][-1] == "interrupted 1 of 3; 67.00 ± 1.41"
+    header, rows = run_table(runs, ["is_click/auc"])
+    assert [row[header.index("is_click/auc")] for row in rows][:2] == ["66.00", "68.00"]
+    assert caption("is_click/auc") == "is_click/auc, %"
+
+
+def test_the_page_links_a_run_to_its_own_page(sweep: Path) -> None:
+    (sweep / "1" / "report.html").write_text("")
+    runs = load_runs(sweep)
+
+    page = as_html([("runs", *run_table(runs, ["is_click/auc"]))], title="t", links=links(runs))
+
+    assert f'<a href="{(sweep / "1" / "report.html").as_uri()}">1</a>' in page

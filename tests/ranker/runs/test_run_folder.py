@@ -41,17 +41,6 @@ def test_events_after_the_resumed_step_are_dropped(tmp_path: Path) -> None:
     assert [json.loads(line)["step"] for line in lines] == [5, 15]
 
 
-def test_the_newest_checkpoint_is_found_and_its_absence_is_said(tmp_path: Path) -> None:
-    folder = RunFolder(tmp_path)
-    with pytest.raises(UserError, match="no checkpoint"):
-        folder.newest_checkpoint()
-    folder.checkpoints.mkdir()
-    for name in ("step=900.ckpt", "step=1000.ckpt"):
-        (folder.checkpoints / name).touch()
-
-    assert folder.newest_checkpoint().name == "step=1000.ckpt"
-
-
 def test_a_folder_without_a_run_cannot_be_resumed(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no config\.yaml"):
         RunFolder.existing(tmp_path)

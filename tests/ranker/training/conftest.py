@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import resource
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import pytest
 import pytorch_lightning as pl
-from pytorch_lightning.callbacks import Callback
+from pytorch_lightning.callbacks import Callback, Checkpoint
 
 from optim import build_optimizer
 from ranker.data.datamodule import RankingDataModule
@@ -49,7 +52,7 @@ def fit() -> Callable[..., pl.Trainer]:
             accelerator="cpu",
             limit_val_batches=0,
             logger=False,
-            enable_checkpointing=False,
+            enable_checkpointing=any(isinstance(callback, Checkpoint) for callback in callbacks),
             enable_progress_bar=False,
             enable_model_summary=False,
             callbacks=[Bookkeeping(), stability or Stability(divergence=DivergenceWatch()), *callbacks],
@@ -59,3 +62,21 @@ def fit() -> Callable[..., pl.Trainer]:
         return fitting
 
     return call
+
+
+@pytest.fixture
+def disk_full_after() -> Callable[[int], AbstractContextManager[None]]:
+    """Lets no file grow beyond some bytes, which fails as a full disk does: in the middle of a write."""
+
+    @contextmanager
+    def limited(size: int) -> Iterator[None]:
+        limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+        handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, limit[1]))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+            signal.signal(signal.SIGXFSZ, handler)
+
+    return limited

@@ -5,15 +5,17 @@ After an upgrade of Lightning or torch these tests name what has to be changed i
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import Callback
+from pytorch_lightning.loggers import WandbLogger
 from torch import nn
 
-from ranker.training.lightning_private import is_compiled, refetch
+from ranker.training.lightning_private import is_compiled, refetch, without_anonymous
 
 CHANGED = "Lightning {} has changed {}: adapt ranker/training/lightning_private.py"
 
@@ -90,3 +92,11 @@ def test_torch_tells_whether_a_module_is_compiled() -> None:
     assert not is_compiled(net)
     net.compile()
     assert is_compiled(net)
+
+
+def test_the_argument_of_which_wandb_warns_is_left_out(tmp_path: Path) -> None:
+    logger = WandbLogger(save_dir=str(tmp_path), mode="offline")
+
+    assert "anonymous" in logger._wandb_init, CHANGED.format(pl.__version__, "WandbLogger._wandb_init")
+    assert "anonymous" not in without_anonymous(logger)._wandb_init
+    assert logger._wandb_init["resume"] == "allow", "a run is continued under its id"

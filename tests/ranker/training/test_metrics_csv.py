@@ -2,11 +2,14 @@ from __future__ import annotations
 
 import csv
 import itertools
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
+from ranker.errors import UserError
 from ranker.training import metrics_csv
 from ranker.training.metrics_csv import OPEN_ROWS, MetricsCsv
 
@@ -150,3 +153,29 @@ def test_a_value_that_becomes_shorter_leaves_nothing_of_the_longer_one(tmp_path:
     log.save()
 
     assert (tmp_path / "metrics.csv").read_text().splitlines() == ["step,loss", "0,0.0", "1,1.0", "2,1"]
+
+
+def test_a_full_disk_is_one_line_and_loses_no_row(
+    tmp_path: Path, disk_full_after: Callable[[int], AbstractContextManager[None]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    log = filled(tmp_path, range(5))
+    log.log_metrics({"loss": 0.123456789}, step=5)
+    with disk_full_after(log.path.stat().st_size + 3):
+        with pytest.raises(UserError, match=r"metrics.csv cannot be written: .*; free space, then resume the run"):
+            log.save()
+        log.finalize("failed")
+    assert "metrics.csv cannot be written" in capsys.readouterr().err
+    assert [int(row["step"]) for row in rows(log.path)][:5] == list(range(5))
+
+    log.save()
+
+    assert [int(row["step"]) for row in rows(log.path)] == list(range(6))
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.csv"]
+
+
+def test_a_file_that_nothing_was_logged_to_stays_as_it_is(tmp_path: Path) -> None:
+    before = filled(tmp_path, range(5)).path.read_bytes()
+
+    MetricsCsv(tmp_path / "metrics.csv").finalize("failed")  # of a run that was refused before it began
+
+    assert (tmp_path / "metrics.csv").read_bytes() == before

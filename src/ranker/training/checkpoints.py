@@ -1,0 +1,151 @@
+"""Checkpoints of a run: the two newest, the last one, and the best one. Each is on the disk before it has its name."""
+
+from __future__ import annotations
+
+import errno
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from lightning_fabric.plugins import TorchCheckpointIO
+from pytorch_lightning.callbacks import Checkpoint
+
+from ranker.atomic import replacing
+from ranker.errors import UserError
+from ranker.runs import objective
+from ranker.runs.checkpoint_files import BEST, Best, by_step, path_of, step_of
+from ranker.training.bookkeeping import Interruption
+from ranker.training.module import Fit
+
+KEPT = 2
+
+
+class DurableCheckpointIO(TorchCheckpointIO):
+    """Writes a checkpoint beside its final name, flushes it to the disk, and renames it.
+
+    Lightning writes to ``TMPDIR`` first and then moves the file. Where that is another file system, as on most
+    clusters, the move copies, and a process killed meanwhile leaves half a file under the final name.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
+        """Writes a file.
+
+        Raises:
+            UserError: it cannot be written, for example because the disk is full. Nothing else has changed.
+        """
+        target = Path(path)
+        try:
+            # To an open file: torch would put the name of the temporary file into the archive.
+            with replacing(target, durable=True) as temporary, temporary.open("wb") as file:
+                torch.save(checkpoint, file)
+        except (OSError, RuntimeError) as error:  # torch wraps the operating system's error
+            raise UserError(f"{target} cannot be written: {_reason(error)}") from error
+
+
+class Checkpoints(Checkpoint):
+    """Writes a checkpoint at an interval, at the last step and where the hold-out was best; keeps two and the best.
+
+    All but the best are written when a batch has ended, so a run resumes from each of them in the same way: also a
+    finished run, with more steps. Lightning moves this callback behind all others, whose state belongs into the file.
+
+    Args:
+        folder: where they go, named after their step.
+        every: steps between two checkpoints; 0 writes one only when the run is interrupted.
+        best_by: metric of the hold-out, such as ``test/click/auc``, that decides which is the best; None keeps none.
+        interruption: says whether the run ends because of a request.
+    """
+
+    def __init__(
+        self, folder: Path, *, every: int, best_by: str | None = None, interruption: Interruption | None = None
+    ) -> None:
+        self._folder, self._every, self._interruption = folder, every, interruption
+        self._best_by = objective.while_training(best_by) if best_by else None
+        self.best: Best | None = None
+        self._ended = 0  # optimizer steps at the end of the last batch
+        self._written = 0  # step of the newest checkpoint
+
+    def continue_from(self, step: int) -> None:
+        """Takes over the files of an interrupted run, up to the step that it resumes from."""
+        self._written = self._ended = step
+        best = Best.read(self._folder)
+        if best is not None and best.step <= step and best.metric == self._best_by:
+            self.best = best
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Removes what a killed process left: half-written files, and checkpoints of steps that will come again."""
+        if trainer.is_global_zero:
+            for path in (*self._folder.glob(".*.tmp"), *(self._folder / BEST).glob(".*.tmp")):
+                path.unlink(missing_ok=True)
+            for path in (*by_step(self._folder), *by_step(self._folder / BEST)):
+                if step_of(path) > self._written:
+                    path.unlink(missing_ok=True)
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Writes the checkpoint of a step, if one is due."""
+        fit = Fit(trainer)
+        step, before = fit.step, self._ended
+        self._ended = step
+        if step == before:  # a batch whose gradients are accumulated for a later step
+            return
+        last = trainer.should_stop or step == trainer.max_steps or fit.data.position >= fit.data.num_batches
+        asked = self._interruption is not None and self._interruption.stopped
+        if asked or (self._every and (last or step % self._every == 0)):
+            self._write(trainer, step)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Writes the last checkpoint of a run that ended in another way, such as a callback that stops it."""
+        if self._every and trainer.global_step > self._written:
+            self._write(trainer, trainer.global_step)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Keeps the checkpoint of this step if the hold-out was never better."""
+        if not (self._every and self._best_by):
+            return
+        fit = Fit(trainer)
+        step = fit.step if fit.module.holdout_step is None else fit.module.holdout_step
+        value = fit.module.holdout.get(self._best_by, math.nan)
+        known = self.best
+        if not math.isfinite(value) or (known and not objective.better(value, known.value, self._best_by)):
+            return
+        self.best = Best(self._best_by, step, value)
+        target = self.best.path(self._folder)
+        if step == self._written:
+            if trainer.is_global_zero:
+                _link(path_of(self._folder, step), target)
+        else:
+            trainer.save_checkpoint(target)
+        if trainer.is_global_zero:
+            self.best.write(self._folder)
+
+    def _write(self, trainer: pl.Trainer, step: int) -> None:
+        trainer.save_checkpoint(path_of(self._folder, step))
+        self._written = step
+        if trainer.is_global_zero:
+            for path in by_step(self._folder)[:-KEPT]:
+                path.unlink(missing_ok=True)
+
+
+def _link(source: Path, target: Path) -> None:
+    """A second name of a file, or a copy where the file system has no links."""
+    target.parent.mkdir(exist_ok=True)
+    with replacing(target, durable=True) as temporary:
+        try:
+            os.link(source, temporary)
+        except OSError:
+            temporary.write_bytes(source.read_bytes())
+
+
+def _reason(error: BaseException) -> str:
+    """Why a file could not be written, from the operating system's error below torch's."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError):
+            full = cause.errno in (errno.ENOSPC, errno.EDQUOT)
+            return f"{cause.strerror or cause}{'; free space, then resume the run' if full else ''}"
+        cause = cause.__cause__ or cause.__context__
+    return " ".join(str(error).split())[:200]

@@ -1,0 +1,86 @@
+"""What a run resumes from: a checkpoint that is known to fit before anything is written."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ranker.errors import UserError
+from ranker.runs.run_folder import DATA_MODULE, GLOBAL_STEP, OPTIMIZER_SETTINGS, STATE_DICT
+from ranker.training.module import RankingModule, settings_of
+
+# Hyperparameters that act only where an accumulator is made.
+ONLY_AT_THE_START = ("initial_accumulator_value",)
+
+
+@dataclass(frozen=True)
+class Resumption:
+    """The place from which a run goes on.
+
+    Attributes:
+        path: the checkpoint.
+        step: its optimizer step.
+        position: number of the next batch.
+    """
+
+    path: Path
+    step: int
+    position: int
+
+    @classmethod
+    def of(cls, path: Path, module: RankingModule) -> Resumption:
+        """Reads where a checkpoint stands. Reads no weights: the file is mapped.
+
+        Args:
+            path: an intact checkpoint.
+            module: the module of this run, as it was built.
+
+        Raises:
+            UserError: the file is no checkpoint of a run, or its weights or optimizer do not fit the configuration.
+        """
+        try:
+            saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            weights, step, position = saved[STATE_DICT], int(saved[GLOBAL_STEP]), int(saved[DATA_MODULE]["position"])
+        except Exception as error:  # torch raises many types of errors for an invalid file
+            raise UserError(f"{path} is not a checkpoint of a run ({' '.join(str(error).split())[:120]})") from error
+        _check_weights(path, weights, module.state_dict())
+        _check_settings(path, saved.get(OPTIMIZER_SETTINGS), module)
+        _check_optimizer(path, saved, module)
+        return cls(path, step, position)
+
+
+def _check_weights(path: Path, saved: Mapping[str, Any], own: Mapping[str, Any]) -> None:
+    for name in sorted(saved.keys() ^ own.keys()):
+        where = "is only in the checkpoint" if name in saved else "is not in the checkpoint"
+        raise UserError(f"{path} does not fit the model: {name} {where}; a resumed run keeps its model")
+    for name, value in own.items():
+        if isinstance(value, Tensor) and saved[name].shape != value.shape:
+            shapes = f"{list(saved[name].shape)} there and {list(value.shape)} here"
+            raise UserError(f"{path} does not fit the model: {name} is {shapes}; a resumed run keeps its model")
+
+
+def _check_settings(path: Path, saved: list[dict[str, Any]] | None, module: RankingModule) -> None:
+    """Refuses settings of the optimizer that cannot change while its state is kept."""
+    if saved is None:
+        return  # of an older version
+    own = settings_of(module.make_optimizer())
+    if len(own) != len(saved):
+        raise UserError(f"optim: {path} has {len(saved)} groups of parameters and this configuration {len(own)}")
+    for before, now in zip(saved, own, strict=True):
+        for name in ("method", "param_names", *ONLY_AT_THE_START):
+            if before.get(name) != now.get(name):
+                shown = "" if name == "param_names" else f" ({before.get(name)} in the checkpoint, {now.get(name)} now)"
+                raise UserError(f"optim: {name} cannot change in a resumed run{shown}; start a new run")
+
+
+def _check_optimizer(path: Path, saved: Mapping[str, Any], module: RankingModule) -> None:
+    """Loads the optimizer's state into one that is thrown away; tensors are not copied."""
+    try:
+        module.make_optimizer().load_state_dict(saved["optimizer_states"][0])
+    except (ValueError, KeyError, IndexError) as error:
+        raise UserError(f"optim: the state in {path} does not fit: {' '.join(str(error).split())}") from error
