@@ -33,11 +33,13 @@ static NAME(Adam) NAME(adam_at)(const Tensor *t, int64_t begin, const Settings *
     };
 }
 
-/* g', m', v', and numerator and root of r, at coordinate j of restrict pointers w, g, m, v. */
-#define ADAM(j)                                                                                      \
+/* g', m', v', and the numerator of r, at coordinate j of restrict pointers w, g, m, v. ADAM: its denominator, too. */
+#define ADAM_MOMENTS(j)                                                                              \
     const REAL wj = w[j], gj = a->sign * g[j] + a->decay * wj, mj = a->beta1 * m[j] + a->rest1 * gj; \
-    const REAL vj = a->beta2 * v[j] + a->rest2 * gj * gj;                                            \
-    const REAL top = a->k1 * mj, root = SQRT(a->k2 * vj) + a->eps
+    const REAL vj = a->beta2 * v[j] + a->rest2 * gj * gj, top = a->k1 * mj
+#define ADAM(j)      \
+    ADAM_MOMENTS(j); \
+    const REAL root = SQRT(a->k2 * vj) + a->eps
 #define ADAM_POINTERS                                     \
     const REAL *restrict w = a->w + i0, *restrict g = a->g + i0; \
     const REAL *restrict m = a->m + i0, *restrict v = a->v + i0
@@ -79,17 +81,20 @@ INLINE void NAME(adam_norms)(const NAME(Adam) *a, int64_t n, double *out) {
     if (out[UPDATE_SQ] != out[UPDATE_SQ]) out[UPDATE_MAX] = NAN;
 }
 
-/* Whether any of n coordinates may overshoot by `worst` or more, without a division; as may_exceed. */
+/* Whether any of n coordinates may overshoot by `worst` or more: the comparison of squares, without root or division, as
+ * may_exceed. (sqrt(x) + eps)^2 is at least x + eps^2. */
 INLINE int NAME(adam_may_exceed)(const NAME(Adam) *a, int64_t i0, int64_t n, const Settings *s, REAL worst) {
     ADAM_POINTERS;
-    const REAL limit = worst * (1 - 16 * EPSILON), relative = s->bound_rel, absolute = s->bound_abs;
+    const REAL limit = worst * (1 - 16 * EPSILON), relative = limit * (REAL)s->bound_rel;
+    const REAL absolute = limit * (REAL)s->bound_abs, eps_sq = a->eps * a->eps;
     WORD hit[LANES] = {0};
-#define AT(k)                                                           \
-    {                                                                   \
-        ADAM(i + k);                                                    \
-        const REAL product = (relative * FABS(wj) + absolute) * root;   \
-        hit[k] |= !(FABS(top) + SMALLEST < limit * product);            \
-        hit[k] |= !(product >= SMALLEST) | !(product <= LARGEST);       \
+#define AT(k)                                                                                     \
+    {                                                                                             \
+        ADAM_MOMENTS(i + k);                                                                      \
+        const REAL bound = relative * FABS(wj) + absolute, limit_sq = bound * bound;              \
+        const REAL base = a->k2 * vj + eps_sq;                                                    \
+        hit[k] |= !(top * top + SMALLEST < limit_sq * base) | !(base >= SMALLEST);                \
+        hit[k] |= !(limit_sq >= SMALLEST) | !(limit_sq <= LARGEST);                               \
     }
     int64_t i = 0;
     for (; i + LANES <= n; i += LANES)
@@ -184,4 +189,5 @@ static void NAME(adam_step_chunk)(const Tensor *t, int64_t chunk, int64_t n, con
 }
 
 #undef ADAM
+#undef ADAM_MOMENTS
 #undef ADAM_POINTERS

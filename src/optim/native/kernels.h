@@ -137,12 +137,15 @@ INLINE int NAME(may_exceed)(const REAL *restrict w, const REAL *restrict g, cons
     return any != 0;
 }
 
-/* |r| / bound of one coordinate: |r| / (bound + accumulator / root). Two divisions, because the product of a small bound
- * and a small root may underflow. 0 / 0 fails every comparison. */
+/* |r| / bound of one coordinate. With one division, |r| / (bound + accumulator / root), where the product of bound and
+ * root stays in the range of normal numbers. 0 / 0 fails every comparison. */
 INLINE REAL NAME(overshoot_at)(REAL w, REAL gi, REAL total, const Settings *s, int delayed, int inside) {
     const REAL relative = s->bound_rel, absolute = s->bound_abs, accumulator = s->bound_acc, eps = s->eps;
     const REAL bound = relative * FABS(w) + absolute, root = NAME(root)(total, gi, eps, delayed, inside);
-    return FABS(gi) / root / (accumulator == 0 ? bound : bound + accumulator / root);
+    const REAL product = bound * root + accumulator;
+    return product >= SMALLEST && product <= LARGEST
+               ? FABS(gi) / product
+               : FABS(gi) / root / (accumulator == 0 ? bound : bound + accumulator / root);
 }
 
 /* max |r| / bound of n coordinates, exactly; NaN where a gradient is not finite. */
