@@ -48,7 +48,7 @@ RUN_DIR_VARIABLE, CHECKPOINT_VARIABLE = "EVENKEEL_RUN_DIR", "EVENKEEL_CHECKPOINT
 
 # Arguments of Lightning's Trainer that a run sets itself, and the options for what they do.
 INSTEAD = {
-    "max_epochs": "a run makes one pass over the log, and train.max_steps ends it earlier",
+    "max_epochs": "use train.epochs",
     "max_steps": "use train.max_steps",
     "limit_val_batches": "use data.eval_max_rows, or train.eval_every=0 for none",
     "val_check_interval": "use train.eval_every",
@@ -180,6 +180,7 @@ def build(cfg: DictConfig, folder: RunFolder, checkpoint: Path | None) -> Run:
         eval_max_rows=cfg.data.eval_max_rows,
         progressive=cfg.train.progressive,
         dense_statistics=cfg.data.dense_statistics,
+        passes=cfg.train.get("epochs", 1),  # missing in old runs
         wrap_training=lambda loader: stability.overheard(bookkeeping.timed(loader)),
     )
     tasks = {task.name: task.type for task in log.schema.tasks}

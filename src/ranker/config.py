@@ -23,6 +23,7 @@ class TrainSettings:
 
     Attributes:
         max_steps: stop after this many steps; -1 trains on every row once.
+        epochs: passes over the training rows; more than one is for small logs.
         eval_every: evaluate on the hold-out every so many steps; 0 only at the end.
         progressive: score each window before it is trained on.
         checkpoint_every: write a checkpoint every so many steps, at the last step and where the hold-out is best;
@@ -35,6 +36,7 @@ class TrainSettings:
     """
 
     max_steps: int = -1
+    epochs: int = 1
     eval_every: int = 50
     progressive: bool = True
     checkpoint_every: int = 100
@@ -116,10 +118,12 @@ def check(cfg: DictConfig) -> None:
     for name in ("eval_every", "checkpoint_every", "warmup_steps", "threads"):
         if cfg.train[name] < 0:
             raise UserError(f"train.{name} must be 0 or more, got {cfg.train[name]}")
+    if cfg.train.get("epochs", 1) < 1:
+        raise UserError(f"train.epochs must be 1 or more, got {cfg.train.epochs}")
     if cfg.train.log_every < 1:
         raise UserError(f"train.log_every must be 1 or more, got {cfg.train.log_every}")
     if cfg.train.max_steps < -1 or cfg.train.max_steps == 0:
-        raise UserError(f"train.max_steps must be -1 (every row once) or more than 0, got {cfg.train.max_steps}")
+        raise UserError(f"train.max_steps must be -1 (all passes) or more than 0, got {cfg.train.max_steps}")
 
 
 def is_sweep() -> bool:

@@ -14,6 +14,7 @@ from ranker.data.batch import Batch
 from ranker.data.dense_statistics import MODES, NOTHING, DenseStatistics, Mode, PastWindows
 from ranker.data.loader import EvalLoader, WindowedLoader
 from ranker.data.log import Log
+from ranker.data.repeated import Repeated, in_one_pass, repeated_plan
 from ranker.data.windows import Positions, WindowPlan, parse_window, plan_windows, row_ranges
 from ranker.errors import UserError, one_of
 
@@ -43,6 +44,7 @@ class RankingDataModule(pl.LightningDataModule):
         progressive: bool = False,
         pin_memory: bool | None = None,
         dense_statistics: Mode = "none",
+        passes: int = 1,
         wrap_training: Callable[[Iterable[Batch]], Iterable[Batch]] = lambda loader: loader,
     ) -> None:
         """Reads nothing yet.
@@ -59,13 +61,19 @@ class RankingDataModule(pl.LightningDataModule):
             pin_memory: pin batches. None: pin if the trainer uses a GPU.
             dense_statistics: ``past_windows`` normalises dense features with mean and standard deviation of the windows
                 before the current one. Evaluations use the statistics before the window of the next batch.
+            passes: how often the training rows are trained on. Only the first pass is scored before it is trained on.
             wrap_training: wraps the training loader, for example to time it.
 
         Raises:
             UserError: a number is out of range, or the window is neither rows nor hours.
         """
         super().__init__()
-        sizes = {"batch_size": batch_size, "eval_batch_size": eval_batch_size, "eval_max_rows": eval_max_rows}
+        sizes = {
+            "passes": passes,
+            "batch_size": batch_size,
+            "eval_batch_size": eval_batch_size,
+            "eval_max_rows": eval_max_rows,
+        }
         for name, value in sizes.items():
             if value is None:
                 continue
@@ -85,6 +93,7 @@ class RankingDataModule(pl.LightningDataModule):
         self._num_workers, self._eval_max_rows = num_workers, eval_max_rows
         self._progressive = progressive
         self._pin_memory = pin_memory
+        self._passes = passes
         self._past = PastWindows() if dense_statistics == "past_windows" else None
         self._loader: WindowedLoader | None = None
         self.position = 0
@@ -98,6 +107,10 @@ class RankingDataModule(pl.LightningDataModule):
     @cached_property
     def plan(self) -> WindowPlan:
         """The windows and batches of the whole run."""
+        return repeated_plan(self._first_pass, self._passes)
+
+    @cached_property
+    def _first_pass(self) -> WindowPlan:
         return plan_windows(self.log, window=self._window, batch_size=self._batch_size)
 
     @property
@@ -134,7 +147,7 @@ class RankingDataModule(pl.LightningDataModule):
         """Loader of the remaining training batches, from ``position`` on."""
         rank, world_size = self._place()
         self._loader = WindowedLoader(
-            self.log,
+            Repeated(self.log, self._passes) if self._passes > 1 else self.log,
             plan=self.plan,
             seed=self._seed,
             rank=rank,
@@ -142,6 +155,7 @@ class RankingDataModule(pl.LightningDataModule):
             start_batch=self.position,
             num_workers=self._num_workers,
             opening=self._progressive,
+            new_windows=self._first_pass.num_windows,
             pin_memory=self._pinned(),
             past=self._past,
         )
@@ -207,7 +221,8 @@ class RankingDataModule(pl.LightningDataModule):
 
     def row_ranges(self, start: int, stop: int) -> Positions:
         """Rows of the log in batches start .. stop - 1, over all ranks. See ``windows.row_ranges``."""
-        return row_ranges(self.plan, seed=self._seed, start=start, stop=stop)
+        ranges = row_ranges(self.plan, seed=self._seed, start=start, stop=stop)
+        return ranges if self._passes == 1 else in_one_pass(ranges, self.log.train_rows)
 
     def known(self) -> DenseStatistics:
         """The statistics that normalise dense features at the next batch. Empty if they are not normalised."""

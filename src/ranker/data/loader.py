@@ -64,6 +64,7 @@ class WindowedLoader:
         start_batch: int = 0,
         num_workers: int = 1,
         opening: bool = False,
+        new_windows: int | None = None,
         pin_memory: bool = False,
         past: PastWindows | None = None,
     ) -> None:
@@ -79,6 +80,7 @@ class WindowedLoader:
             num_workers: threads that read windows ahead (one more cuts them into batches). 0 reads in the caller's
                 thread.
             opening: attach this rank's share of each window, in time order, to the window's first batch.
+            new_windows: number of first windows whose rows no earlier window had; only they have an opening. None: all.
             pin_memory: pin the batches' memory, for a GPU.
             past: normalise dense features with the statistics before each window, and record new statistics here.
         """
@@ -88,7 +90,7 @@ class WindowedLoader:
         self._rank, self._world_size = rank, world_size
         self._next = start_batch
         self._num_workers = num_workers
-        self._opening, self._pin_memory = opening, pin_memory
+        self._opening, self._new_windows, self._pin_memory = opening, new_windows, pin_memory
         self._past = past
         self._jumped = False
 
@@ -166,7 +168,7 @@ class WindowedLoader:
         if self._pin_memory:
             batch = batch.pin_memory()
         opening = None
-        if self._opening and place == 0:
+        if self._opening and place == 0 and (self._new_windows is None or window < self._new_windows):
             opening = drawn.rows.slice(*share(len(drawn.order), rank=self._rank, world_size=self._world_size))
             opening = replace(opening, window=window)
         return replace(batch, window=window, number=number, opening=opening), drawn.known

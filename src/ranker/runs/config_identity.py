@@ -82,6 +82,8 @@ def _identifying(cfg: DictConfig) -> dict[str, Any]:
         plain = _plain(cfg, resolve=False)
     for path in (*NOT_IDENTIFYING, *_RESOLVED_INTO_OTHERS):
         _drop(plain, path.split("."))
+    if isinstance(train := plain.get("train"), dict) and train.get("epochs") == 1:
+        del train["epochs"]  # what runs did before there was the option
     data = plain.get("data")
     if isinstance(data, dict) and "root" in data:  # the former name of data.source: a run has one hash by either
         data["root"] = data.pop("source", data["root"])
