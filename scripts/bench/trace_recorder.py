@@ -215,6 +215,7 @@ def record(
         eval_max_rows=cfg.data.eval_max_rows,
         dense_statistics=cfg.data.dense_statistics,
     )
+    module.start_heads(data)
     signs = Signs(module, optimizer, rare_every, sharpness)
     sampled, step_cut = SampledG(module.net, optimizer), make_step_cut(module.net, optimizer)
     blocks = TaskMetrics(log.schema)

@@ -15,7 +15,7 @@ from support import CALM, ROOT, Finished
 
 DIFFERENCES = {
     "none": {},
-    "warmup": {"train.warmup_steps": 100},
+    "warmup": {"train.warmup_steps": 400},
     "clip_activations": {"model.net.clip_activations": 10.0},
     "layer_norm": {"model.net.layer_norm": True},
     "wide_window": {"data.window": 131072},
@@ -45,7 +45,8 @@ WAYS_OUT = {
 def test_every_mitigation_trains_and_is_recorded(
     train_tiny: Callable[..., Finished], tmp_path: Path, name: str
 ) -> None:
-    own = [f"{key}={value}" for key, value in DIFFERENCES[name].items() if key == "data.window"]  # over TINY's
+    tiny = ("data.window", "train.warmup_steps")
+    own = [f"{key}={value}" for key, value in DIFFERENCES[name].items() if key in tiny]  # over TINY's
 
     run = train_tiny(tmp_path, f"mitigation={name}", *own, "optim=adagrad", "train.max_steps=3", "train.eval_every=0")
 

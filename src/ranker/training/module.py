@@ -101,9 +101,13 @@ class RankingModule(pl.LightningModule):
 
     def on_fit_start(self) -> None:
         """Starts the biases of the heads from the first window's labels. A resumed run has its weights already."""
-        if self._head_bias == "zero" or self.trainer.ckpt_path is not None:
+        if self.trainer.ckpt_path is None:
+            self.start_heads(Fit(self.trainer).data)
+
+    def start_heads(self, data: RankingDataModule) -> None:
+        """Starts the biases of the heads from the first window's labels, if they are to start there."""
+        if self._head_bias == "zero":
             return
-        data = Fit(self.trainer).data
         start, stop = data.plan.rows(0)
         rows = data.log.read(start, min(stop, start + _ROWS_FOR_HEAD_BIASES))  # the same rows on each rank
         cast(Ranker, self.net).set_head_biases(best_constants(self.schema, rows.labels_BT, rows.mask_BT))

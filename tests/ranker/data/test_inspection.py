@@ -176,8 +176,8 @@ def test_integers_that_float32_does_not_hold_are_named(write_log, log_schema, in
     root = write_log(DAYS, change=change)
     assert inspect_data([str(root), "--quick"]) == 0
     shown = capsys.readouterr().out
-    assert "day=2022-04-26.parquet: dense feature 'price' has integers up to 16,777,256" in shown
-    assert shown.count("has integers up to") == 1
+    assert "day=2022-04-26.parquet: dense feature 'price' holds integers up to 16,777,256" in shown
+    assert shown.count("holds integers up to") == 1
 
 
 def test_a_label_that_is_a_feature_is_named(write_log, log_schema, inspect_data, capsys):

@@ -122,19 +122,19 @@ def test_runs_that_differ_in_more_than_the_seed_are_rows_of_their_own_and_say_in
 
     header, rows = comparison(runs, "is_click/auc")
     assert header == ["model", "lr", "optim.lambda_abs", "clippy"]
-    assert rows == [["small", "1x", "0.01", "71.00 ± 1.41"], ["small", "1x", "1e-05", "51.00 ± 1.41"]]
+    assert rows == [["small", "1x", "0.01", "71.00 ± 1.41 (n=2)"], ["small", "1x", "1e-05", "51.00 ± 1.41 (n=2)"]]
     runs.write_csv(tmp_path / "saved.csv")
     assert comparison(pl.read_csv(tmp_path / "saved.csv"), "is_click/auc")[1] == [[*rows[0]], [*rows[1]]]
     hashes = comparison(runs.drop("optim.lambda_abs"), "is_click/auc")
     assert hashes[0] == ["model", "lr", "cell", "clippy"], "what differs is not known: still no mean over both"
-    assert sorted(row[-1] for row in hashes[1]) == ["51.00 ± 1.41", "71.00 ± 1.41"]
+    assert sorted(row[-1] for row in hashes[1]) == ["51.00 ± 1.41 (n=2)", "71.00 ± 1.41 (n=2)"]
 
 
 def test_an_interrupted_run_is_no_failed_one_and_an_auc_has_one_unit(sweep: Path) -> None:
     write_run(sweep / "5", "clippy", 2, None, status="failed", reason="interrupted at step 5; go on with: ...")
     runs = load_runs(sweep)
 
-    assert comparison(runs, "is_click/auc")[1][0][-1] == "interrupted 1 of 3; 67.00 ± 1.41"
+    assert comparison(runs, "is_click/auc")[1][0][-1] == "interrupted 1 of 3; 67.00 ± 1.41 (n=2)"
     header, rows = run_table(runs, ["is_click/auc"])
     assert [row[header.index("is_click/auc")] for row in rows][:2] == ["66.00", "68.00"]
     assert caption("is_click/auc") == "is_click/auc, %"
