@@ -11,8 +11,7 @@ from typing import Any
 
 import polars as pl
 
-from ranker.paper import divergence_figures
-from ranker.paper.jobs import LABELS, RECORDED, UNWATCHED, Data, Job, Setting, grid
+from ranker.paper.jobs import LABELS, MIDRUN_RATE, MIDRUN_REGIME, RECORDED, UNWATCHED, Data, Job, Setting, grid
 from ranker.paper.rendering import figure, save
 from ranker.paper.store import CURVE_KEYS, DIGITS, find, row_of
 from ranker.paper.study import Found, Phase, Sections, Study
@@ -32,7 +31,18 @@ def clippy_jobs(setting: Setting, naive: pl.DataFrame) -> list[Job]:
         return []
     run = naive.row(0, named=True)
     axes: dict[str, Sequence[object]] = {key: (run[key],) for key in ("model", "lr_mult", "seed")}
-    return grid((*setting.common, *RECORDED, *UNWATCHED), {"optim": ("clippy",), **axes})
+    return grid((*setting.common, *RECORDED, *UNWATCHED, *MIDRUN_REGIME), {"optim": ("clippy",), **axes})
+
+
+def naive_jobs(setting: Setting) -> list[Job]:
+    """Naive Adagrad in the regime of mid-run losses; the run that was healthy longest is shown."""
+    axes: dict[str, Sequence[object]] = {
+        "model": setting.models_of(("small",)),
+        "optim": ("adagrad",),
+        "lr_mult": (MIDRUN_RATE,),
+        "seed": setting.seed_list,
+    }
+    return grid((*setting.common, *RECORDED, *UNWATCHED, *MIDRUN_REGIME), axes)
 
 
 def read_lost(setting: Setting, folder: Path, jobs: Sequence[Job]) -> tuple[pl.DataFrame, list[Job]]:
@@ -157,7 +167,7 @@ MIDRUN = Study(
     name="midrun",
     title="A model lost in mid-run, naive Adagrad beside Clippy",
     phases=(
-        Phase("midrun_naive", lambda setting, _: divergence_figures.jobs(setting), read=read_lost),
+        Phase("midrun_naive", lambda setting, _: naive_jobs(setting), read=read_lost),
         Phase("midrun_clippy", lambda setting, found: clippy_jobs(setting, found["midrun_naive"]), read=read_clippy),
     ),
     sections=midrun_sections,

@@ -9,29 +9,15 @@ from pathlib import Path
 
 import polars as pl
 
-from ranker.paper.jobs import Data, Job, Setting, grid
+from ranker.paper.jobs import MIDRUN_RATE, MIDRUN_REGIME, MIDRUN_WARMUP, Data, Job, Setting, grid
 from ranker.paper.store import find, matching, row_of
 from ranker.paper.study import Found, Phase, Sections, Study
 from ranker.reports.comparison import as_markdown
 from ranker.runs.run_folder import EVENTS as EVENTS_FILE
 
-WARMUP = 100
-# Naive Adagrad on Small with layers that adapt, at the highest rate at which some seeds survive: it learns, and some
-# seeds are lost in mid-run. Inputs, heads and embedding tables start as they are, which makes this more frequent.
 # Nothing ends a lost run, so that each has an AUC at the end.
-LOST: Job = (
-    "model=small",
-    "optim=adagrad",
-    "optim.initial_accumulator_value=1e-6",
-    "optim.embedding.initial_accumulator_value=0.1",
-    "data.base_lr.laptop=0.4",
-    "data.dense_statistics=none",
-    "train.head_bias=zero",
-    "scale.batch_size=256",
-    f"train.warmup_steps={WARMUP}",
-    "callbacks.divergence.stop=false",
-)
-RATE, TWIN_RATE = 0.8, 0.4
+LOST: Job = ("model=small", "optim=adagrad", *MIDRUN_REGIME, "callbacks.divergence.stop=false")
+RATE, TWIN_RATE, WARMUP = MIDRUN_RATE, 0.4, MIDRUN_WARMUP
 SEEDS, EVENTS = 8, 6  # seeds that are tried, and events at most that are treated
 WAYS: dict[str, str] = {
     "rollback": "rollback",
