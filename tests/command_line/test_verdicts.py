@@ -28,6 +28,8 @@ LOST = (
 )
 # The losses jump at step 1,668 or 196, depending on the machine's arithmetic, and come back after 25 steps.
 LARGE = (
+    "experiment=paper_start",
+    "train.head_bias=zero",
     "model=large_dcn",
     "optim=adagrad",
     "data.log.train_rows=2000000",
