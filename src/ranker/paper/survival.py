@@ -163,7 +163,7 @@ def draw_survival(data: Data, found: Found, destination: Path) -> None:  # noqa:
             here.set_ylim(-0.02, 1.04)
             here.set_title(f"{LABELS[model]}, {rate:g}x", loc="left", fontsize=10)
             here.set_xlabel("step")
-            here.legend(frameon=False, fontsize=7, loc="lower left")
+            here.legend(fontsize=7, loc="center right", framealpha=0.85, edgecolor="none")
             batch = int(runs.filter(pl.col("model") == model)["batch_size"][0])
             rows = here.secondary_xaxis(
                 "top", functions=(lambda s, b=batch: s * b / 1e3, lambda r, b=batch: r * 1e3 / b)
