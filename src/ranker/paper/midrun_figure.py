@@ -35,7 +35,7 @@ def clippy_jobs(setting: Setting, naive: pl.DataFrame) -> list[Job]:
 
 
 def naive_jobs(setting: Setting) -> list[Job]:
-    """Naive Adagrad in the regime of mid-run losses; the run that was healthy longest is shown."""
+    """Naive Adagrad in the regime of mid-run losses; the run whose AUC fell most is shown."""
     axes: dict[str, Sequence[object]] = {
         "model": setting.models_of(("small",)),
         "optim": ("adagrad",),
@@ -46,14 +46,13 @@ def naive_jobs(setting: Setting) -> list[Job]:
 
 
 def read_lost(setting: Setting, folder: Path, jobs: Sequence[Job]) -> tuple[pl.DataFrame, list[Job]]:
-    """The curve of the lost run that was healthy longest; no rows, but the columns, where none was lost."""
+    """The curve of the lost run whose AUC fell most; no rows, but the columns, where none was lost."""
     found, missing = find(folder, jobs)
     runs = [(path, row_of(job, path, summary)) for job, (path, summary) in found]
     lost = [(path, row) for path, row in runs if row["status"] == "diverged" and row["full_step"] is not None]
-    chosen = max(lost, key=lambda run: run[1]["full_step"], default=None)
-    if chosen is None:
+    if not lost:
         return curve(*runs[0], setting.data).clear() if runs else pl.DataFrame(), missing
-    return curve(*chosen, setting.data), missing
+    return max((curve(*run, setting.data) for run in lost), key=_fall), missing
 
 
 def read_clippy(setting: Setting, folder: Path, jobs: Sequence[Job]) -> tuple[pl.DataFrame, list[Job]]:
@@ -152,6 +151,13 @@ def draw_midrun(data: Data, found: Found, destination: Path) -> None:
 def _median(values: Sequence[float | None]) -> float | None:
     known = sorted(value for value in values if value is not None and not math.isnan(value))
     return known[len(known) // 2] if known else None
+
+
+def _fall(run: pl.DataFrame) -> float:
+    """How far the AUC is at the end below the last one before the loss; -inf where nothing was known before it."""
+    aucs = run.drop_nulls("auc")
+    before = aucs.filter(pl.col("step") < pl.col("full_step"))["auc"]
+    return float(before[-1] - aucs["auc"][-1]) if before.len() else -math.inf
 
 
 def _before(step: int) -> pl.Expr:

@@ -41,7 +41,7 @@ def test_the_step_size_is_the_product_of_the_median_cuts_of_spans_that_do_not_ov
     record(write_run("late", list(NAIVE), status="diverged"), cuts, full=60)
     naive, missing = midrun_figure.read_lost(SETTING, tmp_path, [early, NAIVE])
     assert missing == []
-    assert naive["seed"].unique().to_list() == [2], "the run that was healthy longest"
+    assert naive["seed"].unique().to_list() == [2], "the run whose AUC is known before it was lost, and fell"
     assert naive.drop_nulls("step_size").select("step", "step_size").rows() == [(25, 0.5), (49, 0.5), (73, 0.005)]
     assert midrun_figure.clippy_jobs(SETTING, naive)[0][-4:] == ("optim=clippy", *NAIVE[:1], "lr_mult=1", "seed=2")
 

@@ -19,8 +19,8 @@ def test_a_cell_of_table_2_comes_out_again(
     command_line: Callable[..., None], kuairand_source: Path, tmp_path: Path
 ) -> None:
     runs = read_runs(ROOT / "results" / "kuairand_laptop" / "table2_final.csv")
-    cell = runs.filter(pl.col("model") == "small", pl.col("method") == "agc")
-    axes = point_of(cell.row(0, named=True)).axes("small", "agc")
+    cell = runs.filter(pl.col("model") == "large_dcn", pl.col("method") == "gc")
+    axes = point_of(cell.row(0, named=True)).axes("large_dcn", "gc")
     command_line(
         "data=kuairand",
         f"data.source={kuairand_source}",
