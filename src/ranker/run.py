@@ -67,7 +67,8 @@ def _train(run: Run) -> float:
         run.folder.save_config(run.cfg)
         log_identity.write(run.folder.path, run.datamodule.log)
         trackers.write_config(run.loggers, run.cfg)
-        print(f"run folder: {run.folder.path}", flush=True)
+        where = f", goes on after step {run.resumption.step} with lr {run.module.lr:g}" if run.resumption else ""
+        print(f"run folder: {run.folder.path}{where}", flush=True)
     try:
         continue_files(run)
         checkpoint = str(run.resumption.path) if run.resumption else None
@@ -142,6 +143,7 @@ def _say_start(run: Run) -> None:
         parameters=run.module.net.count_parameters(),  # type: ignore[operator]
         steps=limit if limited else all_steps,
         limited=limited,
+        warmup=cfg.train.warmup_steps,
         options=[f"{group}.{name}" for group in ("train", "data") for name in cfg[group]],
     )
     if run.trainer.is_global_zero:

@@ -40,6 +40,7 @@ def start_report(
     parameters: Mapping[str, int],
     steps: int,
     limited: bool = False,
+    warmup: int = 0,
     options: Sequence[str] = (),
 ) -> StartReport:
     """Looks at the first training rows and the first rows of the hold-out, which the run reads anyway.
@@ -49,6 +50,7 @@ def start_report(
         parameters: number of parameters by kind.
         steps: steps that the run is going to make.
         limited: whether it ends before the last training row because the user said so.
+        warmup: steps over which the learning rate rises.
         options: dotted options that exist, of which warnings may recommend some.
 
     Raises:
@@ -70,6 +72,11 @@ def start_report(
     if steps < _FEW_STEPS and not limited:
         more = " or more passes (train.epochs)" if "train.epochs" in options else ""
         warnings.append(f"{steps} steps are few: use a smaller scale.batch_size{more}")
+    if 0 < steps <= warmup:
+        warnings.append(
+            f"the learning rate rises over {warmup} steps and the run has {steps}, so it ends at {steps / warmup:.0%} "
+            "of its full value; lower train.warmup_steps"
+        )
     begin, last = log.time_at_row(0), log.time_at_row(log.train_rows - 1)
     days = last // DAY_MS - begin // DAY_MS + 1
     of = f", hold-out {held_out:,} rows from {utc(log.time_at_row(log.train_rows))}" if held_out else ", no hold-out"

@@ -109,7 +109,7 @@ class TrainingProgress(Callback):
         binary = next((i for i, t in enumerate(module.schema.tasks) if t.type == "binary"), None)
         auc = "" if binary is None else f"  {module.schema.tasks[binary].name} AUC {float(signals.auc_T[binary]):.3f}"
         lr = fit.trainer.optimizers[0].param_groups[0]["lr"]
-        loss = float(signals.losses_T.sum())
+        loss = float((signals.losses_T * module.loss.weight_T).sum())  # train/loss of metrics.csv
         note = f"  {self._note}" if self._note else ""
         return f"loss {loss:.4g}{auc}  lr {float(lr):.3g}  {self._speed():,.0f} examples/s{note}"
 

@@ -25,6 +25,12 @@ def reported(root, *, options=OPTIONS, limited=False, **log):
     )
 
 
+def test_a_run_that_ends_within_its_warm_up_is_told_so(write_log):
+    data = RankingDataModule(prepared(write_log(DAYS)), batch_size=4, window=64)
+    told = [start_report(data, parameters={}, steps=steps, limited=True, warmup=100).warnings for steps in (60, 101)]
+    assert [any("ends at 60% of its full value" in line for line in lines) for lines in told] == [True, False]
+
+
 def test_the_line_says_rows_days_hold_out_labels_parameters_and_steps(write_log):
     report = reported(write_log(DAYS))
     assert report.line == (
