@@ -26,7 +26,7 @@ def reported(root, *, options=OPTIONS, limited=False, **log):
 
 
 def test_a_run_that_ends_within_its_warm_up_is_told_so(write_log):
-    data = RankingDataModule(prepared(write_log(DAYS)), batch_size=4, window=64)
+    data = RankingDataModule(ParquetLog(str(write_log(DAYS))), batch_size=4, window=64, num_workers=0)
     told = [start_report(data, parameters={}, steps=steps, limited=True, warmup=100).warnings for steps in (60, 101)]
     assert [any("ends at 60% of its full value" in line for line in lines) for lines in told] == [True, False]
 
