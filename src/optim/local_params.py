@@ -50,7 +50,7 @@ def named_params(param_groups: Sequence[dict[str, Any]]) -> Iterator[tuple[dict[
 @contextmanager
 def lasting() -> Iterator[None]:
     """Make tensors that may be written to later, also where this step runs under torch.inference_mode."""
-    if not torch.is_inference_mode_enabled():
+    if torch.compiler.is_compiling() or not torch.is_inference_mode_enabled():
         yield
         return
     with torch.inference_mode(False), torch.no_grad():
