@@ -96,7 +96,18 @@ def check(environment: Path, work: Path) -> None:
     call([evenkeel, "report", "run"], cwd=work)
     assert (work / "run" / "report.html").stat().st_size > 0
     assert "clippy" in call([evenkeel, "compare", "run", "--format", "md"], cwd=work)
-    open_gate = ("--min-auc", "0", "--min-calibration", "0", "--max-calibration", "1e9", "--min-positives", "1000000")
+    open_gate = (
+        "--min-auc",
+        "0",
+        "--min-calibration",
+        "0",
+        "--max-calibration",
+        "1e9",
+        "--min-positives",
+        "1000000",
+        "--max-relative-loss",
+        "1e9",
+    )
     call([evenkeel, "export", "run", *open_gate], cwd=work)
     error = call([evenkeel, "train", "model=larg"], cwd=work, status=2)
     assert error.startswith("error: unknown model 'larg'; did you mean 'large'"), error
