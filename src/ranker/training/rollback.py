@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any, Literal, cast
 
-from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from ranker.capsules.training_state import TrainingState, copied
@@ -12,7 +11,7 @@ from ranker.errors import UserError, one_of
 from ranker.runs import metric_names
 from ranker.runs.run_folder import RunFolder
 from ranker.stability import DivergenceDetector, Event
-from ranker.training.module import Fit, OptimizerFactory
+from ranker.training.module import Fit, OptimizerFactory, scale_lr
 from ranker.training.optimizer_transfer import initial_state, made_optimizer, state_by_name, take_over
 from ranker.training.progress import Say
 from ranker.training.snapshots import SnapshotRing, restore, restore_history
@@ -110,7 +109,7 @@ class Rollback:
     def after_step(self, fit: Fit) -> None:
         """Raises the learning rate while it comes back from a rollback. Call it after each optimizer step, once."""
         if self.done and self._lr_steps:
-            _scale_lr(fit, self._rate(fit.step) / self._rate(fit.step - 1))
+            scale_lr(fit.trainer, self._rate(fit.step) / self._rate(fit.step - 1))
 
     def roll_back(
         self, fit: Fit, events: list[Event], *, ring: SnapshotRing, detector: DivergenceDetector, say: Say
@@ -152,7 +151,7 @@ class Rollback:
             rate = 1.0  # it has the rate of the configuration
         if detector.step_cut is not None:
             detector.step_cut.watch(fit.trainer.optimizers[0])
-        _scale_lr(fit, self._rate(before) / rate)
+        scale_lr(fit.trainer, self._rate(before) / rate)
         record["lr"] = float(fit.trainer.optimizers[0].param_groups[0]["lr"])
         self._write(fit, record)
         text = f"rollback {record['try']} of {self.tries}: {self._done_what(record, snapshot)}"
@@ -280,15 +279,3 @@ class Rollback:
     def _list_rows(self, fit: Fit) -> None:
         if self._folder is not None and fit.trainer.is_global_zero:
             self._folder.save_skipped_rows([(r["try"], fit.data.row_ranges(*r["skipped_batches"])) for r in self.done])
-
-
-def _scale_lr(fit: Fit, factor: float) -> None:
-    if factor == 1.0:
-        return
-    optimizer: Optimizer = fit.trainer.optimizers[0]
-    for group in optimizer.param_groups:
-        for name in ("lr", "initial_lr"):
-            if name in group:
-                group[name] = group[name] * factor
-    for config in fit.trainer.lr_scheduler_configs:
-        config.scheduler.base_lrs = [lr * factor for lr in config.scheduler.base_lrs]
