@@ -11,18 +11,18 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import polars as pl
-import yaml
 
 from ranker.paper.jobs import FOLLOWED, LABELS, MORE_MODELS, PAPER_MODELS, Data, Job, Setting, grid
 from ranker.paper.rendering import spread
-from ranker.paper.store import find, row_of
+from ranker.paper.store import find, row_of, warmup_of
 from ranker.paper.study import Found, Phase, Sections, Study
 from ranker.reports.comparison import as_markdown
 from ranker.runs.metric_names import VAL, task_metric
-from ranker.runs.run_folder import CONFIG, METRICS, whole_lines
+from ranker.runs.run_folder import METRICS, whole_lines
 
 RATES = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0, 2.0, 4.0)  # multiples of the present 1x
-WIDEST = ("large_dcn",)  # without --models; the model of table 3
+DEFAULT = ("small",)  # without --models
+SEEDS = 8
 MODELS = (*PAPER_MODELS, *MORE_MODELS)
 LEARNED = 0.8  # of the way from an AUC of 0.5 to the best of naive Adagrad: the model had learned
 TRAINS = 0.9  # of the same way: a quarter of 1x trains about as well as naive Adagrad ever does
@@ -64,10 +64,10 @@ class Judged(NamedTuple):
 def calibration_jobs(setting: Setting) -> list[Job]:
     """Naive Adagrad at every rate, with several seeds, on the validation day."""
     axes: dict[str, Sequence[object]] = {
-        "model": setting.models_of(WIDEST if setting.models is None else MODELS),
+        "model": setting.models_of(DEFAULT if setting.models is None else MODELS),
         "optim": ("adagrad",),
         "lr_mult": RATES[2:5:2] if setting.quick else RATES,
-        "seed": setting.seed_list,
+        "seed": setting.seeds_or(SEEDS),
     }
     return grid((*setting.common, *FOLLOWED, *setting.validation), axes)
 
@@ -81,8 +81,7 @@ def read(setting: Setting, folder: Path, jobs: Sequence[Job]) -> tuple[pl.DataFr
     rows = []
     for job, (path, summary) in found:
         row = row_of(job, path, summary)
-        config = yaml.safe_load((path / CONFIG).read_text(encoding="utf-8"))
-        row["warmup"] = int(config["train"]["warmup_steps"] or 0)
+        row["warmup"] = warmup_of(path)
         row["auc_before"] = _auc_before(path, task_metric(VAL, setting.data.auc, "auc"), row["full_step"])
         rows.append(row)
     return pl.DataFrame(rows, infer_schema_length=None), missing

@@ -50,18 +50,6 @@ RECORDED: Job = (
     "callbacks.divergence.stop=false",
     *CAPSULES,
 )
-# A regime in which some seeds of naive Adagrad are lost after the warm-up and after the model had learned, at a rate of
-# 0.32 with Small on KuaiRand. Layers adapt. Inputs, heads and tables start as they are, so a loss is more frequent.
-MIDRUN_REGIME: Job = (
-    "optim.initial_accumulator_value=1e-6",
-    "optim.embedding.initial_accumulator_value=0.1",
-    "data.base_lr.laptop=0.4",
-    "data.dense_statistics=none",
-    "train.head_bias=zero",
-    "scale.batch_size=256",
-    "train.warmup_steps=100",
-)
-MIDRUN_RATE, MIDRUN_WARMUP = 0.8, 100
 UNWATCHED: Job = ("callbacks.early_signs.every=0",)
 WATCHED: Job = ("callbacks.early_signs.every=1", "callbacks.early_signs.task_gradients=0")
 QUICK: Job = ("train.max_steps=60",)  # for --quick: long enough to exercise every part

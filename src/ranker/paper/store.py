@@ -15,7 +15,7 @@ from ranker.paper.jobs import Job
 from ranker.reports.run_table import outcome
 from ranker.runs.config_identity import NOT_IDENTIFYING, is_below
 from ranker.runs.metric_names import TEST
-from ranker.runs.run_folder import EVENTS, SUMMARY, whole_lines
+from ranker.runs.run_folder import CONFIG, EVENTS, SUMMARY, whole_lines
 from ranker.runs.run_folder import METRICS as METRICS_FILE
 
 # Settings that do not identify a published run. Where the data lie does not matter, because the data set has a name.
@@ -161,6 +161,12 @@ def first_event(folder: Path, kind: str) -> int | None:
     path = folder / EVENTS
     events = [json.loads(line) for line in whole_lines(path).splitlines()] if path.is_file() else []
     return next((int(event["step"]) for event in events if event.get("kind") == kind), None)
+
+
+def warmup_of(folder: Path) -> int:
+    """Steps of warm-up of a run."""
+    config = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8"))
+    return int(config["train"]["warmup_steps"] or 0)
 
 
 def _curve(folder: Path, row: Mapping[str, Any], columns: Mapping[str, str], every: int) -> pl.DataFrame:

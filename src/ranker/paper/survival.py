@@ -21,8 +21,9 @@ from ranker.paper.study import Found, Phase, Sections, Study
 from ranker.reports.comparison import as_markdown
 from ranker.reports.curves import COLOURS
 
-RATES = (1, 2, 4)  # multiples of 1x
-WIDEST = ("large_dcn",)  # without --models
+RATES = (1, 2, 4, 8)  # multiples of 1x
+DEFAULT = ("small",)  # without --models
+SEEDS = 10
 MODELS = (*PAPER_MODELS, *MORE_MODELS)
 REFERENCES = ("adagrad", "gc")  # of the log-rank tests
 
@@ -47,10 +48,10 @@ class Times(NamedTuple):
 def survival_jobs(setting: Setting) -> list[Job]:
     """Every method at every rate, with several seeds."""
     axes: dict[str, Sequence[object]] = {
-        "model": setting.models_of(WIDEST if setting.models is None else MODELS),
+        "model": setting.models_of(DEFAULT if setting.models is None else MODELS),
         "optim": METHODS[::4] if setting.quick else METHODS,
         "lr_mult": RATES[:1] if setting.quick else RATES,
-        "seed": setting.seed_list,
+        "seed": setting.seeds_or(SEEDS),
     }
     return grid(setting.bare, axes)
 

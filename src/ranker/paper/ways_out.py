@@ -9,16 +9,16 @@ from pathlib import Path
 
 import polars as pl
 
-from ranker.paper.jobs import MIDRUN_RATE, MIDRUN_REGIME, MIDRUN_WARMUP, Data, Job, Setting, grid
-from ranker.paper.store import find, matching, row_of
+from ranker.paper.jobs import Data, Job, Setting, grid
+from ranker.paper.store import find, matching, row_of, warmup_of
 from ranker.paper.study import Found, Phase, Sections, Study
 from ranker.reports.comparison import as_markdown
 from ranker.runs.run_folder import EVENTS as EVENTS_FILE
 
 # Nothing ends a lost run, so that each has an AUC at the end.
-LOST: Job = ("model=small", "optim=adagrad", *MIDRUN_REGIME, "callbacks.divergence.stop=false")
-RATE, TWIN_RATE, WARMUP = MIDRUN_RATE, 0.4, MIDRUN_WARMUP
-SEEDS, EVENTS = 8, 6  # seeds that are tried, and events at most that are treated
+LOST: Job = ("model=small", "optim=adagrad", "callbacks.divergence.stop=false")
+RATE, TWIN_RATE = 1, 0.25
+SEEDS, EVENTS = 12, 8  # seeds that are tried, and events at most that are treated
 WAYS: dict[str, str] = {
     "rollback": "rollback",
     "rollback, then the rate rises from a tenth": "rollback_rewarm",
@@ -29,6 +29,7 @@ WAYS: dict[str, str] = {
     "the rate rises from a tenth": "rewarm",
     "steps with an infinite gradient left out": "skip_nonfinite",
 }
+VERDICT = {"event_step": "step", "verdict_step": "judged_at"}  # column: field of the first full event
 KEYS = ("lr_mult", "seed", "mitigation")
 
 
@@ -41,11 +42,10 @@ def read(setting: Setting, folder: Path, jobs: Sequence[Job]) -> tuple[pl.DataFr
         lines = events.read_text(encoding="utf-8").splitlines() if events.is_file() else []
         full = [event for event in map(json.loads, lines) if event["kind"] == "full"]
         left_out = [record["skipped_batches"] for record in summary["rollbacks"]]
-        rows.append(
-            row_of(job, path, summary)
-            | {"event_step": full[0]["step"] if full else None, "verdict_step": full[0]["judged_at"] if full else None}
-            | {"rollbacks": len(left_out), "batches_left_out": sum(stop - start for start, stop in left_out)}
-        )
+        row = row_of(job, path, summary) | {"warmup": warmup_of(path), "rollbacks": len(left_out)}
+        row |= {key: full[0][source] if full else None for key, source in VERDICT.items()}
+        row["batches_left_out"] = sum(stop - start for start, stop in left_out)
+        rows.append(row)
     return pl.DataFrame(rows, infer_schema_length=None), missing
 
 
@@ -59,7 +59,7 @@ def treated(found: Found) -> list[int]:
     runs = found.get("ways_out_events")
     if runs is None or runs.is_empty():
         return []
-    hit = runs.filter(pl.col("first_step").is_not_null() & (pl.col("first_step") > WARMUP))
+    hit = runs.filter(pl.col("first_step") > pl.col("warmup"))
     return sorted(hit["seed"].to_list())[:EVENTS]
 
 
@@ -106,9 +106,9 @@ def _events(events: pl.DataFrame, runs: pl.DataFrame, seeds: Sequence[int]) -> s
         left_out = [f"{n} of {event['steps']}" for n in back["batches_left_out"]]
         rows.append([str(seed), *(_whole(event[key]) for key in ("first_step", "verdict_step")), *(left_out or ["-"])])
     unhurt = events.filter(pl.col("first_step").is_null()).height
-    early = events.filter(pl.col("first_step") <= WARMUP).height
+    early = events.filter(pl.col("first_step") <= pl.col("warmup")).height
     text = f"{events.height} seeds at {RATE:g}x: {unhurt} undisturbed, {early} disturbed first within the warm-up of "
-    text += f"{WARMUP} steps (not treated here), the others in mid-run.\n\n"
+    text += f"{events['warmup'][0]} steps (not treated here), the others in mid-run.\n\n"
     return text + as_markdown(["seed", "first step", "verdict at step", "batches that the rollback left out"], rows)
 
 
@@ -122,7 +122,7 @@ def _percent(value: float | None) -> str:
 
 WAYS_OUT = Study(
     name="ways_out",
-    title="What each way out of a mid-run divergence is worth (Small, naive Adagrad, G_0 = 1e-6)",
+    title="What each way out of a mid-run divergence is worth (Small, naive Adagrad)",
     phases=(
         Phase("ways_out_events", lambda setting, _: event_jobs(setting), read),
         Phase("ways_out", way_jobs, read),

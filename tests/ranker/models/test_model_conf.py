@@ -57,7 +57,7 @@ def test_batch_and_warm_up_are_those_of_the_data_set_at_the_scale():
     with initialize_config_dir(str(CONF), version_base="1.3"):
         laptop = compose("config", ["data=kuairand", "data.source=x"])
         paper = compose("config", ["data=kuairand", "data.source=x", "scale=paper"])
-    assert (laptop.scale.batch_size, laptop.train.warmup_steps) == (256, 200)
+    assert (laptop.scale.batch_size, laptop.train.warmup_steps) == (256, 175)
     assert paper.scale.batch_size == 65536, "of the paper"
 
 
