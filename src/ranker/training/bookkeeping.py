@@ -156,15 +156,19 @@ class Interruption(Callback):
         self._handlers: dict[signal.Signals, Any] = {}
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Takes over Ctrl-C during training."""
-        if stage == "fit":
+        """Takes over Ctrl-C during training, and remembers the handler of SIGTERM before Lightning registers its own.
+
+        Lightning restores the handlers of before ahead of ``teardown``. Its own handler would otherwise be put back
+        here, and each run of a sweep would keep the trainer of the run before alive.
+        """
+        if stage == "fit" and threading.current_thread() is threading.main_thread():  # no other thread may
+            self._handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
             self._take_over(signal.SIGINT)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Takes over SIGTERM, now that Lightning has registered its own handler.
 
-        That one ends the run by an exception after an evaluation, without a checkpoint. ``teardown`` gives it back
-        before Lightning restores the handler of before.
+        That one ends the run by an exception after an evaluation, without a checkpoint.
         """
         self._step = trainer.global_step
         self._take_over(signal.SIGTERM)
@@ -181,14 +185,14 @@ class Interruption(Callback):
         trainer.should_stop = True
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Restores the signal handlers."""
+        """Restores the signal handlers of before the run."""
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
         self._handlers.clear()
 
     def _take_over(self, number: signal.Signals) -> None:
-        if number not in self._handlers and threading.current_thread() is threading.main_thread():  # no other may
-            self._handlers[number] = signal.signal(number, self._request)
+        if number in self._handlers:
+            signal.signal(number, self._request)
 
     def _request(self, number: int, frame: FrameType | None) -> None:
         if self._requested:

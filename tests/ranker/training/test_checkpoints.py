@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import signal
+import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -70,6 +73,15 @@ def test_an_interrupted_run_writes_one_even_where_none_is_asked_for(fit: Fit, tm
 
     assert interruption.stopped
     assert names(tmp_path) == ["step=4.ckpt"]
+
+
+def test_nothing_keeps_a_run_alive_when_it_is_over(fit: Fit) -> None:
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    trainer = weakref.ref(fit([Interruption()], max_steps=2))
+    gc.collect()
+
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+    assert trainer() is None, "a sweep runs its jobs in one process, whose memory would grow with each job"
 
 
 def test_what_a_killed_process_left_is_removed(fit: Fit, tmp_path: Path) -> None:
