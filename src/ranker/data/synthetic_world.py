@@ -42,6 +42,7 @@ class Difficulty:
         tail: heaviness of the dense signals, ``exp(tail * z)`` of a normal z (log-normal). 0 leaves them normal.
         jump: factor by which the scale of a dense signal sometimes jumps, up or down.
         jump_share: share of quarter days in which a signal has another scale.
+        quiet_days: days at the start in which no scale jumps, so that a model can learn before it is hit.
         arrivals: share of all items replaced by new ones each day.
 
     Raises:
@@ -54,6 +55,7 @@ class Difficulty:
     tail: float = 1.0
     jump: float = 30.0
     jump_share: float = 0.01
+    quiet_days: float = 0.0
     arrivals: float = 0.02
 
     def __post_init__(self) -> None:
@@ -286,7 +288,7 @@ class World:
         if knobs.jump > 0:
             for i, number in enumerate(numbers):
                 rng = np.random.Generator(np.random.SFC64([self.seed, 2, int(number)]))
-                jumps = rng.random(self.signals) < knobs.jump_share
+                jumps = (rng.random(self.signals) < knobs.jump_share) & (number >= 4 * knobs.quiet_days)
                 scales[i, jumps] = knobs.jump ** rng.choice([-1.0, 1.0], int(jumps.sum()))
         return scales[place_B]
 

@@ -36,7 +36,7 @@ BARE: Job = (
 FOLLOWED: Job = (
     "logger=csv",
     "train.log_every=10",
-    "train.eval_every=40",
+    "train.eval_every=20",
     *(override for override in BARE if not override.startswith(("logger=", "train.eval_every="))),
 )
 # For figures: the loss at every step and regular evaluations, also after a run has diverged.

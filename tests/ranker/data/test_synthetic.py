@@ -163,6 +163,9 @@ def test_the_scale_of_a_signal_jumps_only_where_it_is_told_to() -> None:
     assert (steady / typical).max() < 1.5
     far = (jumping / typical > 5) | (jumping / typical < 0.2)
     assert 0.03 < far.float().mean() < 0.2
+    later = scales(jump=10, jump_share=0.1, quiet_days=5)
+    assert torch.equal(later[20:], jumping[20:])
+    assert torch.equal(later[:20], steady[:20]), "no jump in the first five days"
 
 
 def test_what_a_match_is_worth_drifts_and_stands_still_without_drift() -> None:
