@@ -41,7 +41,7 @@ class Judged(NamedTuple):
         unsettled: number of seeds whose training ended during a divergence.
         step: median first step of the divergences that ended runs; None where no seed was lost.
         warmup: steps of warm-up.
-        before: median AUC at the last evaluation before that step, 0.5 where there was none.
+        before: median of the best AUC at an evaluation before that step, 0.5 where there was none.
         auc: mean AUC at the end over the seeds that were not lost; None where all were.
     """
 
@@ -75,7 +75,8 @@ def calibration_jobs(setting: Setting) -> list[Job]:
 def read(setting: Setting, folder: Path, jobs: Sequence[Job]) -> tuple[pl.DataFrame, list[Job]]:
     """The rows of the runs with columns warmup (steps) and auc_before.
 
-    auc_before is the AUC at the last evaluation before the divergence that ended the run; null for other runs.
+    auc_before is the best AUC at an evaluation before the divergence that ended the run; null for other runs. The last
+    one would not do: where an evaluation falls between the first bad steps and the jump of the loss, it has fallen.
     """
     found, missing = find(folder, jobs)
     rows = []
@@ -94,7 +95,7 @@ def _auc_before(folder: Path, name: str, step: int | None) -> float | None:
     if name not in metrics.columns:
         return 0.5
     seen = metrics.filter(pl.col("step") < step).select(pl.col(name).cast(pl.Float64)).drop_nulls()
-    return round(float(seen[name][-1]), 5) if seen.height else 0.5
+    return round(max(seen[name].drop_nans().to_list(), default=0.5), 5)
 
 
 def judge(runs: pl.DataFrame, metric: str) -> list[Judged]:
@@ -211,7 +212,7 @@ def calibration_sections(data: Data, found: Found) -> Sections:
                     "; ".join(objections(rate, rates)) or "can be 1x",
                 ]
             )
-        head = [f"{LABELS[model]}, learning rate", "lost", "at step (median)", f"{data.auc} AUC before (median)"]
+        head = [f"{LABELS[model]}, learning rate", "lost", "at step (median)", f"best {data.auc} AUC before (median)"]
         table = as_markdown([*head, "AUC at the end of the others", "judgement"], rows)
         warmup = f"Warm-up over {rates[0].warmup} steps, batches of {runs['batch_size'][0]:,} rows.\n\n"
         made[model] = f"{warmup}{table}\n{proposal(rates)}\n"

@@ -78,7 +78,7 @@ def test_it_says_so_where_nothing_is_lost_or_nothing_learned() -> None:
 
 def test_the_test_day_is_never_read() -> None:
     jobs = calibration_jobs(SETTING)
-    assert len(jobs) == 3 * len(RATES)
+    assert len(jobs) == 8 * len(RATES)
     assert all("data.days=[2022-04-25,2022-05-07]" in job and "optim=adagrad" in job for job in jobs)
 
 
@@ -86,7 +86,7 @@ def test_a_run_is_read_with_what_it_had_learned_before_it_was_lost(write_run: An
     job = ("model=small", "optim=adagrad", "lr_mult=1")
     folder = write_run("lost", list(job), status="diverged", is_click__auc=0.5)
     (folder / "config.yaml").write_text("train:\n  warmup_steps: 20\n")
-    lines = ["step,train/loss,val/is_click/auc", "40,1.0,0.61", "80,1.0,0.68", "90,9.0,", "120,9.0,0.5"]
+    lines = ["step,train/loss,val/is_click/auc", "40,1.0,0.61", "60,1.0,0.68", "80,1.1,0.6", "90,9.0,", "120,9.0,0.5"]
     (folder / "metrics.csv").write_text("\n".join(lines) + "\n")
     events = '{"kind": "micro", "step": 30}\n{"kind": "full", "step": 85}\n'
     (folder / "events.jsonl").write_text(events)

@@ -65,7 +65,7 @@ def test_the_table_and_the_picture(tmp_path: Path) -> None:
 
 
 def test_jobs_are_every_method_at_every_rate() -> None:
-    assert len(survival.survival_jobs(Setting(DATA["kuairand"], seeds=2))) == 5 * 3 * 2
+    assert len(survival.survival_jobs(Setting(DATA["kuairand"], seeds=2))) == 5 * 4 * 2
 
 
 def test_a_missing_package_is_named_with_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
