@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ def record(folder: Path, cuts: dict[int, tuple[float, float, float]], *, full: i
         auc = {40: 0.7, 80: 0.5 if full else 0.72}.get(step, "")
         lines.append(",".join(map(str, (step, loss, auc, *cuts.get(step, (1.0, 1.0, 1.0)), 0.5))))
     (folder / "metrics.csv").write_text("\n".join(lines) + "\n")
+    (folder / "config.yaml").write_text("train:\n  warmup_steps: 8\n")
     if full:
         (folder / "events.jsonl").write_text(f'{{"kind": "full", "step": {full}}}\n')
 
@@ -55,6 +57,20 @@ def test_the_step_size_is_the_product_of_the_median_cuts_of_spans_that_do_not_ov
     assert (tmp_path / "midrun.svg").stat().st_size > 1000
 
 
+def test_a_run_that_was_lost_in_mid_run_is_preferred(
+    write_run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(midrun_figure, "LEFT", 15)
+    jobs = [("model=small", "optim=adagrad", f"lr_mult={rate}", "seed=0") for rate in (0.8, 1, 2)]
+    for name, job, full in zip(("start", "mid", "end"), jobs, (7, 42, 79), strict=True):
+        folder = write_run(name, list(job), status="diverged")
+        record(folder, {}, full=full)
+        summary = json.loads((folder / "summary.json").read_text()) | {"steps": 80}
+        (folder / "summary.json").write_text(json.dumps(summary))
+    shown, _ = midrun_figure.read_lost(SETTING, tmp_path, jobs)
+    assert shown["full_step"].unique().to_list() == [42]
+
+
 def test_the_span_is_that_of_the_signal() -> None:
     assert StepCut.__init__.__kwdefaults__["span"] == SPAN
 
@@ -73,6 +89,7 @@ def test_it_says_so_where_no_candidate_was_lost(write_run: Any, tmp_path: Path) 
 def test_a_run_without_the_signal_has_no_step_size(write_run: Any, tmp_path: Path) -> None:
     folder = write_run("old", list(NAIVE), status="diverged")
     (folder / "metrics.csv").write_text("step,train/loss,val/is_click/auc\n1,2.0,\n2,3.0,0.6\n")
+    (folder / "config.yaml").write_text("train:\n  warmup_steps: 0\n")
     (folder / "events.jsonl").write_text('{"kind": "full", "step": 2}\n')
     naive, _ = midrun_figure.read_lost(SETTING, tmp_path, [NAIVE])
     assert naive["step_size"].null_count() == 2
