@@ -10,7 +10,7 @@ from pathlib import Path
 import polars as pl
 
 from ranker.paper.jobs import Data, Job, Setting, grid
-from ranker.paper.store import find, matching, row_of, warmup_of
+from ranker.paper.store import find, matching, row_of
 from ranker.paper.study import Found, Phase, Sections, Study
 from ranker.reports.comparison import as_markdown
 from ranker.runs.run_folder import EVENTS as EVENTS_FILE
@@ -30,6 +30,10 @@ WAYS: dict[str, str] = {
     "steps with an infinite gradient left out": "skip_nonfinite",
 }
 VERDICT = {"event_step": "step", "verdict_step": "judged_at"}  # column: field of the first full event
+LEARNED = 100  # steps after which the AUC of an undisturbed run has come most of its way
+LEFT = 50  # steps after the verdict that a run must have, so that a way out can act
+LATE = pl.col("event_step") > LEARNED
+IN_TIME = pl.col("verdict_step") <= pl.col("steps") - LEFT
 KEYS = ("lr_mult", "seed", "mitigation")
 
 
@@ -42,7 +46,7 @@ def read(setting: Setting, folder: Path, jobs: Sequence[Job]) -> tuple[pl.DataFr
         lines = events.read_text(encoding="utf-8").splitlines() if events.is_file() else []
         full = [event for event in map(json.loads, lines) if event["kind"] == "full"]
         left_out = [record["skipped_batches"] for record in summary["rollbacks"]]
-        row = row_of(job, path, summary) | {"warmup": warmup_of(path), "rollbacks": len(left_out)}
+        row = row_of(job, path, summary) | {"rollbacks": len(left_out)}
         row |= {key: full[0][source] if full else None for key, source in VERDICT.items()}
         row["batches_left_out"] = sum(stop - start for start, stop in left_out)
         rows.append(row)
@@ -55,12 +59,11 @@ def event_jobs(setting: Setting) -> list[Job]:
 
 
 def treated(found: Found) -> list[int]:
-    """Seeds of the first runs that were disturbed after the warm-up."""
+    """Seeds of the first runs that were lost after they had learned, with steps left to act in."""
     runs = found.get("ways_out_events")
     if runs is None or runs.is_empty():
         return []
-    hit = runs.filter(pl.col("first_step") > pl.col("warmup"))
-    return sorted(hit["seed"].to_list())[:EVENTS]
+    return sorted(runs.filter(LATE, IN_TIME)["seed"].to_list())[:EVENTS]
 
 
 def way_jobs(setting: Setting, found: Found) -> list[Job]:
@@ -105,10 +108,10 @@ def _events(events: pl.DataFrame, runs: pl.DataFrame, seeds: Sequence[int]) -> s
         back = matching(runs, (f"lr_mult={RATE:g}", f"seed={seed}", "mitigation=rollback"), KEYS)
         left_out = [f"{n} of {event['steps']}" for n in back["batches_left_out"]]
         rows.append([str(seed), *(_whole(event[key]) for key in ("first_step", "verdict_step")), *(left_out or ["-"])])
-    unhurt = events.filter(pl.col("first_step").is_null()).height
-    early = events.filter(pl.col("first_step") <= pl.col("warmup")).height
-    text = f"{events.height} seeds at {RATE:g}x: {unhurt} undisturbed, {early} disturbed first within the warm-up of "
-    text += f"{events['warmup'][0]} steps (not treated here), the others in mid-run.\n\n"
+    unhurt = events.filter(pl.col("event_step").is_null()).height
+    early, last = events.filter(~LATE).height, events.filter(~IN_TIME).height
+    text = f"{events.height} seeds at {RATE:g}x: {unhurt} undisturbed, {early} lost in the first {LEARNED} steps and "
+    text += f"{last} with a verdict in the last {LEFT} (not treated here).\n\n"
     return text + as_markdown(["seed", "first step", "verdict at step", "batches that the rollback left out"], rows)
 
 
