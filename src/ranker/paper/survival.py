@@ -16,7 +16,7 @@ import polars as pl
 
 from ranker.errors import UserError, install_hint
 from ranker.paper.jobs import LABELS, METHODS, MORE_MODELS, PAPER_MODELS, Data, Job, Setting, grid
-from ranker.paper.rendering import figure, save
+from ranker.paper.rendering import figure, save, spread
 from ranker.paper.study import Found, Phase, Sections, Study
 from ranker.reports.comparison import as_markdown
 from ranker.reports.curves import COLOURS
@@ -25,6 +25,7 @@ RATES = (1, 2, 4, 8)  # multiples of 1x
 DEFAULT = ("small",)  # without --models
 SEEDS = 10
 MODELS = (*PAPER_MODELS, *MORE_MODELS)
+WIDTHS = (1.6, 4.5, 3.0, 1.6, 1.2)  # of the lines of METHODS, so that one on another is seen
 REFERENCES = ("adagrad", "gc")  # of the log-rank tests
 
 
@@ -116,8 +117,8 @@ def restricted_mean(found: Times, horizon: int) -> float:
     return float(restricted_mean_survival_time(estimator, t=horizon))
 
 
-def survival_sections(data: Data, found: Found) -> Sections:  # noqa: ARG001
-    """One section per model: lost runs, median survival in rows, restricted mean, log-rank tests."""
+def survival_sections(data: Data, found: Found) -> Sections:
+    """One section per model: lost runs, AUC of the others, median survival in rows, restricted mean, log-rank tests."""
     made = {}
     for model in _models(found["survival"]):
         runs = found["survival"].filter(pl.col("model") == model)
@@ -137,50 +138,59 @@ def survival_sections(data: Data, found: Found) -> Sections:  # noqa: ARG001
                         f"{rate:g}x",
                         method,
                         mine.losses,
+                        _auc(runs, data, method, rate),
                         f"{median * batch:,.0f}" if reached else f"more than {horizon * batch:,}",
                         f"{mean * batch:,.0f}",
                         *tests,
                     ]
                 )
-        head = ["learning rate", "method", "lost", "median survival, rows", f"mean up to {horizon * batch:,} rows"]
+        head = [
+            "learning rate",
+            "method",
+            "lost",
+            f"{data.auc} AUC of the others",
+            "median survival, rows",
+            f"mean up to {horizon * batch:,} rows",
+        ]
         made[model] = as_markdown([*head, *(f"log-rank p against {r}" for r in REFERENCES)], rows)
     return made
 
 
 def draw_survival(data: Data, found: Found, destination: Path) -> None:  # noqa: ARG001
-    """One row of axes per model, one column per rate; the curve of each method with its band."""
+    """One row of axes per model, at most two rates side by side; the curve of each method with its band."""
     runs = found["survival"]
-    models, rates = _models(runs), sorted(runs["lr_mult"].unique())
+    panels = [(model, rate) for model in _models(runs) for rate in sorted(runs["lr_mult"].unique())]
+    columns = min(2, len(panels))
+    rows = -(-len(panels) // columns)
     picture, axes = figure(
-        rows=len(models), columns=len(rates), width=4 * len(rates), height=3.3 * len(models), sharey=True, squeeze=False
+        rows=rows, columns=columns, width=4.2 * columns, height=2.8 * rows, sharey=True, squeeze=False
     )
-    for row, model in enumerate(models):
-        for column, rate in enumerate(rates):
-            here = axes[row][column]
-            for method in METHODS:
-                mine = _times(runs.filter(pl.col("model") == model), method, rate)
-                if mine.steps:
-                    _draw(here, kaplan_meier(mine), COLOURS[method], f"{method}: {mine.losses} lost")
-            here.set_ylim(-0.02, 1.04)
-            here.set_title(f"{LABELS[model]}, {rate:g}x", loc="left", fontsize=10)
-            here.set_xlabel("step")
-            here.legend(fontsize=7, loc="center right", framealpha=0.85, edgecolor="none")
-            batch = int(runs.filter(pl.col("model") == model)["batch_size"][0])
-            rows = here.secondary_xaxis(
-                "top", functions=(lambda s, b=batch: s * b / 1e3, lambda r, b=batch: r * 1e3 / b)
-            )
-            rows.tick_params(labelsize=7)
-            if column == 0:
-                here.set_ylabel("share of runs not lost")
-                rows.set_xlabel("thousand rows", fontsize=7)
+    for here in axes.flat[len(panels) :]:
+        here.set_visible(False)
+    for here, (model, rate) in zip(axes.flat, panels, strict=False):
+        mine = runs.filter(pl.col("model") == model)
+        curves = {method: _times(mine, method, rate) for method in METHODS}
+        for width, (method, seen) in zip(WIDTHS, curves.items(), strict=True):
+            if seen.steps:
+                _draw(here, kaplan_meier(seen), COLOURS[method], method, width)
+        lost = [f"{method} {sum(seen.lost)}/{len(seen.lost)}" for method, seen in curves.items() if any(seen.lost)]
+        here.set_title(f"{LABELS[model]}, {rate:g}x. Lost: {', '.join(lost) or 'none'}", loc="left", fontsize=9)
+        here.set_ylim(-0.02, 1.04)
+        batch = int(mine["batch_size"][0])
+        here.set_xlabel(f"step of {batch} rows", fontsize=8)
+        here.set_ylabel("share of runs not lost", fontsize=8)
+    lines = {line.get_label(): line for here in axes.flat for line in here.get_lines()}
+    picture.legend(
+        lines.values(), lines.keys(), loc="outside lower center", ncols=len(lines), fontsize=8, frameon=False
+    )
     save(picture, destination)
 
 
-def _draw(axes: Any, estimator: Any, colour: str, label: str) -> None:
+def _draw(axes: Any, estimator: Any, colour: str, label: str, width: float) -> None:
     curve, band = estimator.survival_function_, estimator.confidence_interval_
     low, high = (band.iloc[:, i].to_numpy() for i in (0, 1))
     steps = curve.index.to_numpy()
-    axes.step(steps, curve.iloc[:, 0].to_numpy(), where="post", color=colour, label=label, linewidth=1.4)
+    axes.step(steps, curve.iloc[:, 0].to_numpy(), where="post", color=colour, label=label, linewidth=width)
     if (high > low).any():  # no band where no run was lost
         axes.fill_between(steps, low, high, step="post", color=colour, alpha=0.12, linewidth=0)
 
@@ -188,6 +198,11 @@ def _draw(axes: Any, estimator: Any, colour: str, label: str) -> None:
 def _p(one: Times, other: Times) -> str:
     p = log_rank(one, other) if other.steps else None
     return "-" if p is None else f"{p:.2g}"
+
+
+def _auc(runs: pl.DataFrame, data: Data, method: str, rate: float) -> str:
+    here = runs.filter((pl.col("optim") == method) & (pl.col("lr_mult") == rate) & (pl.col("status") == "completed"))
+    return spread(here[f"{data.auc}/auc"].to_list(), percent=True) or "-"
 
 
 def _times(runs: pl.DataFrame, method: str, rate: float) -> Times:

@@ -17,7 +17,7 @@ from ranker.paper.survival import Times, kaplan_meier, log_rank, restricted_mean
 
 def run(method: str, status: str, steps: int, **more: Any) -> dict[str, Any]:
     row = {"model": "small", "optim": method, "lr_mult": 1.0, "status": status, "steps": steps, "batch_size": 256}
-    return row | {"run": "x", "first_step": None, "full_step": None, "unsettled_step": None} | more
+    return row | {"run": "x", "first_step": None, "full_step": None, "unsettled_step": None, "is_click/auc": 0.7} | more
 
 
 def test_a_lost_run_counts_at_its_full_divergence_and_others_are_censored() -> None:
@@ -56,9 +56,9 @@ def found() -> dict[str, pl.DataFrame]:
 def test_the_table_and_the_picture(tmp_path: Path) -> None:
     made = survival.survival_sections(DATA["kuairand"], found())["small"]
     lines = made.splitlines()
-    assert lines[2].startswith("| 1x | adagrad | 3 of 3 | 10,496 | 10,496 |  | 0.0")  # 41 steps of 256 rows
-    assert lines[3].startswith("| 1x | gc | 0 of 3 | more than 25,600 | 25,600 | 0.0")
-    assert "| 1x | clippy | 0 of 2 | more than 25,600 |" in made
+    assert lines[2].startswith("| 1x | adagrad | 3 of 3 | - | 10,496 | 10,496 |  | 0.0")  # 41 steps of 256 rows
+    assert lines[3].startswith("| 1x | gc | 0 of 3 | 70.00 ± 0.00 | more than 25,600 | 25,600 | 0.0")
+    assert "| 1x | clippy | 0 of 2 | 70.00 | more than 25,600 |" in made
     assert lines[4].endswith("| - |"), "neither gc nor clippy lost a run"
     survival.draw_survival(DATA["kuairand"], found(), tmp_path / "survival")
     assert (tmp_path / "survival.svg").stat().st_size > 1000
