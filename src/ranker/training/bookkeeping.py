@@ -14,6 +14,7 @@ import pytorch_lightning as pl
 from pytorch_lightning.callbacks import Callback
 
 from ranker.data.batch import Batch
+from ranker.training.lightning_private import with_more_batches
 from ranker.training.module import Fit
 
 
@@ -119,6 +120,14 @@ class Bookkeeping(Callback):
         """Has the loggers write what they hold: a resumed run continues after the checkpoint's step."""
         for logger in trainer.loggers:
             logger.save()
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Lets a run go on whose last batch was not the last one of the run, whatever the checkpoint's epoch says."""
+        data = Fit(trainer).data
+        if data.position < data.num_batches:  # the data module was restored before
+            with_more_batches(checkpoint)
 
     def state_dict(self) -> dict[str, Any]:
         """The count of examples."""

@@ -6,6 +6,8 @@ test names it, and only this file must change.
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytorch_lightning as pl
 from pytorch_lightning.loggers import WandbLogger
 from torch import nn
@@ -21,6 +23,18 @@ def refetch(trainer: pl.Trainer) -> None:
     if loop._data_fetcher is not None:
         iter(loop._data_fetcher)
         loop.epoch_loop.batch_progress.is_last_batch = loop._data_fetcher.done
+
+
+def with_more_batches(checkpoint: dict[str, Any]) -> None:
+    """Marks the epoch of a checkpoint as unfinished, so that a resumed run trains on what the loader still has.
+
+    Private, because Lightning restores its progress from these entries alone. A checkpoint of the last batch says that
+    the epoch is over, and the resumed run would end without a step, although there are more passes to make now.
+    """
+    loops = checkpoint["loops"]["fit_loop"]
+    loops["epoch_loop.batch_progress"]["is_last_batch"] = False
+    for progress in ("total", "current"):
+        loops["epoch_progress"][progress] |= {"processed": 0, "completed": 0}
 
 
 def without_anonymous(logger: WandbLogger) -> WandbLogger:
