@@ -113,7 +113,7 @@ def test_the_budget_of_tries_ends_in_a_diverged_run(train_tiny: Train, tmp_path:
     run = train_tiny(tmp_path, *SETTINGS, *RING, *spent, "callbacks.rollback.lr_factor=0.5")
 
     assert run.summary["status"] == "diverged"
-    assert "1 rollbacks" in run.summary["reason"]
+    assert "1 rollback before" in run.summary["reason"]
     (rollback,) = run.summary["rollbacks"]
     assert rollback["skipped_rows"] == 0
     assert rollback["lr"] == pytest.approx(0.5 * run.summary["lr"])
