@@ -36,6 +36,8 @@ def shown(**changed: Any) -> str:
         ({"test/click/ne": 1.0, "test/watch/r2": 0.5}, ["click"]),
         ({"test/click/ne": 0.9, "test/watch/r2": 0.0}, ["watch"]),
         ({"test/click/ne": math.nan, "test/watch/r2": None}, []),
+        ({"test/click/ne": 0.998, "test/click/auc": 0.505, "test/watch/r2": 0.5}, ["click"]),
+        ({"test/click/ne": 0.98, "test/click/auc": 0.53}, []),
     ],
 )
 def test_tasks_no_better_than_a_constant_are_named(metrics: dict[str, float | None], tasks: list[str]) -> None:

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from ranker.errors import UserError, suggest
+from ranker.stability.worth import relative_loss
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -254,19 +255,6 @@ def _calibration(evidence: Evidence, task: str, settings: GateSettings) -> Check
         found=_number(found),
         words=f"mean prediction / mean label is {found:.3f}; wanted: {low:.3g} to {high:.3g}",
     )
-
-
-def relative_loss(metrics: Mapping[str, float], task: str) -> float:
-    """The loss of a task divided by that of the best constant prediction on the same rows; nan where it is unknown.
-
-    The normalised entropy of a binary task, and 1 - R2 = MSE / variance of the labels of a regression.
-
-    Args:
-        metrics: by ``<task>/<metric>``, as from ``TaskMetrics``; a value may be None for nan, as in summary.json.
-        task: name of the task.
-    """
-    entropy, r2 = (math.nan if (x := metrics.get(f"{task}/{name}")) is None else x for name in ("ne", "r2"))
-    return 1.0 - r2 if math.isnan(entropy) else entropy
 
 
 def _relative_loss(evidence: Evidence, task: str, settings: GateSettings) -> Check:

@@ -276,7 +276,7 @@ class Rollback:
             "event_step": cause.step,
             "batch": data.position,  # the next one
             "skipped_batches": [first, data.position],  # the first, and the one after the last
-            "skipped_row_span": [int(ranges[0, 0]), int(ranges[-1, 1])] if len(ranges) else None,
+            "skipped_row_span": [int(ranges[:, 0].min()), int(ranges[:, 1].max())] if len(ranges) else None,
             "skipped_rows": int((ranges[:, 1] - ranges[:, 0]).sum()),
             "lr": 0.0,
             "reason": cause.reason,
