@@ -150,10 +150,12 @@ def show(summary: dict[str, Any], console: Console | None = None) -> None:
         )
     if summary["bad_rows"]:
         console.print(f"{summary['bad_rows']:,} rows could not be used and were left out", style="yellow")
+    rate, speed = summary["examples_per_second"], ""
+    if rate > 0:  # 0: a resumed run that had nothing left to train
+        shown = f"{rate:,.0f}" if rate >= 10 else f"{rate:.2g}"
+        speed = f", {shown} examples/s, {100 * summary['data_wait_fraction']:.1f} % waiting for data"
     console.print(
-        f"{summary['steps']:,} steps, {summary['examples']:,} examples, "
-        f"{summary['examples_per_second']:,.0f} examples/s, "
-        f"{100 * summary['data_wait_fraction']:.1f} % waiting for data",
+        f"{summary['steps']:,} steps, {summary['examples']:,} examples{speed}",
         soft_wrap=True,
         highlight=False,
     )

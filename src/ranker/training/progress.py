@@ -110,7 +110,8 @@ class TrainingProgress(Callback):
         lr = fit.trainer.optimizers[0].param_groups[0]["lr"]
         loss = float((signals.losses_T * module.loss.weight_T).sum())  # train/loss of metrics.csv
         note = f"  {self._note}" if self._note else ""
-        return f"loss {loss:.4g}{auc}  lr {float(lr):.3g}  {self._speed():,.0f} examples/s{note}"
+        speed = f"  {measured:,.0f} examples/s" if (measured := self._speed()) else ""
+        return f"loss {loss:.4g}{auc}  lr {float(lr):.3g}{speed}{note}"
 
 
 def planned_steps(fit: Fit) -> int:
