@@ -208,6 +208,7 @@ def build(cfg: DictConfig, folder: RunFolder, checkpoint: Path | None) -> Run:
             name=folder.path.name,
             group="/".join([*words, f"x{cfg.lr_mult:g}", *mitigation, cell_hash(cfg)[:6]]),
             tags=[*words, *mitigation, *cfg.tags],
+            tracked=resumption.tracked if resumption else None,
         ),
     )
     return Run(

@@ -43,6 +43,7 @@ NET_PREFIX = "net."  # of the model's weights in STATE_DICT
 TRAIN_AUC = "train_auc._extra_state"  # in STATE_DICT: histograms of the training AUC, of rank 0
 TRAIN_AUC_BY_RANK = "train_auc_by_rank"  # the same of each rank
 OPTIMIZER_SETTINGS = "optimizer_settings"  # hyperparameters of each group, as configured
+TRACKED = "tracked_rows"  # number of rows that W&B has
 RECENT = "recent_steps"  # losses and AUCs of the last steps, which metrics.csv may not have
 
 

@@ -14,6 +14,8 @@ import pytorch_lightning as pl
 from pytorch_lightning.callbacks import Callback
 
 from ranker.data.batch import Batch
+from ranker.runs.run_folder import TRACKED
+from ranker.training import trackers
 from ranker.training.lightning_private import with_more_batches
 from ranker.training.module import Fit
 
@@ -125,6 +127,7 @@ class Bookkeeping(Callback):
         """Has the loggers write what they hold: a resumed run continues after the checkpoint's step."""
         for logger in trainer.loggers:
             logger.save()
+        checkpoint[TRACKED] = trackers.position(trainer.loggers)
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]

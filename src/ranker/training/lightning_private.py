@@ -46,6 +46,14 @@ def without_anonymous(logger: WandbLogger) -> WandbLogger:
     return logger
 
 
+def rewinds(logger: WandbLogger) -> bool:
+    """Whether a logger asks wandb to drop what the run had tracked after some step.
+
+    Private, because Lightning has no public way to ask what a logger will give to ``wandb.init``.
+    """
+    return logger._wandb_init.get("resume_from") is not None
+
+
 def is_compiled(net: nn.Module) -> bool:
     """Whether ``net.compile()`` was called.
 

@@ -19,6 +19,7 @@ from ranker.runs.run_folder import (
     OPTIMIZER_SETTINGS,
     STABILITY,
     STATE_DICT,
+    TRACKED,
     RunFolder,
     read_summary,
 )
@@ -36,11 +37,13 @@ class Resumption:
         path: the checkpoint.
         step: its optimizer step.
         position: number of the next batch.
+        tracked: number of rows that W&B had then; None if it is not known.
     """
 
     path: Path
     step: int
     position: int
+    tracked: int | None = None
 
     @classmethod
     def of(cls, path: Path, module: RankingModule) -> Resumption:
@@ -61,7 +64,7 @@ class Resumption:
         _check_weights(path, weights, module.state_dict())
         _check_settings(path, saved.get(OPTIMIZER_SETTINGS), module)
         _check_optimizer(path, saved, module)
-        return cls(path, step, position)
+        return cls(path, step, position, saved.get(TRACKED))
 
 
 def sound_checkpoint(folder: RunFolder, *, keep_lost: bool, say: Callable[[str], None]) -> Path:
