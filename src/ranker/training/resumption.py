@@ -79,7 +79,8 @@ def sound_checkpoint(folder: RunFolder, *, keep_lost: bool, say: Callable[[str],
         UserError: there is no checkpoint, or none from before the divergence.
     """
     newest = folder.newest_checkpoint()
-    first = _lost_since(folder, newest)
+    state = _stability_of(newest)
+    first = _lost_since(folder, state)
     if first is None:
         return newest
     lost = f"{folder.path} diverged at step {first}"
@@ -87,7 +88,8 @@ def sound_checkpoint(folder: RunFolder, *, keep_lost: bool, say: Callable[[str],
         say(f"{lost}; going on from step {step_of(newest)} with the lost weights (callbacks.divergence.stop=false)")
         return newest
     for path in reversed(by_step(folder.checkpoints)):
-        if step_of(path) < first and damage(path) is None:
+        undone = any(r["to_step"] < step_of(path) <= r["step"] for r in state.get("rollbacks", ()))
+        if step_of(path) < first and not undone and damage(path) is None:
             say(
                 f"{lost}; going back to step {step_of(path)}, the last checkpoint before that. Without a change, such "
                 "as lr_mult=0.5 or callbacks.rollback.tries=3, it will be lost again"
@@ -99,14 +101,19 @@ def sound_checkpoint(folder: RunFolder, *, keep_lost: bool, say: Callable[[str],
     )
 
 
-def _lost_since(folder: RunFolder, newest: Path) -> int | None:
-    """First step of the divergence that ended a run, from its newest checkpoint or its events; None if none did."""
+def _stability_of(path: Path) -> dict[str, Any]:
+    """The state of the stability callback in a checkpoint; empty if the file is none, which ``Resumption.of`` says."""
     try:
-        state = torch.load(newest, map_location="cpu", weights_only=True, mmap=True)[CALLBACKS][STABILITY]
-        full = state["detector"]["classifier"]["full_divergence"]
-    except Exception:  # no checkpoint of a run, which Resumption.of says, or one without a detector
-        full = None
-    summary = read_summary(folder.path)
+        found: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)[CALLBACKS][STABILITY]
+    except Exception:  # torch raises many types of errors for an invalid file
+        return {}
+    return found
+
+
+def _lost_since(folder: RunFolder, state: Mapping[str, Any]) -> int | None:
+    """First step of the divergence that ended a run, from its newest checkpoint or its events; None if none did."""
+    detector, summary = state.get("detector"), read_summary(folder.path)
+    full = detector["classifier"]["full_divergence"] if detector else None
     if full is None and summary is not None and summary["status"] == "diverged":  # the verdict of the hold-out
         full = folder.last_event("full")
     return None if full is None else int(full["step"])
