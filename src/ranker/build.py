@@ -39,8 +39,9 @@ from ranker.training.checkpoints import Checkpoints, DurableCheckpointIO
 from ranker.training.metrics_csv import MetricsCsv
 from ranker.training.module import RankingModule
 from ranker.training.progress import say_in_log
-from ranker.training.resumption import Resumption
+from ranker.training.resumption import Resumption, sound_checkpoint
 from ranker.training.sharpness_probe import SharpnessProbe
+from ranker.training.snapshots import is_healthy
 from ranker.training.stability_callback import Stability
 
 # Environment variables that tell the processes started by DDP their folder and the checkpoint of a sweep's job.
@@ -120,15 +121,16 @@ def starting_point(cfg: DictConfig, folder: RunFolder, checkpoint: Path | None) 
         UserError: the run has no checkpoint, a setting cannot change in a resumed run, or a new run would mix its
             files with those of another.
     """
+    given = os.environ.get(CHECKPOINT_VARIABLE)  # in the other processes of the run
+    checkpoint = checkpoint or (Path(given) if given else None)
     if cfg.resume is None:
-        given = os.environ.get(CHECKPOINT_VARIABLE)
-        checkpoint = checkpoint or (Path(given) if given else None)
         if checkpoint is None and _is_first_process():
             folder.make_room(force=cfg.force)
         return cfg, checkpoint
     cfg = resumed(cfg, folder.load_config(), list(HydraConfig.get().overrides.task), conf=conf_folder())
     check(cfg)
-    return cfg, folder.newest_checkpoint()
+    stops = OmegaConf.select(cfg, "callbacks.divergence.stop", default=False)
+    return cfg, checkpoint or sound_checkpoint(folder, keep_lost=not stops, say=lambda line: print(line, flush=True))
 
 
 def _is_first_process() -> bool:
@@ -189,6 +191,7 @@ def build(cfg: DictConfig, folder: RunFolder, checkpoint: Path | None) -> Run:
         every=cfg.train.checkpoint_every,
         best_by=objective.chosen(cfg.objective, objective.metrics_of(tasks)),
         interruption=interruption,
+        healthy=lambda: is_healthy(stability.detector),
     )
     if resumption is not None:
         checkpoints.continue_from(resumption.step)
@@ -205,6 +208,7 @@ def build(cfg: DictConfig, folder: RunFolder, checkpoint: Path | None) -> Run:
             name=folder.path.name,
             group="/".join([*words, f"x{cfg.lr_mult:g}", *mitigation, cell_hash(cfg)[:6]]),
             tags=[*words, *mitigation, *cfg.tags],
+            tracked=resumption.tracked if resumption else None,
         ),
     )
     return Run(

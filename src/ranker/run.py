@@ -91,8 +91,8 @@ def _train(run: Run) -> float:
     detector = run.stability.detector
     if detector is not None and detector.status == "diverged":
         status, reason = "diverged", detector.reason
-        if run.stability.rollbacks:
-            reason += f"; {len(run.stability.rollbacks)} rollbacks before it did not help for good"
+        if made := len(run.stability.rollbacks):
+            reason += f"; {made} rollback{'s' if made > 1 else ''} before it did not help for good"
     elif detector is not None and detector.unsettled:
         reason = "unsettled: " + "; ".join(map(str, detector.unsettled))
     summary = _finish(run, status, reason, time.monotonic() - start)

@@ -16,7 +16,7 @@ from ranker.runs import provenance
 from ranker.runs.config_identity import cell_hash, config_hash
 from ranker.runs.metric_names import TEST, task_metric
 from ranker.runs.run_folder import versions
-from ranker.stability.gate import relative_loss
+from ranker.stability import worth
 from ranker.stability.optimizer_state import ADAPTED, adaptation
 
 if TYPE_CHECKING:  # a sweep reads summaries of earlier runs without importing Lightning
@@ -142,17 +142,20 @@ def show(summary: dict[str, Any], console: Console | None = None) -> None:
         console.print(warning, soft_wrap=True, style="yellow", highlight=False)
     if useless := no_better_than_constant(metrics):
         console.print(
-            f"no better than a constant prediction on the hold-out: {', '.join(useless)} (NE >= 1, or R2 <= 0)",
+            f"no better than a constant prediction on the hold-out: {', '.join(useless)} "
+            f"(NE >= 1, R2 <= 0 or AUC < {worth.AUC_OF_CHANCE:g})",
             soft_wrap=True,
             style="yellow",
             highlight=False,
         )
     if summary["bad_rows"]:
         console.print(f"{summary['bad_rows']:,} rows could not be used and were left out", style="yellow")
+    rate, speed = summary["examples_per_second"], ""
+    if rate > 0:  # 0: a resumed run that had nothing left to train
+        shown = f"{rate:,.0f}" if rate >= 10 else f"{rate:.2g}"
+        speed = f", {shown} examples/s, {100 * summary['data_wait_fraction']:.1f} % waiting for data"
     console.print(
-        f"{summary['steps']:,} steps, {summary['examples']:,} examples, "
-        f"{summary['examples_per_second']:,.0f} examples/s, "
-        f"{100 * summary['data_wait_fraction']:.1f} % waiting for data",
+        f"{summary['steps']:,} steps, {summary['examples']:,} examples{speed}",
         soft_wrap=True,
         highlight=False,
     )
@@ -176,14 +179,12 @@ def never_adapted(summary: dict[str, Any]) -> str:
 
 
 def no_better_than_constant(metrics: Mapping[str, float | None]) -> list[str]:
-    """Names of the tasks whose loss on the hold-out is at least that of the best constant prediction.
+    """Names of the tasks of which ``worth.no_better_than_constant`` says so.
 
     Args:
         metrics: those of the hold-out, by ``test/<task>/<metric>``.
     """
-    own = {key.removeprefix(f"{TEST}/"): value for key, value in metrics.items() if value is not None}
-    tasks = dict.fromkeys(key.split("/")[0] for key in own)
-    return [task for task in tasks if relative_loss(own, task) >= 1.0]
+    return worth.no_better_than_constant({key.removeprefix(f"{TEST}/"): value for key, value in metrics.items()})
 
 
 def _adaptation(run: Run) -> dict[str, float] | None:

@@ -9,6 +9,7 @@ import numpy as np
 import polars as pl
 import pytest
 
+from ranker.data.schema import Schema
 from support import TINY, TWO_RANKS, Finished, finished, train_process
 
 DAY_MS = 86_400_000
@@ -230,3 +231,36 @@ def test_a_naive_optimizer_is_lost_on_the_kuairand_slice(
     )
 
     assert finished(tmp_path / "run").summary["status"] == "diverged"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_two_ranks_warn_once_and_keep_the_schema_once_and_refuse_another_one_at_once(
+    own_log: Path, tmp_path: Path
+) -> None:
+    copy = copied(own_log, tmp_path / "log")
+    leaking = SCHEMA.replace("categorical:", "- {name: stars, column: rating}\ncategorical:")
+    (copy / "schema.yaml").write_text(leaking)
+    settings = (*SMALL, "data=parquet", f"data.root={copy}", "scale.batch_size=50", *TWO_RANKS, "train.eval_every=0")
+    folder = tmp_path / "run"
+
+    process = train_process(*settings, "train.max_steps=4", f"hydra.run.dir={folder}")
+    output, errors = process.communicate(timeout=250)
+
+    assert process.returncode == 0, errors
+    assert (output + errors).count("column 'rating' is the label of task 'five_stars' and feature 'stars'") == 1
+    assert (output + errors).count("steps to come") == 1
+    assert (output + errors).count("run folder:") == 1
+    assert finished(folder).summary["world_size"] == 2
+    kept = (folder / "schema.yaml").read_text()
+    assert Schema.from_text(kept) == Schema.from_text(leaking)
+    assert [path.name for path in folder.rglob("schema.yaml")] == ["schema.yaml"]
+
+    (copy / "schema.yaml").write_text(SCHEMA)
+    process = train_process(f"resume={folder}", "train.max_steps=-1")
+    output, errors = process.communicate(timeout=250)
+
+    assert process.returncode == 2, errors
+    assert errors.count("the schema beside the data is not the one of the run") == 1
+    assert (folder / "schema.yaml").read_text() == kept
+    assert finished(folder).summary["steps"] == 4

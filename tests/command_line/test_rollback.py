@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from ranker.data.synthetic import SyntheticLog
-from support import CALM, Finished
+from ranker.runs.checkpoint_files import by_step, step_of
+from support import CALM, Finished, finished, metrics
 
 Train = Callable[..., Finished]
 
@@ -113,7 +114,7 @@ def test_the_budget_of_tries_ends_in_a_diverged_run(train_tiny: Train, tmp_path:
     run = train_tiny(tmp_path, *SETTINGS, *RING, *spent, "callbacks.rollback.lr_factor=0.5")
 
     assert run.summary["status"] == "diverged"
-    assert "1 rollbacks" in run.summary["reason"]
+    assert "1 rollback before" in run.summary["reason"]
     (rollback,) = run.summary["rollbacks"]
     assert rollback["skipped_rows"] == 0
     assert rollback["lr"] == pytest.approx(0.5 * run.summary["lr"])
@@ -143,3 +144,38 @@ def test_a_run_interrupted_after_a_rollback_goes_on_as_if_it_had_not_been(
         assert resumed[name] == whole.summary[name], name
     for name in ("events.jsonl", "skipped_rows.csv"):
         assert (tmp_path / "cut" / name).read_text() == (whole.folder / name).read_text()
+
+
+def test_a_lost_run_is_resumed_from_before_its_divergence_or_refused(
+    train_tiny: Train,
+    command_line: Callable[..., None],
+    tmp_path: Path,
+    bad_rows: None,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    kept = {}
+    for every in (15, 70):
+        lost = train_tiny(tmp_path / str(every), *SETTINGS, f"train.checkpoint_every={every}")
+        assert lost.summary["status"] == "diverged"
+        kept[every] = [step_of(path) for path in by_step(lost.folder / "checkpoints")]
+    assert kept == {15: [60, 75, 80], 70: [70, 80]}, "the newest two, and the newest healthy one"
+
+    with pytest.raises(SystemExit):
+        command_line(f"resume={tmp_path / '70'}")
+    assert "diverged at step 61, and no checkpoint from before that is kept" in capsys.readouterr().err
+    assert finished(tmp_path / "70") == lost
+    command_line(f"resume={tmp_path / '70'}", "callbacks.divergence.stop=false", "train.max_steps=85")
+    assert "diverged at step 61; going on from step 80 with the lost weights" in capsys.readouterr().out
+    assert (finished(tmp_path / "70").summary["steps"], finished(tmp_path / "70").summary["status"]) == (85, "diverged")
+
+    command_line(f"resume={tmp_path / '15'}", *ROLLBACK, "train.max_steps=140")
+    output = capsys.readouterr().out
+    assert "diverged at step 61; going back to step 60, the last checkpoint before that" in output
+    resumed = finished(tmp_path / "15")
+    assert (resumed.summary["status"], resumed.summary["steps"]) == ("completed", 140)
+    assert resumed.summary["rollbacks"][0]["event_step"] == 61
+    steps = [int(row["step"]) for row in metrics(tmp_path / "15")]
+    assert steps == sorted(set(steps))
+
+    command_line(f"resume={tmp_path / '15'}", "train.max_steps=150")
+    assert "diverged at" not in capsys.readouterr().out

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+import wandb
 
 from ranker.run_summary import never_adapted
 from support import TINY, Finished, finished
@@ -205,6 +206,31 @@ def test_an_offline_wandb_run_is_finished_and_comparable(train_tiny: Train, tmp_
     assert run["config"]["train"]["max_steps"] == 2
     assert "test/click/auc" in run["summary"]
     assert run["summary"]["divergence/micro"] == 0
+
+
+def test_a_resumed_run_rewinds_wandb_to_its_checkpoint_if_asked(
+    train_tiny: Train, command_line: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train_tiny(tmp_path, "logger=wandb", "train.log_every=1", "train.max_steps=4", "train.checkpoint_every=2")
+    checkpoints = tmp_path / "checkpoints"
+    known = torch.load(checkpoints / "step=2.ckpt", weights_only=True)["tracked_rows"]
+    assert 2 <= known < torch.load(checkpoints / "step=4.ckpt", weights_only=True)["tracked_rows"]
+    (checkpoints / "step=4.ckpt").unlink()
+    started: list[dict[str, Any]] = []
+    init = wandb.init
+
+    def recording(**settings: Any) -> Any:
+        started.append(settings)
+        return init(**settings)
+
+    monkeypatch.setattr(wandb, "init", recording)
+    command_line(f"resume={tmp_path}", "logger.wandb.rewind=true")
+
+    (settings,) = started
+    name = json.loads((tmp_path / "tracker.json").read_text())["wandb"]
+    assert settings["resume_from"] == f"{name}?_step={known - 1}"
+    assert settings["resume"] is None
+    assert finished(tmp_path).summary["steps"] == 4
 
 
 def test_a_crashed_wandb_run_is_not_shown_as_finished(

@@ -36,6 +36,8 @@ def shown(**changed: Any) -> str:
         ({"test/click/ne": 1.0, "test/watch/r2": 0.5}, ["click"]),
         ({"test/click/ne": 0.9, "test/watch/r2": 0.0}, ["watch"]),
         ({"test/click/ne": math.nan, "test/watch/r2": None}, []),
+        ({"test/click/ne": 0.998, "test/click/auc": 0.505, "test/watch/r2": 0.5}, ["click"]),
+        ({"test/click/ne": 0.98, "test/click/auc": 0.53}, []),
     ],
 )
 def test_tasks_no_better_than_a_constant_are_named(metrics: dict[str, float | None], tasks: list[str]) -> None:
@@ -46,3 +48,10 @@ def test_tasks_no_better_than_a_constant_are_named(metrics: dict[str, float | No
 
 def test_an_unsettled_run_says_so_on_its_status_line() -> None:
     assert "completed: unsettled: the loss jumped" in shown(reason="unsettled: the loss jumped")
+
+
+def test_a_speed_that_was_not_measured_is_not_shown() -> None:
+    assert "10 steps, 100 examples, 5 examples/s, 0.0 % waiting for data" in shown()
+    assert "examples/s" not in shown(examples_per_second=0.0)
+    assert "0.25 examples/s" in shown(examples_per_second=0.25)
+    assert "12,345 examples/s" in shown(examples_per_second=12345.4)

@@ -46,8 +46,10 @@ def export(arguments: Sequence[str] | None = None) -> int:
         return 130
     if given.report:
         write_json(given.report, verdict.to_dict())
-    for reason in verdict.reasons:
-        print(f"refused: {reason}", file=sys.stderr)
+    for check in verdict.checks:
+        if check.passed is False:
+            names = " or ".join(f"--{name.replace('_', '-')}" for name in check.settings)
+            print(f"refused: {check.about}: {check.words}{f' ({names} changes it)' if names else ''}", file=sys.stderr)
     for check in verdict.checks:
         if check.passed is None:
             print(f"note: {check.about}: {check.words}", file=sys.stderr)

@@ -11,13 +11,14 @@ from typing import Any
 import polars as pl
 from rich.table import Table
 
-from ranker.reports.run_table import CELL, KEYS, LOST, MADE_WITH, by_cell, setting_names
+from ranker.reports.run_table import CELL, KEYS, LOST, MADE_WITH, by_cell, setting_names, useless_tasks
 
 ORDER = {
     "model": ("small", "large", "large_dcn", "moe", "ple"),
     "optim": ("adagrad", "gc", "agc", "lamb", "clippy"),
 }
 PERCENT = ("auc",)
+USELESS = "no better than a constant"
 PAGE = "report.html"
 
 STYLE = """
@@ -55,7 +56,8 @@ def comparison(runs: pl.DataFrame, metric: str) -> tuple[list[str], list[list[st
     A setting is a column where it differs between runs that would otherwise be averaged as if they were seeds.
 
     A cell contains mean ± standard deviation over the n completed seeds (AUC in percent, as in the paper). If a seed
-    diverged, ended unsettled, failed or was interrupted, ``diverged k of n`` comes first.
+    diverged, ended unsettled, failed or was interrupted, ``diverged k of n`` comes first. If a completed one is no
+    better than a constant prediction at the metric's task, ``no better than a constant k of n`` does.
 
     Args:
         runs: from ``load_runs``.
@@ -92,7 +94,10 @@ def comparison(runs: pl.DataFrame, metric: str) -> tuple[list[str], list[list[st
 
 def run_table(runs: pl.DataFrame, metrics: Sequence[str]) -> tuple[list[str], list[list[str]]]:
     """Header and rows with one row per run: settings, status, reason, metrics, commit and machine."""
-    columns = [*KEYS, "mitigation", *setting_names(runs), "status", "first_step", *metrics, "steps", "run", *MADE_WITH]
+    useless = [", ".join(tasks) for tasks in useless_tasks(runs)]
+    runs = runs.with_columns(pl.Series(USELESS, useless, dtype=pl.String))
+    seen = ["status", *([USELESS] if any(useless) else []), "first_step"]
+    columns = [*KEYS, "mitigation", *setting_names(runs), *seen, *metrics, "steps", "run", *MADE_WITH]
     columns = [column for column in columns if column in runs.columns]  # an old CSV has fewer
     rows = [[_plain(value, name) for name, value in row.items()] for row in runs.select(columns).iter_rows(named=True)]
     return columns, rows
@@ -158,7 +163,8 @@ def _cell(cell: dict[str, Any], metric: str) -> str:
     if mean is not None and not math.isnan(mean):
         value = f"{scale * mean:.{digits}f}" + (f" ± {scale * std:.{digits}f}" if std is not None else "")
         value += f" (n={cell['completed']})"
-    notes = [f"{kind} {cell[kind]} of {cell['runs']}" for kind in LOST if cell[kind]]
+    counts = {kind: cell[kind] for kind in LOST} | {USELESS: cell[f"{metric}/useless"]}
+    notes = [f"{kind} {count} of {cell['runs']}" for kind, count in counts.items() if count]
     return "; ".join([*notes, *([value] if value else [])])
 
 

@@ -17,6 +17,7 @@ from ranker.runs import config_identity
 from ranker.runs.config_identity import cell_hash
 from ranker.runs.metric_names import TEST
 from ranker.runs.run_folder import CONFIG, SUMMARY
+from ranker.stability.worth import no_better_than_constant
 
 if TYPE_CHECKING:
     from ranker.training.trackers import TrackedRun
@@ -96,7 +97,8 @@ def by_cell(runs: pl.DataFrame, metrics: Sequence[str]) -> pl.DataFrame:
 
     Returns:
         One row per cell: its keys, ``runs``, ``completed`` and each of ``LOST`` (numbers of runs), and for each metric
-        ``<metric>/mean`` and ``<metric>/std`` (sample standard deviation) over the completed runs.
+        ``<metric>/mean`` and ``<metric>/std`` (sample standard deviation) over the completed runs, and
+        ``<metric>/useless``, the number of completed runs that are no better than a constant prediction at its task.
 
     Raises:
         UserError: no run has one of the metrics.
@@ -107,13 +109,23 @@ def by_cell(runs: pl.DataFrame, metrics: Sequence[str]) -> pl.DataFrame:
     done = pl.col("status") == "completed"
     cells = [pl.len().alias("runs")]
     cells += [(pl.col("status") == status).sum().alias(status) for status in ("completed", *LOST)]
+    useless = useless_tasks(runs)
     for metric in metrics:
+        none = pl.Series([metric.split("/")[0] in tasks for tasks in useless], dtype=pl.Boolean)
+        runs = runs.with_columns(none.alias(f"{metric}/useless"))
+        cells.append((pl.col(f"{metric}/useless") & done).sum())
         cells.append(pl.col(metric).filter(done).mean().alias(f"{metric}/mean"))
         cells.append(pl.col(metric).filter(done).std().alias(f"{metric}/std"))
     if "mitigation" not in runs.columns:
         runs = runs.with_columns(mitigation=pl.lit("none"))
     keys = [*CELL, *setting_names(runs), *(["cell"] if "cell" in runs.columns else [])]
     return runs.with_columns(pl.col("mitigation").fill_null("none")).group_by(keys, maintain_order=True).agg(cells)
+
+
+def useless_tasks(runs: pl.DataFrame) -> list[list[str]]:
+    """For each run, the tasks at which it is no better than a constant prediction, by what the table has of it."""
+    names = metric_names(runs)
+    return [no_better_than_constant(dict(zip(names, row, strict=True))) for row in runs.select(names).iter_rows()]
 
 
 def setting_names(runs: pl.DataFrame) -> list[str]:

@@ -10,7 +10,7 @@ from ranker.errors import UserError, suggest
 from ranker.runs.metric_names import TEST, VAL
 
 # Metrics with a direction. Calibration is best at 1 and the counts are no quality, so they cannot be an objective.
-HIGHER_IS_BETTER, LOWER_IS_BETTER = ("auc",), ("logloss", "ne", "rmse")
+HIGHER_IS_BETTER, LOWER_IS_BETTER = ("auc", "r2"), ("logloss", "ne", "rmse")
 DIRECTIONS = {**dict.fromkeys(HIGHER_IS_BETTER, "maximize"), **dict.fromkeys(LOWER_IS_BETTER, "minimize")}
 
 
@@ -59,7 +59,7 @@ def metrics_of(tasks: Mapping[str, str]) -> list[str]:
     Args:
         tasks: type (``binary`` or ``regression``) by name.
     """
-    kinds = {"binary": ("auc", "logloss", "ne"), "regression": ("rmse",)}
+    kinds = {"binary": ("auc", "logloss", "ne"), "regression": ("rmse", "r2")}
     return [f"{TEST}/{task}/{metric}" for task, kind in tasks.items() for metric in kinds[kind]]
 
 

@@ -36,12 +36,15 @@ WRITTEN_BESIDE = (SKIPPED_ROWS, SCHEMA, FINGERPRINT, TRACKER)
 FINISHED = ("completed", "diverged")  # statuses of a run that has its result; a failed run has none
 RECORDED_PACKAGES = ("evenkeel-ranker", "torch", "pytorch-lightning", "hydra-core", "torchmetrics", "polars", "pyarrow")
 
-# Keys of a checkpoint. Lightning chooses the first three, the last after the name of the class.
+# Keys of a checkpoint. Lightning chooses the first ones, the names of classes among them.
 GLOBAL_STEP, STATE_DICT, DATA_MODULE = "global_step", "state_dict", "RankingDataModule"
+CALLBACKS, STABILITY = "callbacks", "Stability"  # of the callbacks, by the name of the class
 NET_PREFIX = "net."  # of the model's weights in STATE_DICT
 TRAIN_AUC = "train_auc._extra_state"  # in STATE_DICT: histograms of the training AUC, of rank 0
 TRAIN_AUC_BY_RANK = "train_auc_by_rank"  # the same of each rank
 OPTIMIZER_SETTINGS = "optimizer_settings"  # hyperparameters of each group, as configured
+TRACKED = "tracked_rows"  # number of rows that W&B has
+RECENT = "recent_steps"  # losses and AUCs of the last steps, which metrics.csv may not have
 
 
 class RunFolder:
@@ -81,6 +84,12 @@ class RunFolder:
             UserError: there is none.
         """
         return newest_intact(self.checkpoints, lambda line: print(line, file=sys.stderr, flush=True))
+
+    def last_event(self, kind: str) -> dict[str, Any] | None:
+        """The last line of events.jsonl of a kind; None if there is none."""
+        path = self.path / EVENTS
+        lines = whole_lines(path).decode().splitlines() if path.is_file() else []
+        return next((event for event in map(json.loads, reversed(lines)) if event["kind"] == kind), None)
 
     def make_room(self, *, force: bool) -> None:
         """Refuses a folder that holds a run already, or removes this run's files; those of others stay.

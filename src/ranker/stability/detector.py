@@ -155,7 +155,7 @@ class DivergenceDetector:
 
     def summary(self) -> dict[str, Any]:
         """Number of ``micro`` and ``unsettled`` events, whether there is a ``full`` one, and ``first_step`` of all."""
-        found = self._classifier
+        found = self._classifier.ledger
         return {
             "micro": found.micro_count,
             "full": found.full_divergence is not None,

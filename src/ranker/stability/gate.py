@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from ranker.errors import UserError, suggest
+from ranker.stability.worth import relative_loss
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,7 +18,9 @@ class GateSettings:
     Attributes:
         statuses: accepted statuses of the run.
         tasks: names of the tasks to check; None for all.
-        min_positives: number of rows of each label that a binary task needs to be checked.
+        min_positives: number of rows of each label that a binary task needs to be checked, and of observed rows of a
+            regression.
+        min_judged: number of tasks whose AUC or loss must have been checked: a hold-out of a few rows says nothing.
         min_auc: smallest AUC on the hold-out.
         max_auc_drop: largest distance of that AUC below the best evaluation of the run.
         noise: tolerance of the rules on AUC and on the calibration of binary tasks, in standard errors.
@@ -35,6 +38,7 @@ class GateSettings:
     statuses: Sequence[str]
     tasks: Sequence[str] | None
     min_positives: int
+    min_judged: int
     min_auc: float
     max_auc_drop: float
     noise: float
@@ -50,7 +54,7 @@ class GateSettings:
             if isinstance(given, str) or (given is None and name == "statuses"):
                 raise UserError(f"gate: {name} must be a list of names, got {given!r}")
         numbers = ("min_auc", "max_auc_drop", "noise", "min_calibration", "max_calibration", "max_relative_loss")
-        for name in (*numbers, "max_difference"):
+        for name in (*numbers, "max_difference", "min_judged"):
             if not getattr(self, name) >= 0:
                 raise UserError(f"gate: {name} must be 0 or more, got {getattr(self, name)}")
         for name in ("min_positives", "agreement_rows"):
@@ -106,6 +110,11 @@ class Check:
     found: float | None = None
     words: str
 
+    @property
+    def settings(self) -> tuple[str, ...]:
+        """Names of the settings that change the rule; none where nothing does, as for weights that are not finite."""
+        return {"finite": (), "calibration": ("min_calibration", "max_calibration")}.get(self.rule, (self.rule,))
+
 
 @dataclass(frozen=True)
 class Verdict:
@@ -148,6 +157,7 @@ def judge(evidence: Evidence, settings: GateSettings) -> Verdict:
         if evidence.tasks[name] == "binary":
             checks += _auc(evidence, name, settings)
         checks += [_calibration(evidence, name, settings), _relative_loss(evidence, name, settings)]
+    checks.append(_judged(checks, checked, evidence, settings))
     checks += [_agreement(form, found, settings) for form, found in evidence.differences.items()]
     return Verdict(tuple(checks))
 
@@ -178,6 +188,24 @@ def _status(evidence: Evidence, settings: GateSettings) -> Check:
         about="run",
         passed=evidence.status in settings.statuses,
         words=f"its status is {evidence.status}{why}; wanted: {wanted}",
+    )
+
+
+def _judged(checks: Sequence[Check], tasks: Sequence[str], evidence: Evidence, settings: GateSettings) -> Check:
+    """Whether the hold-out says enough: of each judged task, the AUC or the loss could be checked."""
+    found = {
+        c.about.rpartition(" ")[0]
+        for c in checks
+        if c.rule in ("min_auc", "max_relative_loss") and c.passed is not None
+    }
+    rows = ", ".join(f"{name} {evidence.rows[name]:,}" for name in tasks)
+    return Check(
+        rule="min_judged",
+        about="hold-out",
+        passed=len(found) >= settings.min_judged,
+        found=float(len(found)),
+        words=f"{len(found)} of {len(tasks)} tasks could be judged on its rows ({rows}); wanted: at least "
+        f"{settings.min_judged:g}",
     )
 
 
@@ -240,10 +268,8 @@ def _calibration(evidence: Evidence, task: str, settings: GateSettings) -> Check
     found = evidence.metrics.get(f"{task}/calibration", math.nan)
     about, rule = f"{task} calibration", "calibration"
     binary = evidence.tasks[task] == "binary"
-    few = binary and evidence.positives[task] < settings.min_positives
-    if few or evidence.rows[task] == 0:
-        count = f"{evidence.positives[task]:,} positive rows" if few else "no observed row"
-        return Check(rule=rule, about=about, passed=None, words=f"not judged: {count} on the hold-out")
+    if few := _too_few(evidence, task, settings):
+        return Check(rule=rule, about=about, passed=None, words=few)
     # The relative standard error of the mean label of a binary task is about 1 / sqrt(positives).
     chance = 1.0 + settings.noise / math.sqrt(evidence.positives[task]) if binary else 1.0
     low, high = settings.min_calibration / chance, settings.max_calibration * chance
@@ -256,25 +282,22 @@ def _calibration(evidence: Evidence, task: str, settings: GateSettings) -> Check
     )
 
 
-def relative_loss(metrics: Mapping[str, float], task: str) -> float:
-    """The loss of a task divided by that of the best constant prediction on the same rows; nan where it is unknown.
-
-    The normalised entropy of a binary task, and 1 - R2 = MSE / variance of the labels of a regression.
-
-    Args:
-        metrics: by ``<task>/<metric>``, as from ``TaskMetrics``; a value may be None for nan, as in summary.json.
-        task: name of the task.
-    """
-    entropy, r2 = (math.nan if (x := metrics.get(f"{task}/{name}")) is None else x for name in ("ne", "r2"))
-    return 1.0 - r2 if math.isnan(entropy) else entropy
+def _too_few(evidence: Evidence, task: str, settings: GateSettings) -> str:
+    """Why a task is not judged; empty where its hold-out has enough positive or observed rows."""
+    binary = evidence.tasks[task] == "binary"
+    count = evidence.positives[task] if binary else evidence.rows[task]
+    kind = "positive" if binary else "observed"
+    few = f"not judged: {count:,} {kind} rows on the hold-out, fewer than {settings.min_positives}"
+    return few if count < settings.min_positives else ""
 
 
 def _relative_loss(evidence: Evidence, task: str, settings: GateSettings) -> Check:
     found = relative_loss(evidence.metrics, task)
     about, rule = f"{task} loss", "max_relative_loss"
-    few = evidence.tasks[task] == "binary" and evidence.positives[task] < settings.min_positives
+    few = _too_few(evidence, task, settings)
     if few or math.isnan(found):
-        return Check(rule=rule, about=about, passed=None, words="not judged: too few rows on the hold-out")
+        words = few or "not judged: undefined on the hold-out, for example because all labels are equal"
+        return Check(rule=rule, about=about, passed=None, words=words)
     # The relative standard error of the log loss of a binary task is about that of its number of positives.
     binary = evidence.tasks[task] == "binary"
     chance = settings.noise * found / math.sqrt(evidence.positives[task]) if binary else 0.0

@@ -14,6 +14,9 @@ import pytorch_lightning as pl
 from pytorch_lightning.callbacks import Callback
 
 from ranker.data.batch import Batch
+from ranker.runs.run_folder import TRACKED
+from ranker.training import trackers
+from ranker.training.lightning_private import with_more_batches
 from ranker.training.module import Fit
 
 
@@ -52,10 +55,10 @@ class Bookkeeping(Callback):
     metrics: a process killed in between would otherwise resume after a step whose row nobody has.
 
     Speed is measured without the time spent evaluating, and without the first batches, which pay for opening files and
-    warming caches.
+    warming caches. In a run of no more batches than these, it is that of all.
 
     Args:
-        skip_batches: number of first batches that are not measured.
+        skip_batches: number of first batches that are left out once there are others.
 
     Attributes:
         examples: rows trained on so far, over all ranks.
@@ -68,17 +71,20 @@ class Bookkeeping(Callback):
         self._rows = 0
         self._seconds = 0.0
         self._waited = 0.0
+        self._first = (0, 0.0, 0.0)  # rows, seconds and seconds waited of the first batches
         self._started = 0.0
         self._waited_before = 0.0
         self._loader: Timed | None = None
 
     def examples_per_second(self) -> float:
-        """Rows trained on per second, over all ranks; 0 before anything was measured."""
-        return self._rows / self._seconds if self._seconds else 0.0
+        """Rows trained on per second, over all ranks; 0 before the first batch."""
+        rows, seconds, _ = self._measured()
+        return rows / seconds if seconds else 0.0
 
     def data_wait_fraction(self) -> float:
         """Share of the training time in which the model waited for its next batch, 0 to 1."""
-        return self._waited / self._seconds if self._seconds else 0.0
+        _, seconds, waited = self._measured()
+        return waited / seconds if seconds else 0.0
 
     def timed(self, loader: Iterable[Batch]) -> Iterable[Batch]:
         """Wraps the training loader so that waiting for it is measured."""
@@ -100,9 +106,11 @@ class Bookkeeping(Callback):
         rows = fit.data.plan.size(batch.number)  # of all ranks, whose shares may differ by one
         self._batches += 1
         self.examples += rows
-        if self._batches > self._skip:
-            self._stop_clock()
-            self._rows += rows
+        self._stop_clock()
+        self._rows += rows
+        if self._batches == self._skip:  # what is measured from here on replaces what was
+            self._first = (self._rows, self._seconds, self._waited)
+            self._rows, self._seconds, self._waited = 0, 0.0, 0.0
         self._resume_clock()
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -119,6 +127,15 @@ class Bookkeeping(Callback):
         """Has the loggers write what they hold: a resumed run continues after the checkpoint's step."""
         for logger in trainer.loggers:
             logger.save()
+        checkpoint[TRACKED] = trackers.position(trainer.loggers)
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Lets a run go on whose last batch was not the last one of the run, whatever the checkpoint's epoch says."""
+        data = Fit(trainer).data
+        if data.position < data.num_batches:  # the data module was restored before
+            with_more_batches(checkpoint)
 
     def state_dict(self) -> dict[str, Any]:
         """The count of examples."""
@@ -133,9 +150,12 @@ class Bookkeeping(Callback):
         self._waited_before = self._loader.waited if self._loader else 0.0
 
     def _stop_clock(self) -> None:
-        if self._batches > self._skip:
-            self._seconds += time.perf_counter() - self._started
-            self._waited += (self._loader.waited if self._loader else 0.0) - self._waited_before
+        self._seconds += time.perf_counter() - self._started
+        self._waited += (self._loader.waited if self._loader else 0.0) - self._waited_before
+
+    def _measured(self) -> tuple[int, float, float]:
+        """Rows, seconds and seconds waited: of the batches after the first ones, or of those if there are no others."""
+        return (self._rows, self._seconds, self._waited) if self._rows else self._first
 
 
 class Interruption(Callback):

@@ -1,10 +1,11 @@
-"""Checkpoints of a run: the two newest, the last one, and the best one. Each is on the disk before it has its name."""
+"""Checkpoints of a run: the two newest, the newest healthy and the best. Each is on the disk before it has its name."""
 
 from __future__ import annotations
 
 import errno
 import math
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -56,20 +57,31 @@ class Checkpoints(Checkpoint):
         every: steps between two checkpoints; 0 writes one only when the run is interrupted.
         best_by: metric of the hold-out, such as ``test/click/auc``, that decides which is the best; None keeps none.
         interruption: says whether the run ends because of a request.
+        healthy: says whether the divergence detector objects to nothing. The newest checkpoint of a healthy step is
+            kept too, so that a run that is lost has one to go back to.
     """
 
     def __init__(
-        self, folder: Path, *, every: int, best_by: str | None = None, interruption: Interruption | None = None
+        self,
+        folder: Path,
+        *,
+        every: int,
+        best_by: str | None = None,
+        interruption: Interruption | None = None,
+        healthy: Callable[[], bool] = lambda: True,
     ) -> None:
-        self._folder, self._every, self._interruption = folder, every, interruption
+        self._folder, self._every, self._interruption, self._healthy = folder, every, interruption, healthy
         self._best_by = objective.while_training(best_by) if best_by else None
         self.best: Best | None = None
         self._ended = 0  # optimizer steps at the end of the last batch
         self._written = 0  # step of the newest checkpoint
+        self._sound: Path | None = None  # the newest checkpoint of a healthy step
 
     def continue_from(self, step: int) -> None:
         """Takes over the files of an interrupted run, up to the step that it resumes from."""
         self._written = self._ended = step
+        older = [path for path in by_step(self._folder) if step_of(path) <= step][:-KEPT]
+        self._sound = older[-1] if older else None  # a third one is kept for this reason alone
         best = Best.read(self._folder)
         if best is not None and best.step <= step and best.metric == self._best_by:
             self.best = best
@@ -125,9 +137,12 @@ class Checkpoints(Checkpoint):
     def _write(self, trainer: pl.Trainer, step: int) -> None:
         trainer.save_checkpoint(path_of(self._folder, step))
         self._written = step
+        if self._healthy():
+            self._sound = path_of(self._folder, step)
         if trainer.is_global_zero:
             for path in by_step(self._folder)[:-KEPT]:
-                path.unlink(missing_ok=True)
+                if path != self._sound:
+                    path.unlink(missing_ok=True)
 
 
 def _link(source: Path, target: Path) -> None:

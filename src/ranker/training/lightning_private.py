@@ -6,6 +6,8 @@ test names it, and only this file must change.
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytorch_lightning as pl
 from pytorch_lightning.loggers import WandbLogger
 from torch import nn
@@ -23,6 +25,18 @@ def refetch(trainer: pl.Trainer) -> None:
         loop.epoch_loop.batch_progress.is_last_batch = loop._data_fetcher.done
 
 
+def with_more_batches(checkpoint: dict[str, Any]) -> None:
+    """Marks the epoch of a checkpoint as unfinished, so that a resumed run trains on what the loader still has.
+
+    Private, because Lightning restores its progress from these entries alone. A checkpoint of the last batch says that
+    the epoch is over, and the resumed run would end without a step, although there are more passes to make now.
+    """
+    loops = checkpoint["loops"]["fit_loop"]
+    loops["epoch_loop.batch_progress"]["is_last_batch"] = False
+    for progress in ("total", "current"):
+        loops["epoch_progress"][progress] |= {"processed": 0, "completed": 0}
+
+
 def without_anonymous(logger: WandbLogger) -> WandbLogger:
     """A logger that does not pass ``anonymous`` to wandb, which warns of it at each start, whatever its value.
 
@@ -30,6 +44,14 @@ def without_anonymous(logger: WandbLogger) -> WandbLogger:
     """
     logger._wandb_init.pop("anonymous", None)
     return logger
+
+
+def rewinds(logger: WandbLogger) -> bool:
+    """Whether a logger asks wandb to drop what the run had tracked after some step.
+
+    Private, because Lightning has no public way to ask what a logger will give to ``wandb.init``.
+    """
+    return logger._wandb_init.get("resume_from") is not None
 
 
 def is_compiled(net: nn.Module) -> bool:

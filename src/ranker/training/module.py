@@ -22,7 +22,7 @@ from ranker.losses import MultitaskLoss, best_constants
 from ranker.metrics import StreamingAUC, TaskMetrics
 from ranker.models import Ranker
 from ranker.runs import metric_names as names
-from ranker.runs.run_folder import OPTIMIZER_SETTINGS, STATE_DICT, TRAIN_AUC, TRAIN_AUC_BY_RANK
+from ranker.runs.run_folder import OPTIMIZER_SETTINGS, RECENT, STATE_DICT, TRAIN_AUC, TRAIN_AUC_BY_RANK
 from ranker.training.training_step import StepSignals, clip_gradients, forward_loss, step_signals
 
 log = logging.getLogger(__name__)
@@ -87,8 +87,9 @@ class RankingModule(pl.LightningModule):
         self.holdout_metrics = TaskMetrics(schema)
         self.progressive_metrics = TaskMetrics(schema)
         self.signals: StepSignals | None = None
-        # On the device, unread. A verdict comes some hundred steps after the first step of its event.
-        self._unrecorded: deque[tuple[int, StepSignals, float]] = deque(maxlen=KEPT_SIGNALS)
+        # Step, losses, AUCs and learning rate, unread on the device. A verdict comes some hundred steps after the first
+        # step of its event.
+        self._unrecorded: deque[tuple[int, Tensor, Tensor, float]] = deque(maxlen=KEPT_SIGNALS)
         self.holdout: dict[str, float] = {}
         self.holdout_notes: dict[str, str] = {}
         self._settings: list[dict[str, Any]] = []  # of the optimizer, as configured
@@ -133,20 +134,20 @@ class RankingModule(pl.LightningModule):
         if self.signals is None:
             return
         lr = self.optimizers().param_groups[0]["lr"]  # type: ignore[union-attr]
+        last = (self.global_step, self.signals.losses_T, self.signals.auc_T, float(lr))
         if self.global_step % self.log_every:
-            self._unrecorded.append((self.global_step, self.signals, lr))
+            self._unrecorded.append(last)
             return
-        self._record_signals(self.global_step, self.signals, lr)
+        self._record_signals(*last)
 
     def record_event(self, step: int) -> None:
         """Writes the numbers of a recent step, whatever ``log_every``: an event has its point in every curve."""
-        for past, signals, lr in self._unrecorded:
-            if past == step:
-                self._record_signals(step, signals, lr)
+        for numbers in self._unrecorded:
+            if numbers[0] == step:
+                self._record_signals(*numbers)
 
-    def _record_signals(self, step: int, signals: StepSignals, lr: float) -> None:
-        losses = signals.losses_T.tolist()
-        aucs = signals.auc_T.tolist()
+    def _record_signals(self, step: int, losses_T: Tensor, auc_T: Tensor, lr: float) -> None:
+        losses, aucs = losses_T.tolist(), auc_T.tolist()
         weights = [task.weight for task in self.schema.tasks]
         values = {names.TRAIN_LOSS: sum(w * x for w, x in zip(weights, losses, strict=True))}
         values[names.LEARNING_RATE] = lr
@@ -218,16 +219,30 @@ class RankingModule(pl.LightningModule):
             clip_gradients(params, gradient_clip_val, by_value=gradient_clip_algorithm == "value")
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Adds each rank's training AUC, of which Lightning keeps rank 0's alone, and the optimizer's settings."""
+        """Adds each rank's training AUC (Lightning keeps that of rank 0), the optimizer's settings and recent losses.
+
+        A resumed run may report an event that began before the checkpoint, and writes the losses of its first step.
+        """
         own = self.train_auc.get_extra_state()
         by_rank = self.all_gather(own) if self.trainer.world_size > 1 else own[None]
         assert isinstance(by_rank, Tensor)
         checkpoint[TRAIN_AUC_BY_RANK] = by_rank.cpu()
         checkpoint[OPTIMIZER_SETTINGS] = self._settings
+        if self._unrecorded:
+            steps, losses, aucs, rates = zip(*self._unrecorded, strict=True)
+            checkpoint[RECENT] = {
+                "steps": list(steps),
+                "lr": list(rates),
+                "losses": torch.stack(losses).cpu(),
+                "auc": torch.stack(aucs).cpu(),
+            }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Gives this rank its own training AUC back; with another number of ranks, rank 0 gets the sum."""
         self._saved_settings = checkpoint.get(OPTIMIZER_SETTINGS)
+        if recent := checkpoint.get(RECENT):  # missing in older checkpoints
+            rows = zip(recent["steps"], recent["losses"], recent["auc"], recent["lr"], strict=True)
+            self._unrecorded.extend(rows)
         by_rank = checkpoint.get(TRAIN_AUC_BY_RANK)
         if by_rank is None:
             return

@@ -64,7 +64,7 @@ class TrainingProgress(Callback):
                 TimeRemainingColumn(),
                 console=self._console,
             )
-            total = self._total(trainer)
+            total = planned_steps(Fit(trainer))
             self._bar = self._progress.add_task("", total=total, numbers="", completed=trainer.global_step)
             self._progress.start()
 
@@ -76,13 +76,12 @@ class TrainingProgress(Callback):
         if not trainer.is_global_zero or step % self._refresh_every:
             return
         if self._progress is not None:
-            self._progress.update(self._bar, completed=step, numbers=self._numbers(Fit(trainer)))
+            fit = Fit(trainer)
+            self._progress.update(self._bar, completed=step, total=planned_steps(fit), numbers=self._numbers(fit))
         elif time.monotonic() - self._last_line > self._line_seconds:
             self._last_line = time.monotonic()
-            total = self._total(trainer)
-            self._console.print(
-                f"step {step}{f' of {total}' if total else ''}  {self._numbers(Fit(trainer))}", soft_wrap=True
-            )
+            fit = Fit(trainer)
+            self._console.print(f"step {step} of {planned_steps(fit)}  {self._numbers(fit)}", soft_wrap=True)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Closes the bar."""
@@ -111,8 +110,12 @@ class TrainingProgress(Callback):
         lr = fit.trainer.optimizers[0].param_groups[0]["lr"]
         loss = float((signals.losses_T * module.loss.weight_T).sum())  # train/loss of metrics.csv
         note = f"  {self._note}" if self._note else ""
-        return f"loss {loss:.4g}{auc}  lr {float(lr):.3g}  {self._speed():,.0f} examples/s{note}"
+        speed = f"  {measured:,.0f} examples/s" if (measured := self._speed()) else ""
+        return f"loss {loss:.4g}{auc}  lr {float(lr):.3g}{speed}{note}"
 
-    def _total(self, trainer: pl.Trainer) -> int | None:
-        limits = [n for n in (trainer.max_steps, Fit(trainer).data.num_batches) if n and n > 0]
-        return min(limits) if limits else None
+
+def planned_steps(fit: Fit) -> int:
+    """Optimizer steps that the run will have taken at its end: a rollback repeats some and leaves out others."""
+    left = fit.data.num_batches - fit.data.position
+    steps = fit.step + -(-left // fit.trainer.accumulate_grad_batches)
+    return min(steps, fit.trainer.max_steps) if fit.trainer.max_steps > 0 else steps

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,18 @@ import torch
 from torch import Tensor
 
 from ranker.errors import UserError
-from ranker.runs.run_folder import DATA_MODULE, GLOBAL_STEP, OPTIMIZER_SETTINGS, STATE_DICT
+from ranker.runs.checkpoint_files import by_step, damage, step_of
+from ranker.runs.run_folder import (
+    CALLBACKS,
+    DATA_MODULE,
+    GLOBAL_STEP,
+    OPTIMIZER_SETTINGS,
+    STABILITY,
+    STATE_DICT,
+    TRACKED,
+    RunFolder,
+    read_summary,
+)
 from ranker.training.module import RankingModule, settings_of
 
 # Hyperparameters that act only where an accumulator is made.
@@ -26,11 +37,13 @@ class Resumption:
         path: the checkpoint.
         step: its optimizer step.
         position: number of the next batch.
+        tracked: number of rows that W&B had then; None if it is not known.
     """
 
     path: Path
     step: int
     position: int
+    tracked: int | None = None
 
     @classmethod
     def of(cls, path: Path, module: RankingModule) -> Resumption:
@@ -51,7 +64,59 @@ class Resumption:
         _check_weights(path, weights, module.state_dict())
         _check_settings(path, saved.get(OPTIMIZER_SETTINGS), module)
         _check_optimizer(path, saved, module)
-        return cls(path, step, position)
+        return cls(path, step, position, saved.get(TRACKED))
+
+
+def sound_checkpoint(folder: RunFolder, *, keep_lost: bool, say: Callable[[str], None]) -> Path:
+    """The checkpoint to go on from: the newest one, or the newest from before the divergence of a run that was lost.
+
+    Args:
+        folder: the run folder.
+        keep_lost: go on from the weights of a lost run.
+        say: told in one line where a lost run goes on.
+
+    Raises:
+        UserError: there is no checkpoint, or none from before the divergence.
+    """
+    newest = folder.newest_checkpoint()
+    state = _stability_of(newest)
+    first = _lost_since(folder, state)
+    if first is None:
+        return newest
+    lost = f"{folder.path} diverged at step {first}"
+    if keep_lost:
+        say(f"{lost}; going on from step {step_of(newest)} with the lost weights (callbacks.divergence.stop=false)")
+        return newest
+    for path in reversed(by_step(folder.checkpoints)):
+        undone = any(r["to_step"] < step_of(path) <= r["step"] for r in state.get("rollbacks", ()))
+        if step_of(path) < first and not undone and damage(path) is None:
+            say(
+                f"{lost}; going back to step {step_of(path)}, the last checkpoint before that. Without a change, such "
+                "as lr_mult=0.5 or callbacks.rollback.tries=3, it will be lost again"
+            )
+            return path
+    raise UserError(
+        f"{lost}, and no checkpoint from before that is kept: start a new run with a lower lr_mult or "
+        "mitigation=rollback (callbacks.divergence.stop=false goes on from the lost weights)"
+    )
+
+
+def _stability_of(path: Path) -> dict[str, Any]:
+    """The state of the stability callback in a checkpoint; empty if the file is none, which ``Resumption.of`` says."""
+    try:
+        found: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)[CALLBACKS][STABILITY]
+    except Exception:  # torch raises many types of errors for an invalid file
+        return {}
+    return found
+
+
+def _lost_since(folder: RunFolder, state: Mapping[str, Any]) -> int | None:
+    """First step of the divergence that ended a run, from its newest checkpoint or its events; None if none did."""
+    detector, summary = state.get("detector"), read_summary(folder.path)
+    full = detector["classifier"]["full_divergence"] if detector else None
+    if full is None and summary is not None and summary["status"] == "diverged":  # the verdict of the hold-out
+        full = folder.last_event("full")
+    return None if full is None else int(full["step"])
 
 
 def _check_weights(path: Path, saved: Mapping[str, Any], own: Mapping[str, Any]) -> None:

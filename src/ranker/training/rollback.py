@@ -41,6 +41,8 @@ class Rollback:
     Every rank sees the same signals and holds snapshots of the same steps, so all ranks do the same without
     communication. A divergence that only the hold-out shows, at the end of training, comes too late.
 
+    A run that is lost again from the same snapshot, before it learned anything, is given up before ``tries`` are spent.
+
     Args:
         tries: number of rollbacks a run may make; then it stops as diverged. 0 makes none.
         cause: ``full`` for full divergences only, ``micro`` also for micro divergences, once they are over.
@@ -128,6 +130,9 @@ class Rollback:
         if snapshot is None:
             say(line := f"no rollback: no healthy snapshot of a step before {cause.step}", note=line)
             return False
+        if in_vain := self._in_vain(cause, snapshot):
+            say(f"no rollback: {in_vain}", note="no rollback")
+            return False
         before, rate = fit.step, self._rate(fit.step)
         first = fit.data.position
         switched = self._switched(snapshot)
@@ -166,6 +171,29 @@ class Rollback:
         before = [s for s in ring.snapshots if s.healthy and s.step < cause.step]
         far = [s for s in before if self.kept(s.step) <= self.kept(cause.step) - self._back_steps]
         return far[-1] if far else next(iter(before), None)
+
+    def _in_vain(self, cause: Event, snapshot: TrainingState) -> str:
+        """Why the rollback would end as the one before it, in words; empty where it may help.
+
+        It goes back to the same snapshot, and the rate and the optimizer are those of the last time. Leaving out more
+        batches helps where rows were at fault. They were not, where the run got as far as before on other rows.
+        """
+        if not self.done or self._restore != "all" or (self._lr_factor < 1 and not self._lr_steps):
+            return ""
+        last = self.done[-1]
+        if last["snapshot_step"] != snapshot.step:
+            return ""
+        again = f"the run was lost again after the rollback to step {snapshot.step}"
+        if not self._skip_batches:
+            return f"{again}, on the same batches and at the same learning rate"
+        learned = snapshot.detector is not None and snapshot.detector["classifier"]["auc"]["learned"]
+        as_far = self.kept(cause.step) >= self.kept(last["event_step"])
+        if learned or (self.kept(snapshot.step) and not as_far):
+            return ""
+        return (
+            f"{again}, on other batches, and it had learned nothing by then; lower lr_mult, lengthen "
+            "train.warmup_steps, or set callbacks.rollback.lr_factor below 1"
+        )
 
     def _first_batch(self, snapshot: TrainingState, cause: Event, fit: Fit) -> int:
         """The batch to continue with, after the first batch of the event, also if batches were skipped before."""
@@ -248,7 +276,7 @@ class Rollback:
             "event_step": cause.step,
             "batch": data.position,  # the next one
             "skipped_batches": [first, data.position],  # the first, and the one after the last
-            "skipped_row_span": [int(ranges[0, 0]), int(ranges[-1, 1])] if len(ranges) else None,
+            "skipped_row_span": [int(ranges[:, 0].min()), int(ranges[:, 1].max())] if len(ranges) else None,
             "skipped_rows": int((ranges[:, 1] - ranges[:, 0]).sum()),
             "lr": 0.0,
             "reason": cause.reason,

@@ -20,7 +20,7 @@ from pytorch_lightning.utilities.rank_zero import rank_zero_only
 from ranker.atomic import write_text
 from ranker.errors import UserError, install_hint
 from ranker.runs.run_folder import METRICS, TRACKER, RunFolder
-from ranker.training.lightning_private import without_anonymous
+from ranker.training.lightning_private import rewinds, without_anonymous
 from ranker.training.metrics_csv import MetricsCsv
 
 
@@ -46,12 +46,14 @@ class Tracked:
         name: the run's name in the tracker.
         group: name shared by the runs that belong together, such as the seeds of one cell.
         tags: words to filter by.
+        tracked: of a resumed run, what ``position`` said at its checkpoint; None if it is not known.
     """
 
     folder: RunFolder
     name: str
     group: str
     tags: list[str]
+    tracked: int | None = None
 
 
 def metrics_csv(run: Tracked) -> Logger:
@@ -59,7 +61,9 @@ def metrics_csv(run: Tracked) -> Logger:
     return MetricsCsv(run.folder.path / METRICS)
 
 
-def weights_and_biases(run: Tracked, *, project: str, entity: str | None = None, group: str | None = None) -> Logger:
+def weights_and_biases(
+    run: Tracked, *, project: str, entity: str | None = None, group: str | None = None, rewind: bool = False
+) -> Logger:
     """Weights & Biases. A resumed run goes on in the run that it began there: the id is kept in the run folder.
 
     Args:
@@ -67,12 +71,19 @@ def weights_and_biases(run: Tracked, *, project: str, entity: str | None = None,
         project: the project's name there.
         entity: user or team; None for the user's default.
         group: replaces the group of the run.
+        rewind: have W&B drop what a resumed run had tracked after its checkpoint. Without it, these steps are in the
+            history twice. Not every server can rewind, and none while it still takes the run for running.
     """
     import wandb
 
+    name = _tracker_id(run.folder.path)
+    back: dict[str, Any] = {}
+    if rewind and run.tracked:
+        # Rows count from 0, and the one that is named is kept.
+        back = {"resume": None, "resume_from": f"{name}?_step={run.tracked - 1}"}
     logger = WandbLogger(
         name=run.name,
-        id=_tracker_id(run.folder.path),
+        id=name,
         project=project,
         entity=entity,
         group=group or run.group,
@@ -80,8 +91,15 @@ def weights_and_biases(run: Tracked, *, project: str, entity: str | None = None,
         save_dir=str(run.folder.path),
         mode=wandb_mode(),
         settings=wandb.Settings(quiet=True),  # the run prints its own summary
+        **back,
     )
     return without_anonymous(logger)
+
+
+@rank_zero_only
+def position(loggers: list[Logger]) -> int | None:
+    """Number of rows that W&B has of the run so far; None without W&B."""
+    return next((int(logger.experiment.step) for logger in loggers if isinstance(logger, WandbLogger)), None)
 
 
 def _tracker_id(folder: Path) -> str:
@@ -178,6 +196,8 @@ def write_config(loggers: list[Logger], cfg: DictConfig) -> None:
     for logger in loggers:
         if isinstance(logger, WandbLogger) and logger.save_dir:
             write_text(Path(logger.save_dir) / TRACKER, json.dumps({"wandb": logger.version}) + "\n")
+        if isinstance(logger, WandbLogger) and rewinds(logger):
+            _rewind(logger)
         if not isinstance(logger, MetricsCsv):
             logger.log_hyperparams(
                 {
@@ -185,6 +205,21 @@ def write_config(loggers: list[Logger], cfg: DictConfig) -> None:
                     for name, value in cfg.items()
                 }
             )
+
+
+def _rewind(logger: WandbLogger) -> None:
+    """Begins the run in W&B at the step of the checkpoint.
+
+    Raises:
+        UserError: W&B does not rewind it.
+    """
+    import wandb
+
+    try:
+        _ = logger.experiment
+    except wandb.Error as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"W&B does not rewind the run ({reason}); resume with logger.wandb.rewind=false") from error
 
 
 @rank_zero_only

@@ -71,6 +71,29 @@ def test_lost_runs_are_counted_and_not_averaged(sweep: Path) -> None:
     ]
 
 
+def test_completed_runs_that_are_no_better_than_a_constant_are_marked(sweep: Path, tmp_path: Path) -> None:
+    for seed, metrics in enumerate(
+        (
+            {"test/is_click/auc": 0.66, "test/is_click/ne": 1.01, "test/watch/rmse": 1.2, "test/watch/r2": 0.1},
+            {"test/is_click/auc": 0.66, "test/is_click/ne": 0.9, "test/watch/rmse": 1.6, "test/watch/r2": -0.1},
+            {"test/is_click/auc": 0.5, "test/is_click/ne": 0.999, "test/watch/rmse": 1.2, "test/watch/r2": None},
+        )
+    ):
+        folder = tmp_path / f"gc{seed}"
+        write_run(folder, "gc", seed, None)
+        summary = json.loads((folder / "summary.json").read_text())
+        (folder / "summary.json").write_text(json.dumps(summary | {"metrics": metrics}))
+    runs = load_runs(sweep)
+
+    cells = {metric: comparison(runs, metric)[1][0][3] for metric in ("is_click/auc", "watch/rmse")}
+    assert cells["is_click/auc"] == "no better than a constant 2 of 3; 60.67 ± 9.24 (n=3)"
+    assert cells["watch/rmse"] == "no better than a constant 1 of 3; 1.3333 ± 0.2309 (n=3)"
+    header, rows = run_table(runs, ["is_click/auc"])
+    place, optim = header.index("no better than a constant"), header.index("optim")
+    assert [row[place] for row in rows if row[optim] == "gc"] == ["is_click", "watch", "is_click"]
+    assert {row[place] for row in rows if row[optim] == "clippy"} == {""}
+
+
 def test_runs_with_a_mitigation_are_rows_of_their_own(sweep: Path) -> None:
     write_run(sweep / "5", "adagrad", 0, 0.60, mitigation="warmup")
     runs = load_runs(sweep)
@@ -113,7 +136,7 @@ def write_config(folder: Path, seed: int, **optim: float) -> None:
 
 
 def test_runs_that_differ_in_more_than_the_seed_are_rows_of_their_own_and_say_in_what(tmp_path: Path) -> None:
-    runs_of = [(0, 0.01, 0.70), (1, 0.01, 0.72), (0, 1e-5, 0.5), (1, 1e-5, 0.52)]
+    runs_of = [(0, 0.01, 0.70), (1, 0.01, 0.72), (0, 1e-5, 0.6), (1, 1e-5, 0.62)]
     for number, (seed, lambda_abs, auc) in enumerate(runs_of):
         write_run(tmp_path / str(number), "clippy", seed, auc)
         write_config(tmp_path / str(number), seed, lambda_abs=lambda_abs, eps=1e-10)
@@ -122,12 +145,12 @@ def test_runs_that_differ_in_more_than_the_seed_are_rows_of_their_own_and_say_in
 
     header, rows = comparison(runs, "is_click/auc")
     assert header == ["model", "lr", "optim.lambda_abs", "clippy"]
-    assert rows == [["small", "1x", "0.01", "71.00 ± 1.41 (n=2)"], ["small", "1x", "1e-05", "51.00 ± 1.41 (n=2)"]]
+    assert rows == [["small", "1x", "0.01", "71.00 ± 1.41 (n=2)"], ["small", "1x", "1e-05", "61.00 ± 1.41 (n=2)"]]
     runs.write_csv(tmp_path / "saved.csv")
     assert comparison(pl.read_csv(tmp_path / "saved.csv"), "is_click/auc")[1] == [[*rows[0]], [*rows[1]]]
     hashes = comparison(runs.drop("optim.lambda_abs"), "is_click/auc")
     assert hashes[0] == ["model", "lr", "cell", "clippy"], "what differs is not known: still no mean over both"
-    assert sorted(row[-1] for row in hashes[1]) == ["51.00 ± 1.41 (n=2)", "71.00 ± 1.41 (n=2)"]
+    assert sorted(row[-1] for row in hashes[1]) == ["61.00 ± 1.41 (n=2)", "71.00 ± 1.41 (n=2)"]
 
 
 def test_an_interrupted_run_is_no_failed_one_and_an_auc_has_one_unit(sweep: Path) -> None:

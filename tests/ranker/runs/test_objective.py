@@ -18,7 +18,13 @@ def summary(status: str = "completed", **metrics: float | None) -> dict[str, Any
 
 
 def test_a_lost_run_is_worse_than_every_finite_value_in_either_direction() -> None:
-    for metric, good, bad in (("auc", 0.8, 0.0), ("rmse", 1.0, 1e9), ("logloss", 0.1, 1e9), ("ne", 0.8, 1e9)):
+    for metric, good, bad in (
+        ("auc", 0.8, 0.0),
+        ("r2", 0.3, -1e9),
+        ("rmse", 1.0, 1e9),
+        ("logloss", 0.1, 1e9),
+        ("ne", 0.8, 1e9),
+    ):
         name = f"test/click/{metric}"
         values = [objective.value_of(summary(**{metric: value}), name) for value in (good, bad)]
         lost = objective.value_of(summary("diverged", **{metric: good}), name)
@@ -43,7 +49,9 @@ def test_without_one_the_first_auc_counts_where_there_is_one() -> None:
     assert math.isnan(objective.value_of(summary(rmse=0.7), None))
 
 
-@pytest.mark.parametrize(("name", "direction"), [("null", "maximize"), ("test/watch/rmse", "minimize")])
+@pytest.mark.parametrize(
+    ("name", "direction"), [("null", "maximize"), ("test/watch/rmse", "minimize"), ("test/watch/r2", "maximize")]
+)
 def test_the_search_goes_where_the_objective_is_better(name: str, direction: str) -> None:
     pytest.importorskip("hydra_plugins.hydra_optuna_sweeper", reason="needs the extra 'sweep'")
     config.register()

@@ -11,7 +11,7 @@ import torch
 
 import signal_traces as traces
 from ranker.stability import DivergenceDetector
-from signal_traces import healthy
+from signal_traces import TASKS, healthy
 
 Judged = Callable[..., Any]
 
@@ -284,3 +284,25 @@ def test_regressions_alone_can_be_judged_too(judged: Judged) -> None:
 def test_100000_healthy_steps_give_no_false_alarm(judged: Judged, seed: int) -> None:
     _, events = judged(healthy(steps=100_000, seed=100 + seed))
     assert events == []
+
+
+def test_a_later_larger_spike_of_a_run_that_never_learned_is_in_its_event(judged: Judged) -> None:
+    trace = traces.spike(healthy(steps=450, seed=1, wild=30, skill=0.0), at=120, length=10, factor=1e5)
+    _, (later, full) = judged(trace)
+    assert (later.kind, later.step, full.kind, full.step) == ("micro", 120, "full", 2)
+    assert full.depth == later.depth >= 1e5
+    assert full.reason.count("jumped to") == 2
+    assert "at step 120" in full.reason
+
+    halfway = DivergenceDetector(TASKS)
+    for i in range(180):
+        halfway.update(i + 1, **trace.signals(i))
+    halfway.poll()
+    assert halfway.suspicion is not None
+    assert (halfway.suspicion.step, halfway.suspicion.depth) == (2, later.depth)
+
+    restored = DivergenceDetector(TASKS)
+    restored.load_state_dict(halfway.state_dict())
+    for i in range(180, len(trace)):
+        restored.update(i + 1, **trace.signals(i))
+    assert restored.poll()[-1] == full

@@ -18,6 +18,7 @@ SETTINGS = GateSettings(
     statuses=["completed"],
     tasks=None,
     min_positives=20,
+    min_judged=1,
     min_auc=0.6,
     max_auc_drop=0.01,
     noise=0.0,
@@ -59,6 +60,7 @@ def test_a_good_model_passes_and_every_rule_was_asked() -> None:
     assert {check.rule for check in verdict.checks} == {
         "statuses",
         "finite",
+        "min_judged",
         "min_auc",
         "max_auc_drop",
         "calibration",
@@ -189,3 +191,28 @@ def test_an_unsettled_run_is_refused_by_default() -> None:
     (reason,) = reasons(status="unsettled", reason="unsettled: the loss of click jumped")
     assert "its status is unsettled" in reason
     assert reasons(dataclasses.replace(SETTINGS, statuses=["completed", "unsettled"]), status="unsettled") == []
+
+
+def test_a_hold_out_of_two_rows_says_nothing_and_is_refused_unless_it_is_allowed() -> None:
+    tiny = {"rows": {"click": 2, "watch": 2}, "positives": {"click": 1, "watch": 0}}
+    (reason,) = reasons(metrics=with_metrics(watch_r2=-3.0), **tiny)
+    assert reason == "hold-out: 0 of 2 tasks could be judged on its rows (click 2, watch 2); wanted: at least 1"
+    open_gate = dataclasses.replace(SETTINGS, min_judged=0)
+    verdict = judge(dataclasses.replace(GOOD, **tiny), open_gate)
+    assert verdict.passed
+    assert sum(check.passed is None for check in verdict.checks) == 5, "each is said to be not judged"
+
+
+def test_an_undefined_loss_is_not_judged_and_that_is_said() -> None:
+    verdict = judge(dataclasses.replace(GOOD, metrics=with_metrics(watch_r2=math.nan)), SETTINGS)
+    (check,) = [check for check in verdict.checks if check.passed is None]
+    assert (check.about, "undefined on the hold-out" in check.words) == ("watch loss", True)
+    both = dataclasses.replace(SETTINGS, min_judged=2)
+    assert "1 of 2 tasks" in judge(dataclasses.replace(GOOD, metrics=with_metrics(watch_r2=math.nan)), both).reasons[0]
+
+
+def test_every_rule_that_can_be_relaxed_names_its_settings() -> None:
+    names = {field.name for field in dataclasses.fields(GateSettings)}
+    for check in judge(GOOD, SETTINGS).checks:
+        assert set(check.settings) <= names
+        assert bool(check.settings) == (check.rule != "finite")

@@ -88,6 +88,15 @@ def test_a_second_spike_before_the_verdict_does_not_move_the_deadline() -> None:
     assert event.judged_at <= 1110  # 250 steps after the first, and the proof after the last
 
 
+def test_the_depth_of_an_event_is_that_of_its_deepest_spike() -> None:
+    trace = traces.spike(lost_at(healthy(steps=1500, seed=1), 800), at=900, length=5, factor=1e7)
+    (event,) = run(trace)
+    assert (event.kind, event.step) == ("full", 800)
+    assert event.depth > 1e6
+    assert "at step 800" in event.reason
+    assert "at step 900" in event.reason
+
+
 def test_spikes_that_harmed_nothing_in_one_probation_are_each_a_micro_event() -> None:
     trace = traces.spike(healthy(steps=1500, seed=1), at=800, length=5, factor=30.0)
     events = run(traces.spike(trace, at=830, length=5, factor=30.0))

@@ -15,7 +15,7 @@ from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.loggers import WandbLogger
 from torch import nn
 
-from ranker.training.lightning_private import is_compiled, refetch, without_anonymous
+from ranker.training.lightning_private import is_compiled, refetch, with_more_batches, without_anonymous
 
 CHANGED = "Lightning {} has changed {}: adapt ranker/training/lightning_private.py"
 
@@ -39,13 +39,28 @@ class Numbers(pl.LightningModule):
 class Seekable:
     """A loader whose place can be moved."""
 
-    def __init__(self) -> None:
-        self.place = 0
+    def __init__(self, *, stop: int = 6) -> None:
+        self.place, self.stop = 0, stop
 
     def __iter__(self) -> Any:
-        while self.place < 6:
+        while self.place < self.stop:
             self.place += 1
             yield torch.tensor(float(self.place - 1))
+
+
+class SaveAtTheEnd(Callback):
+    """Saves the state of the last batch, while the batch ends or after training."""
+
+    def __init__(self, file: Path, *, after_training: bool) -> None:
+        self.file, self.after_training = file, after_training
+
+    def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+        if not self.after_training and trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
+            trainer.save_checkpoint(self.file)
+
+    def on_train_end(self, trainer: Any, *_: Any) -> None:
+        if self.after_training:
+            trainer.save_checkpoint(self.file)
 
 
 class GoBackOnce(Callback):
@@ -83,6 +98,32 @@ def test_without_refetching_a_batch_in_hand_would_come_first() -> None:
     assert seen(at=3, to=1, refetching=False) == [0, 1, 2, 3, 1, 2, 3, 4, 5], (
         "Lightning no longer holds a batch: refetch may be unnecessary"
     )
+
+
+@pytest.mark.parametrize("after_training", [False, True])
+@pytest.mark.parametrize("marked", [False, True])
+def test_a_checkpoint_of_the_last_batch_goes_on_once_it_is_marked(
+    tmp_path: Path, after_training: bool, marked: bool
+) -> None:
+    quiet = {"enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+    file = tmp_path / "last.ckpt"
+
+    def trainer(*callbacks: Callback) -> pl.Trainer:
+        return pl.Trainer(accelerator="cpu", max_epochs=1, logger=False, callbacks=list(callbacks), **quiet)
+
+    save = SaveAtTheEnd(file, after_training=after_training)
+    trainer(save).fit(Numbers(), train_dataloaders=Seekable(stop=3))
+    checkpoint = torch.load(file, weights_only=True)
+    if marked:
+        with_more_batches(checkpoint)
+    torch.save(checkpoint, file)
+
+    resumed, loader = Numbers(), Seekable()
+    loader.place = 3
+    trainer().fit(resumed, train_dataloaders=loader, ckpt_path=file, weights_only=True)
+
+    expected = [3, 4, 5] if marked else []
+    assert resumed.seen == expected, CHANGED.format(pl.__version__, "what a checkpoint holds of its loops")
 
 
 @pytest.mark.filterwarnings("ignore:.*script_method.*:DeprecationWarning")  # of torch, when torch.compile is imported

@@ -11,6 +11,9 @@ from torch import Tensor
 
 from optim import build_optimizer
 from ranker.errors import UserError
+from ranker.stability import DivergenceDetector
+from ranker.training.module import Fit
+from ranker.training.progress import planned_steps
 from ranker.training.rollback import Rollback
 from ranker.training.snapshots import SnapshotRing, thinned
 from ranker.training.stability_callback import Stability
@@ -28,12 +31,14 @@ class Notes(Callback):
         self.weights: dict[int, dict[str, Tensor]] = {}
         self.sums: dict[int, dict[str, Tensor]] = {}
         self.method: dict[int, str] = {}
+        self.planned: dict[int, int] = {}
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         step, optimizer = trainer.global_step, trainer.optimizers[0]
         self.lr[step] = float(optimizer.param_groups[-1]["lr"])
         self.method[step] = optimizer.param_groups[-1]["method"]
         self.batches[step] = batch.number
+        self.planned[step] = planned_steps(Fit(trainer))
         named = dict(pl_module.net.named_parameters())
         self.weights[step] = {name: p.detach().clone() for name, p in named.items()}
         self.sums[step] = {
@@ -45,11 +50,16 @@ def same(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
     return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
 
 
-def run(fit, verdicts: Verdicts, **options: Any) -> tuple[Notes, Rollback, Any]:
+def run(
+    fit, verdicts: Verdicts, *, say: list[str] | None = None, trainer: dict[str, Any] | None = None, **options: Any
+) -> tuple[Notes, Rollback, Any]:
     notes, rollback = Notes(), Rollback(tries=3, **options)
-    ring = SnapshotRing(every=4, keep=6)
-    trainer = fit([notes], stability=Stability(divergence=verdicts, snapshots=ring, rollback=rollback))
-    return notes, rollback, trainer
+    ring, told = SnapshotRing(every=4, keep=6), [] if say is None else say
+    stability = Stability(
+        divergence=verdicts, snapshots=ring, rollback=rollback, say=lambda line, **_: told.append(line)
+    )
+    fitted = fit([notes], stability=stability, **(trainer or {}))
+    return notes, rollback, fitted
 
 
 def other(name: str, **options: Any):
@@ -125,6 +135,50 @@ def test_the_same_stretch_lost_again_leaves_out_twice_as_many(fit) -> None:
     assert second["skipped_batches"] == [8, 14 + 8]  # the second event is of batch 16: 8 from 2 before it on
     assert third["to_step"] > second["step"], "healthy for long enough to take a snapshot"
     assert third["skipped_batches"][1] - third["skipped_batches"][0] == 4
+
+
+class Learned(Verdicts):
+    """Verdicts on a model that has learned already."""
+
+    def start(self, fit: Fit, state: Any) -> DivergenceDetector:
+        detector = super().start(fit, state)
+        detector._classifier._auc.learned = True
+        return detector
+
+
+@pytest.mark.parametrize(
+    ("verdicts", "options", "made"),
+    [
+        pytest.param(Verdicts({4: 2, 10: 8}), {}, 1, id="lost from the start twice"),
+        pytest.param(Verdicts({18: 15, 23: 21}), {}, 1, id="as far as before on other batches"),
+        pytest.param(Verdicts({18: 15, 22: 20}), {}, 2, id="less far: the rows may be at fault"),
+        pytest.param(Learned({18: 15, 23: 21}), {}, 2, id="a model that had learned"),
+        pytest.param(Verdicts({18: 15, 23: 21}), {"lr_factor": 0.5}, 2, id="at a lower rate"),
+        pytest.param(Learned({18: 15, 23: 21}), {"skip_batches": 0}, 1, id="the same batches again"),
+        pytest.param(Verdicts({18: 15, 23: 21}), {"restore": "nothing"}, 2, id="nothing restored"),
+    ],
+)
+def test_a_rollback_that_changes_nothing_is_given_up(
+    fit, verdicts: Verdicts, options: dict[str, Any], made: int
+) -> None:
+    said: list[str] = []
+    _, rollback, _ = run(fit, verdicts, say=said, **{"back_steps": 2, "skip_batches": 4} | options)
+
+    assert len(rollback.done) == made
+    refused = [line for line in said if line.startswith("no rollback")]
+    assert len(refused) == 2 - made
+    assert all("lost again after the rollback to step" in line for line in refused)
+
+
+def test_the_planned_steps_are_those_the_run_takes(fit) -> None:
+    notes, _, trainer = run(fit, Verdicts({30: 18}), back_steps=2, skip_batches=6)
+    assert (notes.planned[1], notes.planned[30]) == (48, 30 + 48 - 22)
+    assert {notes.planned[step] for step in range(30, trainer.global_step + 1)} == {trainer.global_step}
+
+    notes, _, trainer = run(fit, Verdicts(), trainer={"accumulate_grad_batches": 3})
+    assert (notes.planned[1], trainer.global_step) == (16, 16)
+    notes, _, _ = run(fit, Verdicts(), trainer={"max_steps": 7})
+    assert notes.planned[1] == 7
 
 
 def test_a_lower_rate_rises_back_over_the_given_steps(fit) -> None:

@@ -26,6 +26,7 @@ from ranker.runs.metric_names import (
     VAL,
     task_metric,
 )
+from ranker.stability.worth import AUC_OF_CHANCE
 
 RUNNING_SECONDS = 120.0  # a run without summary that wrote nothing for longer counts as unfinished
 
@@ -171,7 +172,8 @@ def _holdout(run: Recorded) -> str:
         keys = [task_metric(TEST, task, column) for column in columns]
         rows.append([escape(task), *(_metric(metrics, key) for key in keys)])
     useless = (run.summary or {}).get("no_better_than_constant")
-    note = f"No better than a constant prediction (NE >= 1, or R2 <= 0): {', '.join(useless)}." if useless else ""
+    why = f"NE >= 1, R2 <= 0 or AUC < {AUC_OF_CHANCE:g}"
+    note = f"No better than a constant prediction ({why}): {', '.join(useless)}." if useless else ""
     return _table(("task", *columns), rows) + (f'<p class="reason">{escape(note)}</p>' if note else "")
 
 
