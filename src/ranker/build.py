@@ -126,7 +126,8 @@ def starting_point(cfg: DictConfig, folder: RunFolder, checkpoint: Path | None) 
         if checkpoint is None and _is_first_process():
             folder.make_room(force=cfg.force)
         return cfg, checkpoint
-    cfg = resumed(cfg, folder.load_config(), list(HydraConfig.get().overrides.task), conf=conf_folder())
+    saved = folder.load_config(trusted=cfg.trust, own=cfg)
+    cfg = resumed(cfg, saved, list(HydraConfig.get().overrides.task), conf=conf_folder())
     check(cfg)
     return cfg, folder.newest_checkpoint()
 
