@@ -104,7 +104,7 @@ def test_the_user_allows_a_name_of_his_own(saved: Callable[[Any], Path]) -> None
     path = saved(content)
 
     load_config(path, trusted=["my_parts.Mine", "my_parts.Other"])
-    with pytest.raises(UserError, match="callbacks.other names"):
+    with pytest.raises(UserError, match=r"callbacks\.other names"):
         load_config(path, trusted=["my_parts.Mine"])
 
 
@@ -113,7 +113,7 @@ def test_what_the_user_names_at_the_same_place_is_allowed(saved: Callable[[Any],
     elsewhere = OmegaConf.create({"callbacks": {"x": {"_target_": "my_parts.Net"}}})
 
     check_targets(read_config(path), path, own=OmegaConf.create({"model": {"net": {"_target_": "my_parts.Net"}}}))
-    with pytest.raises(UserError, match="model.net names"):
+    with pytest.raises(UserError, match=r"model\.net names"):
         check_targets(read_config(path), path, own=elsewhere)
 
 
@@ -141,7 +141,7 @@ def test_a_file_that_is_no_configuration_is_one_line(
 ) -> None:
     monkeypatch.chdir(tmp_path)
 
-    with pytest.raises(UserError, match="config.yaml") as caught:
+    with pytest.raises(UserError, match=r"config\.yaml") as caught:
         read_config(saved(content))
 
     assert "\n" not in str(caught.value)
