@@ -2,8 +2,8 @@
 
 ``torch.export.load`` must not read a file of somebody else: it unpickles members of the archive, looks up any name
 below ``torch`` as an operator, evaluates the text of symbolic sizes, imports modules that a tree specification names,
-and generates Python code in which names from the file occur. So the archive is inspected first, with the reader that loads
-it, and refused where it holds anything but what ``torch.export.save`` writes for a model of tensor operators. See
+and generates Python code in which names from the file occur. So the archive is inspected first, with the reader that
+loads it, and refused where it holds anything but what ``torch.export.save`` writes for a model of tensor operators. See
 ``export/pt2_archive/_package.py``, ``_export/serde/serialize.py`` and ``utils/_pytree.py`` of torch 2.13.
 """
 
