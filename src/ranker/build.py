@@ -127,7 +127,8 @@ def starting_point(cfg: DictConfig, folder: RunFolder, checkpoint: Path | None) 
         if checkpoint is None and _is_first_process():
             folder.make_room(force=cfg.force)
         return cfg, checkpoint
-    cfg = resumed(cfg, folder.load_config(), list(HydraConfig.get().overrides.task), conf=conf_folder())
+    saved = folder.load_config(trusted=cfg.trust, own=cfg)
+    cfg = resumed(cfg, saved, list(HydraConfig.get().overrides.task), conf=conf_folder())
     check(cfg)
     stops = OmegaConf.select(cfg, "callbacks.divergence.stop", default=False)
     return cfg, checkpoint or sound_checkpoint(folder, keep_lost=not stops, say=lambda line: print(line, flush=True))

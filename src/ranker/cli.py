@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import functools
 import os
 import sys
@@ -23,6 +24,18 @@ _STACK_WANTED: ContextVar[bool] = ContextVar("stack wanted by the user", default
 
 
 Arguments = ParamSpec("Arguments")
+
+
+def add_trust(parser: argparse.ArgumentParser) -> None:
+    """Adds the option ``--trust NAME`` of commands that build what a saved configuration names."""
+    parser.add_argument(
+        "--trust",
+        action="append",
+        default=[],
+        metavar="TARGET",
+        help="a class or function of yours that the saved config.yaml may run, such as my_parts.MyCallback; several "
+        "times for several",
+    )
 
 
 def command(main: Callable[Arguments, int]) -> Callable[Arguments, int]:

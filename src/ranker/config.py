@@ -67,6 +67,7 @@ class Root:
     objective: str | None = None
     tags: list[str] = field(default_factory=list)
     force: bool = False
+    trust: list[str] = field(default_factory=list)
 
 
 def register() -> None:

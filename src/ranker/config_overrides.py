@@ -76,11 +76,13 @@ def resumed_words(words: list[str], *, conf: Path) -> list[str]:
     folder = Path(given[-1]) if given else None
     if folder is None or not (folder / CONFIG).is_file():
         return words
-    saved = RunFolder(folder).load_config()
+    saved = RunFolder(folder).read_config()
     places = [conf, *(Path(words[i + 1]) for i, word in enumerate(words[:-1]) if word in ("--config-dir", "-cd"))]
     chosen = []
     for group in GROUPS:
-        name = OmegaConf.select(saved, f"{group}.name")
+        name = str(OmegaConf.select(saved, f"{group}.name"))
+        if "/" in name or "\\" in name:  # a path could lead Hydra to a file outside the user's configuration
+            continue
         asked = any(word.startswith(f"{group}=") for word in words)
         if not asked and any((place / group / f"{name}.yaml").is_file() for place in places):
             chosen.append(f"{group}={name}")
@@ -107,7 +109,7 @@ def resumed(cfg: DictConfig, saved: DictConfig, overrides: list[str], *, conf: P
         OmegaConf.set_struct(each, False)
     for override in parse(overrides):
         key, line = str(override.key_or_group), override.input_line
-        if key in ("resume", "force") or key.startswith("hydra"):
+        if key in ("resume", "force", "trust") or key.startswith("hydra"):
             continue
         if key == "logger":
             merged.logger = OmegaConf.to_container(cfg.logger, resolve=True)
@@ -129,7 +131,7 @@ def resumed(cfg: DictConfig, saved: DictConfig, overrides: list[str], *, conf: P
         old, new = (dict(_leaves(OmegaConf.to_container(each, resolve=True))) for each in (before, cfg))
         for key in (name for name in new if new[name] != old.get(name)):
             OmegaConf.update(merged, key, new[key], force_add=True)
-    merged.resume = cfg.resume
+    merged.resume, merged.trust = cfg.resume, cfg.trust
     merged.lr = learning_rate(merged)
     return merged
 

@@ -142,7 +142,7 @@ def test_an_exported_model_scores_a_file_as_the_run_itself_does(
         watch = np.sign(logits[:, 1]) * np.expm1(np.abs(logits[:, 1])) * 1000
         np.testing.assert_allclose(scores["watch"].to_numpy(), watch, rtol=1e-4, atol=1e-2)
     files = {path.name for path in out.iterdir()}
-    assert files == {"model.pt2", "model.onnx", "schema.yaml", "export.json", "metrics.json", "gate.json"}
+    assert files == {"model.pt2", "model.onnx", "schema.yaml", "export.json", "metrics.json", "gate.json", "SHA256SUMS"}
     assert json.loads((out / "gate.json").read_text())["passed"] is True
     about = json.loads((out / "export.json").read_text())
     assert about["dense_statistics"]["rows"] == ROWS

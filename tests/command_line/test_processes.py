@@ -67,6 +67,9 @@ def recording(folder: Path, *, kill_at: int | None = None) -> str:
     return f"+callbacks.rows={{_target_:{target},folder:'{folder}',kill_at:{'null' if kill_at is None else kill_at}}}"
 
 
+TRUSTED = "trust=[row_recorder.RowRecorder]"  # of a resumed run
+
+
 def rows_seen(folder: Path, rank: int = 0) -> dict[int, list[int]]:
     """By batch, the row ids of the last time it was trained on."""
     lines = map(json.loads, (folder / f"rank{rank}.jsonl").read_text().splitlines())
@@ -89,7 +92,7 @@ def test_the_rows_seen_are_the_same_wherever_a_run_is_killed(
     assert sorted(before) == list(range(step))
 
     (tmp_path / "rows_killed" / "rank0.jsonl").unlink()
-    command_line(f"resume={tmp_path / 'killed'}", f"hydra.run.dir={tmp_path / 'unused'}")
+    command_line(f"resume={tmp_path / 'killed'}", TRUSTED, f"hydra.run.dir={tmp_path / 'unused'}")
 
     after, everything = rows_seen(tmp_path / "rows_killed"), rows_seen(tmp_path / "rows")
     first = min(after)
@@ -136,7 +139,7 @@ def test_two_ranks_killed_in_the_middle_of_a_window_end_as_if_they_had_not_been(
     for rank in range(2):
         (killed_rows / f"rank{rank}.jsonl").unlink()
 
-    process = train_process(f"resume={tmp_path / 'killed'}", "train.checkpoint_every=60", path=ROOT / "tests")
+    process = train_process(f"resume={tmp_path / 'killed'}", TRUSTED, "train.checkpoint_every=60", path=ROOT / "tests")
     _, errors = process.communicate(timeout=250)
     assert process.returncode == 0, errors
 

@@ -41,7 +41,8 @@ def train(command_line: Callable[..., None]) -> Train:
 @pytest.fixture
 def resume(command_line: Callable[..., None], tmp_path: Path) -> Callable[[Path], None]:
     def call(folder: Path) -> None:
-        command_line(f"resume={folder}", f"train.checkpoint_every={STEPS}", f"hydra.run.dir={tmp_path / 'unused'}")
+        own = "trust=[rows_seen.RowsSeen]"
+        command_line(f"resume={folder}", own, f"train.checkpoint_every={STEPS}", f"hydra.run.dir={tmp_path / 'unused'}")
 
     return call
 

@@ -14,7 +14,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from rich.console import Console
 
-from ranker.cli import command
+from ranker.cli import add_trust, command
 from ranker.data.columns import from_plain as from_mapping
 from ranker.errors import UserError
 from ranker.export.bundle import PROGRAMS, Export, counted, refuse_existing, write_json
@@ -64,7 +64,7 @@ def _export(given: argparse.Namespace, settings: GateSettings, destination: Path
     from ranker.export.release import Candidate, Weights, write_export
 
     folder = RunFolder.existing(given.run)
-    cfg = folder.load_config()
+    cfg = folder.load_config(trusted=given.trust)
     path, which = _chosen_checkpoint(given, folder)
     weights = Weights.read(path)
     log = open_log(cfg)
@@ -129,6 +129,7 @@ def _parser() -> argparse.ArgumentParser:
     which.add_argument("--checkpoint", type=Path, help="a checkpoint file (default: the last one of the run)")
     parser.add_argument("--force", action="store_true", help="replace an export that is there")
     parser.add_argument("--report", type=Path, metavar="FILE", help="write the gate's report here, also when refused")
+    add_trust(parser)
     gate = parser.add_argument_group("the gate", "values stand in conf/gate; each of these replaces one")
     gate.add_argument("--gate", default="default", metavar="NAME", help="a file of conf/gate (default: %(default)s)")
     for field in dataclasses.fields(GateSettings):

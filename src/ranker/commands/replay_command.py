@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from ranker.cli import command
+from ranker.cli import add_trust, command
 from ranker.installation import conf_folder
 
 
@@ -34,11 +34,12 @@ def replay(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--lookback", type=int, default=8, help="batches before the onset that are suspected")
     parser.add_argument("--horizon", type=int, default=20, help="batches after the onset in which the model must move")
     parser.add_argument("--out", type=Path, help="folder for pictures and tables (default: the capsule)")
+    add_trust(parser)
     options = parser.parse_intermixed_args(arguments)
     from ranker.replay.bisect import Limits  # imported late: torch and Lightning cost seconds
     from ranker.replay.session import Session
 
-    session, out = Session(options.capsule), options.out or options.capsule
+    session, out = Session(options.capsule, trusted=options.trust), options.out or options.capsule
     if options.bisect:
         session.bisect(out=out, limits=Limits(lookback=options.lookback, horizon=options.horizon))
         return 0

@@ -47,7 +47,8 @@ def train() -> None:
         sys.argv[0] = __file__
     if {"--cfg", "-c", "--cfg=job", "-cjob"} & set(sys.argv) and "--resolve" not in sys.argv:
         sys.argv.append("--resolve")  # shows the learning rate and widths that will be used, not ${...}
-    sys.argv[1:] = resumed_words(sys.argv[1:], conf=conf_folder())
+    with cli.one_line_errors(outermost=True):
+        sys.argv[1:] = resumed_words(sys.argv[1:], conf=conf_folder())
     cli.run(_main)
 
 

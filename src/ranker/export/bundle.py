@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import shutil
@@ -19,8 +20,9 @@ from ranker.atomic import write_text
 from ranker.data.schema import SCHEMA_FILE, Schema
 from ranker.errors import UserError, suggest
 
-FORMAT = 1
+FORMAT = 2  # 2: with checksums
 ABOUT, METRICS, GATE = "export.json", "metrics.json", "gate.json"
+CHECKSUMS = "SHA256SUMS"  # in the format of sha256sum, which checks it with: sha256sum -c SHA256SUMS
 PROGRAMS = {"pt2": "model.pt2", "onnx": "model.onnx"}
 
 
@@ -78,6 +80,42 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     write_text(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
 
 
+def write_checksums(folder: Path) -> None:
+    """Writes the SHA-256 of every file of an export. Must be the last file."""
+    files = sorted(path for path in folder.iterdir() if path.is_file() and path.name != CHECKSUMS)
+    write_text(folder / CHECKSUMS, "".join(f"{_sha256(path)}  {path.name}\n" for path in files))
+
+
+def check_files(folder: Path) -> None:
+    """Compares every file of an export with its checksum.
+
+    This finds a file that was damaged or exchanged on its way. It does not protect against somebody who can write the
+    whole folder, because he can write the checksums too.
+
+    Raises:
+        UserError: a file is missing, has another checksum, or has none.
+    """
+    path = folder / CHECKSUMS
+    try:
+        lines = [line.partition("  ") for line in path.read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read, so that the export cannot be checked; export it again") from error
+    known = {name: digest for digest, _, name in lines}
+    for name, digest in known.items():
+        if Path(name).name != name or not (folder / name).is_file():
+            raise UserError(f"{folder} lacks the file '{name}' that {CHECKSUMS} names; copy the export again")
+        if _sha256(folder / name) != digest:
+            raise UserError(f"{folder / name} is damaged or was changed: its SHA-256 is not that of {CHECKSUMS}")
+    for name in (SCHEMA_FILE, ABOUT, *PROGRAMS.values(), *(path.name for path in folder.glob("*.onnx*"))):
+        if (folder / name).exists() and name not in known:
+            raise UserError(f"{folder / name} has no checksum in {CHECKSUMS}; copy the export again")
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 @dataclass(frozen=True)
 class Export:
     """An export folder.
@@ -94,16 +132,22 @@ class Export:
 
     @classmethod
     def read(cls, path: Path) -> Export:
-        """Reads everything except the programs.
+        """Checks all files, and reads everything except the programs.
 
         Raises:
-            UserError: the folder is not an export, or has another format version.
+            UserError: the folder is not an export, has another format version, or a file is not as it was written.
         """
         if not (path / ABOUT).is_file():
             raise UserError(f"no {ABOUT} in {path}; give a folder that scripts/export.py wrote")
-        about = json.loads((path / ABOUT).read_text(encoding="utf-8"))
+        try:
+            about = json.loads((path / ABOUT).read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise UserError(f"{path / ABOUT} is damaged: it is no JSON; copy the export again") from error
+        if not isinstance(about, dict):
+            raise UserError(f"{path / ABOUT} is damaged: it holds no JSON object; copy the export again")
         if about.get("format") != FORMAT:
             raise UserError(f"{path} has format {about.get('format')}, this version reads {FORMAT}; export it again")
+        check_files(path)
         return cls(path, Schema.from_yaml(path / SCHEMA_FILE), about)
 
     def program(self, form: str) -> Path:

@@ -15,6 +15,7 @@ from ranker.data.batch import Batch
 from ranker.data.dense_statistics import DenseStatistics
 from ranker.data.schema import Schema
 from ranker.errors import UserError, install_hint
+from ranker.export.checked_archive import load_program
 from ranker.export.program import LOGITS, SCORES, Served, Signature
 
 
@@ -57,7 +58,7 @@ class _Torch:
         if threads:
             torch.set_num_threads(threads)
         with _readable(path):
-            self._program = torch.export.load(path).module()
+            self._program = load_program(path)
         self._signature = Signature(schema)
 
     def __call__(self, batch: Batch) -> Scored:
@@ -89,6 +90,8 @@ class _Onnx:
 def _readable(path: Path) -> Iterator[None]:
     try:
         yield
+    except UserError:
+        raise
     except Exception as error:  # each library has its own errors for a broken file
         raise UserError(f"{path} cannot be read ({' '.join(str(error).split())[:200]}); export it again") from error
 

@@ -20,7 +20,7 @@ from ranker.data.loader import EvalLoader
 from ranker.data.log import Log
 from ranker.data.schema import SCHEMA_FILE, Schema
 from ranker.errors import UserError
-from ranker.export.bundle import ABOUT, FORMAT, GATE, METRICS, PROGRAMS, new_folder, unseen, write_json
+from ranker.export.bundle import ABOUT, FORMAT, GATE, METRICS, PROGRAMS, new_folder, unseen, write_checksums, write_json
 from ranker.export.program import Served, to_onnx, to_program
 from ranker.export.program_runtime import difference, open_program
 from ranker.metrics import TaskMetrics
@@ -254,6 +254,7 @@ def write_export(
             signature = served.signature.describe()
             known = {"dense_statistics": normalisation(statistics, candidate.schema)}
             write_json(draft / ABOUT, {"format": FORMAT, **plain(about), **known, **signature})
+            write_checksums(draft)
     except _RefusedError:
         pass
     return verdict

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -29,6 +29,7 @@ from ranker.replay.transfer_state import carry
 from ranker.replay.way_out import is_asked, replay_way_out
 from ranker.runs.provenance import arithmetic
 from ranker.runs.run_folder import plain, versions
+from ranker.trust import load_config
 
 ROUNDING = 1e-3  # largest relative difference that rounding explains, with several ranks or other versions
 PICTURE, TABLE, BISECTION = "replay.png", "replay.json", "bisect.json"
@@ -41,17 +42,16 @@ class Session:
 
     Args:
         path: folder of the capsule.
+        trusted: names of ``_target_`` that its configuration may hold beside the allow list.
 
     Raises:
         UserError: there is no capsule, or it cannot be read.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, *, trusted: Collection[str] = ()) -> None:
         self.console = Console(soft_wrap=True, highlight=False)
         self.capsule = Capsule.load(path)
-        config = OmegaConf.load(self.capsule.config)
-        assert isinstance(config, DictConfig)
-        self.cfg = config
+        self.cfg = load_config(self.capsule.config, trusted=trusted)
         manifest = self.capsule.manifest
         torch.set_num_threads(int(manifest.machine["threads"]))
         cuda = manifest.machine["device"] != "cpu" and torch.cuda.is_available()

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import polars as pl
-import yaml
 from omegaconf import DictConfig, OmegaConf
 
 from ranker.errors import UserError, suggest
@@ -18,6 +17,7 @@ from ranker.runs.config_identity import cell_hash
 from ranker.runs.metric_names import TEST
 from ranker.runs.run_folder import CONFIG, SUMMARY
 from ranker.stability.worth import no_better_than_constant
+from ranker.trust import check_resolved, read_config
 
 if TYPE_CHECKING:
     from ranker.training.trackers import TrackedRun
@@ -80,7 +80,10 @@ def load_tracked(project: str) -> pl.DataFrame:
     if not found:
         raise UserError(f"no finished run of evenkeel in {project}; runs are sent there with logger=wandb")
     rows = [_row(summary, run.name) | {"cell": summary.get("cell")} for run, summary in found]
-    return _table(rows, [config_identity.settings(OmegaConf.create(run.config)) for run, _ in found])
+    configs = [OmegaConf.create(run.config) for run, _ in found]
+    for (run, _), config in zip(found, configs, strict=True):
+        check_resolved(config, f"{project}/{run.name}")
+    return _table(rows, [config_identity.settings(config) for config in configs])
 
 
 def metric_names(runs: pl.DataFrame) -> list[str]:
@@ -152,9 +155,8 @@ def _table(rows: list[dict[str, Any]], settings: list[dict[str, Any]]) -> pl.Dat
 def _config(folder: Path) -> DictConfig | None:
     """The configuration of a run; None for a run that left none, or one that cannot be read."""
     try:
-        found = OmegaConf.load(folder / CONFIG)
-        return found if isinstance(found, DictConfig) else None
-    except (OSError, yaml.YAMLError):
+        return read_config(folder / CONFIG)
+    except UserError:
         return None
 
 

@@ -17,6 +17,7 @@ NOT_IDENTIFYING = (
     "hydra",  # the launcher, the sweeper and the output folders
     "resume",  # a resumed run gives the numbers of an uninterrupted one
     "force",
+    "trust",  # what a resumed run may load
     "objective",  # read from the summary on request
     "tags",
     "logger",

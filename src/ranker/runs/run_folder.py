@@ -9,13 +9,14 @@ import os
 import platform
 import shutil
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from ranker import trust
 from ranker.atomic import write_text
 from ranker.errors import UserError
 from ranker.runs.checkpoint_files import newest_intact
@@ -109,11 +110,27 @@ class RunFolder:
             else:
                 path.unlink()
 
-    def load_config(self) -> DictConfig:
-        """The resolved configuration of the run."""
-        config = OmegaConf.load(self.path / CONFIG)
-        assert isinstance(config, DictConfig)
-        return config
+    def read_config(self) -> DictConfig:
+        """The resolved configuration of the run, to look at.
+
+        Raises:
+            UserError: as :func:`ranker.trust.read_config`.
+        """
+        return trust.read_config(self.path / CONFIG)
+
+    def load_config(self, *, trusted: Collection[str] = (), own: DictConfig | None = None) -> DictConfig:
+        """The resolved configuration of the run, to build from.
+
+        Args:
+            trusted: names of ``_target_`` that the user allows beside the allow list.
+            own: the user's own configuration for this command; what it names is allowed.
+
+        Raises:
+            UserError: as :func:`ranker.trust.check_targets`.
+        """
+        cfg = self.read_config()
+        trust.check_targets(cfg, self.path / CONFIG, trusted=trusted, own=own)
+        return cfg
 
     def save_config(self, cfg: DictConfig) -> None:
         """Writes the configuration with every interpolation resolved."""

@@ -136,7 +136,7 @@ def _checkpoint_to_resume(folder: Path, mark: str) -> Path | None:
     run, summary = RunFolder(folder), read_summary(folder)
     if summary and not str(summary.get("reason")).startswith("interrupted"):
         return None
-    if not (folder / CONFIG).is_file() or config_hash(run.load_config()) != mark:
+    if not (folder / CONFIG).is_file() or config_hash(run.read_config()) != mark:
         return None
     try:
         return run.newest_checkpoint()
@@ -152,7 +152,7 @@ def _clear(folder: Path, mark: str, others: list[Path]) -> None:
     Raises:
         UserError: the folder contains a different run, which would be overwritten.
     """
-    if (folder / CONFIG).is_file() and config_hash(RunFolder(folder).load_config()) != mark:
+    if (folder / CONFIG).is_file() and config_hash(RunFolder(folder).read_config()) != mark:
         raise UserError(
             f"{folder} holds another run; add ${{config_hash:}} to hydra.sweep.subdir, so that each has its own folder"
         )
