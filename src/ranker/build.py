@@ -34,8 +34,10 @@ from ranker.runs import log_identity, objective, run_lock
 from ranker.runs.config_identity import cell_hash
 from ranker.runs.run_folder import RunFolder
 from ranker.training import trackers
-from ranker.training.bookkeeping import Bookkeeping, Interruption
+from ranker.training.bookkeeping import Bookkeeping
 from ranker.training.checkpoints import Checkpoints, DurableCheckpointIO
+from ranker.training.interruption import Interruption
+from ranker.training.lightning_private import leave_signals
 from ranker.training.metrics_csv import MetricsCsv
 from ranker.training.module import RankingModule
 from ranker.training.progress import say_in_log
@@ -330,6 +332,7 @@ def _trainer(cfg: DictConfig, folder: RunFolder, callbacks: list[Callback], logg
         raise UserError(f"trainer: {' '.join(str(cause).split())}") from error
     if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # a user's own stays
         trainer.strategy.checkpoint_io = DurableCheckpointIO()
+    leave_signals(trainer)
     return trainer
 
 

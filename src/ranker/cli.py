@@ -13,7 +13,7 @@ from typing import ParamSpec
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
-from ranker import config
+from ranker import config, stop_signals
 from ranker.errors import UserError
 from ranker.sweeps.watch import accounted
 
@@ -58,7 +58,7 @@ def run(main: Callable[[], None]) -> None:
     wanted = os.environ.get(FULL_ERROR)
     os.environ[FULL_ERROR] = "1"  # else Hydra prints and exits before the error reaches us
     try:
-        with _asked_for_stack(wanted == "1"), one_line_errors(outermost=True), accounted():
+        with stop_signals.one_line(), _asked_for_stack(wanted == "1"), one_line_errors(outermost=True), accounted():
             main()
     finally:  # a second call in this process must not take it for the user's wish
         if wanted is None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
+import signal
 import sys
 import time
 from pathlib import Path
 
 from omegaconf import DictConfig
 
-from ranker import run_summary
+from ranker import run_summary, stop_signals
 from ranker.build import (
     Run,
     alone_in,
@@ -47,7 +48,7 @@ def run(cfg: DictConfig, checkpoint: Path | None = None) -> float:
     """
     provenance.commit()  # now, because the checkout may change before the summary is written
     folder = run_folder(cfg)
-    with alone_in(folder):
+    with stop_signals.taken_over(), stop_signals.gentle_after_start(), alone_in(folder):
         cfg, checkpoint = starting_point(cfg, folder, checkpoint)
         with own_process_environment(folder, checkpoint):
             parts = build(cfg, folder, checkpoint)
@@ -75,7 +76,7 @@ def _train(run: Run) -> float:
         _make_up_evaluation(run)
         run.trainer.fit(run.module, datamodule=run.datamodule, ckpt_path=checkpoint, weights_only=True)
         if run.interruption.stopped:
-            raise KeyboardInterrupt
+            raise stop_signals.Stopped
         run.trainer.test(run.module, datamodule=run.datamodule, verbose=False)
         run.datamodule.join_bad_rows()
     except BaseException as error:
@@ -83,8 +84,11 @@ def _train(run: Run) -> float:
             _finish(run, "failed", _why(error, run), time.monotonic() - start)
         except OSError as second:  # a full disk, for example; the first error is the one to show
             print(f"{run.folder.path / SUMMARY} cannot be written: {second.strerror}", file=sys.stderr, flush=True)
-        if isinstance(error, KeyboardInterrupt):
-            sys.exit(f"interrupted at step {run.trainer.global_step}; go on with: {_resume_command(run)}")
+        if _asked_to_stop(error, run):
+            number = run.interruption.stopped or stop_signals.received() or signal.SIGINT
+            if run.trainer.is_global_zero:
+                stop_signals.say(_why(error, run))
+            sys.exit(1 if number == signal.SIGINT else stop_signals.exit_status(number))
         raise
     status, reason = "completed", ""
     run.stability.finish(run.trainer)
@@ -163,9 +167,17 @@ def _finish(run: Run, status: str, reason: str, seconds: float) -> dict[str, obj
 def _why(error: BaseException, run: Run) -> str:
     if isinstance(error, UserError):
         return str(error)
-    if isinstance(error, (KeyboardInterrupt, SystemExit)):
-        return f"interrupted at step {run.trainer.global_step}; go on with: {_resume_command(run)}"
+    if _asked_to_stop(error, run):
+        step = run.trainer.global_step or (run.resumption.step if run.resumption else 0)
+        number = run.interruption.stopped or stop_signals.received()
+        return f"interrupted at step {step} by {stop_signals.name_of(number)}; go on with: {_resume_command(run)}"
     return f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+
+def _asked_to_stop(error: BaseException, run: Run) -> bool:
+    """Whether a run ended because of a signal. Lightning turns its exception into a SystemExit."""
+    asked = run.interruption.stopped or stop_signals.received()
+    return isinstance(error, KeyboardInterrupt) or (bool(asked) and isinstance(error, SystemExit))
 
 
 def _resume_command(run: Run) -> str:

@@ -23,6 +23,15 @@ def refetch(trainer: pl.Trainer) -> None:
         loop.epoch_loop.batch_progress.is_last_batch = loop._data_fetcher.done
 
 
+def leave_signals(trainer: pl.Trainer) -> None:
+    """Keeps Lightning from handling signals: ``ranker.stop_signals`` does.
+
+    Private, because Lightning has no option for it. Its handler for SIGTERM sends a broadcast from wherever the program
+    is. The other ranks may be in another collective call, so that all wait until the timeout.
+    """
+    trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
+
+
 def without_anonymous(logger: WandbLogger) -> WandbLogger:
     """A logger that does not pass ``anonymous`` to wandb, which warns of it at each start, whatever its value.
 
