@@ -1,4 +1,4 @@
-"""A callback for tests of whole runs: makes evaluations slow, and says in a file when one has begun."""
+"""A callback for tests of whole runs: makes one evaluation slow, and says in a file that it has begun."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from pytorch_lightning.callbacks import Callback
 
 
 class SlowEvaluation(Callback):
-    """Waits after each batch of one kind of evaluation.
+    """Waits after the first batch of one kind of evaluation, once.
 
     Args:
         stage: ``validate`` or ``test``.
         seconds: to wait.
-        folder: gets an empty file with the name of the stage when the first batch has ended.
+        folder: gets an empty file with the name of the stage when the batch has ended. Where it is, nothing waits.
     """
 
     def __init__(self, *, stage: str, seconds: float, folder: str) -> None:
@@ -29,6 +29,6 @@ class SlowEvaluation(Callback):
         self._wait("test")
 
     def _wait(self, stage: str) -> None:
-        if stage == self._stage:
+        if stage == self._stage and not self._begun.exists():
             self._begun.touch()
             time.sleep(self._seconds)

@@ -8,7 +8,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,9 +62,11 @@ def metrics(folder: Path) -> list[dict[str, str]]:
         return [{name: value for name, value in row.items() if value} for row in csv.DictReader(file)]
 
 
-def train_process(*overrides: str, path: Path | None = None, **options: Any) -> subprocess.Popen[str]:
+def train_process(
+    *overrides: str, path: Path | None = None, variables: Mapping[str, str] | None = None, **options: Any
+) -> subprocess.Popen[str]:
     """Starts ``python train.py`` as a user would; ``path`` is a folder to import from."""
-    environment = os.environ | {"WANDB_MODE": "offline", "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"WANDB_MODE": "offline", "OMP_NUM_THREADS": "1"} | dict(variables or {})
     if path is not None:
         environment["PYTHONPATH"] = os.pathsep.join([str(path), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment.pop("HYDRA_FULL_ERROR", None)

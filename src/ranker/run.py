@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import sys
 import time
@@ -23,11 +24,11 @@ from ranker.build import (
 from ranker.data.start_report import start_report
 from ranker.errors import UserError
 from ranker.installation import command_line
-from ranker.runs import log_identity, objective, provenance
+from ranker.runs import log_identity, objective, provenance, run_lock, slurm
 from ranker.runs.checkpoint_files import by_step
 from ranker.runs.metric_names import VAL
 from ranker.runs.run_folder import FINISHED, METRICS, SUMMARY, read_summary
-from ranker.training import trackers
+from ranker.training import ddp, trackers
 from ranker.training.metrics_csv import has_values
 
 _LOGGER = logging.getLogger(__name__)
@@ -70,6 +71,9 @@ def _train(run: Run) -> float:
         trackers.write_config(run.loggers, run.cfg)
         where = f", goes on after step {run.resumption.step} with lr {run.module.lr:g}" if run.resumption else ""
         print(f"run folder: {run.folder.path}{where}", flush=True)
+    distributed = ddp.watched(run.trainer)
+    if distributed:
+        distributed.advice = lambda: _resume_command(run)
     try:
         continue_files(run)
         checkpoint = str(run.resumption.path) if run.resumption else None
@@ -79,16 +83,8 @@ def _train(run: Run) -> float:
             raise stop_signals.Stopped
         run.trainer.test(run.module, datamodule=run.datamodule, verbose=False)
         run.datamodule.join_bad_rows()
-    except BaseException as error:
-        try:
-            _finish(run, "failed", _why(error, run), time.monotonic() - start)
-        except OSError as second:  # a full disk, for example; the first error is the one to show
-            print(f"{run.folder.path / SUMMARY} cannot be written: {second.strerror}", file=sys.stderr, flush=True)
-        if _asked_to_stop(error, run):
-            number = run.interruption.stopped or stop_signals.received() or signal.SIGINT
-            if run.trainer.is_global_zero:
-                stop_signals.say(_why(error, run))
-            sys.exit(1 if number == signal.SIGINT else stop_signals.exit_status(number))
+    except BaseException as caught:
+        _ended_early(run, caught, time.monotonic() - start)
         raise
     status, reason = "completed", ""
     run.stability.finish(run.trainer)
@@ -103,6 +99,28 @@ def _train(run: Run) -> float:
     if run.trainer.is_global_zero:
         run_summary.show(summary)
     return objective.value_of(summary, run.cfg.objective)
+
+
+def _ended_early(run: Run, caught: BaseException, seconds: float) -> None:
+    """Records why a run failed. Ends the process after a signal, and raises the reason where a rank was lost."""
+    distributed = ddp.watched(run.trainer)
+    error = distributed.explained(caught) if distributed else caught
+    try:
+        _finish(run, "failed", _why(error, run), seconds)
+    except OSError as second:  # a full disk, for example; the first error is the one to show
+        print(f"{run.folder.path / SUMMARY} cannot be written: {second.strerror}", file=sys.stderr, flush=True)
+    if distributed:
+        distributed.end_others()
+    if _asked_to_stop(error, run):
+        number = run.interruption.stopped or stop_signals.received() or signal.SIGINT
+        if run.trainer.is_global_zero:
+            stop_signals.say(_why(error, run))
+            job = run_lock.job_of(os.environ)
+            if number == signal.SIGUSR1 and job:  # SLURM's warning that the time is up
+                stop_signals.say(slurm.requeue(job))
+        sys.exit(1 if number == signal.SIGINT else stop_signals.exit_status(number))
+    if error is not caught:
+        raise error from None
 
 
 def _is_finished(run: Run) -> bool:
@@ -165,6 +183,8 @@ def _finish(run: Run, status: str, reason: str, seconds: float) -> dict[str, obj
 
 
 def _why(error: BaseException, run: Run) -> str:
+    if isinstance(error, ddp.LostRankError):  # the state is sound, so a sweep goes on with it
+        return f"interrupted at step {run.trainer.global_step}: {error}"
     if isinstance(error, UserError):
         return str(error)
     if _asked_to_stop(error, run):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -68,9 +69,10 @@ def rows_seen(folder: Path, rank: int = 0) -> dict[int, list[int]]:
     return dict(lines)
 
 
-@pytest.mark.slow
+# The first of a window, where a checkpoint was just written, in the middle; and anywhere.
+@pytest.mark.attack
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("step", [8, 21, 52])  # first of a window, where a checkpoint was just written, in the middle
+@pytest.mark.parametrize("step", [8, 21, 52, *random.Random(0).sample(range(7, 60), 3)])
 def test_the_rows_seen_are_the_same_wherever_a_run_is_killed(
     command_line: Callable[..., None], train_tiny: Callable[..., Finished], tmp_path: Path, step: int
 ) -> None:
@@ -97,7 +99,7 @@ def test_the_rows_seen_are_the_same_wherever_a_run_is_killed(
         assert_equal(expected[part], got[part], part)
 
 
-@pytest.mark.slow
+@pytest.mark.attack
 @pytest.mark.timeout(900)
 def test_two_ranks_killed_in_the_middle_of_a_window_end_as_if_they_had_not_been(tmp_path: Path) -> None:
     settings = (*TINY, *LONGER, *TWO_RANKS, "data.num_workers=2", "data.dense_statistics=past_windows")
