@@ -17,6 +17,7 @@ from ranker.training.rank_watch import RankWatch
 
 PARENT_VARIABLE = "EVENKEEL_PARENT"  # process id of rank 0, for the ranks that it starts
 LATER = 10.0  # seconds that a collective call waits beyond the timeout: the watch can name the rank, torch cannot
+TO_START = 300.0  # seconds that ranks have to start and meet, whatever the timeout: imports are slow on a busy machine
 
 
 class LostRankError(UserError):
@@ -40,7 +41,7 @@ class WatchedDDP(DDPStrategy):
     def __init__(self, *, timeout_seconds: float = 600.0, **options: Any) -> None:
         if not timeout_seconds > 0:
             raise UserError(f"trainer.strategy.timeout_seconds must be above 0, got {timeout_seconds}")
-        super().__init__(timeout=timedelta(seconds=timeout_seconds + LATER), **options)
+        super().__init__(timeout=timedelta(seconds=max(timeout_seconds + LATER, TO_START)), **options)
         self.advice: Callable[[], str] = str
         self._timeout_seconds = timeout_seconds
         self._watch: RankWatch | None = None
