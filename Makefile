@@ -7,7 +7,7 @@ JOBS ?= 2
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-slow check results-check wheel-check format lock clean
+.PHONY: help setup train test test-slow test-attack check results-check wheel-check format lock clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-13s %s\n", $$1, $$2}'
@@ -30,7 +30,10 @@ test: $(STAMP)  ## run the default tests (under 4 minutes on 2 cores)
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) -q $(ARGS)
 
 test-slow: $(STAMP)  ## run the long tests too
-	@OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) -q -m "not gpu" $(ARGS)
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) -q -m "not gpu and not attack" $(ARGS)
+
+test-attack: $(STAMP)  ## attack running jobs and their files, as docs/reliability.md says (up to an hour on 2 cores)
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -q -m attack $(ARGS)
 
 check: $(STAMP)  ## lint, formatting, types, import contracts
 	@$(PY) -m ruff check .

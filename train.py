@@ -3,7 +3,10 @@
 The same as ``evenkeel train``.
 """
 
-from ranker.commands.train import train
-
 if __name__ == "__main__":
-    train()
+    from ranker import stop_signals
+
+    with stop_signals.one_line():  # the import takes seconds
+        from ranker.commands.train import train
+
+        train()

@@ -7,6 +7,8 @@ import json
 import os
 import subprocess
 import sys
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,9 +62,11 @@ def metrics(folder: Path) -> list[dict[str, str]]:
         return [{name: value for name, value in row.items() if value} for row in csv.DictReader(file)]
 
 
-def train_process(*overrides: str, path: Path | None = None, **options: Any) -> subprocess.Popen[str]:
+def train_process(
+    *overrides: str, path: Path | None = None, variables: Mapping[str, str] | None = None, **options: Any
+) -> subprocess.Popen[str]:
     """Starts ``python train.py`` as a user would; ``path`` is a folder to import from."""
-    environment = os.environ | {"WANDB_MODE": "offline", "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"WANDB_MODE": "offline", "OMP_NUM_THREADS": "1"} | dict(variables or {})
     if path is not None:
         environment["PYTHONPATH"] = os.pathsep.join([str(path), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment.pop("HYDRA_FULL_ERROR", None)
@@ -70,6 +74,27 @@ def train_process(*overrides: str, path: Path | None = None, **options: Any) -> 
     return subprocess.Popen(
         command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options
     )
+
+
+def newest_checkpoint(folder: Path) -> dict[str, Any]:
+    newest = max((folder / "checkpoints").glob("*.ckpt"), key=lambda p: p.stat().st_mtime_ns)
+    return torch.load(newest, weights_only=True)
+
+
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str], seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def ranks_of(process: subprocess.Popen[str]) -> list[int]:
+    """The process ids of a run with two ranks on this machine: the one that was started, and the one it started."""
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    named = [pid for pid in children if b"train_ddp_process" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    assert len(named) == 1
+    return [process.pid, int(named[0])]
 
 
 def assert_equal(expected: Any, got: Any, where: str = "state") -> None:

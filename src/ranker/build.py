@@ -20,9 +20,10 @@ from lightning_fabric.plugins import TorchCheckpointIO
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.loggers.logger import Logger
+from pytorch_lightning.plugins.environments import SLURMEnvironment
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
-from ranker.config import base_lr, check, outside_folder
+from ranker.config import base_lr, check, is_sweep, outside_folder
 from ranker.config_overrides import resumed
 from ranker.data.datamodule import RankingDataModule
 from ranker.data.log import Log, Selected
@@ -30,12 +31,15 @@ from ranker.data.schema import Schema
 from ranker.errors import UserError
 from ranker.installation import conf_folder
 from ranker.models import Ranker
-from ranker.runs import log_identity, objective, run_lock
-from ranker.runs.config_identity import cell_hash
+from ranker.runs import log_identity, objective, run_lock, slurm
+from ranker.runs.checkpoint_files import by_step
+from ranker.runs.config_identity import cell_hash, config_hash
 from ranker.runs.run_folder import RunFolder
 from ranker.training import trackers
-from ranker.training.bookkeeping import Bookkeeping, Interruption
+from ranker.training.bookkeeping import Bookkeeping
 from ranker.training.checkpoints import Checkpoints, DurableCheckpointIO
+from ranker.training.interruption import Interruption
+from ranker.training.lightning_private import leave_signals
 from ranker.training.metrics_csv import MetricsCsv
 from ranker.training.module import RankingModule
 from ranker.training.progress import say_in_log
@@ -99,7 +103,8 @@ def run_folder(cfg: DictConfig) -> RunFolder:
     """
     if cfg.resume is not None:
         return RunFolder.existing(cfg.resume)
-    return RunFolder(os.environ.get(RUN_DIR_VARIABLE, HydraConfig.get().runtime.output_dir))
+    given, output = os.environ.get(RUN_DIR_VARIABLE), Path(HydraConfig.get().runtime.output_dir)
+    return RunFolder(given or _requeued(cfg, output) or output)
 
 
 @contextmanager
@@ -124,14 +129,24 @@ def starting_point(cfg: DictConfig, folder: RunFolder, checkpoint: Path | None) 
     given = os.environ.get(CHECKPOINT_VARIABLE)  # in the other processes of the run
     checkpoint = checkpoint or (Path(given) if given else None)
     if cfg.resume is None:
+        again = checkpoint is None and _requeued(cfg, folder.path) == folder.path
+        if again and by_step(folder.checkpoints):
+            checkpoint = folder.newest_checkpoint()
         if checkpoint is None and _is_first_process():
-            folder.make_room(force=cfg.force)
+            folder.make_room(force=cfg.force or again)
         return cfg, checkpoint
     saved = folder.load_config(trusted=cfg.trust, own=cfg)
     cfg = resumed(cfg, saved, list(HydraConfig.get().overrides.task), conf=conf_folder())
     check(cfg)
     stops = OmegaConf.select(cfg, "callbacks.divergence.stop", default=False)
     return cfg, checkpoint or sound_checkpoint(folder, keep_lost=not stops, say=lambda line: print(line, flush=True))
+
+
+def _requeued(cfg: DictConfig, folder: Path) -> Path | None:
+    """The folder of the run that a SLURM job goes on with after it was put back into the queue; None for a new run."""
+    if is_sweep() or cfg.force:  # a sweep knows itself which of its runs are missing
+        return None
+    return slurm.earlier_attempt(folder, config_hash(cfg))
 
 
 def _is_first_process() -> bool:
@@ -325,6 +340,8 @@ def _trainer(cfg: DictConfig, folder: RunFolder, callbacks: list[Callback], logg
         "enable_model_summary": False,
         "use_distributed_sampler": False,
     }
+    if SLURMEnvironment.detect() and "plugins" not in cfg.trainer:
+        settings["plugins"] = [SLURMEnvironment(auto_requeue=False)]  # Lightning saves in the middle of a step
     for name in settings:
         if name in cfg.trainer:
             raise UserError(f"trainer.{name} is set by this project; {INSTEAD.get(name, 'leave it out')}")
@@ -335,6 +352,7 @@ def _trainer(cfg: DictConfig, folder: RunFolder, callbacks: list[Callback], logg
         raise UserError(f"trainer: {' '.join(str(cause).split())}") from error
     if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # a user's own stays
         trainer.strategy.checkpoint_io = DurableCheckpointIO()
+    leave_signals(trainer)
     return trainer
 
 

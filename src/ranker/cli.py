@@ -14,11 +14,12 @@ from typing import ParamSpec
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
-from ranker import config
+from ranker import config, stop_signals
 from ranker.errors import UserError
 from ranker.sweeps.watch import accounted
 
 FULL_ERROR = "HYDRA_FULL_ERROR"
+NOT_BY_USER = "EVENKEEL_SETS_FULL_ERROR"  # tells the ranks that a run starts that run() has set FULL_ERROR
 # Whether the user asked for the stack. The environment variable does not say, because run() sets it.
 _STACK_WANTED: ContextVar[bool] = ContextVar("stack wanted by the user", default=False)
 
@@ -68,12 +69,15 @@ def run(main: Callable[[], None]) -> None:
 
     The stack is shown with HYDRA_FULL_ERROR=1, as Hydra's own users expect.
     """
-    wanted = os.environ.get(FULL_ERROR)
+    wanted = None if NOT_BY_USER in os.environ else os.environ.get(FULL_ERROR)
+    if wanted != "1":
+        os.environ[NOT_BY_USER] = "1"
     os.environ[FULL_ERROR] = "1"  # else Hydra prints and exits before the error reaches us
     try:
-        with _asked_for_stack(wanted == "1"), one_line_errors(outermost=True), accounted():
+        with stop_signals.one_line(), _asked_for_stack(wanted == "1"), one_line_errors(outermost=True), accounted():
             main()
     finally:  # a second call in this process must not take it for the user's wish
+        os.environ.pop(NOT_BY_USER, None)
         if wanted is None:
             os.environ.pop(FULL_ERROR, None)
         else:

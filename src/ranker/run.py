@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import logging
+import os
+import signal
 import sys
 import time
 from pathlib import Path
 
 from omegaconf import DictConfig
 
-from ranker import run_summary
+from ranker import run_summary, stop_signals
 from ranker.build import (
     Run,
     alone_in,
@@ -22,11 +24,11 @@ from ranker.build import (
 from ranker.data.start_report import start_report
 from ranker.errors import UserError
 from ranker.installation import command_line
-from ranker.runs import log_identity, objective, provenance
+from ranker.runs import log_identity, objective, provenance, run_lock, slurm
 from ranker.runs.checkpoint_files import by_step
 from ranker.runs.metric_names import VAL
 from ranker.runs.run_folder import FINISHED, METRICS, SUMMARY, read_summary
-from ranker.training import trackers
+from ranker.training import ddp, trackers
 from ranker.training.metrics_csv import has_values
 
 _LOGGER = logging.getLogger(__name__)
@@ -47,7 +49,7 @@ def run(cfg: DictConfig, checkpoint: Path | None = None) -> float:
     """
     provenance.commit()  # now, because the checkout may change before the summary is written
     folder = run_folder(cfg)
-    with alone_in(folder):
+    with stop_signals.taken_over(), stop_signals.gentle_after_start(), alone_in(folder):
         cfg, checkpoint = starting_point(cfg, folder, checkpoint)
         with own_process_environment(folder, checkpoint):
             parts = build(cfg, folder, checkpoint)
@@ -69,22 +71,20 @@ def _train(run: Run) -> float:
         trackers.write_config(run.loggers, run.cfg)
         where = f", goes on after step {run.resumption.step} with lr {run.module.lr:g}" if run.resumption else ""
         print(f"run folder: {run.folder.path}{where}", flush=True)
+    distributed = ddp.watched(run.trainer)
+    if distributed:
+        distributed.advice = lambda: _resume_command(run)
     try:
         continue_files(run)
         checkpoint = str(run.resumption.path) if run.resumption else None
         _make_up_evaluation(run)
         run.trainer.fit(run.module, datamodule=run.datamodule, ckpt_path=checkpoint, weights_only=True)
         if run.interruption.stopped:
-            raise KeyboardInterrupt
+            raise stop_signals.Stopped
         run.trainer.test(run.module, datamodule=run.datamodule, verbose=False)
         run.datamodule.join_bad_rows()
-    except BaseException as error:
-        try:
-            _finish(run, "failed", _why(error, run), time.monotonic() - start)
-        except OSError as second:  # a full disk, for example; the first error is the one to show
-            print(f"{run.folder.path / SUMMARY} cannot be written: {second.strerror}", file=sys.stderr, flush=True)
-        if isinstance(error, KeyboardInterrupt):
-            sys.exit(f"interrupted at step {run.trainer.global_step}; go on with: {_resume_command(run)}")
+    except BaseException as caught:
+        _ended_early(run, caught, time.monotonic() - start)
         raise
     status, reason = "completed", ""
     run.stability.finish(run.trainer)
@@ -99,6 +99,28 @@ def _train(run: Run) -> float:
     if run.trainer.is_global_zero:
         run_summary.show(summary)
     return objective.value_of(summary, run.cfg.objective)
+
+
+def _ended_early(run: Run, caught: BaseException, seconds: float) -> None:
+    """Records why a run failed. Ends the process after a signal, and raises the reason where a rank was lost."""
+    distributed = ddp.watched(run.trainer)
+    error = distributed.explained(caught) if distributed else caught
+    try:
+        _finish(run, "failed", _why(error, run), seconds)
+    except OSError as second:  # a full disk, for example; the first error is the one to show
+        print(f"{run.folder.path / SUMMARY} cannot be written: {second.strerror}", file=sys.stderr, flush=True)
+    if distributed:
+        distributed.end_others()
+    if _asked_to_stop(error, run):
+        number = run.interruption.stopped or stop_signals.received() or signal.SIGINT
+        if run.trainer.is_global_zero:
+            stop_signals.say(_why(error, run))
+            job = run_lock.job_of(os.environ)
+            if number == signal.SIGUSR1 and job:  # SLURM's warning that the time is up
+                stop_signals.say(slurm.requeue(job))
+        sys.exit(1 if number == signal.SIGINT else stop_signals.exit_status(number))
+    if error is not caught:
+        raise error from None
 
 
 def _is_finished(run: Run) -> bool:
@@ -161,11 +183,21 @@ def _finish(run: Run, status: str, reason: str, seconds: float) -> dict[str, obj
 
 
 def _why(error: BaseException, run: Run) -> str:
+    if isinstance(error, ddp.LostRankError):  # the state is sound, so a sweep goes on with it
+        return f"interrupted at step {run.trainer.global_step}: {error}"
     if isinstance(error, UserError):
         return str(error)
-    if isinstance(error, (KeyboardInterrupt, SystemExit)):
-        return f"interrupted at step {run.trainer.global_step}; go on with: {_resume_command(run)}"
+    if _asked_to_stop(error, run):
+        step = run.trainer.global_step or (run.resumption.step if run.resumption else 0)
+        number = run.interruption.stopped or stop_signals.received()
+        return f"interrupted at step {step} by {stop_signals.name_of(number)}; go on with: {_resume_command(run)}"
     return f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+
+def _asked_to_stop(error: BaseException, run: Run) -> bool:
+    """Whether a run ended because of a signal. Lightning turns its exception into a SystemExit."""
+    asked = run.interruption.stopped or stop_signals.received()
+    return isinstance(error, KeyboardInterrupt) or (bool(asked) and isinstance(error, SystemExit))
 
 
 def _resume_command(run: Run) -> str:

@@ -33,6 +33,7 @@ TARGETS = frozenset(
         "ranker.data.synthetic.SyntheticLog",
         "ranker.data.synthetic_world.Difficulty",
         "ranker.training.capsule_writer.CapsuleWriter",
+        "ranker.training.ddp.WatchedDDP",
         "ranker.training.early_signs_callback.EarlySigns",
         "ranker.training.progress.TrainingProgress",
         "ranker.training.rollback.Rollback",

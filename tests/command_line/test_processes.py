@@ -4,24 +4,28 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
-import subprocess
-import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
-from support import ROOT, TINY, TWO_RANKS, Finished, assert_equal, finished, metrics, train_process
+from support import (
+    ROOT,
+    TINY,
+    TWO_RANKS,
+    Finished,
+    assert_equal,
+    finished,
+    metrics,
+    newest_checkpoint,
+    train_process,
+    wait_for,
+)
 
 LONGER = ("data.log.train_rows=15360", "train.checkpoint_every=7", "train.eval_every=0")  # 60 steps of 256
-
-
-def newest_checkpoint(folder: Path) -> dict[str, Any]:
-    newest = max((folder / "checkpoints").glob("*.ckpt"), key=lambda p: p.stat().st_mtime_ns)
-    return torch.load(newest, weights_only=True)
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -35,14 +39,6 @@ def assert_same_end(resumed: Finished, whole: Finished) -> None:
     expected, got = newest_checkpoint(whole.folder), newest_checkpoint(resumed.folder)
     for part in ("global_step", "state_dict", "optimizer_states", "train_auc_by_rank"):
         assert_equal(expected[part], got[part], part)
-
-
-def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str], seconds: float = 120) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert process.poll() is None, process.communicate()[1]
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 def test_a_run_killed_in_the_middle_of_a_window_ends_as_if_it_had_not_been(
@@ -76,9 +72,10 @@ def rows_seen(folder: Path, rank: int = 0) -> dict[int, list[int]]:
     return dict(lines)
 
 
-@pytest.mark.slow
+# The first of a window, where a checkpoint was just written, in the middle; and anywhere.
+@pytest.mark.attack
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("step", [8, 21, 52])  # first of a window, where a checkpoint was just written, in the middle
+@pytest.mark.parametrize("step", [8, 21, 52, *random.Random(0).sample(range(7, 60), 3)])
 def test_the_rows_seen_are_the_same_wherever_a_run_is_killed(
     command_line: Callable[..., None], train_tiny: Callable[..., Finished], tmp_path: Path, step: int
 ) -> None:
@@ -105,7 +102,7 @@ def test_the_rows_seen_are_the_same_wherever_a_run_is_killed(
         assert_equal(expected[part], got[part], part)
 
 
-@pytest.mark.slow
+@pytest.mark.attack
 @pytest.mark.timeout(900)
 def test_two_ranks_killed_in_the_middle_of_a_window_end_as_if_they_had_not_been(tmp_path: Path) -> None:
     settings = (*TINY, *LONGER, *TWO_RANKS, "data.num_workers=2", "data.dense_statistics=past_windows")

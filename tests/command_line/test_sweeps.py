@@ -193,7 +193,7 @@ def test_jobs_side_by_side_share_the_cores_and_keep_their_words_apart(
     assert "lr_mult must be a number above 0" in told.err
 
 
-@pytest.mark.slow
+@pytest.mark.attack
 def test_a_killed_sweep_goes_on_with_what_is_missing(command_line: Command, tmp_path: Path) -> None:
     long = ("seed=0,1", "data.log.train_rows=51200", "train.max_steps=200")
     process = train_process("-m", *TINY, "train.eval_every=0", *long, f"hydra.sweep.dir={tmp_path}")

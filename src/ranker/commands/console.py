@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib
 import sys
+from contextlib import nullcontext
 
+from ranker import stop_signals
 from ranker.errors import suggest
 
 # Command: module within ranker.commands, function, description.
@@ -39,7 +41,8 @@ def main() -> int:
         return 2
     module, function, _ = COMMANDS[name]
     sys.argv = [f"evenkeel {name}", *arguments]  # argparse shows it as the program's name
-    return int(getattr(importlib.import_module(f"ranker.commands.{module}"), function)() or 0)
+    with stop_signals.one_line() if module == "train" else nullcontext():  # the import takes seconds
+        return int(getattr(importlib.import_module(f"ranker.commands.{module}"), function)() or 0)
 
 
 def usage() -> str:

@@ -61,11 +61,7 @@ def headroom() -> None:
     long = "hydra.sweeper."
     words = [long + word.removeprefix("headroom.") if word.startswith("headroom.") else word for word in given]
     sys.argv = [__file__, "-m", "hparams_search=headroom", *words]
-    try:
-        cli.run(_main)
-    except KeyboardInterrupt:
-        print("interrupted; the same command runs what is missing", file=sys.stderr)
-        sys.exit(130)
+    cli.run(_main)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import fcntl
 import os
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -14,6 +14,14 @@ from ranker.errors import UserError
 
 LOCK = ".lock"
 _HELD: set[Path] = set()  # by this process: a sweep's job holds the lock of the run that it starts
+
+
+def job_of(environment: Mapping[str, str]) -> str | None:
+    """The id of the SLURM job of a process, with its task in an array; None outside, and in an interactive job."""
+    if environment.get("SLURM_JOB_NAME") in ("bash", "interactive"):
+        return None
+    array = environment.get("SLURM_ARRAY_JOB_ID")
+    return f"{array}_{environment.get('SLURM_ARRAY_TASK_ID')}" if array else environment.get("SLURM_JOB_ID")
 
 
 @contextmanager
@@ -46,7 +54,9 @@ def held(folder: Path, *, wait: bool = False) -> Iterator[None]:
             pass
         with suppress(OSError):  # who holds it is said for information only
             file.truncate(0)
-            file.write(f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
+            job = job_of(os.environ)
+            where = socket.gethostname() + (f" in SLURM job {job}" if job else "")
+            file.write(f"process {os.getpid()} on {where}, since {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
             file.flush()
         _HELD.add(path)
         try:

@@ -15,7 +15,7 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from ranker import config, run_summary
+from ranker import config, run_summary, stop_signals
 from ranker.atomic import write_text
 from ranker.errors import UserError
 from ranker.runs import objective, run_lock
@@ -63,6 +63,8 @@ def run_job(cfg: DictConfig) -> float | None:
             print(f"job {job}: failed: {reason} ({folder})", flush=True)
             return None
         journal.add(job, summary["status"], run=folder)
+        if stop_signals.received():  # too late for this job; the next one must not start
+            raise stop_signals.Stopped
     print(f"job {job}: {summary['status']} in {duration(time.monotonic() - start)} ({folder})", flush=True)
     return value
 

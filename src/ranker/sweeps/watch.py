@@ -15,6 +15,7 @@ from typing import Any
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
+from ranker import stop_signals
 from ranker.atomic import write_text
 from ranker.sweeps.job_list import count_jobs, is_parallel
 
@@ -211,7 +212,7 @@ class SweepWatch(Callback):
 def accounted() -> Iterator[None]:
     """Prints the summary of the sweep that ran inside. Does nothing for a single run.
 
-    Exits with status 1 if a job failed or did not end, and with 130 after an interruption.
+    Exits with status 1 if a job failed or did not end, and with 128 and the number of the signal that ended it.
     """
     global _SWEEP  # noqa: PLW0603
     _SWEEP = None
@@ -220,8 +221,9 @@ def accounted() -> Iterator[None]:
     except BaseException as error:
         if _SWEEP is not None:
             _SWEEP.close(interrupted=True)
-            if isinstance(error, KeyboardInterrupt):
-                sys.exit(130)  # the shell's status for an interruption; the launcher's traceback would not help
+            number = stop_signals.received()
+            if number or isinstance(error, KeyboardInterrupt):  # the launcher's traceback would not help
+                sys.exit(stop_signals.exit_status(number))
         raise
     finally:
         sweep, _SWEEP = _SWEEP, None

@@ -1,13 +1,9 @@
-"""Callbacks that keep a run resumable: bookkeeping after each batch, and stopping on request."""
+"""The callback that keeps a run resumable: bookkeeping after each batch."""
 
 from __future__ import annotations
 
-import signal
-import sys
-import threading
 import time
 from collections.abc import Iterable, Iterator
-from types import FrameType
 from typing import Any
 
 import pytorch_lightning as pl
@@ -156,66 +152,3 @@ class Bookkeeping(Callback):
     def _measured(self) -> tuple[int, float, float]:
         """Rows, seconds and seconds waited: of the batches after the first ones, or of those if there are no others."""
         return (self._rows, self._seconds, self._waited) if self._rows else self._first
-
-
-class Interruption(Callback):
-    """Ends training between two steps on Ctrl-C or SIGTERM. A second Ctrl-C stops at once.
-
-    An exception at an arbitrary point of the program could leave weights half updated, and resuming from those would
-    not give the numbers of an uninterrupted run. All ranks agree on the request first, so they stop at the same step.
-    ``Checkpoints`` comes later and writes the state at which training stops.
-
-    Attributes:
-        stopped: whether training ended because of a request.
-    """
-
-    def __init__(self) -> None:
-        self.stopped = False
-        self._requested = False
-        self._step = 0  # optimizer steps at the end of the last batch
-        self._handlers: dict[signal.Signals, Any] = {}
-
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Takes over Ctrl-C during training, and remembers the handler of SIGTERM before Lightning registers its own.
-
-        Lightning restores the handlers of before ahead of ``teardown``. Its own handler would otherwise be put back
-        here, and each run of a sweep would keep the trainer of the run before alive.
-        """
-        if stage == "fit" and threading.current_thread() is threading.main_thread():  # no other thread may
-            self._handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-            self._take_over(signal.SIGINT)
-
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Takes over SIGTERM, now that Lightning has registered its own handler.
-
-        That one ends the run by an exception after an evaluation, without a checkpoint.
-        """
-        self._step = trainer.global_step
-        self._take_over(signal.SIGTERM)
-
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Stops here if it was requested on any rank. Gradients that are still accumulated would be lost."""
-        step, before = trainer.global_step, self._step
-        self._step = step
-        if step == before or not Fit(trainer).largest(int(self._requested)):
-            return
-        self.stopped = True
-        trainer.should_stop = True
-
-    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Restores the signal handlers of before the run."""
-        for number, handler in self._handlers.items():
-            signal.signal(number, handler)
-        self._handlers.clear()
-
-    def _take_over(self, number: signal.Signals) -> None:
-        if number in self._handlers:
-            signal.signal(number, self._request)
-
-    def _request(self, number: int, frame: FrameType | None) -> None:
-        if self._requested:
-            raise KeyboardInterrupt
-        self._requested = True
-        print("\nstopping after this step; once more to stop at once", file=sys.stderr, flush=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import errno
 import math
 import os
@@ -18,7 +19,8 @@ from ranker.atomic import replacing
 from ranker.errors import UserError
 from ranker.runs import objective
 from ranker.runs.checkpoint_files import BEST, Best, by_step, path_of, step_of
-from ranker.training.bookkeeping import Interruption
+from ranker.stop_signals import Stopped
+from ranker.training.interruption import Interruption
 from ranker.training.module import Fit
 
 KEPT = 2
@@ -76,6 +78,8 @@ class Checkpoints(Checkpoint):
         self._ended = 0  # optimizer steps at the end of the last batch
         self._written = 0  # step of the newest checkpoint
         self._sound: Path | None = None  # the newest checkpoint of a healthy step
+        self._loops: dict[str, Any] | None = None  # Lightning's progress at the end of the last batch before a pause
+        self._leaving = False  # an evaluation ends on request
 
     def continue_from(self, step: int) -> None:
         """Takes over the files of an interrupted run, up to the step that it resumes from."""
@@ -108,11 +112,28 @@ class Checkpoints(Checkpoint):
         asked = self._interruption is not None and self._interruption.stopped
         if asked or (self._every and (last or step % self._every == 0)):
             self._write(trainer, step)
+        elif last or fit.data.position % (trainer.val_check_batch or math.inf) == 0:  # an evaluation follows
+            self._loops = copy.deepcopy(trainer.fit_loop.state_dict())
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Writes the last checkpoint of a run that ended in another way, such as a callback that stops it."""
         if self._every and trainer.global_step > self._written:
             self._write(trainer, trainer.global_step)
+
+    def on_validation_batch_end(self, trainer: pl.Trainer, *args: Any, **options: Any) -> None:
+        """Ends the evaluation if a signal asks for it."""
+        self._leave(trainer)
+
+    def on_test_batch_end(self, trainer: pl.Trainer, *args: Any, **options: Any) -> None:
+        """Ends the evaluation if a signal asks for it."""
+        self._leave(trainer)
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Takes the evaluation out of a checkpoint that is written in the middle of one: it will be made anew."""
+        if self._leaving and self._loops is not None:
+            checkpoint["loops"]["fit_loop"] = self._loops
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Keeps the checkpoint of this step if the hold-out was never better."""
@@ -133,6 +154,19 @@ class Checkpoints(Checkpoint):
             trainer.save_checkpoint(target)
         if trainer.is_global_zero:
             self.best.write(self._folder)
+
+    def _leave(self, trainer: pl.Trainer) -> None:
+        """Ends an evaluation on request, after the state that it evaluates is in a checkpoint.
+
+        Raises:
+            Stopped: a signal asked any rank to stop.
+        """
+        if self._interruption is None or not self._interruption.asked(trainer):
+            return
+        self._leaving = True
+        if trainer.global_step > self._written:
+            self._write(trainer, trainer.global_step)
+        raise Stopped
 
     def _write(self, trainer: pl.Trainer, step: int) -> None:
         trainer.save_checkpoint(path_of(self._folder, step))

@@ -6,10 +6,14 @@ test names it, and only this file must change.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytorch_lightning as pl
+from lightning_fabric.utilities.distributed import _set_num_threads_if_needed
 from pytorch_lightning.loggers import WandbLogger
+from pytorch_lightning.strategies import DDPStrategy
+from pytorch_lightning.strategies.launchers import _SubprocessScriptLauncher
 from torch import nn
 
 
@@ -35,6 +39,34 @@ def with_more_batches(checkpoint: dict[str, Any]) -> None:
     loops["epoch_loop.batch_progress"]["is_last_batch"] = False
     for progress in ("total", "current"):
         loops["epoch_progress"][progress] |= {"processed": 0, "completed": 0}
+
+
+def leave_signals(trainer: pl.Trainer) -> None:
+    """Keeps Lightning from handling signals: ``ranker.stop_signals`` does.
+
+    Private, because Lightning has no option for it. Its handler for SIGTERM sends a broadcast from wherever the program
+    is. The other ranks may be in another collective call, so that all wait until the timeout.
+    """
+    trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
+
+
+class _Launcher(_SubprocessScriptLauncher):
+    def launch(self, function: Callable[..., Any], *args: Any, trainer: Any = None, **options: Any) -> Any:
+        self.cluster_environment.validate_settings(num_devices=self.num_processes, num_nodes=self.num_nodes)
+        if not self.cluster_environment.creates_processes_externally:
+            self._call_children_scripts()
+        _set_num_threads_if_needed(num_processes=self.num_processes)
+        return function(*args, **options)
+
+
+def without_observer(strategy: DDPStrategy) -> None:
+    """Gives a strategy a launcher without the thread that kills all ranks, the first one too, when one has failed.
+
+    Private, because Lightning has no option for it. The run would end without a line, a summary or the others' reason.
+    """
+    old = strategy._launcher
+    if type(old) is _SubprocessScriptLauncher:
+        strategy._launcher = _Launcher(old.cluster_environment, old.num_processes, old.num_nodes)
 
 
 def without_anonymous(logger: WandbLogger) -> WandbLogger:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 import signal
 import weakref
 from collections.abc import Callable
@@ -15,10 +16,11 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import Callback
 
+from ranker import stop_signals
 from ranker.errors import UserError
 from ranker.runs.checkpoint_files import by_step
-from ranker.training.bookkeeping import Interruption
 from ranker.training.checkpoints import Checkpoints, DurableCheckpointIO
+from ranker.training.interruption import Interruption
 
 Fit = Callable[..., pl.Trainer]
 
@@ -66,12 +68,13 @@ def test_an_interrupted_run_writes_one_even_where_none_is_asked_for(fit: Fit, tm
     class Asked(Callback):
         def on_train_batch_start(self, trainer: pl.Trainer, *_: object) -> None:
             if trainer.global_step == 3:
-                interruption._request(15, None)
+                os.kill(os.getpid(), signal.SIGUSR1)  # Lightning has a handler for SIGTERM
 
     interruption = Interruption()
-    fit([Asked(), interruption, Checkpoints(tmp_path, every=0, interruption=interruption)])
+    with stop_signals.taken_over():
+        fit([Asked(), interruption, Checkpoints(tmp_path, every=0, interruption=interruption)])
 
-    assert interruption.stopped
+    assert interruption.stopped == signal.SIGUSR1
     assert names(tmp_path) == ["step=4.ckpt"]
 
 

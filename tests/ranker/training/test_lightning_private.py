@@ -5,6 +5,8 @@ After an upgrade of Lightning or torch these tests name what has to be changed i
 
 from __future__ import annotations
 
+import inspect
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +15,19 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.loggers import WandbLogger
+from pytorch_lightning.plugins.environments import LightningEnvironment
+from pytorch_lightning.strategies import DDPStrategy
+from pytorch_lightning.strategies.launchers import _SubprocessScriptLauncher
 from torch import nn
 
-from ranker.training.lightning_private import is_compiled, refetch, with_more_batches, without_anonymous
+from ranker.training.lightning_private import (
+    is_compiled,
+    leave_signals,
+    refetch,
+    with_more_batches,
+    without_anonymous,
+    without_observer,
+)
 
 CHANGED = "Lightning {} has changed {}: adapt ranker/training/lightning_private.py"
 
@@ -124,6 +136,39 @@ def test_a_checkpoint_of_the_last_batch_goes_on_once_it_is_marked(
 
     expected = [3, 4, 5] if marked else []
     assert resumed.seen == expected, CHANGED.format(pl.__version__, "what a checkpoint holds of its loops")
+
+
+def test_lightning_leaves_signals_alone() -> None:
+    quiet = {"enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+    handlers: list[Any] = []
+
+    class Look(Callback):
+        def on_train_start(self, *_: Any) -> None:
+            handlers.append(signal.getsignal(signal.SIGTERM))
+
+    before = signal.getsignal(signal.SIGTERM)
+    for leave in (True, False):
+        trainer = pl.Trainer(accelerator="cpu", max_steps=1, logger=False, callbacks=[Look()], **quiet)
+        if leave:
+            leave_signals(trainer)
+        trainer.fit(Numbers(), train_dataloaders=Seekable())
+    assert handlers[0] == before, CHANGED.format(pl.__version__, "trainer._signal_connector")
+    assert handlers[1] != before, "Lightning no longer handles SIGTERM: leave_signals may be unnecessary"
+
+
+def test_the_launcher_of_several_processes_has_no_observer() -> None:
+    strategy = DDPStrategy()
+    strategy.cluster_environment = LightningEnvironment()
+    strategy.parallel_devices = [torch.device("cpu")] * 2
+    strategy._configure_launcher()
+    without_observer(strategy)
+
+    launcher = strategy.launcher
+    assert isinstance(launcher, _SubprocessScriptLauncher), CHANGED.format(pl.__version__, "DDPStrategy's launcher")
+    assert type(launcher) is not _SubprocessScriptLauncher
+    assert (launcher.num_processes, launcher.num_nodes) == (2, 1)
+    assert "_launch_process_observer" in inspect.getsource(_SubprocessScriptLauncher.launch)
+    assert "_call_children_scripts" in inspect.getsource(_SubprocessScriptLauncher.launch)
 
 
 @pytest.mark.filterwarnings("ignore:.*script_method.*:DeprecationWarning")  # of torch, when torch.compile is imported
