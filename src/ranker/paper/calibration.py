@@ -151,7 +151,7 @@ def objections(rate: Judged, rates: Sequence[Judged]) -> list[str]:
     elif rate.before < _way(LEARNED, best):
         found.append(
             f"lost at step {rate.step:g} (median) with an AUC of {rate.before:.3f}, "
-            f"before the model had learned ({_way(LEARNED, best):.3f}): the start"
+            f"after the warm-up but before the model had learned ({_way(LEARNED, best):.3f})"
         )
     quarter = next((r for r in rates if r.lr_mult == QUARTER * rate.lr_mult), None)
     if quarter is None:
