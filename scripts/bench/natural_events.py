@@ -9,7 +9,7 @@ steps later (or in the last 100 steps of a run that ends sooner, but at least 15
     lost        it has gained less than a quarter of what the twin is above the AUC before the event
     set back    between the two: the event or the rate cost something; neither verdict would be wrong
     unsettled   the run ends too soon to tell
-    start       no mid-run event: the AUC before the event is below 0.53, or nothing was learned at all
+    start       no mid-run event: the AUC before the event, or at the end of a run without one, is below 0.53
 
 The AUC is that of the predictions before each step, over 100 steps, averaged over the binary tasks with at least 200
 positive rows there. The twin is a run without an event on the same rows in the same order (the same data and seed), as
@@ -101,11 +101,18 @@ def skill(run: Recorded, stop: int) -> dict[int, float]:
 def outcomes(runs: Mapping[str, Recorded], tolerance: float) -> list[Outcome]:
     """The outcome of every run, by the twins among the runs."""
     events = {name: first_event(run.loss_N.tolist()) for name, run in runs.items()}
-    learned = {name: len(run.arrays["block_auc"]) >= 6 for name, run in runs.items()}
+    learned = {name: len(run.arrays["block_auc"]) >= 6 and (events[name] or _alive(run)) for name, run in runs.items()}
     unhit = {name: runs[name] for name in runs if events[name] is None and learned[name]}
     return [
-        _outcome(name, run, events[name], learned[name], _twin(run, unhit), tolerance) for name, run in runs.items()
+        _outcome(name, run, events[name], bool(learned[name]), _twin(run, unhit), tolerance)
+        for name, run in runs.items()
     ]
+
+
+def _alive(run: Recorded) -> bool:
+    """Whether a run knows more than chance at its end. One that was lost without three bad losses is no twin."""
+    aucs = list(skill(run, run.steps).values())
+    return not aucs or statistics.mean(aucs) >= LEARNED
 
 
 def _twin(run: Recorded, unhit: Mapping[str, Recorded]) -> Recorded | None:

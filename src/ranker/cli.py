@@ -15,7 +15,7 @@ from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
 from ranker import config, stop_signals
-from ranker.errors import UserError
+from ranker.errors import UserError, disk_trouble
 from ranker.sweeps.watch import accounted
 
 FULL_ERROR = "HYDRA_FULL_ERROR"
@@ -57,6 +57,12 @@ def command(main: Callable[Arguments, int]) -> Callable[Arguments, int]:
                 raise
             print(f"error: {config.one_line(error)}", file=sys.stderr)
             return 2
+        except OSError as error:
+            line = disk_trouble(error)
+            if not line or os.environ.get(FULL_ERROR) == "1":
+                raise
+            print(f"error: {line}", file=sys.stderr)
+            return 2
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             return 130
@@ -86,7 +92,7 @@ def run(main: Callable[[], None]) -> None:
 
 @contextmanager
 def one_line_errors(*, outermost: bool = False) -> Iterator[None]:
-    """Ends the process with one line and status 2 where the block raises an error that is the user's mistake.
+    """Ends the process with one line and status 2 where the user or the disk is at fault.
 
     Also used inside a job, because Hydra adds lines of its own to an error that leaves a job. In a job of a multirun
     the error passes, so that the launcher sees which job failed.
@@ -96,10 +102,11 @@ def one_line_errors(*, outermost: bool = False) -> Iterator[None]:
     """
     try:
         yield
-    except (UserError, HydraException, OmegaConfBaseException) as error:
-        if _STACK_WANTED.get() or (config.is_sweep() and not outermost):
+    except (UserError, HydraException, OmegaConfBaseException, OSError) as error:
+        line = disk_trouble(error) if isinstance(error, OSError) else config.one_line(error)
+        if not line or _STACK_WANTED.get() or (config.is_sweep() and not outermost):
             raise
-        print(f"error: {config.one_line(error)}", file=sys.stderr)
+        print(f"error: {line}", file=sys.stderr)
         print(f"({FULL_ERROR}=1 shows where)", file=sys.stderr)
         sys.exit(2)
 

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import difflib
+import errno
 from collections.abc import Iterable, Sequence
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_UNWRITABLE = (errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 class UserError(ValueError):
@@ -46,3 +50,17 @@ def one_of(value: object, options: Sequence[str], where: str) -> None:
 def install_hint(extra: str) -> str:
     """How to install the packages of an extra, such as ``export``; the package is not on PyPI yet."""
     return f"run pip install -e '.[{extra}]' in a clone, or pip install 'evenkeel-ranker[{extra}] @ git+URL'"
+
+
+def disk_trouble(error: BaseException) -> str:
+    """What is wrong with a disk and what to do, in one line; empty for other errors.
+
+    Args:
+        error: an error of the operating system names the path, except where it failed in the middle of a write.
+    """
+    if not isinstance(error, OSError) or error.errno not in (*_FULL, *_UNWRITABLE):
+        return ""
+    where = f"{error.filename}: " if error.filename else ""
+    if error.errno in _FULL:
+        return f"{where}{error.strerror}; make room there (space, or number of files), then go on with resume=RUN_DIR"
+    return f"{where}{error.strerror}; choose a folder that can be written, such as hydra.run.dir=DIR"
