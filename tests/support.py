@@ -33,6 +33,7 @@ TINY = (
     "train.eval_every=8",
     "train.threads=1",
     "train.warmup_steps=0",  # so few steps leave no time for one
+    "data.base_lr.laptop=0.4",  # the tests do not move with the data set's own 1x
     "++model.widths.small.laptop=[16,16]",
     "++model.widths.large.laptop=[16,16,16,16]",
     "++model.widths.moe.laptop=[8,8]",

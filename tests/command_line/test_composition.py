@@ -110,7 +110,7 @@ def test_several_loggers_are_chosen_at_once() -> None:
 
 
 def test_the_learning_rate_that_is_used_is_shown() -> None:
-    assert composed("lr_mult=2").lr == 0.8
+    assert composed("lr_mult=2", "data.base_lr.laptop=0.4").lr == 0.8
     assert composed("lr_mult=2", "scale=paper").lr == 0.4
     assert composed("data=parquet", "data.base_lr.laptop=0.3").lr == 0.3
 

@@ -27,7 +27,11 @@ def small_disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
         folder = tmp_path / f"disk{len(mounted)}"
         folder.mkdir()
         command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)]
-        if os.geteuid() or shutil.which("mount") is None or subprocess.run(command, check=False, capture_output=True).returncode:
+        if (
+            os.geteuid()
+            or shutil.which("mount") is None
+            or subprocess.run(command, check=False, capture_output=True).returncode
+        ):
             pytest.skip("mounting a tmpfs needs root and the capability to mount")
         mounted.append(folder)
         return folder

@@ -16,6 +16,7 @@ from broken_log import BAD, BAD_ROWS, BATCH, BATCHES, RING, ROLLBACK, SETTINGS, 
 from ranker.runs.checkpoint_files import by_step
 from support import ROOT, Finished, assert_equal, finished, metrics, train_process
 
+TRUSTED = "trust=[row_recorder.RowRecorder]"  # of a resumed run
 PASSES = (*SETTINGS, *RING, *ROLLBACK, "train.epochs=2", "train.progressive=true", "train.checkpoint_every=40")
 
 
@@ -92,7 +93,7 @@ def test_a_run_killed_in_its_second_pass_ends_as_if_it_had_not_been(
     assert process.returncode == -signal.SIGKILL, errors
     assert not (killed / "summary.json").exists()
 
-    command_line(f"resume={killed}", f"hydra.run.dir={tmp_path / 'unused'}")
+    command_line(f"resume={killed}", TRUSTED, f"hydra.run.dir={tmp_path / 'unused'}")
 
     resumed = finished(killed)
     for name in ("status", "metrics", "rollbacks", "steps", "examples"):
@@ -113,7 +114,7 @@ def test_a_finished_run_takes_another_pass_as_if_it_had_been_asked_for_at_once(
     command_line(*settings, *three, f"hydra.run.dir={tmp_path / 'three'}")
     grown = Path(shutil.copytree(whole.folder, tmp_path / "grown"))
 
-    command_line(f"resume={grown}", *three)
+    command_line(f"resume={grown}", TRUSTED, *three)
 
     at_once = finished(tmp_path / "three")
     for name in ("status", "metrics", "rollbacks", "steps", "examples"):

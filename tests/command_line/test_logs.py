@@ -222,7 +222,7 @@ def test_a_naive_optimizer_is_lost_on_the_kuairand_slice(
         f"data.source={kuairand_source}",
         f"data.cache_dir={tmp_path / 'cache'}",
         "optim=adagrad",
-        "lr_mult=2",
+        "lr_mult=8",
         "trainer=cpu",
         "logger=csv",
         "train.eval_every=0",

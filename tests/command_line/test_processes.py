@@ -158,7 +158,8 @@ def test_ctrl_c_leaves_a_checkpoint_and_a_summary(tmp_path: Path) -> None:
     process = train_process(
         *TINY, *LONGER, "train.checkpoint_every=0", "data.log.train_rows=2000000", f"hydra.run.dir={tmp_path}"
     )
-    wait_for((tmp_path / "metrics.csv").exists, process)
+    table = tmp_path / "metrics.csv"
+    wait_for(lambda: table.exists() and "\n10," in table.read_text(), process)
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=60)
 

@@ -18,6 +18,7 @@ from ranker.data.batch import Batch
 from ranker.errors import UserError, suggest
 from ranker.runs import metric_names
 from ranker.stability import LayerActivations, ReportsSteps, adaptation, layer_signs, task_gradients
+from ranker.stability.early_signs import max_over_ranks
 from ranker.training.lightning_private import is_compiled
 from ranker.training.module import Fit, RankingModule
 
@@ -203,7 +204,7 @@ class EarlySigns(Callback):
             if found.dead is not None:
                 seen[metric_names.sign(role, "dead_relus")] = found.dead
         logits_BT = self._logits_BT.detach()
-        largest_T = torch.maximum(-logits_BT.amin(0), logits_BT.amax(0))
+        (largest_T,) = max_over_ranks([torch.maximum(-logits_BT.amin(0), logits_BT.amax(0))])
         for task, largest in zip(module.schema.task_names, largest_T.unbind(), strict=True):
             if f"head/{task}" in self._weights:
                 seen[metric_names.sign(f"head/{task}", "activation_max")] = largest
