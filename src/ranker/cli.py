@@ -18,6 +18,7 @@ from ranker import config, stop_signals
 from ranker.errors import UserError, disk_trouble
 from ranker.sweeps.watch import accounted
 
+MISTAKES = (UserError, HydraException, OmegaConfBaseException)  # of the user
 FULL_ERROR = "HYDRA_FULL_ERROR"
 NOT_BY_USER = "EVENKEEL_SETS_FULL_ERROR"  # tells the ranks that a run starts that run() has set FULL_ERROR
 # Whether the user asked for the stack. The environment variable does not say, because run() sets it.
@@ -52,7 +53,7 @@ def command(main: Callable[Arguments, int]) -> Callable[Arguments, int]:
     def checked(*args: Arguments.args, **options: Arguments.kwargs) -> int:
         try:
             return main(*args, **options)
-        except (UserError, HydraException, OmegaConfBaseException) as error:
+        except MISTAKES as error:
             if os.environ.get(FULL_ERROR) == "1":
                 raise
             print(f"error: {config.one_line(error)}", file=sys.stderr)
@@ -102,8 +103,10 @@ def one_line_errors(*, outermost: bool = False) -> Iterator[None]:
     """
     try:
         yield
-    except (UserError, HydraException, OmegaConfBaseException, OSError) as error:
-        line = disk_trouble(error) if isinstance(error, OSError) else config.one_line(error)
+    except (*MISTAKES, OSError) as error:
+        line = disk_trouble(error)
+        if not line and isinstance(error, MISTAKES):  # one of Hydra's errors is an OSError too
+            line = config.one_line(error)
         if not line or _STACK_WANTED.get() or (config.is_sweep() and not outermost):
             raise
         print(f"error: {line}", file=sys.stderr)
