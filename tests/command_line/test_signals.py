@@ -105,7 +105,7 @@ def test_a_signal_in_an_evaluation_ends_it_and_the_resumed_run_ends_as_if_it_had
     values = [name for row in metrics(stopped) for name in row if name.startswith("val/")]
     assert stage == "test" or not values
 
-    command_line(f"resume={stopped}", f"hydra.run.dir={tmp_path / 'unused'}")
+    command_line(f"resume={stopped}", "trust=[slow_evaluation.SlowEvaluation]", f"hydra.run.dir={tmp_path / 'unused'}")
     assert finished(stopped).summary["metrics"] == whole.summary["metrics"]
     assert finished(stopped).summary["status"] == "completed"
     assert metrics(stopped) == metrics(whole.folder)
