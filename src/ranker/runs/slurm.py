@@ -7,8 +7,9 @@ import subprocess
 from pathlib import Path
 
 from ranker.runs.config_identity import config_hash
-from ranker.runs.run_folder import CONFIG, RunFolder
+from ranker.runs.run_folder import CONFIG
 from ranker.runs.run_lock import LOCK, job_of
+from ranker.trust import read_config
 
 
 def requeue(job: str) -> str:
@@ -41,6 +42,6 @@ def earlier_attempt(folder: Path, mark: str) -> Path | None:
         return None
     beside = [lock.parent for lock in folder.parent.glob(f"*/{LOCK}") if f"SLURM job {job}," in lock.read_text()]
     for found in (folder, *sorted(beside, reverse=True)):
-        if (found / CONFIG).is_file() and config_hash(RunFolder(found).load_config()) == mark:
+        if (found / CONFIG).is_file() and config_hash(read_config(found / CONFIG)) == mark:
             return found
     return None

@@ -49,10 +49,11 @@ class DurableCheckpointIO(TorchCheckpointIO):
 
 
 class Checkpoints(Checkpoint):
-    """Writes a checkpoint at an interval, at the last step and where the hold-out was best; keeps two and the best.
+    """Writes a checkpoint at an interval, at the last step and where the hold-out was best.
 
-    All but the best are written when a batch has ended, so a run resumes from each of them in the same way: also a
-    finished run, with more steps. Lightning moves this callback behind all others, whose state belongs into the file.
+    Keeps the two newest, the newest healthy one and the best. All but the best are written when a batch has ended, so a
+    run resumes from each of them in the same way: also a finished run, with more steps. Lightning moves this callback
+    behind all others, whose state belongs into the file.
 
     Args:
         folder: where they go, named after their step.
