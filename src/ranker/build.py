@@ -188,19 +188,7 @@ def build(cfg: DictConfig, folder: RunFolder, checkpoint: Path | None) -> Run:
     resumption = None if checkpoint is None else Resumption.of(checkpoint, module)
     bookkeeping, interruption = Bookkeeping(), Interruption()
     stability, others = _configured_callbacks(cfg, folder, speed=bookkeeping.examples_per_second)
-    datamodule = RankingDataModule(
-        log,
-        batch_size=cfg.scale.batch_size,
-        eval_batch_size=cfg.scale.eval_batch_size,
-        window=cfg.data.window,
-        seed=cfg.seed,
-        num_workers=cfg.data.num_workers,
-        eval_max_rows=cfg.data.eval_max_rows,
-        progressive=cfg.train.progressive,
-        dense_statistics=cfg.data.dense_statistics,
-        passes=cfg.train.get("epochs", 1),  # missing in old runs
-        wrap_training=lambda loader: stability.overheard(bookkeeping.timed(loader)),
-    )
+    datamodule = build_data(cfg, log, wrap_training=lambda loader: stability.overheard(bookkeeping.timed(loader)))
     tasks = {task.name: task.type for task in log.schema.tasks}
     checkpoints = Checkpoints(
         folder.checkpoints,
@@ -240,6 +228,28 @@ def build(cfg: DictConfig, folder: RunFolder, checkpoint: Path | None) -> Run:
         loggers=loggers,
         resumption=resumption,
     )
+
+
+def build_data(cfg: DictConfig, log: Log, **other: Any) -> RankingDataModule:
+    """The data module of a log.
+
+    Args:
+        cfg: the configuration.
+        log: the log.
+        other: arguments of ``RankingDataModule`` that the configuration does not decide, or that replace what it says.
+    """
+    configured: dict[str, Any] = {
+        "batch_size": cfg.scale.batch_size,
+        "eval_batch_size": cfg.scale.eval_batch_size,
+        "window": cfg.data.window,
+        "seed": cfg.seed,
+        "num_workers": cfg.data.num_workers,
+        "eval_max_rows": cfg.data.eval_max_rows,
+        "progressive": cfg.train.progressive,
+        "dense_statistics": cfg.data.dense_statistics,
+        "passes": cfg.train.get("epochs", 1),  # missing in old runs
+    }
+    return RankingDataModule(log, **(configured | other))
 
 
 def build_module(cfg: DictConfig, schema: Schema) -> RankingModule:

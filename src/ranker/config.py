@@ -13,8 +13,10 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from ranker.errors import UserError, suggest
+from ranker.errors import UserError, one_of, suggest
 from ranker.runs import config_identity, objective
+
+ORDERS = ("shared", "own")  # of sweep.vectorize_order
 
 
 @dataclass
@@ -48,6 +50,20 @@ class TrainSettings:
 
 
 @dataclass
+class SweepSettings:
+    """How a multirun trains its jobs. Not part of what identifies a run.
+
+    Attributes:
+        vectorize: train up to so many jobs that differ only in seed, learning rate or optimizer as one; 1: none.
+        vectorize_order: the order of the rows inside a window where the seeds differ. ``shared``: that of seed 0 for
+            all; ``own``: each job has that of its own seed.
+    """
+
+    vectorize: int = 1
+    vectorize_order: str = "shared"
+
+
+@dataclass
 class Root:
     """The whole configuration: groups chosen by name, and what belongs to no group."""
 
@@ -60,6 +76,7 @@ class Root:
     logger: dict[str, Any] = field(default_factory=dict)
     mitigation: dict[str, Any] = field(default_factory=dict)
     train: TrainSettings = field(default_factory=TrainSettings)
+    sweep: SweepSettings = field(default_factory=SweepSettings)
     seed: int = 0
     lr_mult: float = 1.0
     lr: float | None = None
@@ -121,6 +138,10 @@ def check(cfg: DictConfig) -> None:
             raise UserError(f"train.{name} must be 0 or more, got {cfg.train[name]}")
     if cfg.train.get("epochs", 1) < 1:
         raise UserError(f"train.epochs must be 1 or more, got {cfg.train.epochs}")
+    if "sweep" in cfg:  # missing in old runs
+        if cfg.sweep.vectorize < 1:
+            raise UserError(f"sweep.vectorize must be 1 or more, got {cfg.sweep.vectorize}")
+        one_of(cfg.sweep.vectorize_order, ORDERS, "sweep.vectorize_order")
     if cfg.train.log_every < 1:
         raise UserError(f"train.log_every must be 1 or more, got {cfg.train.log_every}")
     if cfg.train.max_steps < -1 or cfg.train.max_steps == 0:
