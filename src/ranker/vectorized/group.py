@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.func import vmap
 
 from ranker.build import open_log
 from ranker.data.batch import Batch
@@ -89,7 +90,7 @@ class _Group:
         self._stack()
         for replica in self.replicas:
             replica.begin(self.log, self.optimizer.optimizer)
-        self._schema = self.log.schema
+        self._loss = MultitaskLoss(self.log.schema)
         self._share_columns(None)
 
     @property
@@ -192,15 +193,14 @@ class _Group:
 
     def _update(self, batches: Sequence[Batch]) -> None:
         """One optimizer step of every replica, and what their detectors make of it."""
-        logits_BC = _columns(self._logits(batches))
-        copies = len(self.replicas) if len(batches) == 1 else 1
-        labels_BC, mask_BC = (
-            torch.cat([getattr(batch, name) for batch in batches], dim=1).repeat(1, copies)
+        logits_KBT = self._logits(batches)
+        labels_KBT, mask_KBT = (
+            torch.stack([getattr(batch, name) for batch in batches]).expand(len(self.replicas), -1, -1)
             for name in ("labels_BT", "mask_BT")
         )
-        loss = self._loss(logits_BC, labels_BC, mask_BC)
+        total, losses_KT = _losses(self._loss, logits_KBT, labels_KBT, mask_KBT)
         layers, tables = self.layers.leaves(), self.tables.leaves()
-        grads = torch.autograd.grad(loss.total, [*layers, *tables], allow_unused=True)
+        grads = torch.autograd.grad(total, [*layers, *tables], allow_unused=True)
         self.layers.give_gradients(grads[: len(layers)])
         self.optimizer.set_rates(self.taken)
         self.tables.show_touched(self.optimizer.optimizer, [g for g in grads[len(layers) :] if g is not None])
@@ -209,11 +209,12 @@ class _Group:
         self.taken += 1
         self._examples += len(batches[0])
         self.optimizer.set_rates(self.taken)
-        signals = self._signals(logits_BC.detach(), labels_BC, mask_BC, loss.task_T)
+        columns = map(_columns, (logits_KBT.detach(), labels_KBT, mask_KBT))
+        signals = self._signals(*columns, losses_C=losses_KT.flatten())
         for k, (replica, own) in enumerate(zip(self.replicas, signals, strict=True)):
             replica.after_step(self.taken, own, self.optimizer.rate_of(k))
 
-    def _signals(self, logits_BC: Tensor, labels_BC: Tensor, mask_BC: Tensor, losses_C: Tensor) -> Iterator[Signals]:
+    def _signals(self, logits_BC: Tensor, labels_BC: Tensor, mask_BC: Tensor, *, losses_C: Tensor) -> Iterator[Signals]:
         """The signals of each replica: those of a step alone, computed in one pass over the columns of all."""
         self._auc.update(logits_BC, labels_BC, mask_BC)
         stats = self._auc.stats()
@@ -237,11 +238,8 @@ class _Group:
             }
 
     def _share_columns(self, histograms: Tensor | None) -> None:
-        """Makes the loss and the running AUC, whose columns are the tasks of all replicas side by side."""
-        if not self.replicas:
-            return
-        schema = _repeated(self._schema, len(self.replicas))
-        self._loss, self._auc = MultitaskLoss(schema), StreamingAUC(schema)
+        """Makes the running AUC, whose columns are the tasks of all replicas side by side."""
+        self._auc = StreamingAUC(_repeated(self.log.schema, len(self.replicas)))
         if histograms is not None:
             self._auc.set_extra_state(histograms)
 
@@ -264,9 +262,21 @@ class _Group:
             self._share_columns(state.flatten(0, 1))
 
 
-def _columns(logits_KBT: Tensor) -> Tensor:
+def _losses(
+    loss: MultitaskLoss, logits_KBT: Tensor, labels_KBT: Tensor, mask_KBT: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The sum of the replicas' losses, which has the gradient of each, and the losses of their tasks [K, T]."""
+
+    def one(logits_BT: Tensor, labels_BT: Tensor, mask_BT: Tensor) -> tuple[Tensor, Tensor]:
+        return tuple(loss.local(logits_BT, labels_BT, mask_BT, counts_T=mask_BT.sum(0)))  # type: ignore[return-value]
+
+    total_K, losses_KT = vmap(one)(logits_KBT, labels_KBT, mask_KBT)
+    return total_K.sum(), losses_KT
+
+
+def _columns(values_KBT: Tensor) -> Tensor:
     """The tasks of all replicas side by side, [B, K * T]."""
-    return logits_KBT.transpose(0, 1).flatten(1)
+    return values_KBT.transpose(0, 1).flatten(1)
 
 
 def _repeated(schema: Schema, times: int) -> Schema:
