@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 
 import hydra
@@ -19,6 +20,8 @@ HEADROOM = """Find how many times the base learning rate a model and optimizer s
     python scripts/stability.py model=large optim=adagrad,clippy hydra/launcher=joblib hydra.launcher.n_jobs=4
 
 `evenkeel headroom` takes the same arguments. Overrides are those of train.py; comma-separated values are compared.
+--vectorize K trains up to K runs of a round as one (docs/sweeps.md). They differ only in seed, rate or optimizer, share
+the order of rows of seed 0, and record no early signs and no capsules.
 conf/hydra/sweeper/headroom.yaml lists the options of the search, such as headroom.seeds=5.
 conf/hparams_search/headroom.yaml says how long a short run is (train.max_steps). Runs and report go to the folder
 headroom, or to hydra.sweep.dir=DIR. A second call with the same folder runs only what is missing.
@@ -59,9 +62,20 @@ def headroom() -> None:
         print(HEADROOM, end="")
         return
     long = "hydra.sweeper."
+    given = _vectorized(given)
     words = [long + word.removeprefix("headroom.") if word.startswith("headroom.") else word for word in given]
     sys.argv = [__file__, "-m", "hparams_search=headroom", *words]
     cli.run(_main)
+
+
+def _vectorized(words: list[str]) -> list[str]:
+    """The words with ``--vectorize K`` as overrides: the option, and what else runs need to be trained as one."""
+    if not any(word.partition("=")[0] == "--vectorize" for word in words):
+        return words
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--vectorize", type=int)
+    options, others = parser.parse_known_args(words)
+    return [*others, f"sweep.vectorize={options.vectorize}", "callbacks.early_signs.every=0", "callbacks.capsules=null"]
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from ranker.runs.metric_names import TEST, VAL
 from ranker.stability.detector_interface import Signals
 from ranker.training.module import head_constants
 from ranker.vectorized.feed import Feed
+from ranker.vectorized.kernels import AsAlone
 from ranker.vectorized.replica import Job, Replica, evaluate
 from ranker.vectorized.stack import StackedLayers
 from ranker.vectorized.steps import StackedOptimizer, table_starts, unlike
@@ -262,15 +263,17 @@ class _Group:
             self._share_columns(state.flatten(0, 1))
 
 
-def _losses(
-    loss: MultitaskLoss, logits_KBT: Tensor, labels_KBT: Tensor, mask_KBT: Tensor
-) -> tuple[Tensor, Tensor]:
+def _losses(loss: MultitaskLoss, logits_KBT: Tensor, labels_KBT: Tensor, mask_KBT: Tensor) -> tuple[Tensor, Tensor]:
     """The sum of the replicas' losses, which has the gradient of each, and the losses of their tasks [K, T]."""
 
     def one(logits_BT: Tensor, labels_BT: Tensor, mask_BT: Tensor) -> tuple[Tensor, Tensor]:
         return tuple(loss.local(logits_BT, labels_BT, mask_BT, counts_T=mask_BT.sum(0)))  # type: ignore[return-value]
 
-    total_K, losses_KT = vmap(one)(logits_KBT, labels_KBT, mask_KBT)
+    if len(logits_KBT) == 1:
+        total, losses_T = one(logits_KBT[0], labels_KBT[0], mask_KBT[0])
+        return total, losses_T[None]
+    with AsAlone():
+        total_K, losses_KT = vmap(one)(logits_KBT, labels_KBT, mask_KBT)
     return total_K.sum(), losses_KT
 
 

@@ -55,13 +55,11 @@ class StackedOptimizer:
                     self._first.append(key)
         defaults = optimizers[0].defaults
         make: Any = type(optimizers[0])  # ranker does not import optim
+        groups = [settings for settings, _ in joined.values()]
         self.optimizer: Optimizer = make(
-            [settings for settings, _ in joined.values()],
-            defaults["method"],
-            lr=defaults["lr"],
-            backend=defaults["backend"],
-            collect_stats=False,
+            groups[0]["params"], defaults["method"], lr=defaults["lr"], backend=defaults["backend"], collect_stats=False
         )
+        self.optimizer.param_groups = groups  # as they were checked and completed for each replica
         self._groups = {
             key: _Group(group, group["lr"], warmup)
             for (key, (_, warmup)), group in zip(joined.items(), self.optimizer.param_groups, strict=True)

@@ -49,8 +49,9 @@ class StackedTables:
     """
 
     def __init__(self, nets: Sequence[EmbeddingTables], starts: Sequence[dict[int, float]]) -> None:
-        self.nets = list(nets)
+        self._net = nets[0]  # for what all replicas have in common
         self.widths = sorted(starts[0])
+        self._own = [{dim: _table(net, dim) for dim in self.widths} for net in nets]  # by replica
         self._weights = {dim: torch.stack([_table(net, dim).detach() for net in nets]) for dim in self.widths}
         self._sums = {
             dim: torch.stack([torch.full_like(self._weights[dim][k], start[dim]) for k, start in enumerate(starts)])
@@ -64,10 +65,6 @@ class StackedTables:
         """Memory of all tables and accumulators."""
         return sum(2 * table.numel() * table.element_size() for table in self._weights.values()) / 1e6
 
-    def parameters_of(self, replica: int) -> list[Tensor]:
-        """The tables of one replica, as its optimizer knows them."""
-        return [_table(self.nets[replica], dim) for dim in self.widths]
-
     def look_up(self, batches: Sequence[Batch]) -> list[Tensor]:
         """The embeddings as ``Ranker.features`` concatenates them: pieces [K, B, width].
 
@@ -75,7 +72,7 @@ class StackedTables:
             batches: one batch for all replicas, or one each.
         """
         found = {dim: self._look_up(batches, dim) for dim in self.widths}
-        return self.nets[0].arranged(found)
+        return self._net.arranged(found)
 
     def leaves(self) -> list[Tensor]:
         """The touched rows, whose gradient is wanted, by width."""
@@ -91,8 +88,8 @@ class StackedTables:
         for dim, grad_UD in zip(self.widths, grads, strict=True):
             touched, first = self._touched[dim], 0
             weight_UD = touched.weight_UD.detach()
-            for net, last in zip(self.nets, touched.ends, strict=True):
-                table = _table(net, dim)
+            for own, last in zip(self._own, touched.ends, strict=True):
+                table = own[dim]
                 table.data = weight_UD[first:last]
                 table.grad = grad_UD[first:last]
                 optimizer.state[table] = {"sum": touched.sums_UD[first:last]}
@@ -103,9 +100,8 @@ class StackedTables:
         for dim, touched in self._touched.items():
             for table, rows in ((self._weights[dim], touched.weight_UD.detach()), (self._sums[dim], touched.sums_UD)):
                 table.view(-1, dim).index_copy_(0, touched.rows_U, rows)
-        for net in self.nets:
-            for dim in self.widths:
-                table = _table(net, dim)
+        for own in self._own:
+            for table in own.values():
                 table.grad = None
                 del optimizer.state[table]
         self._touched = {}
@@ -114,25 +110,24 @@ class StackedTables:
     def keep(self, replicas: Sequence[int]) -> None:
         """Drops the other replicas, whose nets keep their tables."""
         chosen = torch.tensor(replicas)
-        for k, net in enumerate(self.nets):
+        for k, own in enumerate(self._own):
             if k not in replicas:
-                for dim in self.widths:
-                    table = _table(net, dim)
+                for table in own.values():
                     table.data = table.data.clone()
         self._weights = {dim: table.index_select(0, chosen) for dim, table in self._weights.items()}
         self._sums = {dim: table.index_select(0, chosen) for dim, table in self._sums.items()}
-        self.nets = [self.nets[k] for k in replicas]
+        self._own = [self._own[k] for k in replicas]
         self._show_whole()
 
     def _show_whole(self) -> None:
-        for k, net in enumerate(self.nets):
-            for dim in self.widths:
-                _table(net, dim).data = self._weights[dim][k]
+        for k, own in enumerate(self._own):
+            for dim, table in own.items():
+                table.data = self._weights[dim][k]
 
     def _look_up(self, batches: Sequence[Batch], dim: int) -> tuple[Tensor, Tensor]:
         """One-hot [K, B, C * D] and ragged [K, R, B, D] embeddings of one width."""
         count, table_rows = self._weights[dim].shape[:2]
-        parts = [self.nets[0].places(batch, dim) for batch in batches]
+        parts = [self._net.places(batch, dim) for batch in batches]
         each = [_compact(torch.cat([rows.reshape(-1), values]), table_rows) for rows, values, _ in parts]
         if len(parts) == 1:
             parts, each = parts * count, each * count
