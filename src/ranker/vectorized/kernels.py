@@ -8,7 +8,7 @@ replicas of all models of this project are equal to runs alone to the bit.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -28,8 +28,8 @@ class AsAlone(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is F.linear and not kwargs and args[0].dim() == 2:
             return _Linear.apply(*args, *[None] * (3 - len(args)))
-        if func is F.binary_cross_entropy_with_logits and kwargs == {"reduction": "none"}:
-            return _LogLoss.apply(*args)
+        if func is F.binary_cross_entropy_with_logits and _is_elementwise(kwargs or {}):
+            return _LogLoss.apply(*args[:2])
         if func is F.layer_norm:
             return _LayerNorm.apply(*_layer_norm_arguments(*args, **(kwargs or {})))
         return func(*args, **(kwargs or {}))
@@ -122,6 +122,12 @@ def _layer_norm_arguments(
     eps: float = 1e-5,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, list[int], float]:
     return input, weight, bias, list(normalized_shape), eps
+
+
+def _is_elementwise(options: Mapping[str, Any]) -> bool:
+    """Whether a log loss is asked for each element, without weights."""
+    others = (value for name, value in options.items() if name != "reduction")
+    return options.get("reduction") == "none" and all(value is None for value in others)
 
 
 def _stacked(count: int, dims: Sequence[int | None], parts: Sequence[Tensor | None]) -> list[Tensor | None]:

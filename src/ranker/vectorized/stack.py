@@ -14,6 +14,7 @@ from torch.func import functional_call, vmap
 from ranker.models import Ranker
 from ranker.vectorized.kernels import AsAlone
 
+
 class _Given(nn.Module):
     """Stands in for the embedding tables of a net: returns embeddings that were looked up before."""
 
