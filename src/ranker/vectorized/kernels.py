@@ -90,8 +90,10 @@ class _LogLoss(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, logits: Tensor, labels: Tensor) -> tuple[Tensor, int]:
-        parts = _stacked(info.batch_size, in_dims, (logits, labels))
-        return F.binary_cross_entropy_with_logits(*parts, reduction="none"), 0
+        z, y = _stacked(info.batch_size, in_dims, (logits, labels))
+        assert z is not None
+        assert y is not None
+        return F.binary_cross_entropy_with_logits(z, y, reduction="none"), 0
 
 
 class _LayerNorm(torch.autograd.Function):
