@@ -2,8 +2,8 @@
 
 A rounding error of the first step is, some hundred steps later, as large as the difference between two seeds. So the
 operations here, forward and backward, are those kernels whose result for each replica is that of this replica alone:
-``baddbmm`` adds the bias inside the product, which vmap's own rule does not. On the processor that this was tested on,
-replicas of all models of this project are equal to runs alone to the bit.
+``baddbmm`` adds the bias inside the product, which vmap's own rule does not. On the processor that this was tested on
+(AMD EPYC), replicas of all models of this project were equal to runs alone to the bit, with batches of 256 rows.
 """
 
 from __future__ import annotations
