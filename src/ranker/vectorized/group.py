@@ -13,6 +13,7 @@ from torch.func import vmap
 
 from ranker.build import open_log
 from ranker.data.batch import Batch
+from ranker.data.log import Log
 from ranker.data.schema import Schema
 from ranker.errors import UserError
 from ranker.losses import MultitaskLoss
@@ -71,15 +72,13 @@ class _Group:
     def __init__(self, jobs: Sequence[Job], *, order: str, order_seed: int | None, ended: Ended) -> None:
         first = jobs[0].cfg
         self._started = time.perf_counter()
-        self._ended, self._size, self._order, self._order_seed = ended, len(jobs), order, order_seed
+        self._ended, self._order, self._order_seed = ended, order, order_seed
         if first.train.threads:
             torch.set_num_threads(first.train.threads)
         self.log = open_log(first)
-        try:
-            self.replicas = [Replica(job, self.log) for job in jobs]
-        except UserError as error:  # of one job; alone it says so in its own summary
-            raise CannotStackError(str(error)) from error
-        seeds = [job.cfg.seed for job in jobs] if order_seed is None else [order_seed]
+        self.replicas = _built(jobs, self.log)
+        self._size = len(self.replicas)
+        seeds = [replica.job.cfg.seed for replica in self.replicas] if order_seed is None else [order_seed]
         self.feed = Feed(self.log, first, seeds)
         self._val = self.feed.data[0].val_dataloader()
         self._eval_every = first.train.eval_every
@@ -261,6 +260,23 @@ class _Group:
         self.replicas = [self.replicas[k] for k in replicas]
         if replicas:
             self._share_columns(state.flatten(0, 1))
+
+
+def _built(jobs: Sequence[Job], log: Log) -> list[Replica]:
+    """The replicas of the jobs that can be built. The others run alone, and say in their own summaries why they fail.
+
+    Raises:
+        CannotStackError: there is none.
+    """
+    replicas, reason = [], ""
+    for job in jobs:
+        try:
+            replicas.append(Replica(job, log))
+        except UserError as error:
+            reason = str(error)
+    if not replicas:
+        raise CannotStackError(reason)
+    return replicas
 
 
 def _losses(loss: MultitaskLoss, logits_KBT: Tensor, labels_KBT: Tensor, mask_KBT: Tensor) -> tuple[Tensor, Tensor]:

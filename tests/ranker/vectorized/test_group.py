@@ -151,6 +151,15 @@ def test_a_lost_replica_leaves_and_the_others_do_not_notice(
         assert_same(together[1], really.folder, rel=5e-2)
 
 
+def test_a_job_that_cannot_be_built_is_left_out(train_jobs: Train) -> None:
+    jobs = [(*SHORT, "seed=0"), (*SHORT, "seed=1", "optim.lambda_rel=-1"), (*SHORT, "seed=2")]
+
+    together = train_jobs("together", *jobs)
+
+    assert [(folder / "summary.json").is_file() for folder in together] == [True, False, True]
+    assert json.loads((together[2] / "summary.json").read_text())["vectorized"] == 2
+
+
 @pytest.mark.slow
 def test_a_replica_with_infinite_weights_harms_nobody(train_jobs: Train) -> None:
     jobs = [(*SHORT, "seed=0"), (*SHORT, "optim=clippy_sgd", "optim.lambda_abs=1e30", "lr_mult=1e30", "seed=1")]
