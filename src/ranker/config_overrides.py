@@ -92,6 +92,17 @@ def resumed_words(words: list[str], *, conf: Path) -> list[str]:
     return [*words, *chosen]
 
 
+def warm_start_word(word: str) -> str:
+    """``warm_start=PATH`` as ``warm_start.path=PATH``, since the option is a group of values; other words as they are.
+
+    The path of a checkpoint has a = in its name, which Hydra reads only in quotes.
+    """
+    name, equals, value = word.partition("=")
+    if name != "warm_start" or not equals:
+        return word
+    return f"warm_start.path={_quoted(value) if '=' in value and Path(value).exists() else value}"
+
+
 def resumed(cfg: DictConfig, saved: DictConfig, overrides: list[str], *, conf: Path) -> DictConfig:
     """The configuration of a run that goes on: what was saved, with the values given now and what follows from them.
 

@@ -22,6 +22,8 @@ from ranker.export.program_runtime import open_program
 from ranker.export.scoring import ON_BAD_ROWS, UNSEEN_IDS, ParquetRows, score_file
 from ranker.installation import conf_folder
 from ranker.runs.checkpoint_files import Best, damage, step_of
+from ranker.runs.config_identity import config_hash
+from ranker.runs.lineage import LINEAGE, parent
 from ranker.runs.log_identity import check_schema
 from ranker.runs.run_folder import SUMMARY, RunFolder, read_summary, versions
 from ranker.stability.gate import GateSettings, Verdict
@@ -81,6 +83,9 @@ def _export(given: argparse.Namespace, settings: GateSettings, destination: Path
         "data": cfg.data.name,
         "run": folder.path.name,
         "step": weights.step,
+        "config_hash": config_hash(cfg),
+        LINEAGE: weights.lineage or None,
+        "warm_start": parent(cfg),
         "checkpoint": which,
         "holdout_rows": rows,
         "id_types": log.id_types,

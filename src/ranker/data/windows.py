@@ -35,10 +35,13 @@ class WindowPlan:
     Attributes:
         starts: int64, shape [W + 1], strictly increasing.
         batch_size: rows of a full global batch.
+        windows_before: number of windows of the runs that this one continues. Orders go on from there, so that a run
+            of one day draws the batches that a run of all days would.
     """
 
     starts: Positions
     batch_size: int
+    windows_before: int = 0
 
     @cached_property
     def _first_batch(self) -> Positions:
@@ -70,6 +73,11 @@ class WindowPlan:
         window, number = self.locate(batch)
         start, stop = self.rows(window)
         return min(self.batch_size, stop - start - number * self.batch_size)
+
+    def order(self, window: int, *, seed: int) -> Positions:
+        """The random order of a window's rows, int64 [rows]."""
+        start, stop = self.rows(window)
+        return permutation(seed=seed, window=self.windows_before + window, rows=stop - start)
 
     def batches(self, window: int) -> int:
         """Number of global batches of a window."""
@@ -148,8 +156,8 @@ def row_ranges(plan: WindowPlan, *, seed: int, start: int, stop: int) -> Positio
     while batch < stop:
         window, place = plan.locate(batch)
         end = min(place + stop - batch, plan.batches(window))
-        low, high = plan.rows(window)
-        order = permutation(seed=seed, window=window, rows=high - low)
+        low, _ = plan.rows(window)
+        order = plan.order(window, seed=seed)
         rows = np.sort(order[place * plan.batch_size : end * plan.batch_size]) + low
         breaks = np.flatnonzero(np.diff(rows) != 1)
         ranges.append(np.stack([rows[np.append(0, breaks + 1)], rows[np.append(breaks, len(rows) - 1)] + 1], axis=1))

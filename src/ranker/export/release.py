@@ -6,7 +6,7 @@ import csv
 import json
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from ranker.export.bundle import ABOUT, FORMAT, GATE, METRICS, PROGRAMS, new_fol
 from ranker.export.program import Served, to_onnx, to_program
 from ranker.export.program_runtime import difference, open_program
 from ranker.metrics import TaskMetrics
+from ranker.runs.lineage import LINEAGE
 from ranker.runs.metric_names import TEST, VAL, task_metric
 from ranker.runs.run_folder import DATA_MODULE, GLOBAL_STEP, NET_PREFIX, STATE_DICT, SUMMARY, plain, whole_lines
 from ranker.runs.run_folder import METRICS as CURVES
@@ -38,11 +39,13 @@ class Weights:
         net: state of the ranker.
         statistics: of the dense features after that step.
         step: number of optimizer steps.
+        lineage: what it and the runs before it were trained on, see ``ranker.runs.lineage``; empty if it is not known.
     """
 
     net: dict[str, Any]
     statistics: DenseStatistics
     step: int
+    lineage: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def read(cls, path: Path) -> Weights:
@@ -62,7 +65,8 @@ class Weights:
         except Exception as error:  # torch raises many types of errors for an invalid file
             raise UserError(f"{path} is not a checkpoint of a run ({' '.join(str(error).split())[:120]})") from error
         known = data.get("dense_statistics")
-        return cls(net, NOTHING if known is None else DenseStatistics.from_state(known), step)
+        lineage = {key: value for key, value in saved.get(LINEAGE, {}).items() if key != "schema"}
+        return cls(net, NOTHING if known is None else DenseStatistics.from_state(known), step, lineage)
 
 
 @dataclass(frozen=True)
