@@ -79,3 +79,8 @@ def write_log(root: Path, days: int) -> Path:
     for day in range(days):
         write_day(root, day)
     return root
+
+
+def words_for(folder: Path) -> list[str]:
+    """Arguments of scripts/daily.py for the log in folder/log; its gate may find a model a little worse."""
+    return [*SETTINGS, f"data.source={folder / 'log'}", f"daily.dir={folder / 'daily'}", "daily.max_auc_drop=1"]

@@ -26,7 +26,16 @@ from ranker.export.program_runtime import difference, open_program
 from ranker.metrics import TaskMetrics
 from ranker.runs.lineage import LINEAGE
 from ranker.runs.metric_names import TEST, VAL, task_metric
-from ranker.runs.run_folder import DATA_MODULE, GLOBAL_STEP, NET_PREFIX, STATE_DICT, SUMMARY, plain, whole_lines
+from ranker.runs.run_folder import (
+    DATA_MODULE,
+    GLOBAL_STEP,
+    NET_PREFIX,
+    STATE_DICT,
+    SUMMARY,
+    plain,
+    versions,
+    whole_lines,
+)
 from ranker.runs.run_folder import METRICS as CURVES
 from ranker.stability.gate import Evidence, GateSettings, Verdict, judge
 
@@ -197,6 +206,36 @@ def normalisation(statistics: DenseStatistics, schema: Schema) -> dict[str, Any]
         "rows": statistics.rows,
         "mean": dict(zip(names, statistics.mean_F.tolist(), strict=True)),
         "std": dict(zip(names, std_F.tolist(), strict=True)),
+    }
+
+
+def origin(
+    cfg: Any, weights: Weights, *, run: str, which: str, log: Log, config_hash: str, parent: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """Where an exported model comes from, for export.json.
+
+    Args:
+        cfg: the configuration of the run.
+        weights: the checkpoint.
+        run: name of the run folder.
+        which: which checkpoint it is, in words.
+        log: the log that the run was trained on.
+        config_hash: of the configuration.
+        parent: what the run continued; None where it began with random weights.
+    """
+    return {
+        "model": cfg.model.name,
+        "optim": cfg.optim.name,
+        "data": cfg.data.name,
+        "run": run,
+        "step": weights.step,
+        "config_hash": config_hash,
+        LINEAGE: weights.lineage or None,
+        "warm_start": parent,
+        "checkpoint": which,
+        "holdout_rows": log.num_rows - log.train_rows,
+        "id_types": log.id_types,
+        "versions": versions(),
     }
 
 
