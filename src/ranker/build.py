@@ -269,6 +269,7 @@ def build_module(cfg: DictConfig, schema: Schema) -> RankingModule:
         lr=base_lr(cfg) * cfg.lr_mult,
         warmup_steps=cfg.train.warmup_steps,
         rewarm_steps=warm_start_settings(cfg).warmup_steps,
+        average_decay=cfg.train.get("average_decay", 0.0),  # missing in old runs
         before=lineage.parent(cfg),
         head_bias=cfg.train.head_bias,
         progressive=cfg.train.progressive,

@@ -86,6 +86,8 @@ def _identifying(cfg: DictConfig) -> dict[str, Any]:
         _drop(plain, path.split("."))
     if isinstance(train := plain.get("train"), dict) and train.get("epochs") == 1:
         del train["epochs"]  # what runs did before there was the option
+    if isinstance(train, dict) and not train.get("average_decay", 1):
+        del train["average_decay"]
     if isinstance(start := plain.get("warm_start"), dict) and start.get("path") is None:
         del plain["warm_start"]  # as in runs from before there was the option
     data = plain.get("data")
