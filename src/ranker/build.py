@@ -304,6 +304,7 @@ def _configured_callbacks(
         snapshots=make("snapshots", folder=folder),
         capsules=make("capsules", folder=folder, cfg=cfg, say=say),
         rollback=make("rollback", folder=folder),
+        early_stop=make("early_stop"),
         folder=folder,
         say=say,
     )

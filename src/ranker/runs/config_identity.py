@@ -86,6 +86,9 @@ def _identifying(cfg: DictConfig) -> dict[str, Any]:
         _drop(plain, path.split("."))
     if isinstance(train := plain.get("train"), dict) and train.get("epochs") == 1:
         del train["epochs"]  # what runs did before there was the option
+    callbacks = plain.get("callbacks")
+    if isinstance(callbacks, dict) and not (callbacks.get("early_stop") or {}).get("patience", 0):
+        callbacks.pop("early_stop", None)
     if isinstance(train, dict) and not train.get("average_decay", 1):
         del train["average_decay"]
     if isinstance(start := plain.get("warm_start"), dict) and start.get("path") is None:

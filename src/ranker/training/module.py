@@ -111,6 +111,7 @@ class RankingModule(pl.LightningModule):
         self.train_auc = StreamingAUC(schema)
         self.holdout_metrics = TaskMetrics(schema)
         self.progressive_metrics = TaskMetrics(schema)
+        self.last_progressive: tuple[int, Mapping[str, float]] | None = None  # window that was scored last, metrics
         self.signals: StepSignals | None = None
         # Step, losses, AUCs and learning rate, unread on the device. A verdict comes some hundred steps after the first
         # step of its event.
@@ -174,6 +175,7 @@ class RankingModule(pl.LightningModule):
         self.score(batch.opening, self.progressive_metrics)
         values = self.progressive_metrics.compute()
         self.progressive_metrics.reset()
+        self.last_progressive = batch.window, values
         self.record(_over_time(names.PROGRESSIVE, values) | {names.WINDOW: float(batch.window)})
 
     def record_step(self) -> None:
