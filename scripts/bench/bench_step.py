@@ -85,7 +85,8 @@ def run(command: Sequence[str], *, threads: int) -> str:
     environment = os.environ | {"OMP_NUM_THREADS": str(threads), "WANDB_MODE": "offline"}
     done = subprocess.run(command, cwd=ROOT, env=environment, text=True, capture_output=True, check=False)
     if done.returncode:
-        raise RuntimeError(f"{' '.join(command)} failed: {(done.stderr.strip().splitlines() or ['it said nothing'])[-1]}")
+        said = done.stderr.strip().splitlines() or ["it said nothing"]
+        raise RuntimeError(f"{' '.join(command)} failed: {said[-1]}")
     return done.stdout
 
 
