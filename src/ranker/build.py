@@ -185,9 +185,10 @@ def build(cfg: DictConfig, folder: RunFolder, checkpoint: Path | None) -> Run:
         log_identity.check_log(folder.path, log)
     module = build_module(cfg, log.schema)
     _check_optimizer(module)
-    resumption = None if checkpoint is None else Resumption.of(checkpoint, module)
     bookkeeping, interruption = Bookkeeping(), Interruption()
     stability, others = _configured_callbacks(cfg, folder, speed=bookkeeping.examples_per_second)
+    other = stability.rollback.optim if stability.rollback else None
+    resumption = None if checkpoint is None else Resumption.of(checkpoint, module, other=other)
     datamodule = RankingDataModule(
         log,
         batch_size=cfg.scale.batch_size,
