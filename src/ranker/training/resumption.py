@@ -102,7 +102,7 @@ def sound_checkpoint(folder: RunFolder, *, keep_lost: bool, say: Callable[[str],
             return path
     raise UserError(
         f"{lost}, and no checkpoint from before that is kept: start a new run with a lower lr_mult or "
-        "mitigation=rollback (callbacks.divergence.stop=false goes on from the lost weights)"
+        "mitigation=rollback_clippy (callbacks.divergence.stop=false goes on from the lost weights)"
     )
 
 
