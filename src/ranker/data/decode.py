@@ -234,7 +234,7 @@ def _mask_values(mask: pa.Array, task: Task, faults: list[Fault]) -> Bools:
 
 
 def weight_values(column: pa.Array, name: str, faults: list[Fault]) -> Floats:
-    """Weights of the rows, float32 [B]. A weight that is null, negative, not finite or huge is a fault and reads as 0."""
+    """Weights of the rows, float32 [B]. One that is null, negative, not finite or huge is a fault and reads as 0."""
     missing = _nulls(column)
     values = _floats(column, 0.0)
     if missing is not None:

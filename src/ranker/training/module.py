@@ -111,13 +111,21 @@ class RankingModule(pl.LightningModule):
             return
         start, stop = data.plan.rows(0)
         rows = data.log.read(start, min(stop, start + _ROWS_FOR_HEAD_BIASES))  # the same rows on each rank
-        cast(Ranker, self.net).set_head_biases(best_constants(self.schema, rows.labels_BT, rows.mask_BT))
+        cast(Ranker, self.net).set_head_biases(best_constants(self.schema, rows.labels_BT, rows.mask_BT, rows.weight_B))
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Forward pass and loss; keeps the signals that the divergence detector and the progress bar read."""
         logits_BT, loss = forward_loss(self, batch)
-        losses_T = self.trainer.strategy.reduce(loss.task_T, reduce_op="mean")  # each rank has the share of its rows
-        self.signals = step_signals(self, logits_BT, batch.labels_BT, batch.mask_BT, losses_T=cast(Tensor, losses_T))
+        reduce = self.trainer.strategy.reduce  # each rank has the share of its rows
+        self.signals = step_signals(
+            self,
+            logits_BT,
+            batch.labels_BT,
+            batch.mask_BT,
+            losses_T=cast(Tensor, reduce(loss.task_T, reduce_op="mean")),
+            weight_B=batch.weight_B,
+            ranking_T=None if loss.ranking_T is None else cast(Tensor, reduce(loss.ranking_T, reduce_op="mean")),
+        )
         return loss.total
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
@@ -134,7 +142,9 @@ class RankingModule(pl.LightningModule):
         if self.signals is None:
             return
         lr = self.optimizers().param_groups[0]["lr"]  # type: ignore[union-attr]
-        last = (self.global_step, self.signals.losses_T, self.signals.auc_T, float(lr))
+        losses, ranking_T = self.signals.losses_T, self.signals.ranking_T
+        losses = losses if ranking_T is None else torch.stack([losses, ranking_T])
+        last = (self.global_step, losses, self.signals.auc_T, float(lr))
         if self.global_step % self.log_every:
             self._unrecorded.append(last)
             return
@@ -146,16 +156,24 @@ class RankingModule(pl.LightningModule):
             if numbers[0] == step:
                 self._record_signals(*numbers)
 
-    def _record_signals(self, step: int, losses_T: Tensor, auc_T: Tensor, lr: float) -> None:
-        losses, aucs = losses_T.tolist(), auc_T.tolist()
+    def _record_signals(self, step: int, losses: Tensor, auc_T: Tensor, lr: float) -> None:
+        """Writes a step's numbers; ``losses`` is [T], or [2, T] with the ranking losses."""
+        losses_T, ranking_T = losses if losses.dim() == 2 else (losses, None)
+        trained_T = losses_T if ranking_T is None else self.loss.combined(losses_T, ranking_T.to(losses_T))
         weights = [task.weight for task in self.schema.tasks]
-        values = {names.TRAIN_LOSS: sum(w * x for w, x in zip(weights, losses, strict=True))}
+        values = {names.TRAIN_LOSS: sum(w * x for w, x in zip(weights, trained_T.tolist(), strict=True))}
         values[names.LEARNING_RATE] = lr
-        for task, loss, auc in zip(self.schema.tasks, losses, aucs, strict=True):
+        for task, loss, auc in zip(self.schema.tasks, losses_T.tolist(), auc_T.tolist(), strict=True):
             if loss:  # exactly 0: no row of the batch has a label of this task
                 values[names.task_metric(names.TRAIN, task.name, "loss")] = loss
             if task.type == "binary":
                 values[names.task_metric(names.TRAIN, task.name, "auc")] = auc
+        if ranking_T is not None and self.loss.ranking is not None:
+            for task, loss, ranked in zip(
+                self.schema.tasks, ranking_T.tolist(), self.loss.ranked_T.tolist(), strict=True
+            ):
+                if ranked:
+                    values[names.task_metric(names.TRAIN, task.name, self.loss.ranking.name)] = loss
         self.record(values, step=step)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
