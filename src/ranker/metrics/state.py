@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -24,12 +25,14 @@ class Kept:
     """What is kept of each row beside the logits and labels of binary tasks.
 
     Attributes:
+        rows: whether metrics are computed from rows.
         weights: whether rows have weights: 4 bytes.
         regressions: whether predictions and labels of regressions are kept: 8 bytes each.
         groups: names of the groups whose keys are kept: 8 bytes each.
         features: names of the one-hot features whose ids are kept: 4 bytes each.
     """
 
+    rows: bool = False
     weights: bool = False
     regressions: bool = False
     groups: tuple[str, ...] = ()
@@ -125,15 +128,17 @@ class State(Metric):
         if ids_BF is not None:
             self.ids.append(ids_BF.to(torch.int32))
 
-    def compute(self) -> Joined:
-        """Values and notes, as in ``TaskMetrics``. Python numbers: torchmetrics squeezes tensors of one task."""
-        joined = Joined({}, {}, {name: dim_zero_cat(getattr(self, name)) for name in self.columns()})
+    def compute(self) -> tuple[dict[str, float], dict[str, str], dict[str, Any]]:
+        """Values and notes, as in ``TaskMetrics``, and the columns as arrays where metrics are computed from rows.
+
+        No tensors, because torchmetrics squeezes those with one element.
+        """
+        columns = {name: dim_zero_cat(getattr(self, name)) for name in self.columns()}
         sums = torch.stack([getattr(self, name) for name in self.SUMS]).tolist()
         totals = self.weight.tolist() if self.kept.weights else sums[0]
-        logits, labels, weights = (joined.columns.get(name) for name in ("logits", "labels", "weights"))
-        assert logits is not None
-        assert labels is not None
-        values, notes = joined.values, joined.notes
+        logits, labels, weights = columns["logits"], columns["labels"], columns.get("weights")
+        values: dict[str, float] = {}
+        notes: dict[str, str] = {}
         column = 0
         for index, task in enumerate(self.tasks):
             observed, nonfinite, label, square, prediction, loss = (row[index] for row in sums)
@@ -164,16 +169,7 @@ class State(Metric):
                 values[f"{task.name}/{name}"] = value
                 if math.isnan(value):
                     notes[f"{task.name}/{name}"] = trouble or _why_undefined(name, label, observed)
-        return joined
-
-
-@dataclass(frozen=True)
-class Joined:
-    """What all ranks have together: values and notes, as in ``TaskMetrics``, and the columns with an entry per row."""
-
-    values: dict[str, float]
-    notes: dict[str, str]
-    columns: dict[str, Tensor]
+        return values, notes, {name: x.cpu().numpy() for name, x in columns.items()} if self.kept.rows else {}
 
 
 def _auc(logits_N: Tensor, labels_N: Tensor, positives: float, n: float, weights_N: Tensor | None) -> float:

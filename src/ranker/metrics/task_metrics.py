@@ -118,11 +118,11 @@ class TaskMetrics(nn.Module):
             keys = torch.zeros(0, len(self._schema.groups), dtype=torch.int64, device=device)
             ids = torch.zeros(0, len(self._schema.one_hot), dtype=torch.int64, device=device)
             self._add(nothing, nothing, nothing.bool(), nothing.new_zeros(0), keys, ids)
-        joined = self.state.compute()
-        values, self.notes = dict(joined.values), dict(joined.notes)
+        # torchmetrics keeps what it computed, so the values are copied before more are added.
+        computed, notes, columns = self.state.compute()
+        values, self.notes = dict(computed), dict(notes)
         self.tables, self.intervals = [], {}
         if self._extra or (final and self._resampling):
-            columns = {name: column.cpu().numpy() for name, column in joined.columns.items()}
             for at in range(len(self._schema.tasks)):
                 self._of_task(at, columns, values, final=final)
         return values
@@ -143,6 +143,7 @@ class TaskMetrics(nn.Module):
                 raise UserError(f"metrics.intervals.by: no group '{by}'; {suggest(by, schema.group_names)}")
             groups |= {name for name in (by, *schema.group_names[:1]) if name}
         return Kept(
+            rows=bool(self._extra) or self._resampling is not None,
             weights=bool(schema.weight),
             regressions="regression" in types
             and (self._resampling is not None or any("regression" in metric.types for metric in used)),

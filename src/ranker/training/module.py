@@ -19,7 +19,7 @@ from ranker.data.datamodule import RankingDataModule
 from ranker.data.schema import Schema
 from ranker.errors import one_of
 from ranker.losses import MultitaskLoss, best_constants
-from ranker.metrics import StreamingAUC, TaskMetrics
+from ranker.metrics import StreamingAUC, Table, TaskMetrics
 from ranker.models import Ranker
 from ranker.runs import metric_names as names
 from ranker.runs.run_folder import OPTIMIZER_SETTINGS, RECENT, STATE_DICT, TRAIN_AUC, TRAIN_AUC_BY_RANK
@@ -50,6 +50,8 @@ class RankingModule(pl.LightningModule):
         score_rows: rows per forward pass when scoring.
         log_every: steps between two writes of the metrics.
         compile_net: run the net through torch.compile.
+        loss: the training loss. None: log losses and squared errors.
+        metrics: makes the metrics of the hold-out and of progressive validation. None: those that every run has.
 
     Attributes:
         optimizer_factory: as ``optimizer``. A rollback may set another one, see ``ranker.training.rollback``.
@@ -68,6 +70,8 @@ class RankingModule(pl.LightningModule):
         score_rows: int = 8192,
         log_every: int = 10,
         compile_net: bool = False,
+        loss: MultitaskLoss | None = None,
+        metrics: Callable[[], TaskMetrics] | None = None,
     ) -> None:
         super().__init__()
         self.net = net
@@ -82,16 +86,18 @@ class RankingModule(pl.LightningModule):
         self.log_every = log_every
         if compile_net:
             net.compile(dynamic=True)  # in place: a wrapper would put every weight into the checkpoint twice
-        self.loss = MultitaskLoss(schema)
+        self.loss = loss or MultitaskLoss(schema)
         self.train_auc = StreamingAUC(schema)
-        self.holdout_metrics = TaskMetrics(schema)
-        self.progressive_metrics = TaskMetrics(schema)
+        make_metrics = metrics or (lambda: TaskMetrics(schema))
+        self.holdout_metrics, self.progressive_metrics = make_metrics(), make_metrics()
         self.signals: StepSignals | None = None
         # Step, losses, AUCs and learning rate, unread on the device. A verdict comes some hundred steps after the first
         # step of its event.
         self._unrecorded: deque[tuple[int, Tensor, Tensor, float]] = deque(maxlen=KEPT_SIGNALS)
         self.holdout: dict[str, float] = {}
         self.holdout_notes: dict[str, str] = {}
+        self.holdout_intervals: dict[str, tuple[float, float]] = {}
+        self.holdout_tables: list[Table] = []
         self._settings: list[dict[str, Any]] = []  # of the optimizer, as configured
         self._saved_settings: list[dict[str, Any]] | None = None  # those of the checkpoint
         self.holdout_step: int | None = None  # of an evaluation outside training; None: the last step
@@ -178,7 +184,7 @@ class RankingModule(pl.LightningModule):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Adds a batch of the hold-out."""
-        self.holdout_metrics.update(self.net(batch), batch.labels_BT, batch.mask_BT)
+        self.holdout_metrics.add(self.net(batch), batch)
 
     def on_validation_epoch_end(self) -> None:
         """Writes the hold-out's metrics at this step."""
@@ -274,7 +280,7 @@ class RankingModule(pl.LightningModule):
         self.net.eval()
         for part in _pieces(rows, self._score_rows):
             part = part.to(self.device, non_blocking=True)
-            metrics.update(self.net(part), part.labels_BT, part.mask_BT)
+            metrics.add(self.net(part), part)
         self.net.train()
 
     def record(self, values: Mapping[str, float], *, step: int | None = None) -> None:
@@ -283,8 +289,10 @@ class RankingModule(pl.LightningModule):
             logger.log_metrics(dict(values), step=self.global_step if step is None else step)
 
     def _end_holdout(self, phase: str) -> None:
-        values = self.holdout_metrics.compute()
+        values = self.holdout_metrics.compute(final=phase == names.TEST)
         self.holdout_notes = self.holdout_metrics.notes
+        self.holdout_tables = self.holdout_metrics.tables
+        self.holdout_intervals = {f"{phase}/{name}": ends for name, ends in self.holdout_metrics.intervals.items()}
         self.holdout_metrics.reset()
         self.holdout = {f"{phase}/{name}": value for name, value in values.items()}
         self.record(_over_time(phase, values), step=self.holdout_step)
