@@ -8,8 +8,9 @@ logits free, and with it calibration and the divergence detector, which reads th
 A group is the rows of a batch with the same key on the same rank. Rows of one key in another batch, or in the share of
 another rank, are not compared. ``data.keep_groups`` keeps the rows of a group together where it can.
 
-A row of weight w counts like w equal rows. Legend: z logit, y label, w weight, g(i) the group of row i, P_g and N_g the
-observed rows of a group with label 1 and 0. A group is mixed if it has both. Sums over i are over all ranks' rows.
+A row of weight w has the gradient of w equal rows, and the scale of the weights does not matter. Legend: z logit, y
+label, w weight, g(i) the group of row i, P_g and N_g the observed rows of a group with label 1 and 0. A group is mixed
+if it has both. Sums over i are over all ranks' rows.
 """
 
 from __future__ import annotations
@@ -143,8 +144,8 @@ class BPR(_PerPositive):
 class SoftmaxLoss(_PerPositive):
     """Listwise: the positive rows of a group should hold its softmax.
 
-        ranking = sum over i in P of mixed groups of w_i (log sum over j in g(i) of w_j exp(z_j) - z_i)
-                  / sum over these i of w_i
+        ranking = - sum over i in P of mixed groups of w_i log p_i / sum over these i of w_i
+        p_i     = w_i exp(z_i) / sum over j in g(i) of w_j exp(z_j)
 
     Source: Cao et al., "Learning to Rank: From Pairwise Approach to Listwise Approach", ICML 2007 (ListNet, top one),
         with one target per positive row.
@@ -155,16 +156,16 @@ class SoftmaxLoss(_PerPositive):
     def sums(self, z_B: Tensor, positive_B: Tensor, negative_B: Tensor, weight_B: Tensor, groups: Groups) -> Tensor:
         """See the class."""
         wanted_B = _in_mixed(positive_B, negative_B, groups)
-        all_B = groups.log_sum_exp(z_B, weight_B, positive_B | negative_B)
-        return torch.where(wanted_B, weight_B * (all_B - z_B), 0.0).sum()
+        lost_B = _minus_log_softmax(z_B, positive_B | negative_B, weight_B, groups)
+        return torch.where(wanted_B, weight_B * lost_B, 0.0).sum()
 
 
 class JRC(RankingLoss):
     """Joint optimisation of ranking and calibration: the log loss, and a listwise loss for each label.
 
         loss_t  = alpha * log loss_t + (1 - alpha) * ranking_t
-        ranking = sum over observed i of w_i (log sum over j in g(i) of w_j exp(l_j[y_i]) - l_i[y_i])
-                  / sum over observed i of w_i
+        ranking = - sum over observed i of w_i log p_i / sum over observed i of w_i
+        p_i     = w_i exp(l_i[y_i]) / sum over j in g(i) of w_j exp(l_j[y_i])
         l_i[1] = z_i / 2,  l_i[0] = -z_i / 2
 
     The paper gives each row two logits, l[0] and l[1], with P(y = 1 | x) = sigmoid(l[1] - l[0]). Here a task has one
@@ -193,8 +194,8 @@ class JRC(RankingLoss):
     def sums(self, z_B: Tensor, positive_B: Tensor, negative_B: Tensor, weight_B: Tensor, groups: Groups) -> Tensor:
         """See the class."""
         seen_B, half_B = positive_B | negative_B, z_B / 2
-        up_B = groups.log_sum_exp(half_B, weight_B, seen_B) - half_B
-        down_B = groups.log_sum_exp(-half_B, weight_B, seen_B) + half_B
+        up_B = _minus_log_softmax(half_B, seen_B, weight_B, groups)
+        down_B = _minus_log_softmax(-half_B, seen_B, weight_B, groups)
         return torch.where(seen_B, weight_B * torch.where(positive_B, up_B, down_B), 0.0).sum()
 
     def denominator(self, positive_B: Tensor, negative_B: Tensor, weight_B: Tensor, groups: Groups) -> Tensor:  # noqa: ARG002
@@ -206,3 +207,9 @@ def _in_mixed(positive_B: Tensor, negative_B: Tensor, groups: Groups) -> Tensor:
     """True for the positive rows of groups with a negative row."""
     negatives_B = groups.sums(negative_B.float()).index_select(0, groups.of_B)
     return positive_B & (negatives_B > 0)
+
+
+def _minus_log_softmax(z_B: Tensor, seen_B: Tensor, weight_B: Tensor, groups: Groups) -> Tensor:
+    """-log (w_i exp(z_i) / sum over the seen j of g(i) of w_j exp(z_j)) of the seen rows; 0 or more."""
+    own_B = z_B + torch.where(seen_B, weight_B, 1.0).log()
+    return groups.log_sum_exp(z_B, weight_B, seen_B) - own_B

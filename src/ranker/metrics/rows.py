@@ -136,7 +136,7 @@ class Ranked:
     def below(self, values_R: Floats) -> Floats:
         """Sum over the runs of the same group with a lower score, [R]."""
         through_R = np.cumsum(values_R)
-        ends_G = np.append(self.first_G[1:], len(values_R)) - 1
+        ends_G = (np.append(self.first_G[1:], len(values_R)) - 1)[: len(self.first_G)]
         return self.to_runs(through_R[ends_G]) - through_R
 
 
