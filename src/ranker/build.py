@@ -204,6 +204,7 @@ def build(cfg: DictConfig, folder: RunFolder, checkpoint: Path | None) -> Run:
         progressive=cfg.train.progressive,
         dense_statistics=cfg.data.dense_statistics,
         passes=cfg.train.get("epochs", 1),  # missing in old runs
+        keep_groups=cfg.data.get("keep_groups"),  # likewise
         wrap_training=lambda loader: stability.overheard(bookkeeping.timed(loader)),
     )
     tasks = {task.name: task.type for task in log.schema.tasks}
