@@ -14,7 +14,7 @@ from ranker import config
 from ranker.errors import UserError
 from ranker.runs import provenance
 from ranker.runs.config_identity import cell_hash, config_hash
-from ranker.runs.metric_names import TEST, task_metric
+from ranker.runs.metric_names import COMMON, TEST, task_metric
 from ranker.runs.run_folder import versions
 from ranker.stability import worth
 from ranker.stability.optimizer_state import ADAPTED, adaptation
@@ -22,7 +22,6 @@ from ranker.stability.optimizer_state import ADAPTED, adaptation
 if TYPE_CHECKING:  # a sweep reads summaries of earlier runs without importing Lightning
     from ranker.build import Run
 
-COMMON = ("auc", "logloss", "ne", "calibration", "rmse", "r2", "observed", "nonfinite")  # metrics of every run
 ADAPTED_AFTER = 100  # steps from which on a run is told that Adagrad never adapted
 NO_DIVERGENCE = {"micro": 0, "full": False, "unsettled": 0, "first_step": None}
 

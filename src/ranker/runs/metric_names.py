@@ -1,7 +1,7 @@
 """Names of the metrics that a run writes, for the code that writes them and for reports and studies that read them.
 
 A name is a path. ``train/loss``, ``train/<task>/<metric>``, ``val/<task>/<metric>``, ``test/<task>/<metric>``,
-``progressive/<task>/<metric>``, ``signs/<role>/<sign>``, ``sigma/<parameter>``, ``sharpness/<quantity>``,
+``progressive/<task>/<metric>`` (where ``<metric>`` of a group is ``gauc.<group>``), ``signs/<role>/<sign>``, ``sigma/<parameter>``, ``sharpness/<quantity>``,
 ``divergence/<kind>``, and ``lr`` and ``window`` alone.
 """
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 TRAIN, VAL, TEST, PROGRESSIVE = "train", "val", "test", "progressive"
 TRAIN_LOSS, LEARNING_RATE, WINDOW = "train/loss", "lr", "window"
 SIGNS, SIGMA, SHARPNESS, DIVERGENCE = "signs/", "sigma/", "sharpness/", "divergence/"
+COMMON = ("auc", "logloss", "ne", "calibration", "rmse", "r2", "observed", "nonfinite")  # metrics that every run has
 TASK_NORM, TASK_COSINE = "signs/task_norm/", "signs/task_cosine/"
 
 

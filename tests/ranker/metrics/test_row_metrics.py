@@ -384,6 +384,7 @@ def test_options_that_make_no_metric_are_one_line(make, said):
         make()
 
 
+@pytest.mark.slow
 def test_a_million_rows_in_a_hundred_thousand_groups_take_seconds():
     draw = np.random.default_rng(0)
     rows = TaskRows(
