@@ -10,7 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-_COLUMNS = ("dense_BF", "onehot_BC", "labels_BT", "mask_BT", "time_ms_B", "row_B")
+COLUMNS = ("dense_BF", "onehot_BC", "labels_BT", "mask_BT", "time_ms_B", "row_B")
+OPTIONAL = ("weight_B", "groups_BG")  # None unless the schema has them
+NO_GROUP = -(2**63)  # the key of a row whose group is null: it shares its group with no other row
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,10 @@ class Batch:
         mask_BT: bool [B, T], true where the label is observed.
         time_ms_B: int64 [B], Unix milliseconds, UTC.
         row_B: int64 [B], the schema's row_id, or the row's position in the log.
+        weight_B: float32 [B], weight of each row, 0 or more. None: the schema has no weight, every row counts once.
+            Rows of weight 0 have no observed label.
+        groups_BG: int64 [B, G], key of each row's groups, in the schema's order: the integer itself, or a 64-bit hash
+            of a string. NO_GROUP for null. None: the schema has no groups.
         window: number of the time window that the rows were drawn from. -1 outside of training.
         number: number of the batch in the training order, counted over all ranks and windows. -1 outside of training.
         opening: on the first batch of a window, this rank's whole share of the window in time order, so that the
@@ -71,6 +77,8 @@ class Batch:
     mask_BT: Tensor
     time_ms_B: Tensor
     row_B: Tensor
+    weight_B: Tensor | None = None
+    groups_BG: Tensor | None = None
     window: int = -1
     number: int = -1
     opening: Batch | None = field(default=None, repr=False)
@@ -107,13 +115,18 @@ class Batch:
         return self._each(change, lambda lists: Ragged(change(lists.values), change(lists.offsets)))
 
     def _each(self, change: Callable[[Tensor], Tensor], change_lists: Callable[[Ragged], Ragged]) -> Batch:
-        columns: dict[str, Any] = {name: change(getattr(self, name)) for name in _COLUMNS}
+        columns: dict[str, Any] = {name: change(tensor) for name, tensor in self.columns().items()}
         return replace(self, ragged={n: change_lists(lists) for n, lists in self.ragged.items()}, **columns)
+
+    def columns(self) -> dict[str, Tensor]:
+        """The tensors with one entry per row, by name. Those that are None are left out."""
+        found = {name: getattr(self, name) for name in (*COLUMNS, *OPTIONAL)}
+        return {name: tensor for name, tensor in found.items() if tensor is not None}
 
     @staticmethod
     def concat(parts: Sequence[Batch]) -> Batch:
         """Concatenates the rows of several parts. CPU only."""
-        columns: dict[str, Any] = {name: joined([getattr(part, name) for part in parts]) for name in _COLUMNS}
+        columns: dict[str, Any] = {name: joined([getattr(part, name) for part in parts]) for name in parts[0].columns()}
         ragged = {n: Ragged.concat([part.ragged[n] for part in parts]) for n in parts[0].ragged}
         return Batch(ragged=ragged, window=parts[0].window, **columns)
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from ranker.data.batch import Batch, joined
 from ranker.data.dense_statistics import NOTHING, DenseStatistics, PastWindows
 from ranker.data.log import Log
-from ranker.data.windows import WindowPlan, permutation, share
+from ranker.data.windows import Positions, WindowPlan, permutation, share, share_of_groups
 
 T = TypeVar("T")
 
@@ -71,6 +71,7 @@ class WindowedLoader:
         new_windows: int | None = None,
         pin_memory: bool = False,
         past: PastWindows | None = None,
+        keep_group: str | None = None,
     ) -> None:
         """Reads nothing yet.
 
@@ -87,6 +88,7 @@ class WindowedLoader:
             new_windows: number of first windows whose rows no earlier window had; only they have an opening. None: all.
             pin_memory: pin the batches' memory, for a GPU.
             past: normalise dense features with the statistics before each window, and record new statistics here.
+            keep_group: name of a group whose rows stay together, as far as the borders of windows and batches allow.
         """
         assert 0 <= rank < world_size
         self.num_batches = plan.num_batches
@@ -96,6 +98,7 @@ class WindowedLoader:
         self._num_workers = num_workers
         self._opening, self._new_windows, self._pin_memory = opening, new_windows, pin_memory
         self._past = past
+        self._group = None if keep_group is None else log.schema.group_names.index(keep_group)
         self._jumped = False
 
     def __iter__(self) -> Iterator[Batch]:
@@ -157,7 +160,7 @@ class WindowedLoader:
     def _join(self, parts: list[Future[Batch]], window: int, size: int, previous: Future[_Window] | None) -> _Window:
         batches = [part.result() for part in parts]
         rows = Batch.concat(batches) if len(batches) > 1 else batches[0]
-        order = torch.from_numpy(permutation(seed=self._seed, window=window, rows=size))
+        order = torch.from_numpy(permutation(seed=self._seed, window=window, rows=size, keys=self._keys(rows)))
         if self._past is None:
             return _Window(rows, order, None)
         earlier = previous.result().known if previous is not None else None
@@ -167,13 +170,19 @@ class WindowedLoader:
             return _Window(own.normalise(rows), order, (own, own))
         return _Window(before.normalise(rows), order, (before, before.joined(own)))
 
+    def _keys(self, rows: Batch) -> Positions | None:
+        """Keys of the group whose rows stay together; None for none."""
+        return None if self._group is None or rows.groups_BG is None else rows.groups_BG[:, self._group].numpy()
+
     def _cut(self, future: Future[_Window], window: int, place: int, number: int, count: int) -> _Cut:
         """Batches ``number`` and the next ones: this rank's shares of the window's batches from ``place`` on."""
         drawn, size = future.result(), self._plan.batch_size
+        keys, rank = self._keys(drawn.rows), {"rank": self._rank, "world_size": self._world_size}
         shares = []
         for begin in range(place * size, (place + count) * size, size):
-            low, high = share(min(size, len(drawn.order) - begin), rank=self._rank, world_size=self._world_size)
-            shares.append(drawn.order[begin + low : begin + high])
+            chosen = drawn.order[begin : begin + size]
+            low, high = share(len(chosen), **rank) if keys is None else share_of_groups(keys[chosen.numpy()], **rank)
+            shares.append(chosen[low:high])
         rows = drawn.rows.take(joined(shares))
         if self._pin_memory:
             rows = rows.pin_memory()

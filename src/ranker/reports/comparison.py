@@ -17,7 +17,7 @@ ORDER = {
     "model": ("small", "large", "large_dcn", "moe", "ple"),
     "optim": ("adagrad", "gc", "agc", "lamb", "clippy"),
 }
-PERCENT = ("auc",)
+PERCENT = ("auc", "gauc")
 USELESS = "no better than a constant"
 PAGE = "report.html"
 
@@ -169,7 +169,7 @@ def _cell(cell: dict[str, Any], metric: str) -> str:
 
 
 def _is_percent(metric: str) -> bool:
-    return metric.rsplit("/", 1)[-1] in PERCENT
+    return metric.rsplit("/", 1)[-1].split(".", 1)[0] in PERCENT  # gauc.user is a gauc
 
 
 def _plain(value: Any, name: str = "") -> str:

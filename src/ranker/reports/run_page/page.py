@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from ranker.reports.run_page import holdout
 from ranker.reports.run_page.charts import Line, heat_map, line_chart, number
 from ranker.reports.run_page.recorded import Recorded, Series
 from ranker.runs.metric_names import (
@@ -20,7 +21,6 @@ from ranker.runs.metric_names import (
     SIGNS,
     TASK_COSINE,
     TASK_NORM,
-    TEST,
     TRAIN,
     TRAIN_LOSS,
     VAL,
@@ -161,20 +161,21 @@ def _events(run: Recorded) -> str:
 
 
 def _holdout(run: Recorded) -> str:
-    """Final metrics on the hold-out by task."""
-    metrics: Mapping[str, Any] = (run.summary or {}).get("metrics") or {}
-    split = {name: name.split("/") for name in metrics if name.count("/") == 2}
-    if not split:
+    """Final metrics on the hold-out, with their confidence intervals, segments and reliability diagrams."""
+    summary = run.summary or {}
+    tables = holdout.metric_tables(summary)
+    if not tables:
         return _missing("Not evaluated yet: the run evaluates the hold-out when it ends.")
-    columns = list(dict.fromkeys(metric for *_, metric in split.values()))
-    rows = []
-    for task in dict.fromkeys(parts[1] for parts in split.values()):
-        keys = [task_metric(TEST, task, column) for column in columns]
-        rows.append([escape(task), *(_metric(metrics, key) for key in keys)])
-    useless = (run.summary or {}).get("no_better_than_constant")
+    parts = [_table(*table) for table in tables]
+    useless = summary.get("no_better_than_constant")
     why = f"NE >= 1, R2 <= 0 or AUC < {AUC_OF_CHANCE:g}"
     note = f"No better than a constant prediction ({why}): {', '.join(useless)}." if useless else ""
-    return _table(("task", *columns), rows) + (f'<p class="reason">{escape(note)}</p>' if note else "")
+    notes = [text for text in (holdout.interval_note(summary), note) if text]
+    parts += [f'<p class="reason">{escape(text)}</p>' for text in notes]
+    if diagrams := holdout.reliability_diagrams(summary):
+        parts.append(_grid(diagrams))
+    parts += [f"<h3>{escape(title)}</h3>{_table(*table)}" for title, table in holdout.segment_tables(summary)]
+    return "".join(parts)
 
 
 CUT = "/step_cut"
@@ -268,15 +269,6 @@ def _configuration(run: Recorded) -> str:
         if content
     )
     return f'<section id="configuration"><h2>Configuration</h2>{details}</section>'
-
-
-def _metric(metrics: Mapping[str, Any], key: str) -> str:
-    if key not in metrics:
-        return ""
-    value = metrics[key]
-    if value is None:
-        return "undefined"
-    return f"{value:,.0f}" if key.endswith(("/observed", "/nonfinite")) else f"{value:.4f}"
 
 
 def _chart(run: Recorded, title: str, wanted: Iterable[tuple[str, str, str, bool]], **options: Any) -> str:
