@@ -17,7 +17,7 @@ from torch import Tensor
 from ranker.data.batch import Batch, joined
 from ranker.data.dense_statistics import NOTHING, DenseStatistics, PastWindows
 from ranker.data.log import Log
-from ranker.data.windows import Positions, WindowPlan, permutation, share, share_of_groups
+from ranker.data.windows import Positions, WindowPlan, share, share_of_groups
 
 T = TypeVar("T")
 
@@ -155,18 +155,18 @@ class WindowedLoader:
         bounds = [share(stop - start, rank=i, world_size=pieces) for i in range(pieces)]
         # The tasks that _join waits for (the pieces, the previous window) are submitted first, so this cannot deadlock.
         parts = [readers.submit(self._log.read, start + low, start + high) for low, high in bounds]
-        return readers.submit(self._join, parts, window, stop - start, previous)
+        return readers.submit(self._join, parts, window, previous)
 
-    def _join(self, parts: list[Future[Batch]], window: int, size: int, previous: Future[_Window] | None) -> _Window:
+    def _join(self, parts: list[Future[Batch]], window: int, previous: Future[_Window] | None) -> _Window:
         batches = [part.result() for part in parts]
         rows = Batch.concat(batches) if len(batches) > 1 else batches[0]
-        order = torch.from_numpy(permutation(seed=self._seed, window=window, rows=size, keys=self._keys(rows)))
+        order = torch.from_numpy(self._plan.order(window, seed=self._seed, keys=self._keys(rows)))
         if self._past is None:
             return _Window(rows, order, None)
         earlier = previous.result().known if previous is not None else None
         before = earlier[1] if earlier is not None else self._past.before(window)
         own = DenseStatistics.of(rows)
-        if window == 0 or not before.rows:  # nothing is before the first window: raw values here would jump afterwards
+        if (window == 0 and not self._past.carried) or not before.rows:  # raw values here would jump afterwards
             return _Window(own.normalise(rows), order, (own, own))
         return _Window(before.normalise(rows), order, (before, before.joined(own)))
 
