@@ -79,7 +79,6 @@ with tempfile.TemporaryDirectory() as folder:
         per_device_train_batch_size=BATCH,
         num_train_epochs=1,
         train_sampling_strategy="sequential",  # rows in time order; the default shuffles them
-        learning_rate=0.1,  # what the schedule starts from; the optimizer's own lr must be the same
         lr_scheduler_type="constant_with_warmup",
         warmup_steps=20,
         max_grad_norm=0,  # the Trainer's own clipping is off

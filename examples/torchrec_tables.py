@@ -77,7 +77,7 @@ def batch(number: int) -> tuple[KeyedJaggedTensor, Tensor, Tensor]:
 # %%
 os.environ.setdefault("MASTER_ADDR", "localhost")
 os.environ.setdefault("MASTER_PORT", "0")
-rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 dist.init_process_group("gloo", rank=rank, world_size=world_size)
 torch.manual_seed(0)
 net = Ranker(torch.device("cpu"))

@@ -12,8 +12,8 @@ from ranker.commands import console
 
 INTRO = """# Every command
 
-`evenkeel NAME` and the file in `scripts/` beside it are the same command. `evenkeel train` is `python train.py`: it takes
-[options](options.md) as `KEY=VALUE`. A mistake is answered in one line, with exit status 2.
+`evenkeel NAME` and the file in `scripts/` beside it are the same command. `evenkeel train` is `python train.py`:
+it takes [options](options.md) as `KEY=VALUE`. A mistake is answered in one line, with exit status 2.
 
 """
 FILES = {

@@ -1,8 +1,8 @@
 """Hooks of MkDocs: pages from outside docs/, generated pages, and links that hold in the repository and on the site.
 
-A page is written for a reader of the repository, with links relative to its own file. ``PAGES`` and ``FOLDERS`` say which
-files of the repository are on the site, and where. Links between them are rewritten; a link to a file of conf/ goes to its
-section of the option reference, and one to any other file becomes plain text.
+A page is written for a reader of the repository, with links relative to its own file. ``PAGES`` and ``MIRRORED`` say
+which files of the repository are on the site, and where. Links between them are rewritten. A link to a file of conf/
+goes to its section of the option reference, and one to any other file becomes plain text.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ PAGES = {
     "src/optim/README.md": "optim.md",
 }
 MIRRORED = ("results/**/*.md", "results/**/*.png", "results/**/*.svg")
-# A fenced or indented block, a link, or inline code, whichever begins first: a link may hold code, but code holds no link.
+# A fenced or indented block, a link, or inline code, whichever begins first: a link may hold code, code holds no link.
 PIECE = re.compile(
     r"^```.*?^```$|^ {4}[^\n]*$|(?P<picture>!?)\[(?P<words>[^\[\]]*)\]\((?P<address>[^()\s]+)\)|`[^`\n]+`",
     re.MULTILINE | re.DOTALL,
