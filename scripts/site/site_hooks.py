@@ -68,6 +68,8 @@ def generated() -> dict[str, str]:
 def on_page_markdown(markdown: str, *, page: Page, **_: Any) -> str:
     """Rewrites the links of a page, and sets off the marks around quoted tables, which Markdown would read as a row."""
     here = next((path for path, place in sources().items() if place == page.file.src_uri), f"docs/{page.file.src_uri}")
+    if page.file.src_uri == "index.md":
+        page.meta["hide"] = ["navigation"]  # one page alone in its tab
     return PIECE.sub(lambda match: _link(match, here, page.file.src_uri), QUOTE_MARK.sub("\n", markdown))
 
 
