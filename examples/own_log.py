@@ -2,9 +2,9 @@
 
 Writes a folder as your own log would be: one Parquet file per day in time order, and a `schema.yaml` beside them. Users
 see items at a price, with signals that an upstream service computes for them. They click or not, and stay for some
-seconds. On the fourth day the service is updated, and for one row in a hundred its signals come in another unit. That
-is the kind of fault that ends a model which had trained well for days. `python examples/own_log.py shop` takes two
-seconds.
+seconds. On the fourth day the service is updated, and for three rows in a hundred one signal comes in thousandths of its
+unit. That is the kind of fault that ends a model which had trained well for days. `python examples/own_log.py shop` takes
+two seconds.
 """
 
 # %%
@@ -53,7 +53,7 @@ def one_day(day: int, random: np.random.Generator, taste: dict[str, np.ndarray])
     click = random.random(n) < 1 / (1 + np.exp(-1.0 - liking))
     stay = np.where(click, random.lognormal(2.0 + 0.2 * np.tanh(liking), 0.7), random.lognormal(0.0, 0.5, size=n))
     if day == 3:
-        signals[random.random(n) < 0.01] *= 30  # the fault
+        signals[random.random(n) < 0.03, 4] *= 1000  # the fault
     columns = {
         "ts": ts,
         "user": [f"u{number}" for number in user],
