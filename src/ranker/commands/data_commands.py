@@ -21,9 +21,12 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
+from ranker import atomic
 from ranker.cli import command
+from ranker.data.batch import Batch
 from ranker.data.filesystem import open_root
 from ranker.data.inspection import broken_checksums, imprecise_columns, inspect_log, out_of_order
+from ranker.data.log_profile import LogProfiler
 from ranker.data.manifest import MANIFEST_FILE, FileEntry, Manifest
 from ranker.data.parquet_log import ParquetLog
 from ranker.data.prepare import RECIPES, print_summary
@@ -59,8 +62,7 @@ def prepare(arguments: Sequence[str] | None = None) -> int:
 
 
 def _rewrite(source: str, destination: str, *, progress: bool) -> Manifest:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), disable=not progress) as bar:
+    with _row_progress(disable=not progress) as bar:
         task = bar.add_task("rewriting rows", total=None)
         return rewrite(source, destination, advance=lambda rows: bar.advance(task, rows))
 
@@ -107,7 +109,11 @@ def inspect(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Check a prepared log: files, label rates, bad rows, columns.")
     parser.add_argument("root", metavar="DIR", help="a folder or URL with schema.yaml and Parquet files")
     parser.add_argument("--quick", action="store_true", help="read the manifest and footers only, not the rows")
+    parser.add_argument("--html", action="store_true", help="also write a page: features, drift, labels by day, leaks")
+    parser.add_argument("--out", type=Path, help="the page (default: inspection.html in DIR, or here for a URL)")
     given = parser.parse_args(arguments)
+    if given.html and given.quick:
+        parser.error("--html reads the rows, --quick does not: give one of them")
     warnings: list[str] = []
     manifest: Manifest | None = None
     try:
@@ -122,9 +128,7 @@ def inspect(arguments: Sequence[str] | None = None) -> int:
         log = _opened(given.root, warnings)
         warnings += [*log.schema.label_features(), *imprecise_columns(log.index.metadata, log.schema)]
         if not given.quick:
-            findings = inspect_log(log)
-            _print_files(findings.files, title=f"{log.num_rows:,} rows, of which {findings.bad:,} cannot be used")
-            warnings += findings.warnings
+            warnings += _looked_at(log, warnings, given)
     except UserError:
         if manifest is not None and not given.quick:
             _print_files(manifest.files, title=f"{MANIFEST_FILE}: {manifest.rows:,} rows")
@@ -134,6 +138,39 @@ def inspect(arguments: Sequence[str] | None = None) -> int:
     if not warnings:
         print("nothing looks wrong")
     return 0
+
+
+def _looked_at(log: ParquetLog, before: Sequence[str], given: argparse.Namespace) -> list[str]:
+    """Reads the rows, prints what is in each file and writes the page that was asked for. Returns the warnings."""
+    profiler = LogProfiler(log) if given.html else None
+
+    with _row_progress() as bar:
+        task = bar.add_task("reading rows", total=log.num_rows)
+
+        def look(group: int, batch: Batch) -> None:
+            if profiler is not None:
+                profiler.add(group, batch)
+            bar.advance(task, len(batch))
+
+        findings = inspect_log(log, look=look)
+    _print_files(findings.files, title=f"{log.num_rows:,} rows, of which {findings.bad:,} cannot be used")
+    warnings = list(findings.warnings)
+    if profiler is not None:
+        from ranker.reports import log_page
+
+        profile = profiler.profile()
+        warnings += log_page.lines(profile)
+        folder = Path() if "://" in given.root else Path(given.root).expanduser()
+        out: Path = given.out or folder / "inspection.html"
+        page = log_page.render(profile, findings, [*before, *warnings], log.schema, where=given.root)
+        atomic.write_text(out, page)
+        print(f"page: {out}")
+    return warnings
+
+
+def _row_progress(*, disable: bool = False) -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=Console(stderr=True), transient=True, disable=disable)
 
 
 def _print_files(files: Sequence[FileEntry], *, title: str) -> None:

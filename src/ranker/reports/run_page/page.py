@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from ranker.reports.run_page.recorded import Recorded
-from ranker.reports.web.charts import Line, heat_map, line_chart
+from ranker.reports.web.charts import Line, cosine, heat_map, line_chart
 from ranker.reports.web.document import Section, document, facts, grid, missing, table
 from ranker.reports.web.frame import number
 from ranker.reports.web.series import Series
@@ -55,15 +55,20 @@ def _tasks(run: Recorded) -> str:
     charts = [_chart(run, "training loss, weighted sum of tasks", [("training", TRAIN_LOSS, "s0", False)])]
     charts.append(_chart(run, "learning rate", [("lr", LEARNING_RATE, "s2", False)], log=False))
     for name in names:
-        charts.append(_chart(run, f"{name}: loss", [("training", task_metric(TRAIN, name, "loss"), "s0", False)]))
-        metric = "auc" if task_metric(TRAIN, name, "auc") in run.series else "rmse"
+        binary = task_metric(TRAIN, name, "auc") in run.series
+        metric = "auc" if binary else "rmse"
+        loss = "log loss, nats per label" if binary else "loss, squared error per label"
+        charts.append(_chart(run, f"{name}: {loss}", [("training", task_metric(TRAIN, name, "loss"), "s0", False)]))
         wanted = [
             ("training, streaming", task_metric(TRAIN, name, metric), "s0", False),
             ("progressive", task_metric(PROGRESSIVE, name, metric), "s2", True),
             ("hold-out", task_metric(VAL, name, metric), "s1", True),
         ]
         chance = (0.5, "no better than chance") if metric == "auc" else None
-        charts.append(_chart(run, f"{name}: {metric.upper()}", wanted, log=False if chance else None, reference=chance))
+        unit = "" if binary else ", in units of the label after scale and transform"
+        charts.append(
+            _chart(run, f"{name}: {metric.upper()}{unit}", wanted, log=False if chance else None, reference=chance)
+        )
     return grid(charts)
 
 
@@ -114,7 +119,7 @@ def _early_signs(run: Recorded) -> str:
     if cosines:
         note = "Blue: the gradients of two tasks point the same way. Red: they are opposed."
         title = "cosine between the tasks' gradients on the top shared layer"
-        charts.append(heat_map(title, cosines, last_step=run.last_step, diverging=True, note=note))
+        charts.append(heat_map(title, cosines, last_step=run.last_step, shade=cosine, note=note))
     return grid(charts) + ("" if seen else absent)
 
 
@@ -213,7 +218,9 @@ def _head(run: Recorded) -> str:
 
 def _status(run: Recorded) -> tuple[str, str]:
     if run.summary is not None:
-        return str(run.summary.get("status", "unknown")), str(run.summary.get("reason") or "")
+        reason = str(run.summary.get("reason") or "")
+        status = "interrupted" if reason.startswith("interrupted") else str(run.summary.get("status", "unknown"))
+        return status, reason
     age = f"{run.age:.0f} seconds" if run.age < RUNNING_SECONDS else f"{run.age / 60:,.0f} minutes"
     going = run.age < RUNNING_SECONDS
     return (

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -47,6 +47,8 @@ def line_chart(
     events: Sequence[Mapping[str, Any]] = (),
     log: bool | None = None,
     reference: tuple[float, str] | None = None,
+    names: Sequence[str] = (),
+    legend: bool = True,
 ) -> str:
     """A chart of lines over steps, with the run's events in the background.
 
@@ -57,22 +59,30 @@ def line_chart(
         events: lines of events.jsonl.
         log: whether the vertical axis is logarithmic; None decides from the data.
         reference: value and label of a horizontal line.
+        names: of the places 0, 1, ... of the horizontal axis, such as days, in place of steps.
+        legend: whether to name the lines below the chart.
     """
     y = _vertical(lines, log, reference)
     x = Scale(0, last_step, LEFT, WIDTH - RIGHT)
-    parts = [axes(x, y), _events(events, x)]
+    ticks = list(enumerate(names)) if names else None
+    parts = [axes(x, y, x_name="" if names else "step", x_ticks=ticks), _events(events, x)]
+    parts += [_line(line, x, y) for line in lines]
     if reference is not None:
         at = y(reference[0])
         parts.append(f'<line class="reference" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{at:.1f}" y2="{at:.1f}"/>')
         above = at - 4 if at > TOP + 14 else at + 13
         place = f'x="{WIDTH - RIGHT - 3}" y="{above:.1f}" text-anchor="end"'
-        parts.append(f'<text class="name" {place}>{escape(reference[1])}</text>')
-    parts += [_line(line, x, y) for line in lines]
+        parts.append(f'<text class="name halo" {place}>{escape(reference[1])}</text>')
     frame = f'data-x="{x.low},{x.high},{x.start},{x.stop}" data-y="{y.low},{y.high},{y.start},{y.stop},{int(y.log)}"'
+    if names:
+        frame += f' data-names="{escape("|".join(names))}"'
     svg = svg_of(
         "line", HEIGHT, title, "".join(parts) + f'<line class="cursor" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>', frame
     )
-    return figure(title, svg, legend=[(line.label, line.style) for line in lines])
+    samples = [(line.label, line.style) for line in lines] if legend else []
+    if any(not math.isfinite(value) for line in lines for value in line.series.values):
+        samples.append(("NaN or infinity", "nonfinite"))
+    return figure(title, svg, legend=samples)
 
 
 def heat_map(
@@ -80,7 +90,8 @@ def heat_map(
     rows: Mapping[str, Series],
     *,
     last_step: int,
-    diverging: bool = False,
+    shade: Callable[[float], str] | None = None,
+    names: Sequence[str] = (),
     events: Sequence[Mapping[str, Any]] = (),
     note: str = "",
 ) -> str:
@@ -90,8 +101,8 @@ def heat_map(
         title: what is drawn.
         rows: series by name, from top to bottom. A cell shows the smallest value of its interval.
         last_step: end of the step axis.
-        diverging: values from -1 to 1, both ends coloured. Otherwise factors: no colour at 1, full colour at
-            ``HEAT_FLOOR``.
+        shade: classes of a cell by its value, such as :func:`cosine`. Default: :func:`factor`.
+        names: of the places 0, 1, ... of the horizontal axis, such as days, in place of steps.
         events: lines of events.jsonl.
         note: a text below the title.
     """
@@ -103,9 +114,11 @@ def heat_map(
         top = TOP + tall * place
         shown = name if len(name) < 30 else "…" + name[-28:]
         parts.append(f'<text class="row" x="{left - 6}" y="{top + 11}" text-anchor="end">{escape(shown)}</text>')
-        parts += _cells(series, x, top, tall - 1, last_step, diverging)
+        parts += _cells(series, x, top, tall - 1, last_step, shade or factor)
     bottom = height - BOTTOM
-    parts.append(bottom_axis(x, bottom))
+    # The cell of a name is as wide as the cells of its steps; the name stands below its middle.
+    ticks = [((place + 0.5) * last_step / (last_step + 1), name) for place, name in enumerate(names)] if names else None
+    parts.append(bottom_axis(x, bottom, name="" if names else "step", ticks=ticks))
     parts.append(_events(events, x, bottom=bottom))
     return figure(title, svg_of("heat", height, title, "".join(parts), width=width), note=note, wide=True)
 
@@ -146,7 +159,7 @@ def _line(line: Line, x: Scale, y: Scale) -> str:
     return curve + "".join(marks)
 
 
-def _cells(series: Series, x: Scale, top: int, tall: int, last_step: int, diverging: bool) -> list[str]:
+def _cells(series: Series, x: Scale, top: int, tall: int, last_step: int, shade: Callable[[float], str]) -> list[str]:
     lowest: dict[int, float] = {}
     for step, value in zip(series.steps, series.values, strict=True):
         column = min(HEAT_COLUMNS - 1, step * HEAT_COLUMNS // (last_step + 1))
@@ -156,7 +169,7 @@ def _cells(series: Series, x: Scale, top: int, tall: int, last_step: int, diverg
     for column, following in zip(columns, [*columns[1:], HEAT_COLUMNS], strict=True):
         value = lowest[column]
         start, stop = (x(c * (last_step + 1) / HEAT_COLUMNS) for c in (column, min(following, column + _gap(columns))))
-        look = _look(value, diverging)
+        look = shade(value)
         cells.append(
             f'<rect class="{look}" x="{start:.1f}" y="{top}" width="{max(stop - start, 1):.1f}" height="{tall}">'
             f"<title>{number(value)}</title></rect>"
@@ -170,13 +183,19 @@ def _gap(columns: Sequence[int]) -> int:
     return gaps[len(gaps) // 2] if gaps else HEAT_COLUMNS
 
 
-def _look(value: float, diverging: bool) -> str:
+def factor(value: float) -> str:
+    """The look of a factor: no colour at 1 and above, full colour at ``HEAT_FLOOR``."""
     if not math.isfinite(value):
         return "unknown"
-    if diverging:
-        return f"{'minus' if value < 0 else 'plus'} h{round(min(1.0, abs(value)) * HEAT_LEVELS)}"
     strength = math.log(max(value, HEAT_FLOOR)) / math.log(HEAT_FLOOR) if value < 1 else 0.0
     return f"hot h{round(min(1.0, strength) * HEAT_LEVELS)}"
+
+
+def cosine(value: float) -> str:
+    """The look of a number from -1 to 1: both ends coloured."""
+    if not math.isfinite(value):
+        return "unknown"
+    return f"{'minus' if value < 0 else 'plus'} h{round(min(1.0, abs(value)) * HEAT_LEVELS)}"
 
 
 def _events(events: Sequence[Mapping[str, Any]], x: Scale, *, bottom: float = HEIGHT - BOTTOM) -> str:

@@ -90,7 +90,7 @@ def number(value: float) -> str:
     if abs(value) >= 1e5 or abs(value) < 1e-3:
         mantissa, exponent = f"{value:.1e}".split("e")
         return f"{mantissa.removesuffix('.0')}e{int(exponent)}"
-    return f"{value:.4g}"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
 def svg_of(kind: str, height: float, title: str, body: str, extra: str = "", *, width: int = WIDTH) -> str:

@@ -26,7 +26,8 @@ for (const svg of charts) {
     cursor.setAttribute("x1", x);
     cursor.setAttribute("x2", x);
     cursor.style.visibility = "visible";
-    readout.textContent = [`step ${Math.round(lowX + ((x - startX) / (stopX - startX)) * (highX - lowX))}`, ...near].join("\n");
+    const at = Math.round(lowX + ((x - startX) / (stopX - startX)) * (highX - lowX));
+    readout.textContent = [svg.dataset.names?.split("|")[at] ?? `step ${at}`, ...near].join("\n");
     readout.hidden = false;
     const width = readout.offsetWidth, height = readout.offsetHeight;
     readout.style.left = `${Math.max(4, Math.min(event.clientX + 14, innerWidth - width - 8))}px`;
