@@ -26,6 +26,7 @@ NOT_IDENTIFYING = (
     "callbacks.early_signs",
     "callbacks.sharpness",
     "callbacks.capsules",
+    "callbacks.histograms",
     "callbacks.snapshots.disk",
     "train.log_every",
     "train.checkpoint_every",
