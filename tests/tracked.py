@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,21 @@ from ranker.training.wandb_files import GLOBAL_STEP, ROW, files_of, records, row
 Values = dict[tuple[int, str], float]
 
 
+def finished_records(path: Path) -> list[Any]:
+    """The records of an attempt that ended. W&B's own process may still be writing when ``finish`` returns."""
+    deadline = time.monotonic() + 30
+    while True:
+        found = list(records(path))
+        if found and found[-1].WhichOneof("record_type") == "exit":
+            return found
+        assert time.monotonic() < deadline, [record.WhichOneof("record_type") for record in found]
+        time.sleep(0.05)
+
+
 def wandb_records(folder: Path) -> list[list[Any]]:
-    """The records of each attempt."""
-    run_id = json.loads((folder / "tracker.json").read_text())["wandb"]
-    return [list(records(path)) for path in files_of(folder, run_id)]
+    """The records of each attempt; the newest one has ended."""
+    *killed, newest = files_of(folder, json.loads((folder / "tracker.json").read_text())["wandb"])
+    return [*(list(records(path)) for path in killed), finished_records(newest)]
 
 
 def wandb_values(folder: Path) -> tuple[Values, Counter[tuple[int, str]]]:

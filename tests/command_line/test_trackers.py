@@ -52,7 +52,7 @@ def test_a_resumed_run_is_in_every_tracker_as_if_it_had_never_stopped(
     folder = tmp_path / "run"
     database = f"logger.mlflow.tracking_uri=sqlite:///{tmp_path}/mlflow.db"
     train_tiny(folder, *LOGGERS, database, "train.max_steps=12", "train.eval_every=4", "callbacks.histograms.every=4")
-    # As a crash at step 12 leaves it: rows of steps 9 to 12 are in the trackers, and the newest checkpoint is of step 8.
+    # As a crash at step 12 leaves it: the trackers have steps 9 to 12, and the newest checkpoint is of step 8.
     (folder / "checkpoints" / "step=12.ckpt").unlink()
     shutil.rmtree(folder / "checkpoints" / "best", ignore_errors=True)
     capfd.readouterr()
