@@ -246,9 +246,12 @@ def build(cfg: DictConfig, folder: RunFolder, checkpoint: Path | None, parent: P
         trackers.Tracked(
             folder,
             name=folder.path.name,
-            group="/".join([*words, f"x{cfg.lr_mult:g}", *mitigation, cell_hash(cfg)[:6]]),
-            tags=[*words, *mitigation, *cfg.tags],
+            # The optimizer first: W&B shows the runs by group, and each legend begins with what is compared.
+            group="/".join([words[3], f"x{cfg.lr_mult:g}", words[2], *words[:2], *mitigation, cell_hash(cfg)[:6]]),
+            tags=[*words, *mitigation, *_sweep_tag(), *cfg.tags],
             tracked=resumption.tracked if resumption else None,
+            step=resumption.step if resumption else None,
+            kind=cfg.optim.name,
         ),
     )
     return Run(
@@ -265,6 +268,11 @@ def build(cfg: DictConfig, folder: RunFolder, checkpoint: Path | None, parent: P
         resumption=resumption,
         warm_start=warm_start,
     )
+
+
+def _sweep_tag() -> list[str]:
+    """A tag that the jobs of a sweep share, by which a tracker shows them alone."""
+    return [f"sweep:{Path(HydraConfig.get().sweep.dir).name}"[:64]] if is_sweep() else []  # W&B takes 64 characters
 
 
 def build_module(cfg: DictConfig, schema: Schema) -> RankingModule:

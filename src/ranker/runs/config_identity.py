@@ -27,6 +27,7 @@ NOT_IDENTIFYING = (
     "callbacks.early_signs",
     "callbacks.sharpness",
     "callbacks.capsules",
+    "callbacks.histograms",
     "callbacks.snapshots.disk",
     "metrics",  # what is computed from the predictions on the hold-out
     "train.log_every",

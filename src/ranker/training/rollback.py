@@ -11,6 +11,7 @@ from ranker.errors import UserError, one_of
 from ranker.runs import metric_names
 from ranker.runs.run_folder import RunFolder
 from ranker.stability import DivergenceDetector, Event
+from ranker.training import trackers
 from ranker.training.module import Fit, OptimizerFactory, scale_lr
 from ranker.training.optimizer_transfer import initial_state, made_optimizer, state_by_name, take_over
 from ranker.training.progress import Say
@@ -162,6 +163,7 @@ class Rollback:
         self._write(fit, record)
         text = f"rollback {record['try']} of {self.tries}: {self._done_what(record, snapshot)}"
         say(text, note=text)
+        trackers.alert(fit.trainer.loggers, f"rollback at step {before}", text, serious=False)
         return True
 
     def kept(self, step: int) -> int:
