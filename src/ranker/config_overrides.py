@@ -38,6 +38,7 @@ RESUMABLE = (
     "trainer",
     "callbacks",
     "logger",
+    "metrics",
     "data.source",
     "data.root",
     "data.log.root",
@@ -59,7 +60,15 @@ NOT_RESUMABLE = (
     "trainer._target_",
     "trainer.accumulate_grad_batches",
 )
-GROUPS = ("scale", "data", "model", "optim", "mitigation")  # whose option a saved configuration names
+GROUPS = (
+    "scale",
+    "data",
+    "model",
+    "optim",
+    "mitigation",
+    "loss",
+    "metrics",
+)  # whose option a saved configuration names
 
 
 def resumed_words(words: list[str], *, conf: Path) -> list[str]:
@@ -122,8 +131,8 @@ def resumed(cfg: DictConfig, saved: DictConfig, overrides: list[str], *, conf: P
         key, line = str(override.key_or_group), override.input_line
         if key in ("resume", "force", "trust") or key.startswith("hydra"):
             continue
-        if key == "logger":
-            merged.logger = OmegaConf.to_container(cfg.logger, resolve=True)
+        if key in ("logger", "metrics"):
+            merged[key] = OmegaConf.to_container(cfg[key], resolve=True)
             continue
         if (conf / key).is_dir():
             name = OmegaConf.select(saved, f"{key}.name")

@@ -12,6 +12,7 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from ranker import run_summary, stop_signals
+from ranker.atomic import write_text
 from ranker.build import (
     Run,
     alone_in,
@@ -32,6 +33,7 @@ from ranker.runs.metric_names import VAL
 from ranker.runs.run_folder import CONFIG, FINISHED, METRICS, SUMMARY, RunFolder, read_summary
 from ranker.training import ddp, trackers
 from ranker.training.metrics_csv import has_values
+from ranker.training.tracker import PAGE
 from ranker.training.warm_start import Parent
 
 _LOGGER = logging.getLogger(__name__)
@@ -100,7 +102,7 @@ def _train(run: Run) -> float:
     if run.trainer.is_global_zero:
         run.folder.save_config(run.cfg)
         log_identity.write(run.folder.path, run.datamodule.log)
-        trackers.write_config(run.loggers, run.cfg)
+        trackers.write_config(run.loggers, run.cfg, run_summary.made_with(run.cfg))
         where = f", goes on after step {run.resumption.step} with lr {run.module.lr:g}" if run.resumption else ""
         print(f"run folder: {run.folder.path}{where}", flush=True)
     distributed = ddp.watched(run.trainer)
@@ -221,8 +223,19 @@ def _finish(run: Run, status: str, reason: str, seconds: float) -> dict[str, obj
     summary = run_summary.summarise(run, status=status, reason=reason, seconds=seconds)
     if run.trainer.is_global_zero:
         run.folder.save_summary(summary)
-        trackers.write_summary(run.loggers, summary)
+        if status in FINISHED and trackers.wants(run.loggers, "report"):
+            _write_page(run)
+        trackers.write_summary(run.loggers, summary, run.folder)
     return summary
+
+
+def _write_page(run: Run) -> None:
+    """Writes the page of a run that ended, for the trackers."""
+    from ranker.reports.run_page import Recorded, render
+
+    for logger in run.loggers:
+        logger.save()
+    write_text(run.folder.path / PAGE, render(Recorded.read(run.folder.path)))
 
 
 def _why(error: BaseException, run: Run) -> str:

@@ -144,7 +144,7 @@ class Candidate:
         with torch.inference_mode():
             for batch in self.holdout():
                 known = self.weights.statistics.normalise(batch)
-                metrics.update(self.net(known), known.labels_BT, known.mask_BT)
+                metrics.add(self.net(known), known)
                 positives_T += ((known.labels_BT > 0) & known.mask_BT).sum(0)
                 advance(len(batch))
         return metrics.compute(), dict(zip(self.schema.task_names, positives_T.tolist(), strict=True))

@@ -19,7 +19,7 @@ from ranker.data.datamodule import RankingDataModule
 from ranker.data.schema import Schema
 from ranker.errors import one_of
 from ranker.losses import MultitaskLoss, best_constants
-from ranker.metrics import StreamingAUC, TaskMetrics
+from ranker.metrics import StreamingAUC, Table, TaskMetrics
 from ranker.models import Ranker
 from ranker.runs import metric_names as names
 from ranker.runs.lineage import LINEAGE, totals
@@ -63,6 +63,8 @@ class RankingModule(pl.LightningModule):
         score_rows: rows per forward pass when scoring.
         log_every: steps between two writes of the metrics.
         compile_net: run the net through torch.compile.
+        loss: the training loss. None: log losses and squared errors.
+        metrics: makes the metrics of the hold-out and of progressive validation. None: those that every run has.
 
     Attributes:
         optimizer_factory: as ``optimizer``. A rollback may set another one, see ``ranker.training.rollback``.
@@ -87,6 +89,8 @@ class RankingModule(pl.LightningModule):
         score_rows: int = 8192,
         log_every: int = 10,
         compile_net: bool = False,
+        loss: MultitaskLoss | None = None,
+        metrics: Callable[[], TaskMetrics] | None = None,
     ) -> None:
         super().__init__()
         self.net = net
@@ -107,10 +111,10 @@ class RankingModule(pl.LightningModule):
         self.log_every = log_every
         if compile_net:
             net.compile(dynamic=True)  # in place: a wrapper would put every weight into the checkpoint twice
-        self.loss = MultitaskLoss(schema)
+        self.loss = loss or MultitaskLoss(schema)
         self.train_auc = StreamingAUC(schema)
-        self.holdout_metrics = TaskMetrics(schema)
-        self.progressive_metrics = TaskMetrics(schema)
+        make_metrics = metrics or (lambda: TaskMetrics(schema))
+        self.holdout_metrics, self.progressive_metrics = make_metrics(), make_metrics()
         self.last_progressive: tuple[int, Mapping[str, float]] | None = None  # window that was scored last, metrics
         self.signals: StepSignals | None = None
         # Step, losses, AUCs and learning rate, unread on the device. A verdict comes some hundred steps after the first
@@ -118,6 +122,8 @@ class RankingModule(pl.LightningModule):
         self._unrecorded: deque[tuple[int, Tensor, Tensor, float]] = deque(maxlen=KEPT_SIGNALS)
         self.holdout: dict[str, float] = {}
         self.holdout_notes: dict[str, str] = {}
+        self.holdout_intervals: dict[str, tuple[float, float]] = {}
+        self.holdout_tables: list[Table] = []
         self._settings: list[dict[str, Any]] = []  # of the optimizer, as configured
         self._saved_settings: list[dict[str, Any]] | None = None  # those of the checkpoint
         self.holdout_step: int | None = None  # of an evaluation outside training; None: the last step
@@ -159,13 +165,21 @@ class RankingModule(pl.LightningModule):
             return
         start, stop = data.plan.rows(0)
         rows = data.log.read(start, min(stop, start + _ROWS_FOR_HEAD_BIASES))  # the same rows on each rank
-        cast(Ranker, self.net).set_head_biases(best_constants(self.schema, rows.labels_BT, rows.mask_BT))
+        cast(Ranker, self.net).set_head_biases(best_constants(self.schema, rows.labels_BT, rows.mask_BT, rows.weight_B))
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Forward pass and loss; keeps the signals that the divergence detector and the progress bar read."""
         logits_BT, loss = forward_loss(self, batch)
-        losses_T = self.trainer.strategy.reduce(loss.task_T, reduce_op="mean")  # each rank has the share of its rows
-        self.signals = step_signals(self, logits_BT, batch.labels_BT, batch.mask_BT, losses_T=cast(Tensor, losses_T))
+        reduce = self.trainer.strategy.reduce  # each rank has the share of its rows
+        self.signals = step_signals(
+            self,
+            logits_BT,
+            batch.labels_BT,
+            batch.mask_BT,
+            losses_T=cast(Tensor, reduce(loss.task_T, reduce_op="mean")),
+            weight_B=batch.weight_B,
+            ranking_T=None if loss.ranking_T is None else cast(Tensor, reduce(loss.ranking_T, reduce_op="mean")),
+        )
         return loss.total
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
@@ -183,7 +197,9 @@ class RankingModule(pl.LightningModule):
         if self.signals is None:
             return
         lr = self.optimizers().param_groups[0]["lr"]  # type: ignore[union-attr]
-        last = (self.global_step, self.signals.losses_T, self.signals.auc_T, float(lr))
+        losses, ranking_T = self.signals.losses_T, self.signals.ranking_T
+        losses = losses if ranking_T is None else torch.stack([losses, ranking_T])
+        last = (self.global_step, losses, self.signals.auc_T, float(lr))
         if self.global_step % self.log_every:
             self._unrecorded.append(last)
             return
@@ -195,16 +211,24 @@ class RankingModule(pl.LightningModule):
             if numbers[0] == step:
                 self._record_signals(*numbers)
 
-    def _record_signals(self, step: int, losses_T: Tensor, auc_T: Tensor, lr: float) -> None:
-        losses, aucs = losses_T.tolist(), auc_T.tolist()
+    def _record_signals(self, step: int, losses: Tensor, auc_T: Tensor, lr: float) -> None:
+        """Writes a step's numbers; ``losses`` is [T], or [2, T] with the ranking losses."""
+        losses_T, ranking_T = losses if losses.dim() == 2 else (losses, None)
+        trained_T = losses_T if ranking_T is None else self.loss.combined(losses_T, ranking_T.to(losses_T))
         weights = [task.weight for task in self.schema.tasks]
-        values = {names.TRAIN_LOSS: sum(w * x for w, x in zip(weights, losses, strict=True))}
+        values = {names.TRAIN_LOSS: sum(w * x for w, x in zip(weights, trained_T.tolist(), strict=True))}
         values[names.LEARNING_RATE] = lr
-        for task, loss, auc in zip(self.schema.tasks, losses, aucs, strict=True):
+        for task, loss, auc in zip(self.schema.tasks, losses_T.tolist(), auc_T.tolist(), strict=True):
             if loss:  # exactly 0: no row of the batch has a label of this task
                 values[names.task_metric(names.TRAIN, task.name, "loss")] = loss
             if task.type == "binary":
                 values[names.task_metric(names.TRAIN, task.name, "auc")] = auc
+        if ranking_T is not None and self.loss.ranking is not None:
+            for task, loss, ranked in zip(
+                self.schema.tasks, ranking_T.tolist(), self.loss.ranked_T.tolist(), strict=True
+            ):
+                if ranked:
+                    values[names.task_metric(names.TRAIN, task.name, self.loss.ranking.name)] = loss
         self.record(values, step=step)
 
     def on_validation_epoch_start(self) -> None:
@@ -218,7 +242,7 @@ class RankingModule(pl.LightningModule):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Adds a batch of the hold-out."""
-        self.holdout_metrics.update(self.net(batch), batch.labels_BT, batch.mask_BT)
+        self.holdout_metrics.add(self.net(batch), batch)
 
     def on_validation_epoch_end(self) -> None:
         """Writes the hold-out's metrics at this step."""
@@ -331,7 +355,7 @@ class RankingModule(pl.LightningModule):
         self.net.eval()
         for part in _pieces(rows, self._score_rows):
             part = part.to(self.device, non_blocking=True)
-            metrics.update(self.net(part), part.labels_BT, part.mask_BT)
+            metrics.add(self.net(part), part)
         self.net.train()
 
     def record(self, values: Mapping[str, float], *, step: int | None = None) -> None:
@@ -345,8 +369,10 @@ class RankingModule(pl.LightningModule):
             self.average.swap()
 
     def _end_holdout(self, phase: str) -> None:
-        values = self.holdout_metrics.compute()
+        values = self.holdout_metrics.compute(final=phase == names.TEST)
         self.holdout_notes = self.holdout_metrics.notes
+        self.holdout_tables = self.holdout_metrics.tables
+        self.holdout_intervals = {f"{phase}/{name}": ends for name, ends in self.holdout_metrics.intervals.items()}
         self.holdout_metrics.reset()
         self.holdout = {f"{phase}/{name}": value for name, value in values.items()}
         self.record(_over_time(phase, values), step=self.holdout_step)

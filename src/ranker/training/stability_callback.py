@@ -17,6 +17,7 @@ from ranker.runs import metric_names
 from ranker.runs.run_folder import RunFolder
 from ranker.stability import DetectorSettings, DivergenceDetector, Event, reduce_signals
 from ranker.stability.carried_state import carried
+from ranker.training import trackers
 from ranker.training.capsule_writer import CapsuleWriter
 from ranker.training.early_stop import EarlyStop
 from ranker.training.module import Fit
@@ -278,6 +279,10 @@ class Stability(Callback):
             fit.module.record_event(event.step)
             title = _TITLES[event.kind]
             self._say(f"{title}: {event}", note=f"{title} at step {event.step}")
+            if event.kind in ("full", "unsettled"):
+                trackers.alert(
+                    fit.trainer.loggers, f"{title} at step {event.step}", str(event), serious=event.kind == "full"
+                )
 
     def _record_step_cut(self, fit: Fit, detector: DivergenceDetector) -> None:
         """Writes by how much each layer's step size was cut, when metrics are written; reading it waits."""
