@@ -1,8 +1,8 @@
 """Names of the metrics that a run writes, for the code that writes them and for reports and studies that read them.
 
 A name is a path. ``train/loss``, ``train/<task>/<metric>``, ``val/<task>/<metric>``, ``test/<task>/<metric>``,
-``progressive/<task>/<metric>`` (where ``<metric>`` of a group is ``gauc.<group>``), ``signs/<role>/<sign>``, ``sigma/<parameter>``, ``sharpness/<quantity>``,
-``divergence/<kind>``, and ``lr`` and ``window`` alone.
+``progressive/<task>/<metric>``, ``signs/<role>/<sign>``, ``sigma/<parameter>``, ``sharpness/<quantity>``,
+``divergence/<kind>``, and ``lr`` and ``window`` alone. A metric inside groups is ``<metric>.<group>``.
 """
 
 from __future__ import annotations
