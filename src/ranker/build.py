@@ -34,7 +34,7 @@ from ranker.installation import conf_folder
 from ranker.losses import MultitaskLoss, RankingLoss
 from ranker.metrics import Intervals, RowMetric, TaskMetrics
 from ranker.models import Ranker
-from ranker.runs import log_identity, objective, run_lock, slurm
+from ranker.runs import lineage, log_identity, objective, run_lock, slurm
 from ranker.runs.checkpoint_files import by_step
 from ranker.runs.config_identity import cell_hash, config_hash
 from ranker.runs.run_folder import RunFolder
@@ -50,6 +50,8 @@ from ranker.training.resumption import Resumption, sound_checkpoint
 from ranker.training.sharpness_probe import SharpnessProbe
 from ranker.training.snapshots import is_healthy
 from ranker.training.stability_callback import Stability
+from ranker.training.warm_start import Parent, WarmStart
+from ranker.training.warm_start import settings_of as warm_start_settings
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -85,6 +87,7 @@ class Run:
         interruption: the callback that ends training on request.
         loggers: metrics.csv and the tracker.
         resumption: where the run goes on; None for a new run.
+        warm_start: what a new run takes over from an earlier one; None if it starts with random weights, or resumes.
     """
 
     cfg: DictConfig
@@ -98,6 +101,7 @@ class Run:
     interruption: Interruption
     loggers: list[Logger]
     resumption: Resumption | None
+    warm_start: WarmStart | None
 
 
 def run_folder(cfg: DictConfig) -> RunFolder:
@@ -175,8 +179,14 @@ def make_net(cfg: DictConfig, schema: Schema) -> Ranker:
     return instantiate(cfg.model.net, _convert_="all")(schema)
 
 
-def build(cfg: DictConfig, folder: RunFolder, checkpoint: Path | None) -> Run:
+def build(cfg: DictConfig, folder: RunFolder, checkpoint: Path | None, parent: Parent | None = None) -> Run:
     """Builds every part of a run.
+
+    Args:
+        cfg: the configuration.
+        folder: the run folder.
+        checkpoint: of an earlier attempt at the same run.
+        parent: the state of the run that a new one continues; see ``WarmStart``.
 
     Raises:
         UserError: something in the configuration cannot be built; the message says what.
@@ -190,9 +200,16 @@ def build(cfg: DictConfig, folder: RunFolder, checkpoint: Path | None) -> Run:
         log_identity.check_log(folder.path, log)
     module = build_module(cfg, log.schema)
     _check_optimizer(module)
-    resumption = None if checkpoint is None else Resumption.of(checkpoint, module)
     bookkeeping, interruption = Bookkeeping(), Interruption()
     stability, others = _configured_callbacks(cfg, folder, speed=bookkeeping.examples_per_second)
+    other = stability.rollback.optim if stability.rollback else None
+    resumption = None if checkpoint is None else Resumption.of(checkpoint, module, other=other)
+    warm_start = None
+    if parent is not None:
+        normalises = cfg.data.dense_statistics != "none"
+        warm_start = WarmStart(parent, warm_start_settings(cfg), module=module, normalises=normalises)
+        warm_start.history(stability)
+        module.warm_start = warm_start
     datamodule = RankingDataModule(
         log,
         batch_size=cfg.scale.batch_size,
@@ -205,6 +222,7 @@ def build(cfg: DictConfig, folder: RunFolder, checkpoint: Path | None) -> Run:
         dense_statistics=cfg.data.dense_statistics,
         passes=cfg.train.get("epochs", 1),  # missing in old runs
         keep_groups=cfg.data.get("keep_groups"),  # likewise
+        windows_before=int((lineage.parent(cfg) or {}).get("windows", 0)),
         wrap_training=lambda loader: stability.overheard(bookkeeping.timed(loader)),
     )
     tasks = {task.name: task.type for task in log.schema.tasks}
@@ -228,9 +246,12 @@ def build(cfg: DictConfig, folder: RunFolder, checkpoint: Path | None) -> Run:
         trackers.Tracked(
             folder,
             name=folder.path.name,
-            group="/".join([*words, f"x{cfg.lr_mult:g}", *mitigation, cell_hash(cfg)[:6]]),
-            tags=[*words, *mitigation, *cfg.tags],
+            # The optimizer first: W&B shows the runs by group, and each legend begins with what is compared.
+            group="/".join([words[3], f"x{cfg.lr_mult:g}", words[2], *words[:2], *mitigation, cell_hash(cfg)[:6]]),
+            tags=[*words, *mitigation, *_sweep_tag(), *cfg.tags],
             tracked=resumption.tracked if resumption else None,
+            step=resumption.step if resumption else None,
+            kind=cfg.optim.name,
         ),
     )
     return Run(
@@ -245,7 +266,13 @@ def build(cfg: DictConfig, folder: RunFolder, checkpoint: Path | None) -> Run:
         interruption=interruption,
         loggers=loggers,
         resumption=resumption,
+        warm_start=warm_start,
     )
+
+
+def _sweep_tag() -> list[str]:
+    """A tag that the jobs of a sweep share, by which a tracker shows them alone."""
+    return [f"sweep:{Path(HydraConfig.get().sweep.dir).name}"[:64]] if is_sweep() else []  # W&B takes 64 characters
 
 
 def build_module(cfg: DictConfig, schema: Schema) -> RankingModule:
@@ -258,6 +285,8 @@ def build_module(cfg: DictConfig, schema: Schema) -> RankingModule:
         optimizer=instantiate(cfg.optim, _convert_="all"),
         lr=base_lr(cfg) * cfg.lr_mult,
         warmup_steps=cfg.train.warmup_steps,
+        rewarm_steps=warm_start_settings(cfg).warmup_steps,
+        before=lineage.parent(cfg),
         head_bias=cfg.train.head_bias,
         progressive=cfg.train.progressive,
         score_rows=cfg.scale.eval_batch_size,

@@ -97,8 +97,19 @@ def resumed_words(words: list[str], *, conf: Path) -> list[str]:
             chosen.append(f"{group}={name}")
     multirun = bool({"-m", "--multirun"} & set(words))
     if not multirun and not any(word.startswith("hydra.run.dir=") for word in words):
-        chosen += [f"hydra.run.dir={_quoted(str(folder))}", "hydra.output_subdir=null"]
+        chosen += [f"hydra.run.dir={quoted(str(folder))}", "hydra.output_subdir=null"]
     return [*words, *chosen]
+
+
+def warm_start_word(word: str) -> str:
+    """``warm_start=PATH`` as ``warm_start.path=PATH``, since the option is a group of values; other words as they are.
+
+    The path of a checkpoint has a = in its name, which Hydra reads only in quotes.
+    """
+    name, equals, value = word.partition("=")
+    if name != "warm_start" or not equals:
+        return word
+    return f"warm_start.path={quoted(value) if '=' in value and Path(value).exists() else value}"
 
 
 def resumed(cfg: DictConfig, saved: DictConfig, overrides: list[str], *, conf: Path) -> DictConfig:
@@ -234,7 +245,7 @@ def _plain(value: Any) -> Any:
     return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
 
 
-def _quoted(text: str) -> str:
+def quoted(text: str) -> str:
     """A value as Hydra's grammar reads it, whatever characters it has."""
     escaped = text.replace("\\", "\\\\").replace("'", "\\'")
     return f"'{escaped}'"

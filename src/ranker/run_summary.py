@@ -12,10 +12,10 @@ from rich.table import Table
 
 from ranker import config
 from ranker.errors import UserError
-from ranker.runs import provenance
+from ranker.runs import lineage, provenance
 from ranker.runs.config_identity import cell_hash, config_hash
 from ranker.runs.metric_names import COMMON, TEST, task_metric
-from ranker.runs.run_folder import versions
+from ranker.runs.run_folder import read_summary, versions
 from ranker.stability import worth
 from ranker.stability.optimizer_state import ADAPTED, adaptation
 
@@ -49,6 +49,7 @@ def summarise(run: Run, *, status: str, reason: str, seconds: float) -> dict[str
         "divergence": detector.summary() if detector else dict(NO_DIVERGENCE),
         **({"sharpness": looked} if looked else {}),
         **({"adapted": adapted} if adapted else {}),
+        **trained_before(run),
         "rollbacks": [dict(record) for record in stability.rollbacks],
         "steps": run.trainer.global_step,
         "examples": run.bookkeeping.examples,
@@ -71,6 +72,18 @@ def _more_metrics(run: Run) -> dict[str, Any]:
     if run.module.holdout_tables:
         found["tables"] = [table.plain() for table in run.module.holdout_tables]
     return found
+
+
+def trained_before(run: Run) -> dict[str, Any]:
+    """What the run continues, and the time of the last row that it has seen itself."""
+    _, _, last_time_ms = run.datamodule.trained()
+    known: dict[str, Any] = {"last_row_time": lineage.iso(last_time_ms)}
+    if run.warm_start is not None:
+        known["warm_start"] = run.warm_start.summary
+    elif (parent := lineage.parent(run.cfg)) is not None:  # a resumed run
+        earlier = (read_summary(run.folder.path) or {}).get("warm_start", {})
+        known["warm_start"] = earlier or parent
+    return known
 
 
 def never_began(cfg: DictConfig, *, reason: str, seconds: float) -> dict[str, Any]:

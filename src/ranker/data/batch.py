@@ -45,7 +45,7 @@ class Ragged:
         """Concatenates the lists of several parts. CPU only."""
         ends = torch.cumsum(torch.tensor([0, *(len(p.values) for p in parts)]), 0).tolist()
         offsets = [parts[0].offsets[:1], *(p.offsets[1:] + end for p, end in zip(parts, ends, strict=False))]
-        return Ragged(_join([p.values for p in parts]), _join(offsets))
+        return Ragged(joined([p.values for p in parts]), joined(offsets))
 
 
 @dataclass(frozen=True)
@@ -103,6 +103,8 @@ class Batch:
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Batch:
         """The same rows on another device. ``opening`` is not moved: it is moved in pieces when it is scored."""
+        if self.dense_BF.device == torch.device(device):  # a tensor is moved in microseconds, but there are forty
+            return self
         return self._each_tensor(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> Batch:
@@ -124,7 +126,7 @@ class Batch:
     @staticmethod
     def concat(parts: Sequence[Batch]) -> Batch:
         """Concatenates the rows of several parts. CPU only."""
-        columns: dict[str, Any] = {name: _join([getattr(part, name) for part in parts]) for name in parts[0].columns()}
+        columns: dict[str, Any] = {name: joined([getattr(part, name) for part in parts]) for name in parts[0].columns()}
         ragged = {n: Ragged.concat([part.ragged[n] for part in parts]) for n in parts[0].ragged}
         return Batch(ragged=ragged, window=parts[0].window, **columns)
 
@@ -133,7 +135,10 @@ class Batch:
 # would compete with the training step for the cores: 2 to 20 times slower on a busy machine.
 
 
-def _join(tensors: list[Tensor]) -> Tensor:
+def joined(tensors: list[Tensor]) -> Tensor:
+    """The tensors one after another."""
+    if len(tensors) == 1:
+        return tensors[0]
     return torch.from_numpy(np.concatenate([tensor.numpy() for tensor in tensors]))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -15,7 +16,7 @@ from ranker.data.dense_statistics import MODES, NOTHING, DenseStatistics, Mode, 
 from ranker.data.loader import EvalLoader, WindowedLoader
 from ranker.data.log import Log
 from ranker.data.repeated import Repeated, in_one_pass, repeated_plan
-from ranker.data.windows import Positions, WindowPlan, parse_window, permutation, plan_windows, row_ranges
+from ranker.data.windows import Positions, WindowPlan, parse_window, plan_windows, row_ranges
 from ranker.errors import UserError, one_of, suggest
 
 
@@ -46,6 +47,7 @@ class RankingDataModule(pl.LightningDataModule):
         dense_statistics: Mode = "none",
         passes: int = 1,
         keep_groups: str | None = None,
+        windows_before: int = 0,
         wrap_training: Callable[[Iterable[Batch]], Iterable[Batch]] = lambda loader: loader,
     ) -> None:
         """Reads nothing yet.
@@ -65,6 +67,7 @@ class RankingDataModule(pl.LightningDataModule):
             passes: how often the training rows are trained on. Only the first pass is scored before it is trained on.
             keep_groups: name of a group of the schema. Rows of one group in a window come side by side, so they are in
                 the same batch and on the same rank, but for the group that the border of a batch cuts.
+            windows_before: number of windows of the runs that this one continues, see ``WindowPlan``.
             wrap_training: wraps the training loader, for example to time it.
 
         Raises:
@@ -98,7 +101,7 @@ class RankingDataModule(pl.LightningDataModule):
         self._num_workers, self._eval_max_rows = num_workers, eval_max_rows
         self._progressive = progressive
         self._pin_memory = pin_memory
-        self._passes = passes
+        self._passes, self._windows_before = passes, windows_before
         self._past = PastWindows() if dense_statistics == "past_windows" else None
         self._loader: WindowedLoader | None = None
         self.position = 0
@@ -116,7 +119,7 @@ class RankingDataModule(pl.LightningDataModule):
     @cached_property
     def plan(self) -> WindowPlan:
         """The windows and batches of the whole run."""
-        return repeated_plan(self._first_pass, self._passes)
+        return repeated_plan(replace(self._first_pass, windows_before=self._windows_before), self._passes)
 
     @cached_property
     def _first_pass(self) -> WindowPlan:
@@ -192,6 +195,8 @@ class RankingDataModule(pl.LightningDataModule):
             state["bad_rows"] = [[file, group, rows] for (file, group), rows in bad]
         if self._past is not None:
             state["dense_statistics"] = self.known().state_dict()
+            if self._past.carried:
+                state["carried_statistics"] = True
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -207,7 +212,28 @@ class RankingDataModule(pl.LightningDataModule):
             wrote = "none" if known is None else "past_windows"
             raise UserError(f"the checkpoint was written with data.dense_statistics={wrote}; use the same value")
         if self._past is not None and known is not None:
-            self._past.begin(self._window_of(self.position), DenseStatistics.from_state(known))
+            carried = bool(state_dict.get("carried_statistics"))
+            self._past.begin(self._window_of(self.position), DenseStatistics.from_state(known), carried=carried)
+
+    def carry_statistics(self, known: DenseStatistics) -> None:
+        """Puts the statistics of an earlier run before the first window. Call it before training starts."""
+        if self._past is not None and known.rows:
+            self._past.begin(0, known, carried=True)
+
+    def trained(self) -> tuple[int, int, int | None]:
+        """What was trained on up to ``position``: windows (begun ones count) and rows, of this run and those before it.
+
+        Returns:
+            Number of windows, including those of the runs before. Number of rows of this run. Time of the last row of
+            the last window, Unix milliseconds; None before the first batch.
+        """
+        if not self.position:
+            return self._windows_before, 0, None
+        window, place = self.plan.locate(self.position - 1)
+        start, stop = self.plan.rows(window)
+        rows = min(start + (place + 1) * self.plan.batch_size, stop)
+        last_ms = self.log.time_at_row((stop - 1) % self.log.train_rows)
+        return self._windows_before + window + 1, rows, last_ms
 
     def join_bad_rows(self) -> None:
         """Adds the bad rows that other ranks found in their parts of the hold-out. All ranks must call it."""
@@ -249,7 +275,7 @@ class RankingDataModule(pl.LightningDataModule):
             groups_BG = self._trained().read(start, stop).groups_BG
             assert groups_BG is not None
             keys = groups_BG[:, self.log.schema.group_names.index(self._keep_groups)].numpy()
-        return permutation(seed=self._seed, window=window, rows=stop - start, keys=keys)
+        return self.plan.order(window, seed=self._seed, keys=keys)
 
     def _check_group(self, log: Log) -> None:
         known = log.schema.group_names

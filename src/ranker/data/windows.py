@@ -37,10 +37,13 @@ class WindowPlan:
     Attributes:
         starts: int64, shape [W + 1], strictly increasing.
         batch_size: rows of a full global batch.
+        windows_before: number of windows of the runs that this one continues. Orders go on from there, so that a run
+            of one day draws the batches that a run of all days would.
     """
 
     starts: Positions
     batch_size: int
+    windows_before: int = 0
 
     @cached_property
     def _first_batch(self) -> Positions:
@@ -72,6 +75,11 @@ class WindowPlan:
         window, number = self.locate(batch)
         start, stop = self.rows(window)
         return min(self.batch_size, stop - start - number * self.batch_size)
+
+    def order(self, window: int, *, seed: int, keys: Positions | None = None) -> Positions:
+        """The random order of a window's rows, int64 [rows]; of its groups where keys are given."""
+        start, stop = self.rows(window)
+        return permutation(seed=seed, window=self.windows_before + window, rows=stop - start, keys=keys)
 
     def batches(self, window: int) -> int:
         """Number of global batches of a window."""

@@ -18,6 +18,7 @@ NOT_IDENTIFYING = (
     "resume",  # a resumed run gives the numbers of an uninterrupted one
     "force",
     "trust",  # what a resumed run may load
+    "warm_start.parent",  # follows from warm_start.path
     "objective",  # read from the summary on request
     "tags",
     "logger",
@@ -26,6 +27,7 @@ NOT_IDENTIFYING = (
     "callbacks.early_signs",
     "callbacks.sharpness",
     "callbacks.capsules",
+    "callbacks.histograms",
     "callbacks.snapshots.disk",
     "metrics",  # what is computed from the predictions on the hold-out
     "train.log_every",
@@ -90,6 +92,8 @@ def _identifying(cfg: DictConfig) -> dict[str, Any]:
     for path, value in ADDED.items():
         if _at(plain, path.split(".")) == value:
             _drop(plain, path.split("."))
+    if isinstance(start := plain.get("warm_start"), dict) and start.get("path") is None:
+        del plain["warm_start"]  # as in runs from before there was the option
     data = plain.get("data")
     if isinstance(data, dict) and "root" in data:  # the former name of data.source: a run has one hash by either
         data["root"] = data.pop("source", data["root"])

@@ -2,7 +2,8 @@
 
 A name is a path. ``train/loss``, ``train/<task>/<metric>``, ``val/<task>/<metric>``, ``test/<task>/<metric>``,
 ``progressive/<task>/<metric>``, ``signs/<role>/<sign>``, ``sigma/<parameter>``, ``sharpness/<quantity>``,
-``divergence/<kind>``, and ``lr`` and ``window`` alone. A metric inside groups is ``<metric>.<group>``.
+``divergence/<kind>``, and ``lr`` and ``window`` alone. A metric by groups has the group in its name, as in
+``gauc.<group>``.
 """
 
 from __future__ import annotations

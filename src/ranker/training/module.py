@@ -22,6 +22,7 @@ from ranker.losses import MultitaskLoss, best_constants
 from ranker.metrics import StreamingAUC, Table, TaskMetrics
 from ranker.models import Ranker
 from ranker.runs import metric_names as names
+from ranker.runs.lineage import LINEAGE, totals
 from ranker.runs.run_folder import OPTIMIZER_SETTINGS, RECENT, STATE_DICT, TRAIN_AUC, TRAIN_AUC_BY_RANK
 from ranker.training.training_step import StepSignals, clip_gradients, forward_loss, step_signals
 
@@ -43,6 +44,8 @@ class RankingModule(pl.LightningModule):
         optimizer: called as ``optimizer(model_or_params=net, lr=lr)``.
         lr: learning rate per step, multiplier included.
         warmup_steps: raise the learning rate linearly from lr / warmup_steps to lr over this many steps; 0 for none.
+        rewarm_steps: the same for a run that continues another one, counted from its own first step.
+        before: what the run continues, as in ``ranker.runs.lineage``; the warm-up goes on where it was. None: nothing.
         head_bias: ``labels`` starts each head's bias at the constant that fits the labels of the first window best (log
             odds or mean). Without it, the first steps pay for the distance, with the largest gradients of the run.
             ``zero`` keeps the model's own initial values.
@@ -55,6 +58,7 @@ class RankingModule(pl.LightningModule):
 
     Attributes:
         optimizer_factory: as ``optimizer``. A rollback may set another one, see ``ranker.training.rollback``.
+        warm_start: puts the state of an earlier run into the fit when it starts; None for random weights.
     """
 
     def __init__(
@@ -65,6 +69,8 @@ class RankingModule(pl.LightningModule):
         optimizer: OptimizerFactory,
         lr: float,
         warmup_steps: int = 0,
+        rewarm_steps: int = 0,
+        before: Mapping[str, Any] | None = None,
         head_bias: str = "zero",
         progressive: bool = True,
         score_rows: int = 8192,
@@ -78,7 +84,9 @@ class RankingModule(pl.LightningModule):
         self.schema = schema
         self.lr = lr
         self.optimizer_factory = optimizer
-        self._warmup_steps = warmup_steps
+        self._warmup_steps, self._rewarm_steps = warmup_steps, rewarm_steps
+        self._before = before
+        self.warm_start: Callable[[Fit], None] | None = None
         one_of(head_bias, HEAD_BIASES, "train.head_bias")
         self._head_bias = head_bias
         self._progressive = progressive
@@ -107,9 +115,15 @@ class RankingModule(pl.LightningModule):
         return self.net(batch)
 
     def on_fit_start(self) -> None:
-        """Starts the biases of the heads from the first window's labels. A resumed run has its weights already."""
+        """Starts the biases of the heads from the first window's labels, then takes over what a warm start has.
+
+        A resumed run has its weights already.
+        """
         if self.trainer.ckpt_path is None:
             self.start_heads(Fit(self.trainer).data)
+            if self.warm_start is not None:
+                self.warm_start(Fit(self.trainer))
+        self.warm_start = None  # frees the parent's state
 
     def start_heads(self, data: RankingDataModule) -> None:
         """Starts the biases of the heads from the first window's labels, if they are to start there."""
@@ -205,10 +219,13 @@ class RankingModule(pl.LightningModule):
         """The optimizer over all parameters, and the warm-up if there is one."""
         optimizer = self.make_optimizer()
         self._settings = settings_of(optimizer)
-        if not self._warmup_steps:
+        if not (self._warmup_steps or self._rewarm_steps):
             return optimizer
-        steps = self._warmup_steps
-        schedule = LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / steps))
+        steps, again = self._warmup_steps or 1, self._rewarm_steps or 1
+        earlier = int((self._before or {}).get("steps", 0))
+        schedule = LambdaLR(
+            optimizer, lambda step: min(1.0, (earlier + step + 1) / steps) * min(1.0, (step + 1) / again)
+        )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def make_optimizer(self) -> Optimizer:
@@ -252,6 +269,13 @@ class RankingModule(pl.LightningModule):
         assert isinstance(by_rank, Tensor)
         checkpoint[TRAIN_AUC_BY_RANK] = by_rank.cpu()
         checkpoint[OPTIMIZER_SETTINGS] = self._settings
+        windows, rows, last_time_ms = Fit(self.trainer).data.trained()
+        checkpoint[LINEAGE] = {
+            **totals(
+                steps=self.global_step, windows=windows, rows=rows, last_time_ms=last_time_ms, before=self._before
+            ),
+            "schema": self.schema.to_dict(),
+        }
         if self._unrecorded:
             steps, losses, aucs, rates = zip(*self._unrecorded, strict=True)
             checkpoint[RECENT] = {

@@ -7,18 +7,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
-from ranker.reports.run_page.charts import (
-    BOTTOM,
-    HEIGHT,
-    LEFT,
-    RIGHT,
-    TOP,
-    WIDTH,
-    Scale,
-    _figure,
-    _svg,
-    number,
-)
+from ranker.reports.web.frame import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, Scale, axes, figure, number, svg_of
 from ranker.runs.metric_names import COMMON, TEST, task_metric
 
 CALIBRATION = "calibration"  # name of the tables that are reliability diagrams
@@ -79,15 +68,8 @@ def _diagram(task: str, points: Sequence[tuple[float, float, float]]) -> str:
     room = 0.05 * (high - low) or 0.1 * abs(high) or 1.0
     x = Scale(low - room, high + room, LEFT, WIDTH - RIGHT)
     y = Scale(low - room, high + room, HEIGHT - BOTTOM, TOP)
-    parts = []
-    for tick in y.ticks():
-        across = f'y1="{y(tick):.1f}" y2="{y(tick):.1f}"'
-        parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" {across}/>')
-        parts.append(f'<text x="{LEFT - 6}" y="{y(tick) + 4:.1f}" text-anchor="end">{number(round(tick, 12))}</text>')
-    bottom = HEIGHT - BOTTOM
-    parts.append(f'<line class="axis" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{bottom}" y2="{bottom}"/>')
-    for tick in x.ticks():
-        parts.append(f'<text x="{x(tick):.1f}" y="{bottom + 17}" text-anchor="middle">{number(round(tick, 12))}</text>')
+    ticks = [(x(tick), number(round(tick, 12))) for tick in x.ticks()]
+    parts = [axes(x, y, x_name="", x_ticks=ticks)]
     corners = f'x1="{x(x.low):.1f}" y1="{y(x.low):.1f}" x2="{x(x.high):.1f}" y2="{y(x.high):.1f}"'
     parts.append(f'<line class="reference" {corners}/>')
     path = "L".join(f"{x(prediction):.1f},{y(label):.1f}" for _, prediction, label in points)
@@ -97,8 +79,8 @@ def _diagram(task: str, points: Sequence[tuple[float, float, float]]) -> str:
         at = f'cx="{x(prediction):.1f}" cy="{y(label):.1f}" r="3.4"'
         parts.append(f'<circle class="s0" {at}><title>{escape(tip)}</title></circle>')
     title = f"Reliability of {task}: mean label over mean prediction"
-    svg = _svg("reliability", HEIGHT, title, "".join(parts))
-    return _figure(title, svg, note="A dot per bucket of equal weight. On the dashed line, predictions are right.")
+    svg = svg_of("reliability", HEIGHT, title, "".join(parts))
+    return figure(title, svg, note="A dot per bucket of equal weight. On the dashed line, predictions are right.")
 
 
 def _tables(summary: Mapping[str, Any]) -> list[Mapping[str, Any]]:
