@@ -31,6 +31,7 @@ class TrainSettings:
         log_every: write metrics every so many steps.
         warmup_steps: raise the learning rate linearly from 0 over so many steps; 0 for none.
         head_bias: where the heads' biases start: ``labels``, at the constant that fits the first window best; ``zero``.
+        average_decay: of a moving average of the dense weights, which is evaluated and exported; 0 for none.
         compile: run the model through torch.compile.
         threads: CPU threads of torch; 0 leaves torch's own choice.
     """
@@ -43,6 +44,7 @@ class TrainSettings:
     log_every: int = 10
     warmup_steps: int = 0
     head_bias: str = "labels"
+    average_decay: float = 0.0
     compile: bool = False
     threads: int = 0
 
@@ -152,6 +154,10 @@ def check(cfg: DictConfig) -> None:
         raise UserError(f"train.log_every must be 1 or more, got {cfg.train.log_every}")
     if cfg.train.max_steps < -1 or cfg.train.max_steps == 0:
         raise UserError(f"train.max_steps must be -1 (all passes) or more than 0, got {cfg.train.max_steps}")
+    if not 0 <= cfg.train.get("average_decay", 0) < 1:
+        raise UserError(
+            f"train.average_decay must be 0 (none) or below 1, such as 0.999, got {cfg.train.average_decay}"
+        )
     if "warm_start" in cfg:  # missing in old runs
         _check_warm_start(cfg.warm_start)
 
