@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from ranker.stability.detector_interface import DetectorSettings
+from ranker.stability.detector_settings import DetectorSettings
 
 _NAN = math.nan
 CERTAIN = 3.0  # standard errors beyond which a difference is not chance

@@ -7,7 +7,7 @@ from bisect import bisect_left, insort
 from collections import deque
 from typing import Any
 
-from ranker.stability.detector_interface import MAX_PROOF_STEPS, DetectorSettings
+from ranker.stability.detector_settings import MAX_PROOF_STEPS, DetectorSettings
 from ranker.stability.skill import SkillWindow
 
 _MIN_VALUES = 16  # number of losses from which their median is a usable level
