@@ -18,6 +18,7 @@ COMMANDS = {
     "inspect": ("data_commands", "inspect", "check a prepared log"),
     "report": ("report_commands", "report", "write one run as an HTML page"),
     "compare": ("report_commands", "compare", "print a table of several runs"),
+    "wandb-report": ("wandb_command", "wandb_report", "make a report in W&B that compares tracked runs"),
     "plot": ("report_commands", "plot", "draw loss and AUC of several runs"),
     "replay": ("replay_command", "replay", "replay a divergence, try alternatives, bisect it"),
     "export": ("export_commands", "export", "export the model of a run if it passes the gate"),
@@ -47,5 +48,5 @@ def main() -> int:
 
 def usage() -> str:
     """The list of commands."""
-    lines = [f"  {name:10} {description}" for name, (_, _, description) in COMMANDS.items()]
+    lines = [f"  {name:12} {description}" for name, (_, _, description) in COMMANDS.items()]
     return "\n".join(["usage: evenkeel COMMAND ...", "", *lines, "", "evenkeel COMMAND --help lists its options"])
