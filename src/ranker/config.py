@@ -16,6 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 from ranker.data.base_lr import read_base_lr
 from ranker.errors import UserError, one_of, suggest
 from ranker.runs import config_identity, objective
+from ranker.stability.detector_settings import DetectorSettings
 
 
 @dataclass
@@ -102,8 +103,6 @@ class Root:
 
 def register() -> None:
     """Registers configs that are defined in Python: ``root``, and the detector's settings with their defaults."""
-    from ranker.stability import DetectorSettings  # imported late: it imports torch
-
     store = ConfigStore.instance()
     store.store(name="root", node=Root)
     # As a plain dict, because OmegaConf makes a frozen dataclass read-only.

@@ -7,7 +7,7 @@ import sys
 import hydra
 from omegaconf import DictConfig
 
-from ranker import cli, config
+from ranker import cli, config, deferred
 from ranker.config_overrides import resumed_words, warm_start_word
 from ranker.installation import conf_folder
 
@@ -35,6 +35,7 @@ def _main(cfg: DictConfig) -> float | None:
 
             return run_job(cfg)
         config.check(cfg)
+        deferred.defer()
         from ranker.run import run  # imported late: Lightning costs seconds that --help and --cfg need not wait for
 
         return run(cfg)
