@@ -13,8 +13,10 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from ranker.data.base_lr import read_base_lr
 from ranker.errors import UserError, one_of, suggest
 from ranker.runs import config_identity, objective
+from ranker.stability.detector_settings import DetectorSettings
 
 
 @dataclass
@@ -101,8 +103,6 @@ class Root:
 
 def register() -> None:
     """Registers configs that are defined in Python: ``root``, and the detector's settings with their defaults."""
-    from ranker.stability import DetectorSettings  # imported late: it imports torch
-
     store = ConfigStore.instance()
     store.store(name="root", node=Root)
     # As a plain dict, because OmegaConf makes a frozen dataclass read-only.
@@ -188,6 +188,7 @@ def outside_folder() -> list[str]:
 
 def _register_resolvers() -> None:
     config_identity.register()
+    OmegaConf.register_new_resolver("base_lr_of_log", read_base_lr, replace=True)
     OmegaConf.register_new_resolver("learning_rate", lambda *, _root_: learning_rate(_root_), replace=True)
     OmegaConf.register_new_resolver(
         "objective_direction", lambda *, _root_: objective.direction(_root_.objective), replace=True

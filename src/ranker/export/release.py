@@ -26,6 +26,7 @@ from ranker.export.program_runtime import difference, open_program
 from ranker.metrics import TaskMetrics
 from ranker.runs.lineage import LINEAGE
 from ranker.runs.metric_names import TEST, VAL, task_metric
+from ranker.runs.model_card import write_card
 from ranker.runs.run_folder import (
     AVERAGE,
     DATA_MODULE,
@@ -258,6 +259,7 @@ def write_export(
     onnx: bool,
     force: bool,
     about: Mapping[str, Any],
+    card: Mapping[str, Any] | None = None,
 ) -> Verdict:
     """Applies the gate, converts the model, applies the gate to the outputs of the programs, and writes the folder.
 
@@ -271,6 +273,7 @@ def write_export(
         onnx: also write an ONNX program.
         force: replace an existing export.
         about: origin of the model, for export.json.
+        card: the model card, from ``ranker.runs.model_card``; the verdict is added to it.
 
     Raises:
         UserError: the destination exists, or packages are missing.
@@ -303,6 +306,8 @@ def write_export(
             signature = served.signature.describe()
             known = {"dense_statistics": normalisation(statistics, candidate.schema)}
             write_json(draft / ABOUT, {"format": FORMAT, **plain(about), **known, **signature})
+            if card is not None:
+                write_card(draft, {**card, "gate": plain(verdict.to_dict())})
             write_checksums(draft)
     except _RefusedError:
         pass
