@@ -2,9 +2,9 @@
 
 Writes a folder as your own log would be: one Parquet file per day in time order, and a `schema.yaml` beside them. Users
 see items at a price, with signals that an upstream service computes for them. They click or not, and stay for some
-seconds. On the fourth day the service is updated, and for three rows in a hundred one signal comes in thousandths of its
-unit. That is the kind of fault that ends a model which had trained well for days. `python examples/own_log.py shop` takes
-two seconds.
+seconds. On the fourth day the service is updated, and for three rows in a hundred one signal comes in thousandths of
+its unit. That is the kind of fault that ends a model which had trained well for days. `python examples/own_log.py shop`
+takes two seconds.
 """
 
 # %%

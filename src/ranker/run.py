@@ -27,9 +27,9 @@ from ranker.errors import UserError
 from ranker.export.bundle import ABOUT
 from ranker.export.parent import exported_parent
 from ranker.installation import command_line
-from ranker.runs import lineage, log_identity, objective, provenance, run_lock, slurm
-from ranker.runs.checkpoint_files import by_step
-from ranker.runs.metric_names import VAL
+from ranker.runs import lineage, log_identity, model_card, objective, provenance, run_lock, slurm
+from ranker.runs.checkpoint_files import by_step, step_of
+from ranker.runs.metric_names import TEST, VAL
 from ranker.runs.run_folder import CONFIG, FINISHED, METRICS, SUMMARY, RunFolder, read_summary
 from ranker.training import ddp, trackers
 from ranker.training.metrics_csv import has_values
@@ -129,6 +129,8 @@ def _train(run: Run) -> float:
             reason += f"; {made} rollback{'s' if made > 1 else ''} before it did not help for good"
     elif detector is not None and detector.unsettled:
         reason = "unsettled: " + "; ".join(map(str, detector.unsettled))
+    elif run.stability.early_stop is not None:
+        reason = run.stability.early_stop.reason
     summary = _finish(run, status, reason, time.monotonic() - start)
     if run.trainer.is_global_zero:
         run_summary.show(summary)
@@ -221,10 +223,28 @@ def _finish(run: Run, status: str, reason: str, seconds: float) -> dict[str, obj
     summary = run_summary.summarise(run, status=status, reason=reason, seconds=seconds)
     if run.trainer.is_global_zero:
         run.folder.save_summary(summary)
+        _write_card(run)
         if status in FINISHED and trackers.wants(run.loggers, "report"):
             _write_page(run)
         trackers.write_summary(run.loggers, summary, run.folder)
     return summary
+
+
+def _write_card(run: Run) -> None:
+    """Writes the model card of the newest checkpoint beside it. Only of the last step are there metrics."""
+    found = by_step(run.folder.checkpoints)
+    if not found:
+        return
+    step, last = step_of(found[-1]), run.trainer.global_step
+    measured = {n.removeprefix(f"{TEST}/"): x for n, x in run.module.holdout.items() if n.startswith(f"{TEST}/")}
+    card = model_card.card_of(
+        run.folder,
+        log=run.datamodule.log,
+        step=step,
+        checkpoint="the newest checkpoint",
+        metrics=measured if step == last else {},
+    )
+    model_card.write_card(run.folder.checkpoints, card)
 
 
 def _write_page(run: Run) -> None:

@@ -18,6 +18,7 @@ COMMANDS = {
     "inspect": ("data_commands", "inspect", "check a prepared log"),
     "report": ("report_commands", "report", "write one run as an HTML page"),
     "compare": ("report_commands", "compare", "print a table of several runs"),
+    "wandb-report": ("wandb_command", "wandb_report", "make a report in W&B that compares tracked runs"),
     "plot": ("report_commands", "plot", "draw loss and AUC of several runs"),
     "daily": ("daily_command", "daily", "train day after day from yesterday's model; gate, promote or refuse"),
     "replay": ("replay_command", "replay", "replay a divergence, try alternatives, bisect it"),
@@ -48,7 +49,7 @@ def main() -> int:
 
 def usage() -> str:
     """The list of commands."""
-    lines = [f"  {name:10} {description}" for name, (_, _, description) in COMMANDS.items()]
+    lines = [f"  {name:12} {description}" for name, (_, _, description) in COMMANDS.items()]
     return "\n".join(["usage: evenkeel COMMAND ...", "", *lines, "", "evenkeel COMMAND --help lists its options"])
 
 

@@ -25,6 +25,7 @@ from ranker.runs.checkpoint_files import Best, damage, step_of
 from ranker.runs.config_identity import config_hash
 from ranker.runs.lineage import parent
 from ranker.runs.log_identity import check_schema
+from ranker.runs.model_card import card_of
 from ranker.runs.run_folder import SUMMARY, RunFolder, read_summary
 from ranker.stability.gate import GateSettings, Verdict
 
@@ -57,6 +58,10 @@ def export(arguments: Sequence[str] | None = None) -> int:
             print(f"note: {check.about}: {check.words}", file=sys.stderr)
     if verdict.passed:
         print(f"exported: {destination}")
+        if given.wandb:
+            from ranker.training import trackers
+
+            trackers.keep_later(given.run, trackers.Artifact("export", destination))
     return 0 if verdict.passed else 2
 
 
@@ -87,7 +92,14 @@ def _export(given: argparse.Namespace, settings: GateSettings, destination: Path
         parent=parent(cfg),
     )
     return write_export(
-        candidate, evidence, settings, destination=destination, onnx=given.onnx, force=given.force, about=about
+        candidate,
+        evidence,
+        settings,
+        destination=destination,
+        onnx=given.onnx,
+        force=given.force,
+        about=about,
+        card=card_of(folder, log=log, step=weights.step, checkpoint=which, metrics=metrics),
     )
 
 
@@ -129,6 +141,7 @@ def _parser() -> argparse.ArgumentParser:
     which.add_argument("--checkpoint", type=Path, help="a checkpoint file (default: the last one of the run)")
     parser.add_argument("--force", action="store_true", help="replace an export that is there")
     parser.add_argument("--report", type=Path, metavar="FILE", help="write the gate's report here, also when refused")
+    parser.add_argument("--wandb", action="store_true", help="add the export to the run in W&B, as an artifact")
     add_trust(parser)
     gate = parser.add_argument_group("the gate", "values stand in conf/gate; each of these replaces one")
     gate.add_argument("--gate", default="default", metavar="NAME", help="a file of conf/gate (default: %(default)s)")

@@ -26,7 +26,9 @@ from ranker.export.program_runtime import difference, open_program
 from ranker.metrics import TaskMetrics
 from ranker.runs.lineage import LINEAGE
 from ranker.runs.metric_names import TEST, VAL, task_metric
+from ranker.runs.model_card import write_card
 from ranker.runs.run_folder import (
+    AVERAGE,
     DATA_MODULE,
     GLOBAL_STEP,
     NET_PREFIX,
@@ -48,6 +50,7 @@ class Weights:
         net: state of the ranker.
         statistics: of the dense features after that step.
         step: number of optimizer steps.
+        averaged: whether the dense weights are the moving average of the run's.
         lineage: what it and the runs before it were trained on, see ``ranker.runs.lineage``; empty if it is not known.
     """
 
@@ -55,6 +58,7 @@ class Weights:
     statistics: DenseStatistics
     step: int
     lineage: dict[str, Any] = field(default_factory=dict)
+    averaged: bool = False
 
     @classmethod
     def read(cls, path: Path) -> Weights:
@@ -70,12 +74,14 @@ class Weights:
             state = saved[STATE_DICT]
             data = saved.get(DATA_MODULE, {})
             net = {name.removeprefix(NET_PREFIX): x for name, x in state.items() if name.startswith(NET_PREFIX)}
+            average = saved.get(AVERAGE, {})
+            net |= average
             step = int(saved[GLOBAL_STEP])
         except Exception as error:  # torch raises many types of errors for an invalid file
             raise UserError(f"{path} is not a checkpoint of a run ({' '.join(str(error).split())[:120]})") from error
         known = data.get("dense_statistics")
         lineage = {key: value for key, value in saved.get(LINEAGE, {}).items() if key != "schema"}
-        return cls(net, NOTHING if known is None else DenseStatistics.from_state(known), step, lineage)
+        return cls(net, NOTHING if known is None else DenseStatistics.from_state(known), step, lineage, bool(average))
 
 
 @dataclass(frozen=True)
@@ -233,6 +239,7 @@ def origin(
         LINEAGE: weights.lineage or None,
         "warm_start": parent,
         "checkpoint": which,
+        "averaged": weights.averaged,
         "holdout_rows": log.num_rows - log.train_rows,
         "id_types": log.id_types,
         "versions": versions(),
@@ -252,6 +259,7 @@ def write_export(
     onnx: bool,
     force: bool,
     about: Mapping[str, Any],
+    card: Mapping[str, Any] | None = None,
 ) -> Verdict:
     """Applies the gate, converts the model, applies the gate to the outputs of the programs, and writes the folder.
 
@@ -265,6 +273,7 @@ def write_export(
         onnx: also write an ONNX program.
         force: replace an existing export.
         about: origin of the model, for export.json.
+        card: the model card, from ``ranker.runs.model_card``; the verdict is added to it.
 
     Raises:
         UserError: the destination exists, or packages are missing.
@@ -297,6 +306,8 @@ def write_export(
             signature = served.signature.describe()
             known = {"dense_statistics": normalisation(statistics, candidate.schema)}
             write_json(draft / ABOUT, {"format": FORMAT, **plain(about), **known, **signature})
+            if card is not None:
+                write_card(draft, {**card, "gate": plain(verdict.to_dict())})
             write_checksums(draft)
     except _RefusedError:
         pass

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from ranker.errors import UserError
-from ranker.stability.detector_interface import DetectorSettings, Event, Status, StepValues, pack
+from ranker.stability.detector_interface import Event, Status, StepValues, pack
+from ranker.stability.detector_settings import DetectorSettings
 from ranker.stability.divergence_classifier import DivergenceClassifier
 from ranker.stability.step_cut import StepCut
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ranker.stability.detector_interface import DetectorSettings
+from ranker.stability.detector_settings import DetectorSettings
 
 _NAN = math.nan
 CERTAIN = 3.0  # standard errors beyond which a difference is not chance

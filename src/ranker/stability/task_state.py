@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ranker.stability.detector_interface import MAX_PROOF_STEPS, DetectorSettings
+from ranker.stability.detector_settings import MAX_PROOF_STEPS, DetectorSettings
 from ranker.stability.skill import SkillWindow
 
 _MIN_VALUES = 16  # number of losses from which their median is a usable level

@@ -22,7 +22,7 @@ from ranker.training.metrics_csv import MetricsCsv
 from ranker.training.tracker import PAGE, Artifact, Histogram, Tracked, Tracker, known_ids
 from ranker.training.wandb_tracker import wandb_mode
 
-__all__ = ["Tracked", "wandb_mode"]
+__all__ = ["Artifact", "Tracked", "wandb_mode"]
 
 
 def metrics_csv(run: Tracked) -> Logger:

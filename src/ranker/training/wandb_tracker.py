@@ -15,6 +15,7 @@ import numpy as np
 from pytorch_lightning.loggers import WandbLogger
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
+from ranker import deferred
 from ranker.errors import UserError, one_of
 from ranker.runs.metric_names import PROGRESSIVE, VAL
 from ranker.runs.objective import DIRECTIONS
@@ -207,6 +208,7 @@ def make(
     """The tracker of a run; see ``ranker.training.trackers.weights_and_biases``."""
     import wandb
 
+    deferred.defer()  # now that wandb is there: starting a run would import all of W&B Launch
     name = run_id(run.folder.path)
     back: dict[str, Any] = {}
     if rewind and run.tracked:

@@ -301,6 +301,7 @@ def database(tmp_path_factory: pytest.TempPathFactory) -> str:
     return f"sqlite:///{tmp_path_factory.mktemp('mlflow')}/mlflow.db"
 
 
+@pytest.mark.slow  # MLflow makes its tables for five seconds
 def test_mlflow_has_each_step_once_and_the_configuration(tmp_path: Path, database: str) -> None:
     from mlflow import MlflowClient
 
@@ -330,6 +331,7 @@ def test_mlflow_has_each_step_once_and_the_configuration(tmp_path: Path, databas
     assert run.info.status == "FAILED"
 
 
+@pytest.mark.slow  # MLflow makes its tables for five seconds
 def test_mlflow_that_does_not_answer_stops_no_training(
     tmp_path: Path, database: str, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -349,6 +351,7 @@ def test_mlflow_that_does_not_answer_stops_no_training(
     assert mlflow_values(tmp_path)[0] == {(1, "loss"): 1.0, (2, "loss"): 2.0}
 
 
+@pytest.mark.slow  # MLflow makes its tables for five seconds
 def test_a_run_that_mlflow_has_lost_is_said_in_one_line(tmp_path: Path, database: str) -> None:
     known = {"mlflow": "gone", "mlflow_uri": database}
     (tmp_path / "tracker.json").write_text(json.dumps(known))
