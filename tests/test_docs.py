@@ -20,6 +20,7 @@ import example_pages
 import option_reference
 from ranker import config
 from ranker.commands import console
+from ranker.config_overrides import warm_start_word
 from support import ROOT, finished
 
 PAGES = ("README.md", "CONTRIBUTING.md", "docs/*.md", "results/README.md", "src/optim/README.md")
@@ -75,7 +76,7 @@ def test_a_command_that_trains_composes(line: str) -> None:
     given = words(line)
     if OUTSIDE in given:
         pytest.skip("names files of the reader")
-    overrides = [word for word in given if not word.startswith("-")]
+    overrides = [warm_start_word(word) for word in given if not word.startswith("-")]
     if any(word.startswith("resume=") for word in given):  # data is that of the run
         overrides.append("data=parquet")
     if any(word.startswith(("hydra/launcher=ray", "hydra/sweeper=list")) for word in given):
