@@ -124,7 +124,9 @@ def _fetch(archive: Archive, folder: Path) -> Path:
 @command
 def inspect(arguments: Sequence[str] | None = None) -> int:
     """Checks a prepared log; exit status 0, also with warnings, or 2 where the log cannot be trained on."""
-    parser = argparse.ArgumentParser(description="Check a prepared log: files, label rates, bad rows, columns.")
+    parser = argparse.ArgumentParser(
+        description="Check a log: files, label rates, bad rows, columns. Or propose a schema for one that has none."
+    )
     parser.add_argument(
         "root", metavar="DIR", help="a folder or URL with schema.yaml and Parquet files; for --propose CSV or Parquet"
     )
