@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
+# None of these is a dependency of the tests. With transformers installed, torchmetrics imports it, and each start of a run
+# takes seconds longer.
 NEEDS = {"hugging_face_trainer": ("transformers", "accelerate"), "torchrec_tables": ("torchrec", "fbgemm_gpu")}
 NAMES = [path.stem for path in sorted(EXAMPLES.glob("*.py")) if path.stem != "adagrad_diverges_clippy_does_not"]
 
