@@ -217,7 +217,7 @@ def test_the_tutorial_ends_as_it_says(tmp_path: Path) -> None:
     assert rescued["status"] == clippy["status"] == "completed"
     assert rescued["rollbacks"]
     shown = [float(number) for number in re.findall(r"(\d\d\.\d\d) \(n=1\)", text)]
-    ended = [100 * summary["metrics"]["click/auc"] for summary in (clippy, rescued)]
+    ended = [100 * summary["metrics"]["test/click/auc"] for summary in (clippy, rescued)]
     assert ended == pytest.approx(shown, abs=0.5)
 
     told = run(str(ROOT / "scripts" / "replay.py"), str(next((tmp_path / "runs/naive/capsules").iterdir())), "--bisect")
