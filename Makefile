@@ -7,7 +7,7 @@ JOBS ?= 2
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-slow test-attack check results-check wheel-check format lock clean
+.PHONY: help setup train test test-slow test-attack check docs results-check wheel-check format lock clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-13s %s\n", $$1, $$2}'
@@ -35,11 +35,16 @@ test-slow: $(STAMP)  ## run the long tests too
 test-attack: $(STAMP)  ## attack running jobs and their files, as docs/reliability.md says (up to an hour on 2 cores)
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -q -m attack $(ARGS)
 
-check: $(STAMP)  ## lint, formatting, types, import contracts
+check: $(STAMP)  ## lint, formatting, types, import contracts, the site of the docs
 	@$(PY) -m ruff check .
 	@$(PY) -m ruff format --check .
 	@$(PY) -m mypy
 	@$(VENV)/bin/lint-imports
+	@$(MAKE) --no-print-directory docs
+
+docs: $(STAMP)  ## build the site of the documentation into build/site; fails on a broken link or a page that is in no menu
+	@NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --quiet
+	@echo "build/site/index.html"
 
 results-check: $(STAMP)  ## compute every published table from the CSV files in results/; fails where a number differs
 	@$(PY) scripts/reproduce.py check

@@ -13,7 +13,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from ranker.errors import UserError, suggest
+from ranker.errors import UserError, one_of, suggest
 from ranker.runs import config_identity, objective
 from ranker.stability.detector_settings import DetectorSettings
 
@@ -49,6 +49,30 @@ class TrainSettings:
 
 
 @dataclass
+class WarmStartSettings:
+    """What a new run takes over from an earlier one. ``warm_start=PATH`` is short for ``warm_start.path=PATH``.
+
+    Attributes:
+        path: a run folder, an export or a checkpoint; None starts with random weights.
+        accumulators: ``keep``, ``reset``, ``decay`` or ``floor``; see ``ranker.training.accumulators``.
+        half_life_rows: of ``decay``, rows after which half of what was accumulated is forgotten.
+        floor: of ``floor``, the least accumulator of a layer, as a share of the layer's median.
+        warmup_steps: raise the learning rate linearly from 0 over so many steps of the new run; 0 for none.
+        parent: what the parent is; written by the run.
+    """
+
+    path: str | None = None
+    accumulators: str = "keep"
+    half_life_rows: float | None = None
+    floor: float = 0.1
+    warmup_steps: int = 0
+    parent: dict[str, Any] | None = None
+
+
+ACCUMULATORS = ("keep", "reset", "decay", "floor")
+
+
+@dataclass
 class Root:
     """The whole configuration: groups chosen by name, and what belongs to no group."""
 
@@ -60,7 +84,10 @@ class Root:
     callbacks: dict[str, Any] = field(default_factory=dict)
     logger: dict[str, Any] = field(default_factory=dict)
     mitigation: dict[str, Any] = field(default_factory=dict)
+    loss: dict[str, Any] = field(default_factory=dict)
+    metrics: dict[str, Any] = field(default_factory=dict)
     train: TrainSettings = field(default_factory=TrainSettings)
+    warm_start: WarmStartSettings = field(default_factory=WarmStartSettings)
     seed: int = 0
     lr_mult: float = 1.0
     lr: float | None = None
@@ -124,6 +151,21 @@ def check(cfg: DictConfig) -> None:
         raise UserError(f"train.log_every must be 1 or more, got {cfg.train.log_every}")
     if cfg.train.max_steps < -1 or cfg.train.max_steps == 0:
         raise UserError(f"train.max_steps must be -1 (all passes) or more than 0, got {cfg.train.max_steps}")
+    if "warm_start" in cfg:  # missing in old runs
+        _check_warm_start(cfg.warm_start)
+
+
+def _check_warm_start(given: DictConfig) -> None:
+    one_of(given.accumulators, ACCUMULATORS, "warm_start.accumulators")
+    half_life = given.half_life_rows
+    if given.accumulators == "decay" and not (half_life is not None and half_life > 0):
+        raise UserError(
+            f"warm_start.accumulators=decay needs warm_start.half_life_rows above 0, such as 1e7, got {half_life}"
+        )
+    if not (given.floor > 0 and math.isfinite(given.floor)):
+        raise UserError(f"warm_start.floor must be a number above 0, got {given.floor}")
+    if given.warmup_steps < 0:
+        raise UserError(f"warm_start.warmup_steps must be 0 or more, got {given.warmup_steps}")
 
 
 def is_sweep() -> bool:

@@ -6,7 +6,7 @@ import csv
 import json
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +24,19 @@ from ranker.export.bundle import ABOUT, FORMAT, GATE, METRICS, PROGRAMS, new_fol
 from ranker.export.program import Served, to_onnx, to_program
 from ranker.export.program_runtime import difference, open_program
 from ranker.metrics import TaskMetrics
+from ranker.runs.lineage import LINEAGE
 from ranker.runs.metric_names import TEST, VAL, task_metric
 from ranker.runs.model_card import write_card
-from ranker.runs.run_folder import DATA_MODULE, GLOBAL_STEP, NET_PREFIX, STATE_DICT, SUMMARY, plain, whole_lines
+from ranker.runs.run_folder import (
+    DATA_MODULE,
+    GLOBAL_STEP,
+    NET_PREFIX,
+    STATE_DICT,
+    SUMMARY,
+    plain,
+    versions,
+    whole_lines,
+)
 from ranker.runs.run_folder import METRICS as CURVES
 from ranker.stability.gate import Evidence, GateSettings, Verdict, judge
 
@@ -39,11 +49,13 @@ class Weights:
         net: state of the ranker.
         statistics: of the dense features after that step.
         step: number of optimizer steps.
+        lineage: what it and the runs before it were trained on, see ``ranker.runs.lineage``; empty if it is not known.
     """
 
     net: dict[str, Any]
     statistics: DenseStatistics
     step: int
+    lineage: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def read(cls, path: Path) -> Weights:
@@ -63,7 +75,8 @@ class Weights:
         except Exception as error:  # torch raises many types of errors for an invalid file
             raise UserError(f"{path} is not a checkpoint of a run ({' '.join(str(error).split())[:120]})") from error
         known = data.get("dense_statistics")
-        return cls(net, NOTHING if known is None else DenseStatistics.from_state(known), step)
+        lineage = {key: value for key, value in saved.get(LINEAGE, {}).items() if key != "schema"}
+        return cls(net, NOTHING if known is None else DenseStatistics.from_state(known), step, lineage)
 
 
 @dataclass(frozen=True)
@@ -127,7 +140,7 @@ class Candidate:
         with torch.inference_mode():
             for batch in self.holdout():
                 known = self.weights.statistics.normalise(batch)
-                metrics.update(self.net(known), known.labels_BT, known.mask_BT)
+                metrics.add(self.net(known), known)
                 positives_T += ((known.labels_BT > 0) & known.mask_BT).sum(0)
                 advance(len(batch))
         return metrics.compute(), dict(zip(self.schema.task_names, positives_T.tolist(), strict=True))
@@ -194,6 +207,36 @@ def normalisation(statistics: DenseStatistics, schema: Schema) -> dict[str, Any]
         "rows": statistics.rows,
         "mean": dict(zip(names, statistics.mean_F.tolist(), strict=True)),
         "std": dict(zip(names, std_F.tolist(), strict=True)),
+    }
+
+
+def origin(
+    cfg: Any, weights: Weights, *, run: str, which: str, log: Log, config_hash: str, parent: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """Where an exported model comes from, for export.json.
+
+    Args:
+        cfg: the configuration of the run.
+        weights: the checkpoint.
+        run: name of the run folder.
+        which: which checkpoint it is, in words.
+        log: the log that the run was trained on.
+        config_hash: of the configuration.
+        parent: what the run continued; None where it began with random weights.
+    """
+    return {
+        "model": cfg.model.name,
+        "optim": cfg.optim.name,
+        "data": cfg.data.name,
+        "run": run,
+        "step": weights.step,
+        "config_hash": config_hash,
+        LINEAGE: weights.lineage or None,
+        "warm_start": parent,
+        "checkpoint": which,
+        "holdout_rows": log.num_rows - log.train_rows,
+        "id_types": log.id_types,
+        "versions": versions(),
     }
 
 

@@ -165,7 +165,7 @@ class DivergenceDetector:
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """Numbers, strings, lists and dicts, which load with ``weights_only=True``. Waits for the device."""
+        """Numbers, strings, tensors, lists and dicts, which load with ``weights_only=True``. Waits for the device."""
         self._unreported += self._classify(wait=True)
         return {
             "classifier": self._classifier.state_dict(),

@@ -343,7 +343,7 @@ class DivergenceClassifier:
         return self.ledger.full([*(spikes or [first]), *later], self._step, reason)
 
     def state_dict(self) -> dict[str, Any]:
-        """The state as numbers, strings, lists and dicts."""
+        """The state as numbers, strings, tensors, lists and dicts."""
         return {
             "tasks": {task.name: task.state_dict() for task in self.tasks},
             **self.open.state_dict(),

@@ -16,6 +16,7 @@ from ranker.errors import UserError, suggest
 from ranker.runs import metric_names
 from ranker.runs.run_folder import RunFolder
 from ranker.stability import DetectorSettings, DivergenceDetector, Event, reduce_signals
+from ranker.stability.carried_state import carried
 from ranker.training import trackers
 from ranker.training.capsule_writer import CapsuleWriter
 from ranker.training.module import Fit
@@ -109,6 +110,7 @@ class Stability(Callback):
         self.divergence, self.snapshots, self.capsules, self.rollback = divergence, snapshots, capsules, rollback
         self._folder, self._say = folder, say
         self._saved: Mapping[str, Any] | None = None  # the detector's state in the checkpoint
+        self._earlier: tuple[Mapping[str, Any], dict[str, Any]] | None = None  # that of the run that this one continues
         self._step = 0  # optimizer steps taken
 
     @property
@@ -121,6 +123,15 @@ class Stability(Callback):
         """Records of the rollbacks of the run."""
         return self.rollback.done if self.rollback else []
 
+    def carry_on(self, state: Mapping[str, Any], **how: Any) -> None:
+        """Lets the detector begin with the history of an earlier run.
+
+        Args:
+            state: the detector's state there.
+            **how: see ``ranker.stability.carried_state.carried``.
+        """
+        self._earlier = state, how
+
     def overheard(self, loader: Iterable[Batch]) -> Iterable[Batch]:
         """Wraps the training loader, so that capsules can keep its batches."""
         return self.capsules.overheard(loader) if self.capsules and self.divergence else loader
@@ -128,7 +139,11 @@ class Stability(Callback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Makes the detector. A checkpoint has been loaded by now."""
         if self.divergence:
-            self.divergence.start(Fit(trainer), self._saved)
+            detector = self.divergence.start(Fit(trainer), self._saved)
+            if self._earlier is not None and self._saved is None:
+                state, how = self._earlier
+                detector.load_state_dict(carried(state, detector.state_dict(), **how))
+            self._earlier = None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Takes the first snapshot."""
