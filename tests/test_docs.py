@@ -20,7 +20,7 @@ import example_pages
 import option_reference
 from ranker import config
 from ranker.commands import console
-from support import ROOT
+from support import ROOT, finished
 
 PAGES = ("README.md", "CONTRIBUTING.md", "docs/*.md", "results/README.md", "src/optim/README.md")
 COMMANDS = {Path(path).name: name for name, path in command_reference.FILES.items()}
@@ -195,3 +195,30 @@ def test_the_site_builds_without_a_warning_and_loads_nothing_from_elsewhere(tmp_
         loaded += re.findall(r"<link[^>]* rel=[\"']?(?:stylesheet|icon|preconnect)[^>]*>", text)
         assert not [each for each in loaded if "//" in each], page
     assert (tmp_path / "site" / "results" / "kuairand_laptop" / "midrun.png").is_file()
+
+
+@pytest.mark.slow
+def test_the_tutorial_ends_as_it_says(tmp_path: Path) -> None:
+    def run(*words: str) -> str:
+        command = [sys.executable, *words]
+        return subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True, timeout=600).stdout
+
+    text = (ROOT / "docs" / "tutorial.md").read_text(encoding="utf-8")
+    lines = [words(line) for page, line in commands() if page == "docs/tutorial.md" and "data.source=shop" in line]
+    run(str(ROOT / "examples" / "own_log.py"), "shop")
+    assert len(lines) == 3
+    for overrides in lines:
+        run(str(ROOT / "train.py"), *overrides, "logger=csv", "trainer=cpu", "train.threads=1")
+    naive, rescued, clippy = (finished(tmp_path / "runs" / name).summary for name in ("naive", "rescued", "clippy"))
+    assert naive["status"] == "diverged"
+    step = re.search(r"its past at step (\d+)", text)
+    assert step
+    assert naive["divergence"]["first_step"] == pytest.approx(int(step[1]), abs=5)
+    assert rescued["status"] == clippy["status"] == "completed"
+    assert rescued["rollbacks"]
+    shown = [float(number) for number in re.findall(r"(\d\d\.\d\d) \(n=1\)", text)]
+    ended = [100 * summary["metrics"]["click/auc"] for summary in (clippy, rescued)]
+    assert ended == pytest.approx(shown, abs=0.5)
+
+    told = run(str(ROOT / "scripts" / "replay.py"), str(next((tmp_path / "runs/naive/capsules").iterdir())), "--bisect")
+    assert "Feature: signal_04" in told

@@ -286,6 +286,7 @@ def build_module(cfg: DictConfig, schema: Schema) -> RankingModule:
         lr=base_lr(cfg) * cfg.lr_mult,
         warmup_steps=cfg.train.warmup_steps,
         rewarm_steps=warm_start_settings(cfg).warmup_steps,
+        average_decay=cfg.train.get("average_decay", 0.0),  # missing in old runs
         before=lineage.parent(cfg),
         head_bias=cfg.train.head_bias,
         progressive=cfg.train.progressive,
@@ -373,6 +374,7 @@ def _configured_callbacks(
         snapshots=make("snapshots", folder=folder),
         capsules=make("capsules", folder=folder, cfg=cfg, say=say),
         rollback=make("rollback", folder=folder),
+        early_stop=make("early_stop"),
         folder=folder,
         say=say,
     )

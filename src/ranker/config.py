@@ -13,6 +13,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from ranker.data.base_lr import read_base_lr
 from ranker.errors import UserError, one_of, suggest
 from ranker.runs import config_identity, objective
 from ranker.stability.detector_settings import DetectorSettings
@@ -32,6 +33,7 @@ class TrainSettings:
         log_every: write metrics every so many steps.
         warmup_steps: raise the learning rate linearly from 0 over so many steps; 0 for none.
         head_bias: where the heads' biases start: ``labels``, at the constant that fits the first window best; ``zero``.
+        average_decay: of a moving average of the dense weights, which is evaluated and exported; 0 for none.
         compile: run the model through torch.compile.
         threads: CPU threads of torch; 0 leaves torch's own choice.
     """
@@ -44,6 +46,7 @@ class TrainSettings:
     log_every: int = 10
     warmup_steps: int = 0
     head_bias: str = "labels"
+    average_decay: float = 0.0
     compile: bool = False
     threads: int = 0
 
@@ -151,6 +154,10 @@ def check(cfg: DictConfig) -> None:
         raise UserError(f"train.log_every must be 1 or more, got {cfg.train.log_every}")
     if cfg.train.max_steps < -1 or cfg.train.max_steps == 0:
         raise UserError(f"train.max_steps must be -1 (all passes) or more than 0, got {cfg.train.max_steps}")
+    if not 0 <= cfg.train.get("average_decay", 0) < 1:
+        raise UserError(
+            f"train.average_decay must be 0 (none) or below 1, such as 0.999, got {cfg.train.average_decay}"
+        )
     if "warm_start" in cfg:  # missing in old runs
         _check_warm_start(cfg.warm_start)
 
@@ -181,6 +188,7 @@ def outside_folder() -> list[str]:
 
 def _register_resolvers() -> None:
     config_identity.register()
+    OmegaConf.register_new_resolver("base_lr_of_log", read_base_lr, replace=True)
     OmegaConf.register_new_resolver("learning_rate", lambda *, _root_: learning_rate(_root_), replace=True)
     OmegaConf.register_new_resolver(
         "objective_direction", lambda *, _root_: objective.direction(_root_.objective), replace=True

@@ -129,6 +129,8 @@ def _train(run: Run) -> float:
             reason += f"; {made} rollback{'s' if made > 1 else ''} before it did not help for good"
     elif detector is not None and detector.unsettled:
         reason = "unsettled: " + "; ".join(map(str, detector.unsettled))
+    elif run.stability.early_stop is not None:
+        reason = run.stability.early_stop.reason
     summary = _finish(run, status, reason, time.monotonic() - start)
     if run.trainer.is_global_zero:
         run_summary.show(summary)

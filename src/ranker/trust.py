@@ -46,6 +46,7 @@ TARGETS = frozenset(
         "ranker.training.capsule_writer.CapsuleWriter",
         "ranker.training.ddp.WatchedDDP",
         "ranker.training.early_signs_callback.EarlySigns",
+        "ranker.training.early_stop.EarlyStop",
         "ranker.training.progress.TrainingProgress",
         "ranker.training.rollback.Rollback",
         "ranker.training.sharpness_probe.SharpnessProbe",

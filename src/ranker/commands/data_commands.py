@@ -227,7 +227,8 @@ def _looked_at(log: ParquetLog, before: Sequence[str], given: argparse.Namespace
 
 def _row_progress(*, disable: bool = False) -> Progress:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    return Progress(*columns, console=Console(stderr=True), transient=True, disable=disable)
+    console = Console(stderr=True)
+    return Progress(*columns, console=console, transient=True, disable=disable or not console.is_terminal)
 
 
 def _print_files(files: Sequence[FileEntry], *, title: str) -> None:

@@ -119,7 +119,8 @@ def _is_stale(folder: Path) -> bool:
 
 def _progress() -> Progress:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    return Progress(*columns, console=Console(stderr=True), transient=True)
+    console = Console(stderr=True)
+    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
 
 
 def _print(runs: pl.DataFrame, metrics: list[str], form: str) -> None:

@@ -18,6 +18,7 @@ HEADROOM = """Find how many times the base learning rate a model and optimizer s
     python scripts/stability.py model=large optim=clippy
     python scripts/stability.py model=large optim=adagrad,clippy hydra/launcher=joblib hydra.launcher.n_jobs=4
 
+With --find-base-lr it finds 1x itself; --find-base-lr --help says more.
 `evenkeel headroom` takes the same arguments. Overrides are those of train.py; comma-separated values are compared.
 conf/hydra/sweeper/headroom.yaml lists the options of the search, such as headroom.seeds=5.
 conf/hparams_search/headroom.yaml says how long a short run is (train.max_steps). Runs and report go to the folder
@@ -54,16 +55,24 @@ def train() -> None:
     cli.run(_main)
 
 
-def headroom() -> None:
-    """Searches for the largest stable learning rate: a multirun with the headroom sweeper."""
+def headroom() -> int:
+    """Searches for the largest stable learning rate, or for 1x: a multirun with the headroom sweeper."""
     given = sys.argv[1:]
+    from ranker.commands import base_lr_command
+
+    finds_base_lr = base_lr_command.OPTION in given
+    given = [word for word in given if word != base_lr_command.OPTION]
     if any(word in ("-h", "--help") for word in given):
-        print(HEADROOM, end="")
-        return
+        print(base_lr_command.HELP if finds_base_lr else HEADROOM, end="")
+        return 0
     long = "hydra.sweeper."
     words = [long + word.removeprefix("headroom.") if word.startswith("headroom.") else word for word in given]
+    sys.argv[0] = __file__
+    if finds_base_lr:
+        return base_lr_command.find(words, lambda: cli.run(_main))
     sys.argv = [__file__, "-m", "hparams_search=headroom", *words]
     cli.run(_main)
+    return 0
 
 
 if __name__ == "__main__":

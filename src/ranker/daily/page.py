@@ -98,10 +98,10 @@ def _days(lines: Sequence[Mapping[str, Any]]) -> str:
         trained = line["day"] if line["first"] == line["day"] else f"{line['first']} to {line['day']}"
         cells = [
             str(number_),
-            escape(trained),
+            escape(trained).replace("-", "&#8209;"),  # does not break
             f'<b class="kind {_KINDS.get(line["verdict"], "")}">{escape(line["verdict"])}</b>',
             escape("; ".join(filter(None, [*line["reasons"], line["note"]]))),
-            escape(line["parent"] or "random weights"),
+            escape(line["parent"] or "random weights").replace("-", "&#8209;"),
             f"{line['rows']:,}",
             escape(", ".join(filter(None, what)) or "none"),
             headroom,

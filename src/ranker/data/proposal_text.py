@@ -62,7 +62,10 @@ def next_commands(proposal: Proposal, log: RawLog, profile: RawProfile, path: Pa
     elif path.resolve() != (folder / SCHEMA_FILE).resolve():
         commands.append(f"cp {_word(path)} {_word(folder / SCHEMA_FILE)}")
     train = f"{command_line('train')} data=parquet data.source={_word(folder)} data.dense_statistics=past_windows"
-    commands.append(" ".join([train, *_settings(proposal, profile)]))
+    settings = _settings(proposal, profile)
+    commands.append(" ".join([train, *settings]))
+    search = f"{command_line('headroom')} --find-base-lr data=parquet data.source={_word(folder)}"
+    commands.append(" ".join([search, "data.dense_statistics=past_windows", *settings]))
     return commands, proposal.conversion
 
 

@@ -28,6 +28,7 @@ from ranker.runs.lineage import LINEAGE
 from ranker.runs.metric_names import TEST, VAL, task_metric
 from ranker.runs.model_card import write_card
 from ranker.runs.run_folder import (
+    AVERAGE,
     DATA_MODULE,
     GLOBAL_STEP,
     NET_PREFIX,
@@ -49,6 +50,7 @@ class Weights:
         net: state of the ranker.
         statistics: of the dense features after that step.
         step: number of optimizer steps.
+        averaged: whether the dense weights are the moving average of the run's.
         lineage: what it and the runs before it were trained on, see ``ranker.runs.lineage``; empty if it is not known.
     """
 
@@ -56,6 +58,7 @@ class Weights:
     statistics: DenseStatistics
     step: int
     lineage: dict[str, Any] = field(default_factory=dict)
+    averaged: bool = False
 
     @classmethod
     def read(cls, path: Path) -> Weights:
@@ -71,12 +74,14 @@ class Weights:
             state = saved[STATE_DICT]
             data = saved.get(DATA_MODULE, {})
             net = {name.removeprefix(NET_PREFIX): x for name, x in state.items() if name.startswith(NET_PREFIX)}
+            average = saved.get(AVERAGE, {})
+            net |= average
             step = int(saved[GLOBAL_STEP])
         except Exception as error:  # torch raises many types of errors for an invalid file
             raise UserError(f"{path} is not a checkpoint of a run ({' '.join(str(error).split())[:120]})") from error
         known = data.get("dense_statistics")
         lineage = {key: value for key, value in saved.get(LINEAGE, {}).items() if key != "schema"}
-        return cls(net, NOTHING if known is None else DenseStatistics.from_state(known), step, lineage)
+        return cls(net, NOTHING if known is None else DenseStatistics.from_state(known), step, lineage, bool(average))
 
 
 @dataclass(frozen=True)
@@ -234,6 +239,7 @@ def origin(
         LINEAGE: weights.lineage or None,
         "warm_start": parent,
         "checkpoint": which,
+        "averaged": weights.averaged,
         "holdout_rows": log.num_rows - log.train_rows,
         "id_types": log.id_types,
         "versions": versions(),

@@ -41,7 +41,13 @@ NOT_IDENTIFYING = (
 )
 # Options that older versions did not have, with the value that does what those versions did: left out of the hash, so
 # that a run has one hash before and after the option came.
-ADDED = {"train.epochs": 1, "data.log.row_weights": 0, "data.keep_groups": None, "loss": {"name": "pointwise"}}
+ADDED = {
+    "train.epochs": 1,
+    "train.average_decay": 0,
+    "data.log.row_weights": 0,
+    "data.keep_groups": None,
+    "loss": {"name": "pointwise"},
+}
 # What a resolved configuration repeats elsewhere: the learning rate in data.base_lr and lr_mult, widths in model.net.
 _RESOLVED_INTO_OTHERS = ("lr", "model.widths", "scale.model")  # scale.model: where runs of older versions have widths
 
@@ -92,6 +98,9 @@ def _identifying(cfg: DictConfig) -> dict[str, Any]:
     for path, value in ADDED.items():
         if _at(plain, path.split(".")) == value:
             _drop(plain, path.split("."))
+    callbacks = plain.get("callbacks")
+    if isinstance(callbacks, dict) and not (callbacks.get("early_stop") or {}).get("patience", 0):
+        callbacks.pop("early_stop", None)
     if isinstance(start := plain.get("warm_start"), dict) and start.get("path") is None:
         del plain["warm_start"]  # as in runs from before there was the option
     data = plain.get("data")

@@ -23,8 +23,17 @@ from ranker.metrics import StreamingAUC, Table, TaskMetrics
 from ranker.models import Ranker
 from ranker.runs import metric_names as names
 from ranker.runs.lineage import LINEAGE, totals
-from ranker.runs.run_folder import OPTIMIZER_SETTINGS, RECENT, STATE_DICT, TRAIN_AUC, TRAIN_AUC_BY_RANK
+from ranker.runs.run_folder import (
+    AVERAGE,
+    NET_PREFIX,
+    OPTIMIZER_SETTINGS,
+    RECENT,
+    STATE_DICT,
+    TRAIN_AUC,
+    TRAIN_AUC_BY_RANK,
+)
 from ranker.training.training_step import StepSignals, clip_gradients, forward_loss, step_signals
+from ranker.training.weight_average import WeightAverage
 
 log = logging.getLogger(__name__)
 KEPT_SIGNALS = 1000  # steps
@@ -45,6 +54,7 @@ class RankingModule(pl.LightningModule):
         lr: learning rate per step, multiplier included.
         warmup_steps: raise the learning rate linearly from lr / warmup_steps to lr over this many steps; 0 for none.
         rewarm_steps: the same for a run that continues another one, counted from its own first step.
+        average_decay: of the moving average of the dense weights that is evaluated and exported; 0 for none.
         before: what the run continues, as in ``ranker.runs.lineage``; the warm-up goes on where it was. None: nothing.
         head_bias: ``labels`` starts each head's bias at the constant that fits the labels of the first window best (log
             odds or mean). Without it, the first steps pay for the distance, with the largest gradients of the run.
@@ -58,6 +68,8 @@ class RankingModule(pl.LightningModule):
 
     Attributes:
         optimizer_factory: as ``optimizer``. A rollback may set another one, see ``ranker.training.rollback``.
+        average_decay: as given.
+        average: the moving average of the dense weights; None before training starts, and without one.
         warm_start: puts the state of an earlier run into the fit when it starts; None for random weights.
     """
 
@@ -70,6 +82,7 @@ class RankingModule(pl.LightningModule):
         lr: float,
         warmup_steps: int = 0,
         rewarm_steps: int = 0,
+        average_decay: float = 0.0,
         before: Mapping[str, Any] | None = None,
         head_bias: str = "zero",
         progressive: bool = True,
@@ -87,6 +100,10 @@ class RankingModule(pl.LightningModule):
         self._warmup_steps, self._rewarm_steps = warmup_steps, rewarm_steps
         self._before = before
         self.warm_start: Callable[[Fit], None] | None = None
+        self.average_decay = average_decay
+        self.average: WeightAverage | None = None
+        self._averaged_step = 0  # of the last update
+        self._saved_average: Mapping[str, Any] | None = None  # in the checkpoint
         one_of(head_bias, HEAD_BIASES, "train.head_bias")
         self._head_bias = head_bias
         self._progressive = progressive
@@ -98,6 +115,7 @@ class RankingModule(pl.LightningModule):
         self.train_auc = StreamingAUC(schema)
         make_metrics = metrics or (lambda: TaskMetrics(schema))
         self.holdout_metrics, self.progressive_metrics = make_metrics(), make_metrics()
+        self.last_progressive: tuple[int, Mapping[str, float]] | None = None  # window that was scored last, metrics
         self.signals: StepSignals | None = None
         # Step, losses, AUCs and learning rate, unread on the device. A verdict comes some hundred steps after the first
         # step of its event.
@@ -124,6 +142,22 @@ class RankingModule(pl.LightningModule):
             if self.warm_start is not None:
                 self.warm_start(Fit(self.trainer))
         self.warm_start = None  # frees the parent's state
+        self.start_average(self._saved_average)
+        self._saved_average = None
+
+    def start_average(self, state: Mapping[str, Any] | None) -> None:
+        """Makes the moving average, from a state or from the weights; keeps the one that a warm start has made."""
+        self._averaged_step = self.global_step
+        if self.average_decay and self.average is None:
+            self.average = WeightAverage(self.net, decay=self.average_decay)
+            if state is not None:
+                self.average.load_state_dict(state)
+
+    def update_average(self) -> None:
+        """Takes the weights of a step into the moving average, once per optimizer step."""
+        if self.average is not None and self.global_step != self._averaged_step:
+            self.average.update()
+            self._averaged_step = self.global_step
 
     def start_heads(self, data: RankingDataModule) -> None:
         """Starts the biases of the heads from the first window's labels, if they are to start there."""
@@ -155,6 +189,7 @@ class RankingModule(pl.LightningModule):
         self.score(batch.opening, self.progressive_metrics)
         values = self.progressive_metrics.compute()
         self.progressive_metrics.reset()
+        self.last_progressive = batch.window, values
         self.record(_over_time(names.PROGRESSIVE, values) | {names.WINDOW: float(batch.window)})
 
     def record_step(self) -> None:
@@ -196,12 +231,22 @@ class RankingModule(pl.LightningModule):
                     values[names.task_metric(names.TRAIN, task.name, self.loss.ranking.name)] = loss
         self.record(values, step=step)
 
+    def on_validation_epoch_start(self) -> None:
+        """Evaluates the moving average, if there is one."""
+        if self.average is not None:
+            self.average.swap()
+
+    def on_test_epoch_start(self) -> None:
+        """As for validation."""
+        self.on_validation_epoch_start()
+
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Adds a batch of the hold-out."""
         self.holdout_metrics.add(self.net(batch), batch)
 
     def on_validation_epoch_end(self) -> None:
         """Writes the hold-out's metrics at this step."""
+        self._own_weights()
         self._end_holdout(names.VAL)
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
@@ -210,6 +255,7 @@ class RankingModule(pl.LightningModule):
 
     def on_test_epoch_end(self) -> None:
         """Writes the hold-out's metrics at the end of training."""
+        self._own_weights()
         self._end_holdout(names.TEST)
         if self.trainer.is_global_zero:
             for name, why in self.holdout_notes.items():
@@ -269,6 +315,10 @@ class RankingModule(pl.LightningModule):
         assert isinstance(by_rank, Tensor)
         checkpoint[TRAIN_AUC_BY_RANK] = by_rank.cpu()
         checkpoint[OPTIMIZER_SETTINGS] = self._settings
+        if self.average is not None:
+            checkpoint[AVERAGE] = self.average.state_dict()
+            live = self.average.own_weights().items()  # in the middle of an evaluation the net has the average
+            checkpoint[STATE_DICT] |= {f"{NET_PREFIX}{name}": value for name, value in live}
         windows, rows, last_time_ms = Fit(self.trainer).data.trained()
         checkpoint[LINEAGE] = {
             **totals(
@@ -288,6 +338,7 @@ class RankingModule(pl.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Gives this rank its own training AUC back; with another number of ranks, rank 0 gets the sum."""
         self._saved_settings = checkpoint.get(OPTIMIZER_SETTINGS)
+        self._saved_average = checkpoint.get(AVERAGE)
         if recent := checkpoint.get(RECENT):  # missing in older checkpoints
             rows = zip(recent["steps"], recent["losses"], recent["auc"], recent["lr"], strict=True)
             self._unrecorded.extend(rows)
@@ -311,6 +362,11 @@ class RankingModule(pl.LightningModule):
         """Sends numbers to every tracker under the step they belong to; None for the last step."""
         for logger in self.trainer.loggers:
             logger.log_metrics(dict(values), step=self.global_step if step is None else step)
+
+    def _own_weights(self) -> None:
+        """Gives the net its own weights back after an evaluation of the average."""
+        if self.average is not None and self.average.swapped:
+            self.average.swap()
 
     def _end_holdout(self, phase: str) -> None:
         values = self.holdout_metrics.compute(final=phase == names.TEST)

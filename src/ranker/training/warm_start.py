@@ -20,6 +20,7 @@ from ranker.runs.checkpoint_files import damage
 from ranker.runs.config_identity import config_hash
 from ranker.runs.lineage import LINEAGE, iso
 from ranker.runs.run_folder import (
+    AVERAGE,
     CALLBACKS,
     CONFIG,
     DATA_MODULE,
@@ -53,6 +54,7 @@ class Parent:
         optimizer: the optimizer's state by parameter; None for an export, which has none.
         groups: settings of the optimizer's groups, with ``param_names``.
         detector: state of the divergence detector; None without one.
+        average: moving average of the dense weights; empty without one.
         auc: histograms of the training AUC, [ranks, T, 2, bins]; None for an export.
         own_rows: rows that it was trained on itself.
     """
@@ -64,6 +66,7 @@ class Parent:
     optimizer: StateByName | None = None
     groups: list[dict[str, Any]] = field(default_factory=list)
     detector: Mapping[str, Any] | None = None
+    average: Mapping[str, Tensor] = field(default_factory=dict)
     auc: Tensor | None = None
     own_rows: int = 0
 
@@ -124,6 +127,7 @@ class Parent:
             optimizer=accumulators.by_name(optimizer),
             groups=optimizer["param_groups"],
             detector=detector,
+            average=saved.get(AVERAGE, {}),
             auc=saved.get(TRAIN_AUC_BY_RANK, state[TRAIN_AUC][None]),
             own_rows=own_rows,
         )
@@ -213,7 +217,14 @@ class WarmStart:
             lost = accumulators.put(old, self._plan.moves, self.parent.groups, module, fit.trainer.optimizers[0])
             self.lines += lost
         self._carry_auc(fit)
+        self._carry_average(module)
         fit.data.carry_statistics(self._statistics(module.schema, fit.data))
+
+    def _carry_average(self, module: RankingModule) -> None:
+        """The moving average goes on; what is not taken over as it was starts from the weights."""
+        whole = {name: move.source for name, move in self._plan.moves.items() if not move.axes}
+        known = self.parent.average
+        module.start_average({name: known[source] for name, source in whole.items() if source in known})
 
     def _carry_auc(self, fit: Fit) -> None:
         """Each rank's histograms where the number of ranks is the same, otherwise their sum on the first one."""

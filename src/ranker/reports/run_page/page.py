@@ -173,7 +173,7 @@ def _holdout(run: Recorded) -> str:
     tables = holdout.metric_tables(summary)
     if not tables:
         return missing("Not evaluated yet: the run evaluates the hold-out when it ends.")
-    parts = [table(*table) for table in tables]
+    parts = [table(*each) for each in tables]
     useless = summary.get("no_better_than_constant")
     why = f"NE >= 1, R2 <= 0 or AUC < {AUC_OF_CHANCE:g}"
     note = f"No better than a constant prediction ({why}): {', '.join(useless)}." if useless else ""
@@ -181,7 +181,7 @@ def _holdout(run: Recorded) -> str:
     parts += [f'<p class="reason">{escape(text)}</p>' for text in notes]
     if diagrams := holdout.reliability_diagrams(summary):
         parts.append(grid(diagrams))
-    parts += [f"<h3>{escape(title)}</h3>{table(*table)}" for title, table in holdout.segment_tables(summary)]
+    parts += [f"<h3>{escape(title)}</h3>{table(*each)}" for title, each in holdout.segment_tables(summary)]
     return "".join(parts)
 
 
