@@ -18,7 +18,7 @@ from pytorch_lightning.utilities.rank_zero import rank_zero_only
 from ranker import deferred
 from ranker.errors import UserError, one_of
 from ranker.runs.metric_names import PROGRESSIVE, VAL
-from ranker.runs.objective import DIRECTIONS
+from ranker.runs.objective import DIRECTIONS, kind_of
 from ranker.training.lightning_private import rewinds, without_anonymous
 from ranker.training.tracker import Artifact, Histogram, Tracked, Tracker, flat_result, keep_ids, known_ids
 from ranker.training.wandb_files import GLOBAL_STEP, Sent, sent_before
@@ -53,7 +53,7 @@ def best_of(name: str) -> str | None:
     phase, _, metric = name.partition("/")
     if phase not in (VAL, PROGRESSIVE):
         return None
-    return {"maximize": "max", "minimize": "min"}.get(DIRECTIONS.get(metric.rsplit("/", 1)[-1], ""))
+    return {"maximize": "max", "minimize": "min"}.get(DIRECTIONS.get(kind_of(metric), ""))
 
 
 class WandbTracker(WandbLogger, Tracker):

@@ -107,6 +107,7 @@ def test_a_server_that_cannot_rewind_is_said_in_one_line(tmp_path: Path, monkeyp
     [
         ("val/click/auc", "max"),
         ("progressive/watch_time/rmse", "min"),
+        ("val/click/ndcg_10.user", "max"),
         ("val/click/calibration", None),
         ("train/click/auc", None),
         ("test/click/auc", None),
