@@ -24,6 +24,7 @@ FILES = {
     "inspect": "scripts/inspect_data.py",
     "report": "scripts/report_run.py",
     "compare": "scripts/compare_runs.py",
+    "wandb-report": "scripts/wandb_report.py",
     "plot": "scripts/plot_training.py",
 }  # the others are scripts/NAME.py, with _ for -
 
