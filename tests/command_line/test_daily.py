@@ -60,7 +60,7 @@ def test_killed_again_and_again_it_ends_with_the_same_weights(tmp_path: Path) ->
     while True:
         process = start(tmp_path / "killed", "train.epochs=8")
         began = time.monotonic()
-        patience = 5 + draw.random() * 40 if kills < 10 else 900
+        patience = 10 + draw.random() * 40 if kills < 6 else 900
         while process.poll() is None and time.monotonic() - began < patience:
             time.sleep(0.1)
         if process.poll() is not None:

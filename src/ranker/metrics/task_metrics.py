@@ -52,7 +52,7 @@ class TaskMetrics(nn.Module):
 
     Memory on each rank, per row of all ranks: 5 bytes for each binary task. Other metrics add 8 bytes for each group
     and each regression that they need, 4 for each feature, and weights add 4. While one task is computed, there are
-    some 100 to 200 bytes per row more, in host memory.
+    about 250 bytes per row more, in host memory.
 
     Args:
         schema: gives names and types of the tasks.
