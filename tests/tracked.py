@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+import warnings
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -79,10 +80,13 @@ def mlflow_values(folder: Path) -> tuple[Values, Counter[tuple[int, str]]]:
     from mlflow import MlflowClient
 
     known = json.loads((folder / "tracker.json").read_text())
-    client = MlflowClient(known["mlflow_uri"])
     values: Values = {}
     count: Counter[tuple[int, str]] = Counter()
-    for name in client.get_run(known["mlflow"]).data.metrics:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*noload.* loader strategy is deprecated")  # as the tracker does
+        client = MlflowClient(known["mlflow_uri"])
+        names = list(client.get_run(known["mlflow"]).data.metrics)
+    for name in names:
         for metric in client.get_metric_history(known["mlflow"], name):
             values[metric.step, name] = metric.value
             count[metric.step, name] += 1
