@@ -52,7 +52,9 @@ check: $(STAMP)  ## lint, formatting, types, import contracts, the site of the d
 	@$(MAKE) --no-print-directory docs
 
 docs: $(STAMP)  ## build the site of the documentation into build/site; fails on a broken link or a page that is in no menu
-	@NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --quiet
+	@# not --quiet: with it, --strict counts no warnings
+	@mkdir -p build
+	@NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict > build/docs.log 2>&1 || { cat build/docs.log; exit 1; }
 	@echo "build/site/index.html"
 
 results-check: $(STAMP)  ## compute every published table from the CSV files in results/; fails where a number differs
