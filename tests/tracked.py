@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+import warnings
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -24,17 +25,17 @@ def finished_records(path: Path) -> list[Any]:
         time.sleep(0.05)
 
 
-def wandb_records(folder: Path) -> list[list[Any]]:
-    """The records of each attempt; the newest one has ended."""
+def wandb_records(folder: Path, *, ended: bool = True) -> list[list[Any]]:
+    """The records of each attempt; the newest one has ended, or was cut off."""
     *killed, newest = files_of(folder, json.loads((folder / "tracker.json").read_text())["wandb"])
-    return [*(list(records(path)) for path in killed), finished_records(newest)]
+    return [*(list(records(path)) for path in killed), finished_records(newest) if ended else list(records(newest))]
 
 
-def wandb_values(folder: Path) -> tuple[Values, Counter[tuple[int, str]]]:
+def wandb_values(folder: Path, *, ended: bool = True) -> tuple[Values, Counter[tuple[int, str]]]:
     """Values by (step, name) over all attempts, and how often each was sent."""
     values: Values = {}
     count: Counter[tuple[int, str]] = Counter()
-    for attempt in wandb_records(folder):
+    for attempt in wandb_records(folder, ended=ended):
         for record in attempt:
             if record.WhichOneof("record_type") != "history":
                 continue
@@ -79,10 +80,13 @@ def mlflow_values(folder: Path) -> tuple[Values, Counter[tuple[int, str]]]:
     from mlflow import MlflowClient
 
     known = json.loads((folder / "tracker.json").read_text())
-    client = MlflowClient(known["mlflow_uri"])
     values: Values = {}
     count: Counter[tuple[int, str]] = Counter()
-    for name in client.get_run(known["mlflow"]).data.metrics:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*noload.* loader strategy is deprecated")  # as the tracker does
+        client = MlflowClient(known["mlflow_uri"])
+        names = list(client.get_run(known["mlflow"]).data.metrics)
+    for name in names:
         for metric in client.get_metric_history(known["mlflow"], name):
             values[metric.step, name] = metric.value
             count[metric.step, name] += 1

@@ -24,18 +24,28 @@ FILES = {
     "inspect": "scripts/inspect_data.py",
     "report": "scripts/report_run.py",
     "compare": "scripts/compare_runs.py",
+    "wandb-report": "scripts/wandb_report.py",
     "plot": "scripts/plot_training.py",
-}  # the others are scripts/NAME.py
+}  # the others are scripts/NAME.py, with _ for -
 
 
 def markdown() -> str:
     """The whole page."""
     parts = [INTRO]
     for name, (_, _, description) in console.COMMANDS.items():
-        parts.append(f"## {name} {{ #{name} }}\n\n`{FILES.get(name, f'scripts/{name}.py')}`: {description}\n\n")
+        parts.append(f"## {name} {{ #{name} }}\n\n`{file_of(name)}`: {description}\n\n")
         if name != "train":  # Hydra's help is the reference of options
             parts.append(f"```text\n{help_of(name).rstrip()}\n```\n\n")
     return "".join(parts)
+
+
+def file_of(name: str) -> str:
+    """The script that is the same command.
+
+    Args:
+        name: of a command.
+    """
+    return FILES.get(name, f"scripts/{name.replace('-', '_')}.py")
 
 
 def help_of(name: str) -> str:

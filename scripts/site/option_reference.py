@@ -31,7 +31,7 @@ ELSEWHERE = {
 }
 ORDER = ("model", "optim", "data", "scale", "trainer", "mitigation", "callbacks", "logger", "experiment")
 # The group's keys are absolute: they are read without the group's name in front.
-ABSOLUTE = ("", "gate", "hydra/sweeper")
+ABSOLUTE = ("", "gate")
 INTRO = """# Every option
 
 Made from the files in `conf/` and the docstrings of what they build, each time this site is built. Give a value as
@@ -125,7 +125,7 @@ def read(path: Path, conf: Path) -> ConfigFile:
     pairs = node.value if isinstance(node, yaml.MappingNode) else []
     plain = yaml.safe_load("\n".join(lines)) or {}
     builds: dict[str, str] = {}
-    options = list(_options(pairs, lines, "" if absolute else group, {}, builds))
+    options = list(_options(pairs, lines, "" if absolute else group.replace("/", "."), {}, builds))
     inherited, chosen = _defaults(plain.get("defaults", []))
     text = "\n".join(line for line in head if not line.startswith("@package"))
     return ConfigFile(group, path.stem, text, inherited, chosen, builds, options)
@@ -230,7 +230,7 @@ def typed(target: str, prefix: str) -> list[Option]:
 
 def detector_settings() -> list[Option]:
     """The settings of the detector, which are registered in Python."""
-    return typed("ranker.stability.detector_interface.DetectorSettings", "callbacks.divergence.settings.")
+    return typed("ranker.stability.DetectorSettings", "callbacks.divergence.settings.")
 
 
 def anchor(group: str, name: str) -> str:

@@ -70,6 +70,10 @@ def on_page_markdown(markdown: str, *, page: Page, **_: Any) -> str:
     here = next((path for path, place in sources().items() if place == page.file.src_uri), f"docs/{page.file.src_uri}")
     if page.file.src_uri == "index.md":
         page.meta["hide"] = ["navigation"]  # one page alone in its tab
+    if page.file.src_uri.startswith("results/"):
+        page.meta["search"] = {"exclude": True}  # rows of numbers; the pages that discuss them are found
+    elif page.file.src_uri in ("options.md", "optim.md"):
+        page.meta["search"] = {"boost": 2}
     return PIECE.sub(lambda match: _link(match, here, page.file.src_uri), QUOTE_MARK.sub("\n", markdown))
 
 

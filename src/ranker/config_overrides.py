@@ -109,7 +109,8 @@ def warm_start_word(word: str) -> str:
     name, equals, value = word.partition("=")
     if name != "warm_start" or not equals:
         return word
-    return f"warm_start.path={quoted(value) if '=' in value and Path(value).exists() else value}"
+    plain = "=" in value and "," not in value and value[:1] not in ("'", '"')
+    return f"warm_start.path={quoted(value) if plain else value}"
 
 
 def resumed(cfg: DictConfig, saved: DictConfig, overrides: list[str], *, conf: Path) -> DictConfig:

@@ -60,11 +60,12 @@ def test_killed_again_and_again_it_ends_with_the_same_weights(tmp_path: Path) ->
     while True:
         process = start(tmp_path / "killed", "train.epochs=8")
         began = time.monotonic()
-        patience = 5 + draw.random() * 40 if kills < 10 else 900
+        patience = 10 + draw.random() * 40 if kills < 6 else 900
         while process.poll() is None and time.monotonic() - began < patience:
             time.sleep(0.1)
         if process.poll() is not None:
-            assert process.returncode == 0, process.communicate()[0]
+            said = process.communicate()[0]
+            assert process.returncode == 0, said
             break
         kills += 1
         if kills % 3:
@@ -72,6 +73,8 @@ def test_killed_again_and_again_it_ends_with_the_same_weights(tmp_path: Path) ->
         else:
             process.kill()  # the run that it started is left behind, and the next call waits for it
         process.wait()
+        assert process.stdout is not None
+        process.stdout.close()
     assert kills
     assert verdicts(tmp_path / "killed") == ["promoted", "promoted"]
     for day in (0, 1):

@@ -12,12 +12,12 @@ from ranker.errors import suggest
 # Command: module within ranker.commands, function, description.
 COMMANDS = {
     "train": ("train", "train", "train a model; takes Hydra overrides such as model=large optim=clippy"),
-    "headroom": ("train", "headroom", "find the largest stable learning rate with short runs"),
-    "prepare": ("data_commands", "prepare", "convert a public data set to Parquet"),
+    "headroom": ("train", "headroom", "find the largest stable learning rate, or 1x of an own log, with short runs"),
+    "prepare": ("data_commands", "prepare", "convert a public data set or an own log to Parquet"),
     "download": ("data_commands", "download", "download a public data set"),
-    "inspect": ("data_commands", "inspect", "check a prepared log"),
+    "inspect": ("data_commands", "inspect", "check a log, or propose a schema for one"),
     "report": ("report_commands", "report", "write one run as an HTML page"),
-    "compare": ("report_commands", "compare", "print a table of several runs"),
+    "compare": ("report_commands", "compare", "compare several runs in a table or a page"),
     "wandb-report": ("wandb_command", "wandb_report", "make a report in W&B that compares tracked runs"),
     "plot": ("report_commands", "plot", "draw loss and AUC of several runs"),
     "daily": ("daily_command", "daily", "train day after day from yesterday's model; gate, promote or refuse"),

@@ -101,7 +101,12 @@ def _run(given: Given, jobs: Any) -> int:
     )
     with run_lock.held(folder):
         while True:
-            status = _once(cycle)
+            try:
+                status = _once(cycle)
+            except UserError as error:  # such as a file that is being written
+                if given.watch is None:
+                    raise
+                print(f"error: {config.one_line(error)}", file=sys.stderr, flush=True)
             if given.watch is None:
                 return status
             until = time.monotonic() + given.watch

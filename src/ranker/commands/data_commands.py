@@ -1,4 +1,4 @@
-"""``evenkeel prepare``, ``download`` and ``inspect``: public data sets and prepared logs."""
+"""``evenkeel prepare``, ``download`` and ``inspect``: public data sets, own logs, and what is in them."""
 
 from __future__ import annotations
 
@@ -124,7 +124,8 @@ def _fetch(archive: Archive, folder: Path) -> Path:
 @command
 def inspect(arguments: Sequence[str] | None = None) -> int:
     """Checks a prepared log; exit status 0, also with warnings, or 2 where the log cannot be trained on."""
-    parser = argparse.ArgumentParser(description="Check a prepared log: files, label rates, bad rows, columns.")
+    about = "Check a log: files, label rates, bad rows, columns. Or propose a schema for one that has none."
+    parser = argparse.ArgumentParser(description=about)
     parser.add_argument(
         "root", metavar="DIR", help="a folder or URL with schema.yaml and Parquet files; for --propose CSV or Parquet"
     )

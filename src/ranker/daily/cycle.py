@@ -15,7 +15,7 @@ import datetime as dt
 import json
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ from ranker.daily.drift import Drift, compare
 from ranker.daily.jobs import OUTPUT, Jobs, last_error
 from ranker.daily.judge import Request
 from ranker.daily.ledger import Ledger
-from ranker.daily.settings import DailySettings
+from ranker.daily.settings import DailySettings, Retry
 from ranker.daily.shelf import Shelf, free_run
 from ranker.data.times import DAY_MS
 from ranker.errors import UserError
@@ -139,13 +139,13 @@ class Daily:
         plan = self._plan(day, folder, ledger, shelf, log)
         answer = self._answer(folder / VERDICT)
         attempts = self._attempts(folder, plan, judged=answer is not None)
-        last = attempts[-1]
         if answer is None:
-            answer = self._judge(last, folder, shelf)
+            answer = self._judge(attempts[-1], folder, shelf)
         line = self._line(plan, attempts, answer)
         if answer["passed"]:
             if not shelf.state(day).is_dir():
-                shelf.keep_state(day, last.run, RunFolder.existing(last.run).newest_checkpoint())
+                run = folder / answer["run"]
+                shelf.keep_state(day, run, RunFolder.existing(run).newest_checkpoint())
             shelf.serve(day)
         line["serving"] = shelf.served
         ledger.append(line)
@@ -161,7 +161,9 @@ class Daily:
             files = self._files(known.first, day, log)
             same = known.files == files and known.judged == dict(log.files.get(known.after, {}))
             if same or (folder / VERDICT).is_file():  # what comes after the verdict is late
-                return known
+                if known.parent is None or ledger.good is None:
+                    return known
+                return replace(known, parent=str(shelf.state(Path(known.parent).name)))  # the folder may have moved
             self.say(f"{day}: its files changed while it was trained on; it starts over")
             shutil.rmtree(folder)
         good, after = ledger.good, log.after(day)
@@ -189,10 +191,12 @@ class Daily:
     def _attempts(self, folder: Path, plan: Plan, *, judged: bool) -> list[Attempt]:
         """Tries until a run is not lost, or no retry is left."""
         made: list[Attempt] = []
-        for number, retry in enumerate([None, *self.settings.retries], start=1):
+        retries: list[Retry | None] = [None, *self.settings.retries]
+        if judged:  # they are made, whatever is configured by now
+            there = len(list(folder.glob("try=*/")))
+            retries = (retries + [None] * there)[:there]
+        for number, retry in enumerate(retries, start=1):
             run = folder / f"try={number}"
-            if judged and not run.is_dir():
-                break
             if not run.is_dir():
                 start = "random weights" if plan.parent is None else Path(plan.parent).name
                 days = plan.day if plan.first == plan.day else f"{plan.first} to {plan.day}"
@@ -224,7 +228,14 @@ class Daily:
             trusted=[str(name) for _, name in targets(self.cfg)],
         )
         if not request.candidate and request.served is None:  # nothing to evaluate
-            nothing = {"passed": False, "reasons": [], "metrics": None, "served": None, "note": ""}
+            nothing = {
+                "passed": False,
+                "run": last.run.name,
+                "reasons": [],
+                "metrics": None,
+                "served": None,
+                "note": "",
+            }
             write_text(folder / VERDICT, json.dumps(nothing) + "\n")
             return nothing
         output = folder / f"judge.{OUTPUT}"

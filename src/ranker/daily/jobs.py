@@ -11,7 +11,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
 
-from ranker import stop_signals
 from ranker.daily.judge import Request
 from ranker.installation import train_file
 
@@ -62,9 +61,9 @@ def _wait(arguments: list[str], output: Path) -> int:
     try:
         return process.wait()
     except BaseException:
-        number = stop_signals.received() or signal.SIGTERM
+        # Never SIGINT: a terminal has sent it to the job too, and a second one would end it before its checkpoint.
         with suppress(OSError):
-            os.kill(process.pid, signal.SIGTERM if number == signal.SIGHUP else number)
+            os.kill(process.pid, signal.SIGTERM)
         with suppress(subprocess.TimeoutExpired):
             process.wait(_STOP_SECONDS)
         raise

@@ -71,7 +71,8 @@ def answer(request: Request) -> None:
     log = open_log(cfg)
     check_schema(folder.path, log.schema)
     served, note = _served(request, log)
-    found: dict[str, Any] = {"passed": False, "reasons": [], "metrics": None, "served": served, "note": note}
+    found: dict[str, Any] = {"passed": False, "run": folder.path.name, "reasons": [], "metrics": None}
+    found |= {"served": served, "note": note}
     if request.candidate:
         with run_lock.held(folder.path, wait=True):
             found |= _judged(request, folder, cfg, log, served)

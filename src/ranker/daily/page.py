@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
-from importlib.resources import files
 from typing import Any
 
 from ranker.daily import ledger as kinds
 from ranker.daily.ledger import Ledger
-from ranker.reports.run_page.charts import Line, heat_map, line_chart
-from ranker.reports.run_page.recorded import Series
+from ranker.reports.web.charts import Line, heat_map, line_chart
+from ranker.reports.web.document import Section, document, grid, table
+from ranker.reports.web.series import Series
 
 _TITLES = {"auc": "AUC", "ne": "NE (1: no better than a constant)", "rmse": "RMSE", "calibration": "calibration"}
 _KINDS = {kinds.SKIPPED: "full", kinds.REFUSED: "micro"}  # CSS classes of the marks
@@ -28,24 +28,16 @@ def render(ledger: Ledger, *, served: str | None, waiting: str = "") -> str:
         waiting: why nothing more is done, such as a drift that stops; empty if all is well.
     """
     lines = list(ledger.days.values())
-    body = _head(lines, served, waiting)
+    sections = []
     if lines:
-        body += _section("quality", "The served model on the day after", _grid(_quality(lines)))
-        body += _section("days", "Days, the newest first", _days(lines))
-        body += _section("drift", "Drift of features and labels", _drift(lines))
-        body += _section("running", "Speed and learning rate", _grid(_running(lines)))
-    body += _late(ledger.lines)
-    return _document(body)
-
-
-def _document(body: str) -> str:
-    package = files("ranker.reports.run_page")
-    css, js = ((package / name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
-    return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Evenkeel, day after day</title>'
-        f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{css}</style></head>'
-        f"<body><main>{body}</main><script>{js}</script></body></html>\n"
-    )
+        sections = [
+            Section("quality", "The served model on the day after", grid(_quality(lines))),
+            Section("days", "Days, the newest first", _days(lines)),
+            Section("drift", "Drift of features and labels", _drift(lines)),
+            Section("running", "Speed and learning rate", grid(_running(lines))),
+        ]
+    sections.append(Section("late", "Late files", _late(ledger.lines)))
+    return document("Evenkeel, day after day", head=_head(lines, served, waiting), sections=sections)
 
 
 def _head(lines: Sequence[Mapping[str, Any]], served: str | None, waiting: str) -> str:
@@ -64,11 +56,9 @@ def _quality(lines: Sequence[Mapping[str, Any]]) -> list[str]:
     charts = []
     for name in (name for name in names if name.rpartition("/")[2] in _TITLES):
         task, _, metric = name.rpartition("/")
-        served = [(i, _served(line).get(name)) for i, line in enumerate(lines, 1)]
+        served = [(i, _served(line).get(name)) for i, line in enumerate(lines)]
         own = [
-            (i, (line["metrics"] or {}).get(name))
-            for i, line in enumerate(lines, 1)
-            if line["verdict"] != kinds.PROMOTED
+            (i, (line["metrics"] or {}).get(name)) for i, line in enumerate(lines) if line["verdict"] != kinds.PROMOTED
         ]
         drawn = [Line("served from then on", _series(served), "s0", True)]
         if any(value is not None for _, value in own):
@@ -114,13 +104,13 @@ def _days(lines: Sequence[Mapping[str, Any]]) -> str:
         '<p class="note">Headroom: by how much the learning rate could grow until it reaches 2 / sharpness; measured '
         "with callbacks.sharpness.every=N. From: the model that the day started from.</p>"
     )
-    return note + _table(head, rows)
+    return note + table(head, rows)
 
 
 def _drift(lines: Sequence[Mapping[str, Any]]) -> str:
     """Population stability index by feature and day, the label rates, and the share of new ids."""
     psi: dict[str, list[tuple[int, float | None]]] = {}
-    for i, line in enumerate(lines, 1):
+    for i, line in enumerate(lines):
         for name, value in line["drift"].get("psi", {}).items():
             psi.setdefault(name, []).append((i, value))
     worst = sorted(psi, key=lambda name: -max((v for _, v in psi[name] if v is not None), default=0.0))[
@@ -139,7 +129,11 @@ def _drift(lines: Sequence[Mapping[str, Any]]) -> str:
             f"exp(-PSI / {_LARGE_PSI:g}): no colour is no drift; 0.37 is a PSI of {_LARGE_PSI:g}, usually called large."
         )
         parts += heat_map(
-            "population stability of dense features against the days before", cells, last_step=len(lines), note=note
+            "population stability of dense features against the days before",
+            cells,
+            last_step=max(len(lines) - 1, 1),
+            names=[line["day"] for line in lines],
+            note=note,
         )
     charts = []
     for key, title in (("labels", "mean label (rate of positives)"), ("new_ids", "share of rows with a new id")):
@@ -147,7 +141,7 @@ def _drift(lines: Sequence[Mapping[str, Any]]) -> str:
         drawn = [
             Line(
                 name,
-                _series([(i, line["drift"].get(key, {}).get(name)) for i, line in enumerate(lines, 1)]),
+                _series([(i, line["drift"].get(key, {}).get(name)) for i, line in enumerate(lines)]),
                 f"s{k % 9}",
                 True,
             )
@@ -155,7 +149,7 @@ def _drift(lines: Sequence[Mapping[str, Any]]) -> str:
         ]
         if drawn:
             charts.append(_chart(title, drawn, lines))
-    return parts + _grid(charts)
+    return parts + grid(charts)
 
 
 def _running(lines: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -165,11 +159,11 @@ def _running(lines: Sequence[Mapping[str, Any]]) -> list[str]:
         ("lr", "learning rate of the last try"),
     )
     charts = [
-        _chart(title, [Line(title, _series([(i, line[key]) for i, line in enumerate(lines, 1)]), "s0", True)], lines)
+        _chart(title, [Line(title, _series([(i, line[key]) for i, line in enumerate(lines)]), "s0", True)], lines)
         for key, title in wanted
     ]
     if any(line["headroom"] is not None for line in lines):
-        series = _series([(i, line["headroom"]) for i, line in enumerate(lines, 1)])
+        series = _series([(i, line["headroom"]) for i, line in enumerate(lines)])
         level = (1.0, "the edge of stability")
         charts.append(
             _chart("headroom of the learning rate", [Line("headroom", series, "s1", True)], lines, reference=level)
@@ -184,10 +178,13 @@ def _chart(title: str, drawn: Sequence[Line], lines: Sequence[Mapping[str, Any]]
             "step": i,
             "reason": f"{line['day']} {line['verdict']}: {'; '.join(line['reasons'])}",
         }
-        for i, line in enumerate(lines, 1)
+        for i, line in enumerate(lines)
         if line["verdict"] in _KINDS
     ]
-    return line_chart(f"{title}, by day", drawn, last_step=max(len(lines), 2), events=events, log=False, **options)
+    names = [line["day"] for line in lines]
+    return line_chart(
+        f"{title}, by day", drawn, last_step=max(len(lines) - 1, 1), events=events, names=names, log=False, **options
+    )
 
 
 def _late(lines: Sequence[Mapping[str, Any]]) -> str:
@@ -199,23 +196,9 @@ def _late(lines: Sequence[Mapping[str, Any]]) -> str:
     if not rows:
         return ""
     text = "<p>These files came or changed after their day was done. Nothing was trained on them.</p>"
-    return _section("late", "Late files", text + _table(["day", "files"], rows))
+    return text + table(["day", "files"], rows)
 
 
 def _series(points: Iterable[tuple[int, float | None]]) -> Series:
     known = [(i, float(value)) for i, value in points if value is not None]
     return Series([i for i, _ in known], [value for _, value in known])
-
-
-def _section(name: str, title: str, content: str) -> str:
-    return f'<section id="{name}"><h2>{escape(title)}</h2>{content}</section>'
-
-
-def _grid(figures: Iterable[str]) -> str:
-    return f'<div class="grid">{"".join(figures)}</div>'
-
-
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    top = "".join(f"<th>{escape(name)}</th>" for name in head)
-    body = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" for row in rows)
-    return f'<div class="scroll"><table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'

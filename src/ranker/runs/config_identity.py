@@ -100,7 +100,7 @@ def _identifying(cfg: DictConfig) -> dict[str, Any]:
             _drop(plain, path.split("."))
     callbacks = plain.get("callbacks")
     if isinstance(callbacks, dict) and not (callbacks.get("early_stop") or {}).get("patience", 0):
-        callbacks.pop("early_stop", None)
+        callbacks.pop("early_stop", None)  # switched off: as in runs from before there was the option
     if isinstance(start := plain.get("warm_start"), dict) and start.get("path") is None:
         del plain["warm_start"]  # as in runs from before there was the option
     data = plain.get("data")

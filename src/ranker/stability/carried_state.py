@@ -6,6 +6,8 @@ import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from torch import Tensor
+
 _LEDGER = {"full_divergence": None, "micro_count": 0, "unsettled_count": 0, "first_step": None}
 
 
@@ -29,7 +31,9 @@ def carried(
     kept = {name: found["tasks"][name] for name in tasks if name in new["tasks"]}
     for task in kept.values():
         task["high_since"] = None if task["high_since"] is None else task["high_since"] - steps
-        task["skill"] = [[batch[0] - steps, *batch[1:]] for batch in task["skill"]]
+        batches = task["skill"]  # a list in older versions
+        batches = batches.tolist() if isinstance(batches, Tensor) else batches
+        task["skill"] = [[step - steps, *rest] for step, *rest in batches]
     for name in ("step_count", "step", "auc", "was_varied", "constant", "nonfinite"):
         new[name] = found[name]
     new["step"] -= steps

@@ -45,6 +45,12 @@ class TensorboardTracker(TensorBoardLogger, Tracker):
             metrics = {name: value for name, value in metrics.items() if name not in self._known}
         super().log_metrics(dict(metrics), step)
 
+    @rank_zero_only
+    def save(self) -> None:
+        """Has the file on the disk: called with each checkpoint."""
+        super().save()
+        self.experiment.flush()
+
     def alert(self, title: str, text: str, *, serious: bool) -> None:
         """Writes the event as a text, at the last step that has values."""
         self.experiment.add_text("events", f"**{title}**: {text}", self._step)

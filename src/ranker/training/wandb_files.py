@@ -32,12 +32,14 @@ class Sent:
         values: number of the row by (step, name), of the values that came with or after the checkpoint's step.
         alerts: (title, text) of the alerts that came after it.
         extremes: smallest and largest value of each metric that ``wanted`` names, up to the checkpoint.
+        newest: the highest step of each metric, up to the checkpoint.
     """
 
     rows: int = 0
     values: dict[tuple[int, str], int] = field(default_factory=dict)
     alerts: set[tuple[str, str]] = field(default_factory=set)
     extremes: dict[str, tuple[float, float]] = field(default_factory=dict)
+    newest: dict[str, int] = field(default_factory=dict)
 
     @property
     def last_step(self) -> int:
@@ -130,6 +132,7 @@ def sent_before(folder: Path, run_id: str, *, step: int, known_rows: int | None,
                     sent.values |= {(at, name.removesuffix("._type")): number for name in row}
                 if at <= step:
                     _note_extremes(sent, row, wanted)
+                    sent.newest |= {name: max(at, sent.newest.get(name, -1)) for name in row}
     return sent
 
 

@@ -18,8 +18,10 @@ from pytorch_lightning.utilities.rank_zero import rank_zero_only
 from ranker import deferred
 from ranker.errors import UserError, one_of
 from ranker.runs.metric_names import PROGRESSIVE, VAL
-from ranker.runs.objective import DIRECTIONS
+from ranker.runs.objective import DIRECTIONS, kind_of
+from ranker.runs.run_folder import METRICS
 from ranker.training.lightning_private import rewinds, without_anonymous
+from ranker.training.metrics_csv import rows_until
 from ranker.training.tracker import Artifact, Histogram, Tracked, Tracker, flat_result, keep_ids, known_ids
 from ranker.training.wandb_files import GLOBAL_STEP, Sent, sent_before
 
@@ -53,7 +55,7 @@ def best_of(name: str) -> str | None:
     phase, _, metric = name.partition("/")
     if phase not in (VAL, PROGRESSIVE):
         return None
-    return {"maximize": "max", "minimize": "min"}.get(DIRECTIONS.get(metric.rsplit("/", 1)[-1], ""))
+    return {"maximize": "max", "minimize": "min"}.get(DIRECTIONS.get(kind_of(metric), ""))
 
 
 class WandbTracker(WandbLogger, Tracker):
@@ -106,6 +108,7 @@ class WandbTracker(WandbLogger, Tracker):
             )
         except (OSError, ValueError) as error:  # another format: the run must go on all the same
             log.warning("W&B may show steps after %d twice: %s", self._run.step, error)
+            return
         self._extremes = dict(self._sent.extremes)
         if rewinds(self):
             self._sent.values.clear()
@@ -118,6 +121,18 @@ class WandbTracker(WandbLogger, Tracker):
                 "logger.wandb.rewind=true replaces them",
                 flush=True,
             )
+        self._fill_up(self._run.step)
+
+    def _fill_up(self, step: int) -> None:
+        """Sends what metrics.csv has up to the checkpoint and W&B has not.
+
+        W&B's own process keeps rows for a while before it writes them, and loses them if the machine goes down, or if
+        it ends with the run that was killed. metrics.csv is on the disk whenever a checkpoint is.
+        """
+        for at, row in rows_until(self._run.folder.path / METRICS, step):
+            lost = {name: x for name, x in row.items() if at > self._sent.newest.get(name, -1)}
+            self._log({name: x for name, x in lost.items() if (at, name) not in self._sent.values}, at)
+            self._sent.values |= {(at, name): 0 for name in lost if at == step}  # some of this step come again
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:

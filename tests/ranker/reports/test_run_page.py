@@ -90,7 +90,13 @@ def test_a_full_run_shows_every_part_and_fetches_nothing(tmp_path: Path) -> None
     assert parser.open == []
     assert parser.fetched == []
     assert "url(" not in page
-    for title in ("click: loss", "click: AUC", "watch_time: RMSE", "sigma by tensor", "sharpness against 2 / lr"):
+    for title in (
+        "click: log loss, nats per label",
+        "click: AUC",
+        "watch_time: RMSE",
+        "sigma by tensor",
+        "sharpness against 2 / lr",
+    ):
         assert title in page, title
     for kind in ("micro", "full", "shift", "unsettled", "rollback"):
         assert f'line class="event {kind}"' in page
@@ -107,7 +113,7 @@ def test_what_was_not_recorded_says_how_to_record_it(tmp_path: Path) -> None:
     assert page.count('<p class="missing">') == 4
     for advice in ("callbacks.early_signs.every=10", "callbacks.sharpness.every=100", "callbacks.divergence"):
         assert advice in page
-    assert "click: loss" in page
+    assert "click: log loss, nats per label" in page
 
 
 def test_the_step_size_line_is_shown_without_early_signs_too(tmp_path: Path) -> None:

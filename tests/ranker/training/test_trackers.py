@@ -18,8 +18,9 @@ from ranker.runs.run_folder import RunFolder
 from ranker.training import trackers
 from ranker.training.histograms import Histograms, histogram_of
 from ranker.training.tracker import Artifact, Histogram
+from ranker.training.wandb_files import files_of
 from ranker.training.wandb_tracker import WandbTracker, best_of
-from tracked import mlflow_values, tensorboard_values, wandb_records, wandb_summary
+from tracked import mlflow_values, tensorboard_values, wandb_records, wandb_summary, wandb_values
 
 CONFIG = OmegaConf.create({"seed": 0, "optim": {"name": "clippy", "lambda_rel": 0.5}})
 
@@ -107,6 +108,7 @@ def test_a_server_that_cannot_rewind_is_said_in_one_line(tmp_path: Path, monkeyp
     [
         ("val/click/auc", "max"),
         ("progressive/watch_time/rmse", "min"),
+        ("val/click/ndcg_10.user", "max"),
         ("val/click/calibration", None),
         ("train/click/auc", None),
         ("test/click/auc", None),
@@ -171,6 +173,33 @@ def test_what_a_server_has_is_not_sent_again_and_what_got_lost_is(
     ]
     assert run.alerts == [("rollback at step 7", "from step 7 to 3", "WARN")]
     assert "W&B has steps 4 to 5 of an earlier attempt and keeps them" in capsys.readouterr().out
+
+
+def test_what_wandb_lost_of_a_killed_run_is_sent_from_metrics_csv(tmp_path: Path) -> None:
+    csv = trackers.metrics_csv(tracked_of(tmp_path))
+    with trackers.finishing([first := logger_of(tmp_path)]):
+        trackers.write_config([first], CONFIG)
+        for step in range(1, 31):
+            for logger in (first, csv):
+                logger.log_metrics({"loss": 1.0 / step} | ({"val/click/auc": 0.5} if step % 8 == 0 else {}), step=step)
+        csv.save()
+    assert len(wandb_records(tmp_path)) == 1  # it is written
+    (path,) = files_of(tmp_path, str(first.version))
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    kept = max(step for step, _ in wandb_values(tmp_path, ended=False)[0])
+    assert kept < 24
+
+    with trackers.finishing([resumed := logger_of(tmp_path, step=24)]):
+        trackers.write_config([resumed], CONFIG)
+        resumed.log_metrics({"loss": 1.0 / 24, "late": 1.0}, step=24)
+        for step in range(25, 33):
+            resumed.log_metrics({"loss": 1.0 / step}, step=step)
+
+    values, count = wandb_values(tmp_path)
+    assert {step: values[step, "loss"] for step in range(1, 33)} == {n: pytest.approx(1.0 / n) for n in range(1, 33)}
+    assert [step for step, name in sorted(values) if name == "val/click/auc"] == [8, 16, 24]
+    assert values[24, "late"] == 1.0
+    assert set(count.values()) == {1}
 
 
 def test_alerts_can_be_switched_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
