@@ -33,11 +33,16 @@ def report(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Write one run as one self-contained HTML page.")
     parser.add_argument("run", type=Path, help="a run folder, such as runs/NAME")
     parser.add_argument("--out", type=Path, help="the page (default: RUN_DIR/report.html)")
+    parser.add_argument("--wandb", action="store_true", help="add the page to the run in W&B, as an artifact")
     options = parser.parse_args(arguments)
     out: Path = options.out or options.run / "report.html"
     page = render(Recorded.read(options.run))
     atomic.write_text(out, page)
     print(out)
+    if options.wandb:
+        from ranker.training import trackers
+
+        trackers.keep_later(options.run, trackers.Artifact("report", out))
     return 0
 
 

@@ -7,8 +7,8 @@ import sys
 import hydra
 from omegaconf import DictConfig
 
-from ranker import cli, config
-from ranker.config_overrides import resumed_words
+from ranker import cli, config, deferred
+from ranker.config_overrides import resumed_words, warm_start_word
 from ranker.installation import conf_folder
 
 config.register()
@@ -35,6 +35,7 @@ def _main(cfg: DictConfig) -> float | None:
 
             return run_job(cfg)
         config.check(cfg)
+        deferred.defer()
         from ranker.run import run  # imported late: Lightning costs seconds that --help and --cfg need not wait for
 
         return run(cfg)
@@ -49,7 +50,8 @@ def train() -> None:
     if {"--cfg", "-c", "--cfg=job", "-cjob"} & set(sys.argv) and "--resolve" not in sys.argv:
         sys.argv.append("--resolve")  # shows the learning rate and widths that will be used, not ${...}
     with cli.one_line_errors(outermost=True):
-        sys.argv[1:] = resumed_words(sys.argv[1:], conf=conf_folder())
+        words = [warm_start_word(word) for word in sys.argv[1:]]
+        sys.argv[1:] = resumed_words(words, conf=conf_folder())
     cli.run(_main)
 
 

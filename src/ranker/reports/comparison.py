@@ -15,7 +15,7 @@ ORDER = {
     "model": ("small", "large", "large_dcn", "moe", "ple"),
     "optim": ("adagrad", "gc", "agc", "lamb", "clippy"),
 }
-PERCENT = ("auc",)
+PERCENT = ("auc", "gauc")
 USELESS = "no better than a constant"
 PAGE = "report.html"
 
@@ -102,7 +102,7 @@ def _cell(cell: dict[str, Any], metric: str) -> str:
 
 def is_percent(metric: str) -> bool:
     """Whether a metric is shown in percent."""
-    return metric.rsplit("/", 1)[-1] in PERCENT
+    return metric.rsplit("/", 1)[-1].split(".", 1)[0] in PERCENT  # gauc.user is a gauc
 
 
 def ordered(names: Sequence[str], order: Sequence[str]) -> list[str]:

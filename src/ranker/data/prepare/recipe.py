@@ -20,7 +20,7 @@ from ranker.errors import UserError, suggest
 
 TIME = "time_ms"
 # Part of every fingerprint. Increase it when the same files would give other prepared data.
-CODE_VERSION = 1
+CODE_VERSION = 2
 _TAIL = 65_536  # bytes at the end of a file in which its last line is looked for
 
 

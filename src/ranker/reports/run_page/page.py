@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from ranker.reports.run_page import holdout
 from ranker.reports.run_page.recorded import Recorded
 from ranker.reports.web.charts import Line, cosine, heat_map, line_chart
 from ranker.reports.web.document import Section, document, facts, grid, missing, table
@@ -22,7 +23,6 @@ from ranker.runs.metric_names import (
     SIGNS,
     TASK_COSINE,
     TASK_NORM,
-    TEST,
     TRAIN,
     TRAIN_LOSS,
     VAL,
@@ -168,20 +168,21 @@ def _events(run: Recorded) -> str:
 
 
 def _holdout(run: Recorded) -> str:
-    """Final metrics on the hold-out by task."""
-    metrics: Mapping[str, Any] = (run.summary or {}).get("metrics") or {}
-    split = {name: name.split("/") for name in metrics if name.count("/") == 2}
-    if not split:
+    """Final metrics on the hold-out, with their confidence intervals, segments and reliability diagrams."""
+    summary = run.summary or {}
+    tables = holdout.metric_tables(summary)
+    if not tables:
         return missing("Not evaluated yet: the run evaluates the hold-out when it ends.")
-    columns = list(dict.fromkeys(metric for *_, metric in split.values()))
-    rows = []
-    for task in dict.fromkeys(parts[1] for parts in split.values()):
-        keys = [task_metric(TEST, task, column) for column in columns]
-        rows.append([escape(task), *(_metric(metrics, key) for key in keys)])
-    useless = (run.summary or {}).get("no_better_than_constant")
+    parts = [table(*each) for each in tables]
+    useless = summary.get("no_better_than_constant")
     why = f"NE >= 1, R2 <= 0 or AUC < {AUC_OF_CHANCE:g}"
     note = f"No better than a constant prediction ({why}): {', '.join(useless)}." if useless else ""
-    return table(("task", *columns), rows) + (f'<p class="reason">{escape(note)}</p>' if note else "")
+    notes = [text for text in (holdout.interval_note(summary), note) if text]
+    parts += [f'<p class="reason">{escape(text)}</p>' for text in notes]
+    if diagrams := holdout.reliability_diagrams(summary):
+        parts.append(grid(diagrams))
+    parts += [f"<h3>{escape(title)}</h3>{table(*each)}" for title, each in holdout.segment_tables(summary)]
+    return "".join(parts)
 
 
 CUT = "/step_cut"
@@ -264,15 +265,6 @@ def _configuration(run: Recorded) -> Section:
         if content
     )
     return Section("configuration", "Configuration", details)
-
-
-def _metric(metrics: Mapping[str, Any], key: str) -> str:
-    if key not in metrics:
-        return ""
-    value = metrics[key]
-    if value is None:
-        return "undefined"
-    return f"{value:,.0f}" if key.endswith(("/observed", "/nonfinite")) else f"{value:.4f}"
 
 
 def _chart(run: Recorded, title: str, wanted: Iterable[tuple[str, str, str, bool]], **options: Any) -> str:
