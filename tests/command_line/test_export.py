@@ -151,7 +151,7 @@ def test_an_exported_model_scores_a_file_as_the_run_itself_does(
         "from": "2022-01-08T00:00:00+00:00",
         "to": "2022-01-08T23:59:16+00:00",
     }
-    assert (card["run"], card["step"], card["parent"]) == (trained.name, 16, None)
+    assert (card["run"], card["step"], card["parent"]) == (trained.name, 8, None)
     text = (out / "MODEL_CARD.md").read_text()
     assert "Passed." in text
     assert f"{card['metrics']['click/auc']:.4f}" in text

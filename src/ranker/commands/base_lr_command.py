@@ -14,7 +14,6 @@ from ranker import cli
 from ranker.data.base_lr import write_base_lr
 from ranker.errors import UserError
 from ranker.installation import command_line
-from ranker.reports.headroom_report import JSON
 from ranker.runs.run_folder import CONFIG, SUMMARY
 from ranker.stability.base_rate import base_rate
 from ranker.stability.lr_headroom import Outcome
@@ -46,6 +45,8 @@ def find(words: Sequence[str], search: Callable[[], None]) -> int:
 
 @cli.command
 def _write(folder: Path) -> int:
+    from ranker.reports.headroom_report import JSON  # imported late: it imports polars, which --help need not wait for
+
     report = folder / JSON
     if not report.is_file():
         raise UserError(f"no {JSON} in {folder}: no run has ended")
