@@ -70,11 +70,10 @@ def test_a_broken_file_is_an_error_that_names_it(tmp_path, text):
         read_base_lr(str(tmp_path), "laptop")
 
 
-def test_the_configuration_takes_the_rate_of_the_log(tmp_path):
+def test_the_configuration_takes_the_rate_of_the_log(tmp_path, command_line, capsys):
     (tmp_path / "base_lr.yaml").write_text("laptop: 0.25\n")
-    command = [sys.executable, str(ROOT / "train.py"), "data=parquet", f"data.source={tmp_path}", "lr_mult=2"]
-    shown = subprocess.run([*command, "--cfg", "job"], capture_output=True, text=True, check=True)
-    cfg = yaml.safe_load(shown.stdout)
+    command_line("data=parquet", f"data.source={tmp_path}", "lr_mult=2", "--cfg", "job")
+    cfg = yaml.safe_load(capsys.readouterr().out)
     assert cfg["data"]["base_lr"] == {"laptop": 0.25, "paper": 0.1}
     assert cfg["lr"] == 0.5
 

@@ -243,4 +243,3 @@ def test_the_first_five_minutes_of_a_new_user(tmp_path, kind):
     call(first)
     told = call(f"{train} logger=csv trainer=cpu")
     assert "completed" in told
-    assert "few" not in told
