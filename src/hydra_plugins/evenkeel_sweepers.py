@@ -85,13 +85,23 @@ class HeadroomSweeper(Sweeper):
     def sweep(self, arguments: list[str]) -> Any:
         """Runs the search for every combination of the comma-separated values on the command line."""
         from ranker.sweeps.headroom_search import Options, search
+        from ranker.sweeps.job_list import wants_groups
 
         assert self.config is not None
         assert self._launcher is not None
+        config = self.config
+
+        def before(jobs: list[list[str]], first: int) -> None:
+            if wants_groups(config):
+                from ranker.sweeps.vectorize import train_groups
+
+                train_groups(config, jobs, first=first)
+
         return search(
             arguments,
             options=Options(**self._options),
             launcher=self._launcher,
             folder=Path(self.config.hydra.sweep.dir),
             validate=self.validate_batch_is_legal,
+            before=before,
         )

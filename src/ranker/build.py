@@ -210,21 +210,7 @@ def build(cfg: DictConfig, folder: RunFolder, checkpoint: Path | None, parent: P
         warm_start = WarmStart(parent, warm_start_settings(cfg), module=module, normalises=normalises)
         warm_start.history(stability)
         module.warm_start = warm_start
-    datamodule = RankingDataModule(
-        log,
-        batch_size=cfg.scale.batch_size,
-        eval_batch_size=cfg.scale.eval_batch_size,
-        window=cfg.data.window,
-        seed=cfg.seed,
-        num_workers=cfg.data.num_workers,
-        eval_max_rows=cfg.data.eval_max_rows,
-        progressive=cfg.train.progressive,
-        dense_statistics=cfg.data.dense_statistics,
-        passes=cfg.train.get("epochs", 1),  # missing in old runs
-        keep_groups=cfg.data.get("keep_groups"),  # likewise
-        windows_before=int((lineage.parent(cfg) or {}).get("windows", 0)),
-        wrap_training=lambda loader: stability.overheard(bookkeeping.timed(loader)),
-    )
+    datamodule = build_data(cfg, log, wrap_training=lambda loader: stability.overheard(bookkeeping.timed(loader)))
     tasks = {task.name: task.type for task in log.schema.tasks}
     checkpoints = Checkpoints(
         folder.checkpoints,
@@ -273,6 +259,30 @@ def build(cfg: DictConfig, folder: RunFolder, checkpoint: Path | None, parent: P
 def _sweep_tag() -> list[str]:
     """A tag that the jobs of a sweep share, by which a tracker shows them alone."""
     return [f"sweep:{Path(HydraConfig.get().sweep.dir).name}"[:64]] if is_sweep() else []  # W&B takes 64 characters
+
+
+def build_data(cfg: DictConfig, log: Log, **other: Any) -> RankingDataModule:
+    """The data module of a log.
+
+    Args:
+        cfg: the configuration.
+        log: the log.
+        other: arguments of ``RankingDataModule`` that the configuration does not decide, or that replace what it says.
+    """
+    configured: dict[str, Any] = {
+        "batch_size": cfg.scale.batch_size,
+        "eval_batch_size": cfg.scale.eval_batch_size,
+        "window": cfg.data.window,
+        "seed": cfg.seed,
+        "num_workers": cfg.data.num_workers,
+        "eval_max_rows": cfg.data.eval_max_rows,
+        "progressive": cfg.train.progressive,
+        "dense_statistics": cfg.data.dense_statistics,
+        "passes": cfg.train.get("epochs", 1),  # missing in old runs
+        "keep_groups": cfg.data.get("keep_groups"),  # likewise
+        "windows_before": int((lineage.parent(cfg) or {}).get("windows", 0)),
+    }
+    return RankingDataModule(log, **(configured | other))
 
 
 def build_module(cfg: DictConfig, schema: Schema) -> RankingModule:

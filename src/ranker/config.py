@@ -18,6 +18,8 @@ from ranker.errors import UserError, one_of, suggest
 from ranker.runs import config_identity, objective
 from ranker.stability.detector_settings import DetectorSettings
 
+ORDERS = ("shared", "own")  # of sweep.vectorize_order
+
 
 @dataclass
 class TrainSettings:
@@ -76,6 +78,20 @@ ACCUMULATORS = ("keep", "reset", "decay", "floor")
 
 
 @dataclass
+class SweepSettings:
+    """How a multirun trains its jobs. Not part of what identifies a run.
+
+    Attributes:
+        vectorize: train up to so many jobs that differ only in seed, learning rate or optimizer as one; 1: none.
+        vectorize_order: the order of the rows inside a window where the seeds differ. ``shared``: that of seed 0 for
+            all; ``own``: each job has that of its own seed.
+    """
+
+    vectorize: int = 1
+    vectorize_order: str = "shared"
+
+
+@dataclass
 class Root:
     """The whole configuration: groups chosen by name, and what belongs to no group."""
 
@@ -91,6 +107,7 @@ class Root:
     metrics: dict[str, Any] = field(default_factory=dict)
     train: TrainSettings = field(default_factory=TrainSettings)
     warm_start: WarmStartSettings = field(default_factory=WarmStartSettings)
+    sweep: SweepSettings = field(default_factory=SweepSettings)
     seed: int = 0
     lr_mult: float = 1.0
     lr: float | None = None
@@ -150,6 +167,10 @@ def check(cfg: DictConfig) -> None:
             raise UserError(f"train.{name} must be 0 or more, got {cfg.train[name]}")
     if cfg.train.get("epochs", 1) < 1:
         raise UserError(f"train.epochs must be 1 or more, got {cfg.train.epochs}")
+    if "sweep" in cfg:  # missing in old runs
+        if cfg.sweep.vectorize < 1:
+            raise UserError(f"sweep.vectorize must be 1 or more, got {cfg.sweep.vectorize}")
+        one_of(cfg.sweep.vectorize_order, ORDERS, "sweep.vectorize_order")
     if cfg.train.log_every < 1:
         raise UserError(f"train.log_every must be 1 or more, got {cfg.train.log_every}")
     if cfg.train.max_steps < -1 or cfg.train.max_steps == 0:

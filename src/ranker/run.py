@@ -120,16 +120,9 @@ def _train(run: Run) -> float:
     except BaseException as caught:
         _ended_early(run, caught, time.monotonic() - start)
         raise
-    status, reason = "completed", ""
     run.stability.finish(run.trainer)
-    detector = run.stability.detector
-    if detector is not None and detector.status == "diverged":
-        status, reason = "diverged", detector.reason
-        if made := len(run.stability.rollbacks):
-            reason += f"; {made} rollback{'s' if made > 1 else ''} before it did not help for good"
-    elif detector is not None and detector.unsettled:
-        reason = "unsettled: " + "; ".join(map(str, detector.unsettled))
-    elif run.stability.early_stop is not None:
+    status, reason = run_summary.verdict(run.stability.detector, rollbacks=len(run.stability.rollbacks))
+    if not reason and run.stability.early_stop is not None:
         reason = run.stability.early_stop.reason
     summary = _finish(run, status, reason, time.monotonic() - start)
     if run.trainer.is_global_zero:

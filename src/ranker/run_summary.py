@@ -20,7 +20,11 @@ from ranker.stability import worth
 from ranker.stability.optimizer_state import ADAPTED, adaptation
 
 if TYPE_CHECKING:  # a sweep reads summaries of earlier runs without importing Lightning
+    import torch
+
     from ranker.build import Run
+    from ranker.stability import DivergenceDetector
+    from ranker.training.module import RankingModule
 
 ADAPTED_AFTER = 100  # steps from which on a run is told that Adagrad never adapted
 NO_DIVERGENCE = {"micro": 0, "full": False, "unsettled": 0, "first_step": None}
@@ -35,42 +39,81 @@ def summarise(run: Run, *, status: str, reason: str, seconds: float) -> dict[str
         reason: why it is not completed, or what is not settled, in one sentence; empty otherwise.
         seconds: wall-clock time of training and evaluation.
     """
-    stability, detector = run.stability, run.stability.detector
-    looked = run.sharpness.summary() if run.sharpness else None
-    adapted = _adaptation(run)
+    optimizers = run.trainer.optimizers
+    return summary_of(
+        run.cfg,
+        module=run.module,
+        detector=run.stability.detector,
+        optimizer=optimizers[0] if optimizers else None,
+        sharpness=run.sharpness.summary() if run.sharpness else None,
+        rollbacks=run.stability.rollbacks,
+        measured={
+            "steps": run.trainer.global_step,
+            "examples": run.bookkeeping.examples,
+            "bad_rows": run.datamodule.log.num_bad_rows,
+            "examples_per_second": round(run.bookkeeping.examples_per_second(), 1),
+            "data_wait_fraction": round(run.bookkeeping.data_wait_fraction(), 4),
+            "seconds": round(seconds, 1),
+            "world_size": run.trainer.world_size,
+            **trained_before(run),
+        },
+        status=status,
+        reason=reason,
+    )
+
+
+def summary_of(
+    cfg: DictConfig,
+    *,
+    module: RankingModule,
+    detector: DivergenceDetector | None,
+    optimizer: torch.optim.Optimizer | None,
+    measured: Mapping[str, Any],
+    status: str,
+    reason: str,
+    sharpness: Mapping[str, Any] | None = None,
+    rollbacks: Sequence[Mapping[str, Any]] = (),
+) -> dict[str, Any]:
+    """The content of summary.json, from the parts of a run.
+
+    Args:
+        cfg: the configuration.
+        module: the model, with the metrics of the hold-out.
+        detector: the divergence detector; None without one.
+        optimizer: has the accumulators; None before there is one.
+        measured: from ``steps`` to ``world_size``, in the order of the file.
+        status: as in ``summarise``.
+        reason: as in ``summarise``.
+        sharpness: the summary of the sharpness probe; None without one.
+        rollbacks: records of the rollbacks.
+    """
+    adapted = _adaptation(module, optimizer)
     return {
         "status": status,
         "reason": reason,
-        **asked_for(run.cfg),
-        "data": data_name(run.cfg, run.module.schema.name),
-        "metrics": run.module.holdout,
-        **_more_metrics(run),
-        "no_better_than_constant": no_better_than_constant(run.module.holdout),
+        **asked_for(cfg),
+        "data": data_name(cfg, module.schema.name),
+        "metrics": module.holdout,
+        **_more_metrics(cfg, module),
+        "no_better_than_constant": no_better_than_constant(module.holdout),
         "divergence": detector.summary() if detector else dict(NO_DIVERGENCE),
-        **({"sharpness": looked} if looked else {}),
+        **({"sharpness": sharpness} if sharpness else {}),
         **({"adapted": adapted} if adapted else {}),
-        **trained_before(run),
-        "rollbacks": [dict(record) for record in stability.rollbacks],
-        "steps": run.trainer.global_step,
-        "examples": run.bookkeeping.examples,
-        "bad_rows": run.datamodule.log.num_bad_rows,
-        "examples_per_second": round(run.bookkeeping.examples_per_second(), 1),
-        "data_wait_fraction": round(run.bookkeeping.data_wait_fraction(), 4),
-        "seconds": round(seconds, 1),
-        "world_size": run.trainer.world_size,
-        "parameters": run.module.net.count_parameters(),  # type: ignore[operator]
-        **made_with(run.cfg),
+        "rollbacks": [dict(record) for record in rollbacks],
+        **measured,
+        "parameters": module.net.count_parameters(),  # type: ignore[operator]
+        **made_with(cfg),
     }
 
 
-def _more_metrics(run: Run) -> dict[str, Any]:
+def _more_metrics(cfg: DictConfig, module: RankingModule) -> dict[str, Any]:
     """Confidence intervals and tables of the metrics, where there are any."""
     found: dict[str, Any] = {}
-    if run.module.holdout_intervals:
-        level = OmegaConf.select(run.cfg, "metrics.intervals.level", default=None)
-        found["intervals"] = {"level": level, **{n: list(ends) for n, ends in run.module.holdout_intervals.items()}}
-    if run.module.holdout_tables:
-        found["tables"] = [table.plain() for table in run.module.holdout_tables]
+    if module.holdout_intervals:
+        level = OmegaConf.select(cfg, "metrics.intervals.level", default=None)
+        found["intervals"] = {"level": level, **{n: list(ends) for n, ends in module.holdout_intervals.items()}}
+    if module.holdout_tables:
+        found["tables"] = [table.plain() for table in module.holdout_tables]
     return found
 
 
@@ -84,6 +127,21 @@ def trained_before(run: Run) -> dict[str, Any]:
         earlier = (read_summary(run.folder.path) or {}).get("warm_start", {})
         known["warm_start"] = earlier or parent
     return known
+
+
+def verdict(detector: DivergenceDetector | None, *, rollbacks: int = 0) -> tuple[str, str]:
+    """Status and reason of a run that trained to its end, or until it was lost.
+
+    Args:
+        detector: after its final verdict; None without one.
+        rollbacks: how many were made.
+    """
+    if detector is not None and detector.status == "diverged":
+        help_ = f"; {rollbacks} rollback{'s' if rollbacks > 1 else ''} before it did not help for good"
+        return "diverged", detector.reason + (help_ if rollbacks else "")
+    if detector is not None and detector.unsettled:
+        return "completed", "unsettled: " + "; ".join(map(str, detector.unsettled))
+    return "completed", ""
 
 
 def never_began(cfg: DictConfig, *, reason: str, seconds: float) -> dict[str, Any]:
@@ -236,11 +294,10 @@ def no_better_than_constant(metrics: Mapping[str, float | None]) -> list[str]:
     return worth.no_better_than_constant({key.removeprefix(f"{TEST}/"): value for key, value in metrics.items()})
 
 
-def _adaptation(run: Run) -> dict[str, float] | None:
+def _adaptation(module: RankingModule, optimizer: torch.optim.Optimizer | None) -> dict[str, float] | None:
     """How many coordinates of the layers that all tasks share have adapted; None without Adagrad's accumulators."""
-    optimizers = run.trainer.optimizers
-    shared = [p for name, p in run.module.net.named_parameters() if not name.startswith(("embeddings.", "heads."))]
-    found = adaptation(optimizers[0], shared) if optimizers else None
+    shared = [p for name, p in module.net.named_parameters() if not name.startswith(("embeddings.", "heads."))]
+    found = None if optimizer is None else adaptation(optimizer, shared)
     return {"share": float(found.share), "initial_accumulator_value": found.start} if found else None
 
 

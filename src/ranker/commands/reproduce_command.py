@@ -45,6 +45,14 @@ def reproduce(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--models", nargs="+", choices=LABELS, help="run these models only, of those a study has")
     parser.add_argument("--trials", type=int, default=8, help="combinations that a search tries per model and method")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time")
+    parser.add_argument(
+        "--vectorize",
+        type=int,
+        default=1,
+        metavar="K",
+        help="train up to K runs that differ only in seed, rate or optimizer as one (docs/sweeps.md); they share the "
+        "order of rows of seed 0, and write no capsules",
+    )
     parser.add_argument("--out", type=Path, default=Path("multirun/reproduce"), help="where run folders go")
     parser.add_argument(
         "--results", type=Path, help="where CSV, Markdown and pictures go (default: OUT/results, see --publish)"
@@ -69,11 +77,21 @@ def reproduce(arguments: Sequence[str] | None = None) -> int:
     setting = _setting(options)
     wanted = list(STUDIES) if options.what == "all" else _with_needs(BY_NAME[options.what])
     for study in wanted:
-        make(study, setting, out=out.resolve(), results=results, parallel=options.jobs, run=not options.no_run)
+        make(
+            study,
+            setting,
+            out=out.resolve(),
+            results=results,
+            parallel=options.jobs,
+            run=not options.no_run,
+            vectorize=options.vectorize,
+        )
     return 0
 
 
-def make(study: Study, setting: Setting, *, out: Path, results: Path, parallel: int, run: bool) -> None:
+def make(
+    study: Study, setting: Setting, *, out: Path, results: Path, parallel: int, run: bool, vectorize: int = 1
+) -> None:
     """Runs a study's phases one after another and writes its files.
 
     Args:
@@ -83,6 +101,7 @@ def make(study: Study, setting: Setting, *, out: Path, results: Path, parallel: 
         results: where the files go; one folder below likewise.
         parallel: runs at a time.
         run: whether to run what is missing.
+        vectorize: runs that are trained as one, at most.
     """
     name = folder_of(study, setting.data, setting.scale)
     folder, sweep = results / name, out / name
@@ -94,7 +113,7 @@ def make(study: Study, setting: Setting, *, out: Path, results: Path, parallel: 
         jobs = phase.jobs(setting, found)
         print(f"{study.name}: {phase.name}, {len(jobs)} runs", flush=True)
         if jobs and run:
-            launch(TRAIN, sweep, unique(jobs), parallel=parallel)
+            launch(TRAIN, sweep, unique(jobs), parallel=parallel, vectorize=vectorize)
         # Runs of models that were asked for at another time stay in the results.
         every = jobs if setting.quick else phase.jobs(replace(setting, models=tuple(LABELS)), found)
         runs, missing = phase.read(setting, sweep, every)
@@ -145,6 +164,8 @@ def _setting(options: argparse.Namespace) -> Setting:
     quick = QUICK if options.quick else ()
     data: Data = DATA[name]
     seeds = 1 if options.quick else options.seeds
+    if options.vectorize < 1:
+        raise UserError(f"--vectorize must be 1 or more, got {options.vectorize}")
     if options.trials < 1 or (options.seeds is not None and options.seeds < 1):
         raise UserError(f"--trials and --seeds must be 1 or more, got {options.trials} and {options.seeds}")
     return Setting(

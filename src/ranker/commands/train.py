@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 
 import hydra
@@ -20,6 +21,8 @@ HEADROOM = """Find how many times the base learning rate a model and optimizer s
 
 With --find-base-lr it finds 1x itself; --find-base-lr --help says more.
 `evenkeel headroom` takes the same arguments. Overrides are those of train.py; comma-separated values are compared.
+--vectorize K trains up to K runs of a round as one (docs/sweeps.md). They differ only in seed, rate or optimizer, share
+the order of rows of seed 0, and record no early signs and no capsules.
 conf/hydra/sweeper/headroom.yaml lists the options of the search, such as headroom.seeds=5.
 conf/hparams_search/headroom.yaml says how long a short run is (train.max_steps). Runs and report go to the folder
 headroom, or to hydra.sweep.dir=DIR. A second call with the same folder runs only what is missing.
@@ -66,6 +69,7 @@ def headroom() -> int:
         print(base_lr_command.HELP if finds_base_lr else HEADROOM, end="")
         return 0
     long = "hydra.sweeper."
+    given = _vectorized(given)
     words = [long + word.removeprefix("headroom.") if word.startswith("headroom.") else word for word in given]
     sys.argv[0] = __file__
     if finds_base_lr:
@@ -73,6 +77,16 @@ def headroom() -> int:
     sys.argv = [__file__, "-m", "hparams_search=headroom", *words]
     cli.run(_main)
     return 0
+
+
+def _vectorized(words: list[str]) -> list[str]:
+    """The words with ``--vectorize K`` as overrides: the option, and what else runs need to be trained as one."""
+    if not any(word.partition("=")[0] == "--vectorize" for word in words):
+        return words
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--vectorize", type=int)
+    options, others = parser.parse_known_args(words)
+    return [*others, f"sweep.vectorize={options.vectorize}", "callbacks.early_signs.every=0", "callbacks.capsules=null"]
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -94,18 +95,33 @@ class EmbeddingTables(nn.Module):
 
     def pieces(self, batch: Batch) -> list[Tensor]:
         """The output in as few pieces as its order allows, for a caller that concatenates it with other tensors."""
-        found = {dim: self._look_up(batch, dim) for dim in self._ragged_names}
+        return self.arranged({dim: self._look_up(batch, dim) for dim in self._ragged_names})
+
+    def arranged(self, found: Mapping[int, tuple[Tensor, Tensor]]) -> list[Tensor]:
+        """The embeddings of all widths as pieces in the schema's order.
+
+        Args:
+            found: by width D: one-hot [..., B, C_D * D], ragged [..., R_D, B, D].
+        """
         pieces = []
         for run in self._runs:
             one_hot, bags = found[run.dim]
-            pieces.append(one_hot[:, run.first * run.dim : run.last * run.dim] if run.one_hot else bags[run.first])
+            columns = slice(run.first * run.dim, run.last * run.dim)
+            pieces.append(one_hot[..., columns] if run.one_hot else bags.select(-3, run.first))
         return pieces
+
+    def places(self, batch: Batch, dim: int) -> tuple[Tensor, Tensor, Tensor]:
+        """The rows that a batch reads of the weight of one width, as ``by_gather`` takes them.
+
+        Returns:
+            One-hot rows [B, C_D]; rows of all lists [N]; offsets of the lists, [R_D * B + 1].
+        """
+        return (self._one_hot_rows(batch, dim), *self._ragged_rows(batch, dim))
 
     def _look_up(self, batch: Batch, dim: int) -> tuple[Tensor, Tensor]:
         """Embeddings of the features of one width: one-hot [B, C_D * D], ragged [R_D, B, D]."""
         weight = self.tables.get_parameter(f"dim_{dim}.weight")
-        rows_BC = self._one_hot_rows(batch, dim)
-        values_N, offsets = self._ragged_rows(batch, dim)
+        rows_BC, values_N, offsets = self.places(batch, dim)
         look_up = by_gather if weight.device.type == "cpu" else by_bag
         one_hot, bags = look_up(weight, rows_BC, values_N, offsets, sparse=self.sparse)
         # Sizes come from shapes, because len() of a tensor would be a constant in an exported program.

@@ -22,6 +22,7 @@ Job = tuple[str, ...]
 
 # A study makes hundreds of runs; one capsule of each that is lost is enough.
 CAPSULES: Job = ("callbacks.capsules.events=full", "callbacks.capsules.max_capsules=1")
+NO_CAPSULES = "callbacks.capsules=null"
 # For tables: only the final evaluation is needed, so everything else that costs time is switched off.
 BARE: Job = (
     "logger=none",
@@ -190,7 +191,7 @@ def grid(common: Iterable[str], axes: Mapping[str, Sequence[Any]]) -> list[Job]:
     return jobs
 
 
-def launch(program: Path, folder: Path, jobs: Sequence[Job], *, parallel: int) -> None:
+def launch(program: Path, folder: Path, jobs: Sequence[Job], *, parallel: int, vectorize: int = 1) -> None:
     """Runs jobs as one Hydra multirun in a child process. Jobs with a finished run in the folder are skipped.
 
     A failed job does not stop the others. A killed sweep can be started again.
@@ -200,18 +201,31 @@ def launch(program: Path, folder: Path, jobs: Sequence[Job], *, parallel: int) -
         folder: the sweep folder. Studies with the same data and scale share one, and so share runs.
         jobs: what to run.
         parallel: number of jobs at a time.
+        vectorize: up to so many jobs that differ only in seed, rate or optimizer are trained as one; 1: none.
 
     Raises:
         UserError: the sweep could not start.
     """
+    if vectorize > 1:
+        jobs = [groupable(job) for job in jobs]
     write_text(folder / JOBS_FILE, json.dumps([list(job) for job in jobs], indent=1))
     command = [sys.executable, str(program), "-m", "hydra/sweeper=list"]
     command += [f"hydra.sweeper.jobs={folder / JOBS_FILE}", f"hydra.sweep.dir={folder}"]
+    if vectorize > 1:
+        command += [f"sweep.vectorize={vectorize}"]
     if parallel > 1:
         command += ["hydra/launcher=joblib", f"hydra.launcher.n_jobs={parallel}"]
     status = subprocess.run(command, check=False).returncode
     if status not in (0, 1):  # 1: some jobs failed; the sweep has already listed them
         raise UserError(f"the sweep in {folder} ended with status {status}; run the same command to continue")
+
+
+def groupable(job: Job) -> Job:
+    """The same run without capsules, which a group does not write; a job that must run alone anyway keeps them."""
+    keys = {override.split("=", 1)[0] for override in job}
+    if "callbacks.early_signs.every=0" not in job or keys & {"mitigation", "callbacks.rollback.tries"}:
+        return job
+    return (*(override for override in job if not override.startswith("callbacks.capsules.")), NO_CAPSULES)
 
 
 def _text(value: Any) -> str:

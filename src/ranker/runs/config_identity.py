@@ -14,6 +14,7 @@ LENGTH = 12  # hex digits: 48 bits, a chance of one in a billion that two of 700
 
 # Settings, and whole branches of settings, that do not decide the numbers of a run.
 NOT_IDENTIFYING = (
+    "sweep",  # whether jobs are trained as one
     "hydra",  # the launcher, the sweeper and the output folders
     "resume",  # a resumed run gives the numbers of an uninterrupted one
     "force",

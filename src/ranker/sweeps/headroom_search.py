@@ -56,6 +56,7 @@ def search(
     launcher: Launcher,
     folder: Path,
     validate: Callable[[list[list[str]]], None],
+    before: Callable[[list[list[str]], int], None] = lambda _jobs, _first: None,
 ) -> list[Entry]:
     """Runs rounds until every combination is bracketed, then writes the report. An interrupted search reports too.
 
@@ -65,6 +66,7 @@ def search(
         launcher: starts the jobs.
         folder: where run folders and the report go.
         validate: composes jobs, to find mistakes before anything starts.
+        before: called with the jobs of a round and the number of the first one, before they are launched.
 
     Returns:
         The report's entry of each combination.
@@ -90,6 +92,7 @@ def search(
             batch = [[*entry.overrides, f"lr_mult={rate:g}", f"seed={seed}"] for entry, rate, seed in jobs]
             if round_number == 1:
                 validate(batch[:: options.seeds])
+            before(batch, number)
             returns = launcher.launch(batch, initial_job_idx=number)
             number += len(batch)
             for (entry, rate, seed), result in zip(jobs, returns, strict=True):

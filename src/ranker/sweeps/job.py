@@ -23,7 +23,7 @@ from ranker.runs.config_identity import config_hash
 from ranker.runs.provenance import cores
 from ranker.runs.run_folder import CONFIG, FINISHED, SUMMARY, RunFolder, read_summary
 from ranker.sweeps.job_list import is_parallel, jobs_at_a_time
-from ranker.sweeps.watch import BEFORE, Journal, duration
+from ranker.sweeps.journal import BEFORE, Journal, duration
 
 OUTPUT, TRACEBACK = "output.txt", "traceback.txt"
 
@@ -43,19 +43,21 @@ def run_job(cfg: DictConfig) -> float | None:
     journal, mark = Journal(sweep_dir), config_hash(cfg)
     folder.mkdir(parents=True, exist_ok=True)
     with run_lock.held(folder, wait=True):  # duplicate jobs, or two sweeps at once, run one after the other
-        found = [] if cfg.resume else _previous_runs(sweep_dir, mark)
+        found = [] if cfg.resume else previous_runs(sweep_dir, mark)
         done = next(((run, summary) for run, summary in found if summary["status"] in FINISHED), None)
-        if done and not cfg.force:
+        in_group = journal.read().states.get(job) in FINISHED  # a moment ago, see ranker.sweeps.vectorize
+        if done and (in_group or not cfg.force):
             run, summary = done
-            journal.add(job, BEFORE, run=run)
-            print(f"job {job}: done before, {summary['status']}, in {run} (force=true runs it again)", flush=True)
+            if not in_group:
+                journal.add(job, BEFORE, run=run)
+                print(f"job {job}: done before, {summary['status']}, in {run} (force=true runs it again)", flush=True)
             return objective.value_of(summary, cfg.objective)
         journal.add(job, "started", run=folder)
         start = time.monotonic()
         try:
-            checkpoint = None if cfg.resume or cfg.force else _checkpoint_to_resume(folder, mark)
+            checkpoint = None if cfg.resume or cfg.force else checkpoint_to_resume(folder, mark)
             if cfg.resume is None and checkpoint is None:
-                _clear(folder, mark, [run for run, _ in found])
+                clear(folder, mark, [run for run, _ in found])
             summary, value = _train(cfg, folder, checkpoint)
         except Exception as error:
             reason = _write_failure(cfg, folder, mark, error, time.monotonic() - start)
@@ -118,7 +120,7 @@ def _write_failure(cfg: DictConfig, folder: Path, mark: str, error: Exception, s
     return reason
 
 
-def _previous_runs(sweep_dir: Path, mark: str) -> list[tuple[Path, dict[str, Any]]]:
+def previous_runs(sweep_dir: Path, mark: str) -> list[tuple[Path, dict[str, Any]]]:
     """Folders and summaries of the runs in a sweep folder whose configuration has this hash."""
     found = []
     for path, folders, files in os.walk(sweep_dir):
@@ -131,7 +133,7 @@ def _previous_runs(sweep_dir: Path, mark: str) -> list[tuple[Path, dict[str, Any
     return found
 
 
-def _checkpoint_to_resume(folder: Path, mark: str) -> Path | None:
+def checkpoint_to_resume(folder: Path, mark: str) -> Path | None:
     """The checkpoint from which the run in a folder resumes; None if it must start again.
 
     Only a killed or interrupted run resumes. A failed run may have the cause of its failure in its state.
@@ -147,7 +149,7 @@ def _checkpoint_to_resume(folder: Path, mark: str) -> Path | None:
         return None
 
 
-def _clear(folder: Path, mark: str, others: list[Path]) -> None:
+def clear(folder: Path, mark: str, others: list[Path]) -> None:
     """Removes earlier attempts at a run: the contents of its folder, and other folders with the same configuration.
 
     Hydra's files in the folder (``.hydra``, the log) belong to the job that is starting, and stay.

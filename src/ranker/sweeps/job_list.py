@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -12,6 +12,8 @@ from omegaconf import DictConfig
 from ranker.errors import UserError
 from ranker.hydra_private import expand, parse
 from ranker.runs.provenance import cores
+
+VECTORIZE = "sweep.vectorize"
 
 
 def read_jobs(path: str | Path) -> list[list[str]]:
@@ -55,14 +57,36 @@ def count_jobs(config: DictConfig) -> int | None:
     sweeper = config.hydra.sweeper
     if "n_trials" in sweeper:
         return int(sweeper.n_trials)
+    jobs = jobs_of(config)
+    return None if jobs is None else len(jobs)
+
+
+def jobs_of(config: DictConfig) -> list[list[str]] | None:
+    """The jobs of a sweep, in the order of their numbers; None where its sweeper chooses them while it runs.
+
+    Args:
+        config: as for ``count_jobs``.
+    """
+    sweeper = config.hydra.sweeper
     kind = str(sweeper.get("_target_", "")).rpartition(".")[2]
     if kind not in ("BasicSweeper", "ListSweeper"):
         return None
     with suppress(Exception):  # the sweeper itself reports a wrong override, with a better message
         params = [f"{key}={value}" for key, value in (sweeper.get("params") or {}).items()]
         jobs = expand(parse([*params, *config.hydra.overrides.task]))
-        return len(combine(jobs, read_jobs(sweeper.jobs)) if kind == "ListSweeper" else jobs)
+        return combine(jobs, read_jobs(sweeper.jobs)) if kind == "ListSweeper" else jobs
     return None
+
+
+def wants_groups(config: DictConfig, jobs: Iterable[Sequence[str]] = ()) -> bool:
+    """Whether a sweep asks for jobs to be trained in groups (``sweep.vectorize``).
+
+    Args:
+        config: as for ``count_jobs``.
+        jobs: overrides of its jobs.
+    """
+    words = [*config.hydra.overrides.task, *(word for job in jobs for word in job)]
+    return config.sweep.vectorize > 1 or any(word.startswith(f"{VECTORIZE}=") for word in words)
 
 
 def is_parallel(launcher: DictConfig) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -163,9 +163,7 @@ class RankingModule(pl.LightningModule):
         """Starts the biases of the heads from the first window's labels, if they are to start there."""
         if self._head_bias == "zero":
             return
-        start, stop = data.plan.rows(0)
-        rows = data.log.read(start, min(stop, start + _ROWS_FOR_HEAD_BIASES))  # the same rows on each rank
-        cast(Ranker, self.net).set_head_biases(best_constants(self.schema, rows.labels_BT, rows.mask_BT, rows.weight_B))
+        cast(Ranker, self.net).set_head_biases(head_constants(data))
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Forward pass and loss; keeps the signals that the divergence detector and the progress bar read."""
@@ -190,7 +188,7 @@ class RankingModule(pl.LightningModule):
         values = self.progressive_metrics.compute()
         self.progressive_metrics.reset()
         self.last_progressive = batch.window, values
-        self.record(_over_time(names.PROGRESSIVE, values) | {names.WINDOW: float(batch.window)})
+        self.record(over_time(names.PROGRESSIVE, values) | {names.WINDOW: float(batch.window)})
 
     def record_step(self) -> None:
         """Writes the numbers of the last step every ``log_every`` steps; reading them waits for the device."""
@@ -214,16 +212,10 @@ class RankingModule(pl.LightningModule):
     def _record_signals(self, step: int, losses: Tensor, auc_T: Tensor, lr: float) -> None:
         """Writes a step's numbers; ``losses`` is [T], or [2, T] with the ranking losses."""
         losses_T, ranking_T = losses if losses.dim() == 2 else (losses, None)
-        trained_T = losses_T if ranking_T is None else self.loss.combined(losses_T, ranking_T.to(losses_T))
-        weights = [task.weight for task in self.schema.tasks]
-        values = {names.TRAIN_LOSS: sum(w * x for w, x in zip(weights, trained_T.tolist(), strict=True))}
-        values[names.LEARNING_RATE] = lr
-        for task, loss, auc in zip(self.schema.tasks, losses_T.tolist(), auc_T.tolist(), strict=True):
-            if loss:  # exactly 0: no row of the batch has a label of this task
-                values[names.task_metric(names.TRAIN, task.name, "loss")] = loss
-            if task.type == "binary":
-                values[names.task_metric(names.TRAIN, task.name, "auc")] = auc
+        values = step_values(self.schema, losses_T.tolist(), auc_T.tolist(), lr)
         if ranking_T is not None and self.loss.ranking is not None:
+            trained_T = self.loss.combined(losses_T, ranking_T.to(losses_T)).tolist()
+            values[names.TRAIN_LOSS] = sum(t.weight * x for t, x in zip(self.schema.tasks, trained_T, strict=True))
             for task, loss, ranked in zip(
                 self.schema.tasks, ranking_T.tolist(), self.loss.ranked_T.tolist(), strict=True
             ):
@@ -375,7 +367,7 @@ class RankingModule(pl.LightningModule):
         self.holdout_intervals = {f"{phase}/{name}": ends for name, ends in self.holdout_metrics.intervals.items()}
         self.holdout_metrics.reset()
         self.holdout = {f"{phase}/{name}": value for name, value in values.items()}
-        self.record(_over_time(phase, values), step=self.holdout_step)
+        self.record(over_time(phase, values), step=self.holdout_step)
 
 
 @dataclass(frozen=True)
@@ -412,6 +404,32 @@ class Fit:
         return int(shared)
 
 
+def head_constants(data: RankingDataModule) -> Tensor:
+    """The logit of each task that fits the labels of the first window best, shape [T]; the same on each rank."""
+    start, stop = data.plan.rows(0)
+    rows = data.log.read(start, min(stop, start + _ROWS_FOR_HEAD_BIASES))
+    return best_constants(data.log.schema, rows.labels_BT, rows.mask_BT, rows.weight_B)
+
+
+def step_values(schema: Schema, losses: Sequence[float], aucs: Sequence[float], lr: float) -> dict[str, float]:
+    """The numbers of a training step, by the names of metrics.csv.
+
+    Args:
+        schema: the tasks.
+        losses: unweighted loss of each task.
+        aucs: streaming AUC of each task.
+        lr: learning rate of the next step.
+    """
+    values = {names.TRAIN_LOSS: sum(task.weight * x for task, x in zip(schema.tasks, losses, strict=True))}
+    values[names.LEARNING_RATE] = lr
+    for task, loss, auc in zip(schema.tasks, losses, aucs, strict=True):
+        if loss:  # exactly 0: no row of the batch has a label of this task
+            values[names.task_metric(names.TRAIN, task.name, "loss")] = loss
+        if task.type == "binary":
+            values[names.task_metric(names.TRAIN, task.name, "auc")] = auc
+    return values
+
+
 def settings_of(optimizer: Optimizer) -> list[dict[str, Any]]:
     """The hyperparameters of each group that are plain values, as a checkpoint can hold them."""
     return [
@@ -444,7 +462,7 @@ def _is_plain(value: Any) -> bool:
     return value is None or isinstance(value, (bool, int, float, str))
 
 
-def _over_time(phase: str, values: Mapping[str, float]) -> dict[str, float]:
+def over_time(phase: str, values: Mapping[str, float]) -> dict[str, float]:
     """Metrics worth a column over time. The counts of the last evaluation are in summary.json."""
     return {f"{phase}/{name}": v for name, v in values.items() if not name.endswith(("/observed", "/nonfinite"))}
 

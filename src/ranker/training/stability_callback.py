@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import fields
 from typing import Any
 
@@ -17,16 +17,17 @@ from ranker.runs import metric_names
 from ranker.runs.run_folder import RunFolder
 from ranker.stability import DetectorSettings, DivergenceDetector, Event, reduce_signals
 from ranker.stability.carried_state import carried
+from ranker.stability.step_cut import StepCut
 from ranker.training import trackers
 from ranker.training.capsule_writer import CapsuleWriter
 from ranker.training.early_stop import EarlyStop
-from ranker.training.module import Fit
+from ranker.training.module import Fit, RankingModule
 from ranker.training.progress import Say, say_in_log
 from ranker.training.rollback import Rollback
 from ranker.training.snapshots import SnapshotRing
 from ranker.training.training_step import make_step_cut
 
-_TITLES = {
+TITLES = {
     "micro": "micro divergence",
     "full": "full divergence",
     "shift": "new level of a loss",
@@ -66,13 +67,16 @@ class DivergenceWatch:
 
     def start(self, fit: Fit, state: Mapping[str, Any] | None) -> DivergenceDetector:
         """Makes the detector on the model's device; from a checkpoint's state if there is one."""
-        module = fit.module
-        step_cut = make_step_cut(module.net, fit.trainer.optimizers[0])
-        names = module.schema.task_names
-        self.detector = DivergenceDetector(names, device=module.device, step_cut=step_cut, **self._settings)
+        self.detector = self.make(fit.module, fit.trainer.optimizers[0])
         if state is not None:
             self.detector.load_state_dict(state)
         return self.detector
+
+    def make(self, module: RankingModule, optimizer: torch.optim.Optimizer) -> DivergenceDetector:
+        """A new detector for a module and the optimizer that steps it."""
+        step_cut = make_step_cut(module.net, optimizer)
+        names = module.schema.task_names
+        return DivergenceDetector(names, device=module.device, step_cut=step_cut, **self._settings)
 
 
 class Stability(Callback):
@@ -277,7 +281,7 @@ class Stability(Callback):
                 self._folder.append_event(event.to_dict())
             fit.module.record({metric_names.divergence(event.kind): float(event.step)})
             fit.module.record_event(event.step)
-            title = _TITLES[event.kind]
+            title = TITLES[event.kind]
             self._say(f"{title}: {event}", note=f"{title} at step {event.step}")
             if event.kind in ("full", "unsettled"):
                 trackers.alert(
@@ -288,13 +292,8 @@ class Stability(Callback):
         """Writes by how much each layer's step size was cut, when metrics are written; reading it waits."""
         if detector.step_cut is None or fit.step % fit.module.log_every or not fit.trainer.is_global_zero:
             return
-        found = detector.step_cut.by_layer()
-        if not found:
-            return
-        rows = torch.stack([torch.stack(layer) for layer in found.values()]).tolist()
-        for layer, (cut, grown) in zip(found, rows, strict=True):
-            names = metric_names.sign(layer, "step_cut"), metric_names.sign(layer, "step_cut_grown")
-            fit.module.record({name: x for name, x in zip(names, (cut, grown), strict=True) if not math.isnan(x)})
+        for values in step_cut_values(detector.step_cut):
+            fit.module.record(values)
 
     def _rolled_back(self, fit: Fit, events: list[Event], detector: DivergenceDetector) -> bool:
         if not (events and self.rollback and self.snapshots):
@@ -304,3 +303,12 @@ class Stability(Callback):
     def _write_capsules(self, fit: Fit, events: list[Event]) -> None:
         if self.capsules:
             self.capsules.write(fit, events)
+
+
+def step_cut_values(step_cut: StepCut) -> Iterator[dict[str, float]]:
+    """By how much the step size was cut, of each layer, by the names of metrics.csv; reading it waits."""
+    found = step_cut.by_layer()
+    rows = torch.stack([torch.stack(layer) for layer in found.values()]).tolist() if found else []
+    for layer, (cut, grown) in zip(found, rows, strict=True):
+        names = metric_names.sign(layer, "step_cut"), metric_names.sign(layer, "step_cut_grown")
+        yield {name: x for name, x in zip(names, (cut, grown), strict=True) if not math.isnan(x)}

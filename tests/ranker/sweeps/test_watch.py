@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ranker.sweeps.watch import Account, Journal, duration
+from ranker.sweeps.journal import Account, Journal, duration
 
 
 def test_the_account_is_the_latest_word_of_each_job(tmp_path: Path) -> None:
