@@ -4,10 +4,11 @@ VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.evenkeel-installed
 JOBS ?= 2
+EXAMPLES := build/examples
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-slow test-attack check results-check wheel-check format lock clean
+.PHONY: help setup train test test-slow test-attack test-examples check docs results-check wheel-check format lock clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-13s %s\n", $$1, $$2}'
@@ -35,11 +36,26 @@ test-slow: $(STAMP)  ## run the long tests too
 test-attack: $(STAMP)  ## attack running jobs and their files, as docs/reliability.md says (up to an hour on 2 cores)
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -q -m attack $(ARGS)
 
-check: $(STAMP)  ## lint, formatting, types, import contracts
+test-examples: $(STAMP)  ## run the examples for Hugging Face and torchrec too, in build/examples, an environment of their own
+	@test -x $(EXAMPLES)/bin/python || $(PY) -m venv $(EXAMPLES)
+	@# it sees the packages of .venv behind its own; in .venv, torchmetrics would import transformers at each start
+	@$(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+	  > $$($(EXAMPLES)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/project.pth
+	@$(EXAMPLES)/bin/python -m pip install --quiet --no-deps -r examples/requirements.txt
+	@PYTHONPATH=src OMP_NUM_THREADS=1 $(EXAMPLES)/bin/python -m pytest -q tests/optim/test_framework_examples.py $(ARGS)
+
+check: $(STAMP)  ## lint, formatting, types, import contracts, the site of the docs
 	@$(PY) -m ruff check .
 	@$(PY) -m ruff format --check .
 	@$(PY) -m mypy
 	@$(VENV)/bin/lint-imports
+	@$(MAKE) --no-print-directory docs
+
+docs: $(STAMP)  ## build the site of the documentation into build/site; fails on a broken link or a page that is in no menu
+	@# not --quiet: with it, --strict counts no warnings
+	@mkdir -p build
+	@NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict > build/docs.log 2>&1 || { cat build/docs.log; exit 1; }
+	@echo "build/site/index.html"
 
 results-check: $(STAMP)  ## compute every published table from the CSV files in results/; fails where a number differs
 	@$(PY) scripts/reproduce.py check

@@ -1,4 +1,4 @@
-"""Check a prepared log: python scripts/inspect_data.py DIR [--quick]; same as evenkeel inspect."""
+"""Check a log, or propose a schema: python scripts/inspect_data.py DIR [--html]; same as evenkeel inspect."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Prepare a public data set: python scripts/prepare_data.py kuairand SRC DST; same as evenkeel prepare."""
+"""Prepare a data set or an own log: python scripts/prepare_data.py kuairand SRC DST; same as evenkeel prepare."""
 
 import sys
 

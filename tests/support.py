@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -112,3 +113,8 @@ def assert_equal(expected: Any, got: Any, where: str = "state") -> None:
             assert_equal(*pair, f"{where}[{place}]")
     else:
         assert expected == got, where
+
+
+def plain(state: Any) -> str:
+    """A saved state as text, to compare two: nan equals nan, and tensors count by their values."""
+    return json.dumps(state, sort_keys=True, default=Tensor.tolist)

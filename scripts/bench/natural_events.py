@@ -13,8 +13,9 @@ steps later (or in the last 100 steps of a run that ends sooner, but at least 15
 
 The AUC is that of the predictions before each step, over 100 steps, averaged over the binary tasks with at least 200
 positive rows there. The twin is a run without an event on the same rows in the same order (the same data and seed), as
-much like the run as there is one: of the same model, then of the same G_0, then plain Adagrad, then of the lowest rate.
-The detector takes no part in this.
+much like the run as there is one: of the same model, then of the same G_0, then of the same optimizer and rate (where
+the scale of a feature jumps in the run and not in the twin), then plain Adagrad, then of the lowest rate. The detector
+takes no part in this.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ import math
 import statistics
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -117,16 +118,21 @@ def _alive(run: Recorded) -> bool:
 
 def _twin(run: Recorded, unhit: Mapping[str, Recorded]) -> Recorded | None:
     """The unhit run on the same rows that is most like the run."""
-    same = ("data", "seed", "batch_size")
+    same = ("data", "seed", "batch_size", "rows")
     found = [
         x
         for x in unhit.values()
-        if x.meta["tasks"] == run.meta["tasks"] and all(x.meta[k] == run.meta[k] for k in same)
+        if x.meta["tasks"] == run.meta["tasks"] and all(x.meta.get(k) == run.meta.get(k) for k in same)
     ]
     alike = ("model", "initial_accumulator_value")
     return min(
         found,
-        key=lambda x: (*(x.meta[k] != run.meta[k] for k in alike), x.meta["optim"] != "adagrad", x.meta["lr"]),
+        key=lambda x: (
+            *(x.meta[k] != run.meta[k] for k in alike),
+            (x.meta["optim"], x.meta["lr"]) != (run.meta["optim"], run.meta["lr"]),
+            x.meta["optim"] != "adagrad",
+            x.meta["lr"],
+        ),
         default=None,
     )
 
@@ -198,12 +204,13 @@ def table(truth: Sequence[Outcome], verdicts: Mapping[str, Mapping[str, Verdict]
     header = ["detector", "event", "events", "found", "right kind", "called so", "precision", "judged after", "at most"]
     rows = []
     for detector, said in verdicts.items():
+        judged = [x for x in truth if x.name in said]
         for kind, called in (("lost", "full"), ("recovered", "micro")):
-            events = [x for x in truth if x.kind == kind]
+            events = [x for x in judged if x.kind == kind]
             found = [x for x in events if _near(said[x.name].micro, x.step) or _near(said[x.name].full, x.step)]
             right = [x for x in events if _called(said[x.name], x) == called]
-            so = [x for x in truth if x.kind in ("lost", "recovered") and _called(said[x.name], x) == called]
-            so += [x for x in truth if x.kind == "healthy" and getattr(said[x.name], called) > PAST]
+            so = [x for x in judged if x.kind in ("lost", "recovered") and _called(said[x.name], x) == called]
+            so += [x for x in judged if x.kind == "healthy" and getattr(said[x.name], called) > PAST]
             latencies = [getattr(said[x.name], f"{called}_judged") - x.step for x in right]
             rows.append(
                 [
@@ -225,7 +232,7 @@ def false_alarms(truth: Sequence[Outcome], said: Mapping[str, Verdict]) -> tuple
     """Alarms (of either kind) and healthy steps: of runs without an event, and of the others before theirs."""
     alarms = steps = 0
     for x in truth:
-        if x.kind == "start":
+        if x.kind == "start" or x.name not in said:
             continue
         stop = x.step or x.steps + 1
         steps += stop - PAST - 1
@@ -268,6 +275,14 @@ def read_verdicts(path: Path) -> dict[str, Verdict]:
     return {verdict.name: verdict for verdict in rows}
 
 
+def read_outcomes(path: Path) -> list[Outcome]:
+    """Reads what ``write_rows`` wrote."""
+    kinds = {"str": str, "int": int, "float": float}
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    return [Outcome(**{x.name: kinds[str(x.type)](row[x.name] or "nan") for x in fields(Outcome)}) for row in rows]
+
+
 def recorded(folder: Path) -> dict[str, Recorded]:
     """All runs of a folder, by name."""
     return {path.stem: read(path) for path in sorted(folder.glob("*.npz"))}
@@ -282,6 +297,9 @@ def main() -> int:
     parser.add_argument(
         "--beside", type=Path, action="append", default=[], help="verdicts of another version's detector to show too"
     )
+    parser.add_argument(
+        "--keep", action="store_true", help="keep the rows of both files whose runs are not in the folder any more"
+    )
     parser.add_argument("--tolerance", type=float, default=0.02, help="of the AUC, below the twin's")
     parser.add_argument("--markdown", type=Path, help="write the table to this file")
     args = parser.parse_args()
@@ -289,9 +307,12 @@ def main() -> int:
     truth = outcomes(runs, args.tolerance)
     verdicts = {path.stem: read_verdicts(path) for path in args.beside}
     for path, said in zip(args.beside, verdicts.values(), strict=True):
-        if missing := runs.keys() - said.keys():
+        if not args.keep and (missing := runs.keys() - said.keys()):
             parser.error(f"{path} has no verdict on {min(missing)} and {len(missing) - 1} more; make it again")
     own = {name: judge(name, run) for name, run in runs.items()}
+    if args.keep:
+        truth = [x for x in read_outcomes(args.outcomes) if x.name not in runs] + truth
+        own = {name: said for name, said in read_verdicts(args.verdicts).items() if name not in runs} | own
     if args.outcomes:
         write_rows(args.outcomes, truth)
     if args.verdicts:

@@ -6,6 +6,7 @@ so that the file also shows what happens after a divergence.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -16,7 +17,7 @@ import numpy as np
 import pytorch_lightning as pl
 import torch
 from hydra import compose, initialize_config_dir
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
 from optim import what_if
@@ -275,6 +276,7 @@ def record(
         "initial_accumulator_value": cfg.optim.get("initial_accumulator_value"),
         "seed": cfg.seed,
         "batch_size": cfg.scale.batch_size,
+        "rows": _rows(cfg),
         "warmup_steps": cfg.train.warmup_steps,
         "tasks": list(log.schema.task_names),
         "task_types": [task.type for task in log.schema.tasks],
@@ -295,6 +297,16 @@ def record(
         "eval_ne": np.array([_by_task(v, log.schema, "ne") for _, v in evaluated], dtype=np.float32),
     }
     return Recorded(meta=meta, arrays=arrays)
+
+
+def _rows(cfg: DictConfig) -> str | None:
+    """What decides the rows of a generated stream, but the size of its jumps: with 1, no run is hit by one."""
+    if cfg.data.name != "synthetic":
+        return None
+    made = OmegaConf.to_container(cfg.data.log, resolve=True)
+    assert isinstance(made, dict)
+    made["difficulty"].pop("jump")
+    return json.dumps(made, sort_keys=True)
 
 
 @torch.no_grad()

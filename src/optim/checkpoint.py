@@ -121,4 +121,5 @@ def _fit_value(where: str, value: Any, fresh: Tensor, param: Tensor) -> Tensor:
             f"{where}: only one of the saved tensor and the parameter is sharded; load it by "
             "torch.distributed.checkpoint.state_dict.set_optimizer_state_dict"
         )
-    return value.to(device=device, dtype=fresh.dtype)
+    adopted: Tensor = value.to(device=device, dtype=fresh.dtype)
+    return adopted

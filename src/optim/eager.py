@@ -116,7 +116,8 @@ def _norm(values: Tensor, dims: tuple[int, ...] | None) -> Tensor:
     least, largest = torch.aminmax(values) if dims is None else (values.amin(dims, True), values.amax(dims, True))
     size = torch.maximum(-least, largest)
     scale = torch.ones_like(size).where(size < 2.0**50, 2.0**-80).where(size > 2.0**-50, 2.0**80)
-    return torch.linalg.vector_norm(values * scale, dim=dims, keepdim=dims is not None) / scale
+    norm: Tensor = torch.linalg.vector_norm(values * scale, dim=dims, keepdim=dims is not None)
+    return norm / scale
 
 
 def _by_name(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:

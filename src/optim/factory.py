@@ -48,7 +48,7 @@ def build_optimizer(
         TypeError: an unknown hyperparameter or a value of the wrong type. The message names the nearest.
         ValueError: an unknown method, a value out of range, a pattern that matches nothing, no parameters.
 
-    Example:
+    Examples:
         >>> optimizer = build_optimizer("clippy", model, lr=0.1, embedding={"method": "adagrad"})
     """
     get_info(name)  # an unknown method is reported before anything else

@@ -281,5 +281,5 @@ def pieces(local: LocalParam) -> Iterator[Piece]:
         yield Piece(local.weight, local.grad, local.state)
         return
     elementwise = [key for key, value in local.state.items() if value.ndim]
-    for weight, grad, *state in zip(*(tensor.view(-1).split(CHUNK) for tensor in tensors), strict=True):
+    for weight, grad, *state in zip(*(torch.split(tensor.view(-1), CHUNK) for tensor in tensors), strict=True):
         yield Piece(weight, grad, {**local.state, **dict(zip(elementwise, state, strict=True))})

@@ -232,7 +232,7 @@ def register(method: Method) -> Method:
 def register_rule(name: str, **fields: Any) -> Callable[[Rule], Rule]:
     """Decorator: register the decorated rule as a method. `fields` are those of `Method`.
 
-    Example:
+    Examples:
         >>> @register_rule("half", summary="Half a step.", reference="none", update=ADAGRAD)
         ... def half(reduced, settings):
         ...     return torch.full_like(reduced["grad_norm"], 0.5)

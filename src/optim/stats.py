@@ -11,10 +11,12 @@ import torch
 from torch import Tensor
 
 from optim import torch_private
-from optim.checkpoint import ROW as STATE_KEY
+from optim.checkpoint import ROW
 from optim.local_params import LocalParam, combine_max, combine_norm, has_several_sigmas, lasting, named_params
 from optim.registry import TERMS, get_info
 from optim.tensor_group import StepSize, TensorGroup
+
+STATE_KEY = ROW
 
 STILL = 1e-3
 """A tensor whose sigma is below this hardly moves."""
@@ -205,7 +207,8 @@ def _row(local: LocalParam, state: dict[str, Any]) -> Tensor:
             row = torch.zeros(len(FIELDS), dtype=torch.float64, device=local.weight.device)
             row.select(0, FIELDS.index("sigma_min")).fill_(torch.inf)  # item assignment would copy from the host
         state[STATE_KEY] = row
-    return state[STATE_KEY]
+    known: Tensor = state[STATE_KEY]
+    return known
 
 
 def read(param_groups: list[dict[str, Any]], state: Mapping[Tensor, dict[str, Any]]) -> dict[str, ClipStats]:

@@ -15,6 +15,7 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from hydra.core.hydra_config import HydraConfig
+from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from lightning_fabric.plugins import TorchCheckpointIO
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
@@ -30,8 +31,10 @@ from ranker.data.log import Log, Selected
 from ranker.data.schema import Schema
 from ranker.errors import UserError
 from ranker.installation import conf_folder
+from ranker.losses import MultitaskLoss, RankingLoss
+from ranker.metrics import Intervals, RowMetric, TaskMetrics
 from ranker.models import Ranker
-from ranker.runs import log_identity, objective, run_lock, slurm
+from ranker.runs import lineage, log_identity, objective, run_lock, slurm
 from ranker.runs.checkpoint_files import by_step
 from ranker.runs.config_identity import cell_hash, config_hash
 from ranker.runs.run_folder import RunFolder
@@ -47,6 +50,10 @@ from ranker.training.resumption import Resumption, sound_checkpoint
 from ranker.training.sharpness_probe import SharpnessProbe
 from ranker.training.snapshots import is_healthy
 from ranker.training.stability_callback import Stability
+from ranker.training.warm_start import Parent, WarmStart
+from ranker.training.warm_start import settings_of as warm_start_settings
+
+_LOGGER = logging.getLogger(__name__)
 
 # Environment variables that tell the processes started by DDP their folder and the checkpoint of a sweep's job.
 RUN_DIR_VARIABLE, CHECKPOINT_VARIABLE = "EVENKEEL_RUN_DIR", "EVENKEEL_CHECKPOINT"
@@ -80,6 +87,7 @@ class Run:
         interruption: the callback that ends training on request.
         loggers: metrics.csv and the tracker.
         resumption: where the run goes on; None for a new run.
+        warm_start: what a new run takes over from an earlier one; None if it starts with random weights, or resumes.
     """
 
     cfg: DictConfig
@@ -93,6 +101,7 @@ class Run:
     interruption: Interruption
     loggers: list[Logger]
     resumption: Resumption | None
+    warm_start: WarmStart | None
 
 
 def run_folder(cfg: DictConfig) -> RunFolder:
@@ -170,8 +179,14 @@ def make_net(cfg: DictConfig, schema: Schema) -> Ranker:
     return instantiate(cfg.model.net, _convert_="all")(schema)
 
 
-def build(cfg: DictConfig, folder: RunFolder, checkpoint: Path | None) -> Run:
+def build(cfg: DictConfig, folder: RunFolder, checkpoint: Path | None, parent: Parent | None = None) -> Run:
     """Builds every part of a run.
+
+    Args:
+        cfg: the configuration.
+        folder: the run folder.
+        checkpoint: of an earlier attempt at the same run.
+        parent: the state of the run that a new one continues; see ``WarmStart``.
 
     Raises:
         UserError: something in the configuration cannot be built; the message says what.
@@ -185,15 +200,22 @@ def build(cfg: DictConfig, folder: RunFolder, checkpoint: Path | None) -> Run:
         log_identity.check_log(folder.path, log)
     module = build_module(cfg, log.schema)
     _check_optimizer(module)
-    resumption = None if checkpoint is None else Resumption.of(checkpoint, module)
     bookkeeping, interruption = Bookkeeping(), Interruption()
     stability, others = _configured_callbacks(cfg, folder, speed=bookkeeping.examples_per_second)
+    other = stability.rollback.optim if stability.rollback else None
+    resumption = None if checkpoint is None else Resumption.of(checkpoint, module, other=other)
+    warm_start = None
+    if parent is not None:
+        normalises = cfg.data.dense_statistics != "none"
+        warm_start = WarmStart(parent, warm_start_settings(cfg), module=module, normalises=normalises)
+        warm_start.history(stability)
+        module.warm_start = warm_start
     datamodule = build_data(cfg, log, wrap_training=lambda loader: stability.overheard(bookkeeping.timed(loader)))
     tasks = {task.name: task.type for task in log.schema.tasks}
     checkpoints = Checkpoints(
         folder.checkpoints,
         every=cfg.train.checkpoint_every,
-        best_by=objective.chosen(cfg.objective, objective.metrics_of(tasks)),
+        best_by=objective.chosen(cfg.objective, objective.metrics_of(tasks, more=module.holdout_metrics.names())),
         interruption=interruption,
         healthy=lambda: is_healthy(stability.detector),
     )
@@ -210,9 +232,12 @@ def build(cfg: DictConfig, folder: RunFolder, checkpoint: Path | None) -> Run:
         trackers.Tracked(
             folder,
             name=folder.path.name,
-            group="/".join([*words, f"x{cfg.lr_mult:g}", *mitigation, cell_hash(cfg)[:6]]),
-            tags=[*words, *mitigation, *cfg.tags],
+            # The optimizer first: W&B shows the runs by group, and each legend begins with what is compared.
+            group="/".join([words[3], f"x{cfg.lr_mult:g}", words[2], *words[:2], *mitigation, cell_hash(cfg)[:6]]),
+            tags=[*words, *mitigation, *_sweep_tag(), *cfg.tags],
             tracked=resumption.tracked if resumption else None,
+            step=resumption.step if resumption else None,
+            kind=cfg.optim.name,
         ),
     )
     return Run(
@@ -227,7 +252,13 @@ def build(cfg: DictConfig, folder: RunFolder, checkpoint: Path | None) -> Run:
         interruption=interruption,
         loggers=loggers,
         resumption=resumption,
+        warm_start=warm_start,
     )
+
+
+def _sweep_tag() -> list[str]:
+    """A tag that the jobs of a sweep share, by which a tracker shows them alone."""
+    return [f"sweep:{Path(HydraConfig.get().sweep.dir).name}"[:64]] if is_sweep() else []  # W&B takes 64 characters
 
 
 def build_data(cfg: DictConfig, log: Log, **other: Any) -> RankingDataModule:
@@ -248,6 +279,8 @@ def build_data(cfg: DictConfig, log: Log, **other: Any) -> RankingDataModule:
         "progressive": cfg.train.progressive,
         "dense_statistics": cfg.data.dense_statistics,
         "passes": cfg.train.get("epochs", 1),  # missing in old runs
+        "keep_groups": cfg.data.get("keep_groups"),  # likewise
+        "windows_before": int((lineage.parent(cfg) or {}).get("windows", 0)),
     }
     return RankingDataModule(log, **(configured | other))
 
@@ -257,15 +290,73 @@ def build_module(cfg: DictConfig, schema: Schema) -> RankingModule:
     return RankingModule(
         make_net(cfg, schema),
         schema=schema,
+        loss=make_loss(cfg, schema),
+        metrics=metrics_factory(cfg, schema),
         optimizer=instantiate(cfg.optim, _convert_="all"),
         lr=base_lr(cfg) * cfg.lr_mult,
         warmup_steps=cfg.train.warmup_steps,
+        rewarm_steps=warm_start_settings(cfg).warmup_steps,
+        average_decay=cfg.train.get("average_decay", 0.0),  # missing in old runs
+        before=lineage.parent(cfg),
         head_bias=cfg.train.head_bias,
         progressive=cfg.train.progressive,
         score_rows=cfg.scale.eval_batch_size,
         log_every=cfg.train.log_every,
         compile_net=cfg.train.compile,
     )
+
+
+def make_loss(cfg: DictConfig, schema: Schema) -> MultitaskLoss:
+    """The training loss. Configurations of older versions have the pointwise one.
+
+    Raises:
+        UserError: the log has no group for a ranking loss, or an option is wrong.
+    """
+    node = OmegaConf.select(cfg, "loss.ranking", default=None)
+    return MultitaskLoss(schema, None if node is None else _made(node, "loss.ranking", RankingLoss))
+
+
+def metrics_factory(cfg: DictConfig, schema: Schema) -> Callable[[], TaskMetrics]:
+    """Makes the metrics on the hold-out. Configurations of older versions have the default ones.
+
+    Raises:
+        UserError: a metric needs a group or a feature that the log does not have, or an option is wrong.
+    """
+    nodes = OmegaConf.select(cfg, "metrics.extra", default=None) or {}
+    extra: dict[str, RowMetric] = {
+        str(name): _made(node, f"metrics.extra.{name}", RowMetric) for name, node in nodes.items() if node is not None
+    }
+    options = OmegaConf.select(cfg, "metrics.intervals", default=None)
+    intervals = Intervals(**options) if options else None
+    idle = [
+        name
+        for name, metric in extra.items()
+        if not any(metric.names(schema, task) for task in schema.tasks if task.type in metric.types)
+    ]
+    if idle and _is_first_process():
+        _LOGGER.warning(
+            "metrics.extra: %s compute nothing: schema '%s' has %s",
+            ", ".join(idle),
+            schema.name,
+            "no such task"
+            if schema.groups
+            else "no group (add groups: [{name: user, column: user_id}]) or no such task",
+        )
+    return lambda: TaskMetrics(schema, extra=list(extra.values()), intervals=intervals)
+
+
+def _made(node: Any, where: str, kind: type) -> Any:
+    try:
+        made = instantiate(node, _convert_="all")
+    except TypeError as error:  # an argument that the class does not have
+        raise UserError(f"{where}: {error}") from error
+    except InstantiationException as error:
+        if isinstance(error.__cause__, TypeError):
+            raise UserError(f"{where}: {error.__cause__}") from error
+        raise
+    if not isinstance(made, kind):
+        raise UserError(f"{where} is no {kind.__name__}; it needs a _target_ that names one")
+    return made
 
 
 def _configured_callbacks(
@@ -293,6 +384,7 @@ def _configured_callbacks(
         snapshots=make("snapshots", folder=folder),
         capsules=make("capsules", folder=folder, cfg=cfg, say=say),
         rollback=make("rollback", folder=folder),
+        early_stop=make("early_stop"),
         folder=folder,
         say=say,
     )
@@ -372,6 +464,9 @@ def _quiet_lightning() -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
     for message in (
         ".*isinstance\\(treespec, LeafSpec\\).*",  # Lightning 2.6 with torch 2.13
+        ".*torch.distributed.nn.functional.all_gather is deprecated.*",  # the same
+        # conf/trainer/ddp.yaml: each rank keeps its own statistics, and for that torch 2.13 has nothing else yet.
+        ".*`broadcast_buffers` is deprecated.*",
         ".*does not have many workers.*",  # our loaders prefetch in threads
         ".*Checkpoint directory .* exists and is not empty.*",  # expected when a run resumes
     ):

@@ -13,8 +13,10 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from ranker.data.base_lr import read_base_lr
 from ranker.errors import UserError, one_of, suggest
 from ranker.runs import config_identity, objective
+from ranker.stability.detector_settings import DetectorSettings
 
 ORDERS = ("shared", "own")  # of sweep.vectorize_order
 
@@ -33,6 +35,7 @@ class TrainSettings:
         log_every: write metrics every so many steps.
         warmup_steps: raise the learning rate linearly from 0 over so many steps; 0 for none.
         head_bias: where the heads' biases start: ``labels``, at the constant that fits the first window best; ``zero``.
+        average_decay: of a moving average of the dense weights, which is evaluated and exported; 0 for none.
         compile: run the model through torch.compile.
         threads: CPU threads of torch; 0 leaves torch's own choice.
     """
@@ -45,8 +48,33 @@ class TrainSettings:
     log_every: int = 10
     warmup_steps: int = 0
     head_bias: str = "labels"
+    average_decay: float = 0.0
     compile: bool = False
     threads: int = 0
+
+
+@dataclass
+class WarmStartSettings:
+    """What a new run takes over from an earlier one. ``warm_start=PATH`` is short for ``warm_start.path=PATH``.
+
+    Attributes:
+        path: a run folder, an export or a checkpoint; None starts with random weights.
+        accumulators: ``keep``, ``reset``, ``decay`` or ``floor``; see ``ranker.training.accumulators``.
+        half_life_rows: of ``decay``, rows after which half of what was accumulated is forgotten.
+        floor: of ``floor``, the least accumulator of a layer, as a share of the layer's median.
+        warmup_steps: raise the learning rate linearly from 0 over so many steps of the new run; 0 for none.
+        parent: what the parent is; written by the run.
+    """
+
+    path: str | None = None
+    accumulators: str = "keep"
+    half_life_rows: float | None = None
+    floor: float = 0.1
+    warmup_steps: int = 0
+    parent: dict[str, Any] | None = None
+
+
+ACCUMULATORS = ("keep", "reset", "decay", "floor")
 
 
 @dataclass
@@ -75,7 +103,10 @@ class Root:
     callbacks: dict[str, Any] = field(default_factory=dict)
     logger: dict[str, Any] = field(default_factory=dict)
     mitigation: dict[str, Any] = field(default_factory=dict)
+    loss: dict[str, Any] = field(default_factory=dict)
+    metrics: dict[str, Any] = field(default_factory=dict)
     train: TrainSettings = field(default_factory=TrainSettings)
+    warm_start: WarmStartSettings = field(default_factory=WarmStartSettings)
     sweep: SweepSettings = field(default_factory=SweepSettings)
     seed: int = 0
     lr_mult: float = 1.0
@@ -89,8 +120,6 @@ class Root:
 
 def register() -> None:
     """Registers configs that are defined in Python: ``root``, and the detector's settings with their defaults."""
-    from ranker.stability import DetectorSettings  # imported late: it imports torch
-
     store = ConfigStore.instance()
     store.store(name="root", node=Root)
     # As a plain dict, because OmegaConf makes a frozen dataclass read-only.
@@ -146,6 +175,25 @@ def check(cfg: DictConfig) -> None:
         raise UserError(f"train.log_every must be 1 or more, got {cfg.train.log_every}")
     if cfg.train.max_steps < -1 or cfg.train.max_steps == 0:
         raise UserError(f"train.max_steps must be -1 (all passes) or more than 0, got {cfg.train.max_steps}")
+    if not 0 <= cfg.train.get("average_decay", 0) < 1:
+        raise UserError(
+            f"train.average_decay must be 0 (none) or below 1, such as 0.999, got {cfg.train.average_decay}"
+        )
+    if "warm_start" in cfg:  # missing in old runs
+        _check_warm_start(cfg.warm_start)
+
+
+def _check_warm_start(given: DictConfig) -> None:
+    one_of(given.accumulators, ACCUMULATORS, "warm_start.accumulators")
+    half_life = given.half_life_rows
+    if given.accumulators == "decay" and not (half_life is not None and half_life > 0):
+        raise UserError(
+            f"warm_start.accumulators=decay needs warm_start.half_life_rows above 0, such as 1e7, got {half_life}"
+        )
+    if not (given.floor > 0 and math.isfinite(given.floor)):
+        raise UserError(f"warm_start.floor must be a number above 0, got {given.floor}")
+    if given.warmup_steps < 0:
+        raise UserError(f"warm_start.warmup_steps must be 0 or more, got {given.warmup_steps}")
 
 
 def is_sweep() -> bool:
@@ -161,6 +209,7 @@ def outside_folder() -> list[str]:
 
 def _register_resolvers() -> None:
     config_identity.register()
+    OmegaConf.register_new_resolver("base_lr_of_log", read_base_lr, replace=True)
     OmegaConf.register_new_resolver("learning_rate", lambda *, _root_: learning_rate(_root_), replace=True)
     OmegaConf.register_new_resolver(
         "objective_direction", lambda *, _root_: objective.direction(_root_.objective), replace=True

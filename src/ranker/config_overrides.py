@@ -38,6 +38,7 @@ RESUMABLE = (
     "trainer",
     "callbacks",
     "logger",
+    "metrics",
     "data.source",
     "data.root",
     "data.log.root",
@@ -59,7 +60,15 @@ NOT_RESUMABLE = (
     "trainer._target_",
     "trainer.accumulate_grad_batches",
 )
-GROUPS = ("scale", "data", "model", "optim", "mitigation")  # whose option a saved configuration names
+GROUPS = (
+    "scale",
+    "data",
+    "model",
+    "optim",
+    "mitigation",
+    "loss",
+    "metrics",
+)  # whose option a saved configuration names
 
 
 def resumed_words(words: list[str], *, conf: Path) -> list[str]:
@@ -88,8 +97,20 @@ def resumed_words(words: list[str], *, conf: Path) -> list[str]:
             chosen.append(f"{group}={name}")
     multirun = bool({"-m", "--multirun"} & set(words))
     if not multirun and not any(word.startswith("hydra.run.dir=") for word in words):
-        chosen += [f"hydra.run.dir={_quoted(str(folder))}", "hydra.output_subdir=null"]
+        chosen += [f"hydra.run.dir={quoted(str(folder))}", "hydra.output_subdir=null"]
     return [*words, *chosen]
+
+
+def warm_start_word(word: str) -> str:
+    """``warm_start=PATH`` as ``warm_start.path=PATH``, since the option is a group of values; other words as they are.
+
+    The path of a checkpoint has a = in its name, which Hydra reads only in quotes.
+    """
+    name, equals, value = word.partition("=")
+    if name != "warm_start" or not equals:
+        return word
+    plain = "=" in value and "," not in value and value[:1] not in ("'", '"')
+    return f"warm_start.path={quoted(value) if plain else value}"
 
 
 def resumed(cfg: DictConfig, saved: DictConfig, overrides: list[str], *, conf: Path) -> DictConfig:
@@ -111,8 +132,8 @@ def resumed(cfg: DictConfig, saved: DictConfig, overrides: list[str], *, conf: P
         key, line = str(override.key_or_group), override.input_line
         if key in ("resume", "force", "trust") or key.startswith("hydra"):
             continue
-        if key == "logger":
-            merged.logger = OmegaConf.to_container(cfg.logger, resolve=True)
+        if key in ("logger", "metrics"):
+            merged[key] = OmegaConf.to_container(cfg[key], resolve=True)
             continue
         if (conf / key).is_dir():
             name = OmegaConf.select(saved, f"{key}.name")
@@ -225,7 +246,7 @@ def _plain(value: Any) -> Any:
     return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
 
 
-def _quoted(text: str) -> str:
+def quoted(text: str) -> str:
     """A value as Hydra's grammar reads it, whatever characters it has."""
     escaped = text.replace("\\", "\\\\").replace("'", "\\'")
     return f"'{escaped}'"

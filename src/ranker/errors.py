@@ -7,7 +7,7 @@ import errno
 from collections.abc import Iterable, Sequence
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
-_UNWRITABLE = (errno.EROFS, errno.EACCES, errno.EPERM)
+_REFUSED = (errno.EROFS, errno.EACCES)
 
 
 class UserError(ValueError):
@@ -58,9 +58,15 @@ def disk_trouble(error: BaseException) -> str:
     Args:
         error: an error of the operating system names the path, except where it failed in the middle of a write.
     """
-    if not isinstance(error, OSError) or error.errno not in (*_FULL, *_UNWRITABLE):
+    if not isinstance(error, OSError) or error.errno not in (*_FULL, *_REFUSED):
         return ""
     where = f"{error.filename}: " if error.filename else ""
     if error.errno in _FULL:
-        return f"{where}{error.strerror}; make room there (space, or number of files), then go on with resume=RUN_DIR"
-    return f"{where}{error.strerror}; choose a folder that can be written, such as hydra.run.dir=DIR"
+        do = (
+            "make room there (space, or number of files), then run the command again; a run goes on with resume=RUN_DIR"
+        )
+    elif error.errno == errno.EROFS:
+        do = "choose a folder that can be written, such as hydra.run.dir=DIR"
+    else:  # the error does not say whether it was to be read or written
+        do = "change its permissions, or choose another path; hydra.run.dir=DIR sets the run folder"
+    return f"{where}{error.strerror}; {do}"

@@ -15,6 +15,7 @@ SCRIPTS = {
     "report": "scripts/report_run.py",
     "compare": "scripts/compare_runs.py",
     "plot": "scripts/plot_training.py",
+    "daily": "scripts/daily.py",
     "replay": "scripts/replay.py",
     "export": "scripts/export.py",
     "score": "scripts/score.py",
@@ -38,3 +39,8 @@ def conf_folder() -> Path:
 def command_line(command: str) -> str:
     """How a user starts a command here, such as ``python train.py`` in a clone and ``evenkeel train`` elsewhere."""
     return f"evenkeel {command}" if clone() is None else f"python {SCRIPTS[command]}"
+
+
+def train_file() -> Path:
+    """The file that trains when it is run, in a clone and in a wheel alike."""
+    return PACKAGE / "commands" / "train.py"

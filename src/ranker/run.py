@@ -9,9 +9,10 @@ import sys
 import time
 from pathlib import Path
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf, open_dict
 
 from ranker import run_summary, stop_signals
+from ranker.atomic import write_text
 from ranker.build import (
     Run,
     alone_in,
@@ -23,13 +24,17 @@ from ranker.build import (
 )
 from ranker.data.start_report import start_report
 from ranker.errors import UserError
+from ranker.export.bundle import ABOUT
+from ranker.export.parent import exported_parent
 from ranker.installation import command_line
-from ranker.runs import log_identity, objective, provenance, run_lock, slurm
-from ranker.runs.checkpoint_files import by_step
-from ranker.runs.metric_names import VAL
-from ranker.runs.run_folder import FINISHED, METRICS, SUMMARY, read_summary
+from ranker.runs import lineage, log_identity, model_card, objective, provenance, run_lock, slurm
+from ranker.runs.checkpoint_files import by_step, step_of
+from ranker.runs.metric_names import TEST, VAL
+from ranker.runs.run_folder import CONFIG, FINISHED, METRICS, SUMMARY, RunFolder, read_summary
 from ranker.training import ddp, trackers
 from ranker.training.metrics_csv import has_values
+from ranker.training.tracker import PAGE
+from ranker.training.warm_start import Parent
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -51,10 +56,39 @@ def run(cfg: DictConfig, checkpoint: Path | None = None) -> float:
     folder = run_folder(cfg)
     with stop_signals.taken_over(), stop_signals.gentle_after_start(), alone_in(folder):
         cfg, checkpoint = starting_point(cfg, folder, checkpoint)
+        parent = _parent(cfg, folder, checkpoint)
         with own_process_environment(folder, checkpoint):
-            parts = build(cfg, folder, checkpoint)
+            parts = build(cfg, folder, checkpoint, parent)
             with trackers.finishing(parts.loggers):
                 return _train(parts)
+
+
+def _parent(cfg: DictConfig, folder: RunFolder, checkpoint: Path | None) -> Parent | None:
+    """The state of the run that a new one continues. What it is becomes part of the configuration.
+
+    Raises:
+        UserError: ``warm_start.path`` is none of what a run can start from.
+    """
+    start = OmegaConf.select(cfg, "warm_start")  # missing in old runs
+    if start is None or start.path is None:
+        return None
+    if checkpoint is not None:  # the run goes on; the parent may be gone by now
+        if start.parent is None:
+            with open_dict(cfg):
+                start.parent = lineage.parent(folder.read_config())
+        return None
+    path = Path(start.path)
+    if (path / ABOUT).is_file():
+        parent = exported_parent(path)
+    elif (path / CONFIG).is_file():
+        parent = Parent.of_run(path, say=lambda line: print(f"warm_start: {line}", flush=True))
+    elif path.is_file():
+        parent = Parent.of_checkpoint(path)
+    else:
+        raise UserError(f"warm_start: {path} is no run folder ({CONFIG}), no export ({ABOUT}) and no checkpoint file")
+    with open_dict(cfg):
+        start.parent = parent.identity
+    return parent
 
 
 def _train(run: Run) -> float:
@@ -68,7 +102,7 @@ def _train(run: Run) -> float:
     if run.trainer.is_global_zero:
         run.folder.save_config(run.cfg)
         log_identity.write(run.folder.path, run.datamodule.log)
-        trackers.write_config(run.loggers, run.cfg)
+        trackers.write_config(run.loggers, run.cfg, run_summary.made_with(run.cfg))
         where = f", goes on after step {run.resumption.step} with lr {run.module.lr:g}" if run.resumption else ""
         print(f"run folder: {run.folder.path}{where}", flush=True)
     distributed = ddp.watched(run.trainer)
@@ -88,6 +122,8 @@ def _train(run: Run) -> float:
         raise
     run.stability.finish(run.trainer)
     status, reason = run_summary.verdict(run.stability.detector, rollbacks=len(run.stability.rollbacks))
+    if not reason and run.stability.early_stop is not None:
+        reason = run.stability.early_stop.reason
     summary = _finish(run, status, reason, time.monotonic() - start)
     if run.trainer.is_global_zero:
         run_summary.show(summary)
@@ -163,6 +199,15 @@ def _say_start(run: Run) -> None:
     )
     if run.trainer.is_global_zero:
         print(report.line, flush=True)
+        if run.warm_start is not None:
+            kept = run.warm_start.summary
+            print(
+                f"warm start from {run.warm_start.parent}: {kept['tensors']} tensors taken over, accumulators: "
+                f"{kept['accumulators']}",
+                flush=True,
+            )
+            for line in run.warm_start.lines:
+                print(f"warm start: {line}", flush=True)
         for warning in report.warnings:
             _LOGGER.warning(warning)
 
@@ -171,8 +216,37 @@ def _finish(run: Run, status: str, reason: str, seconds: float) -> dict[str, obj
     summary = run_summary.summarise(run, status=status, reason=reason, seconds=seconds)
     if run.trainer.is_global_zero:
         run.folder.save_summary(summary)
-        trackers.write_summary(run.loggers, summary)
+        _write_card(run)
+        if status in FINISHED and trackers.wants(run.loggers, "report"):
+            _write_page(run)
+        trackers.write_summary(run.loggers, summary, run.folder)
     return summary
+
+
+def _write_card(run: Run) -> None:
+    """Writes the model card of the newest checkpoint beside it. Only of the last step are there metrics."""
+    found = by_step(run.folder.checkpoints)
+    if not found:
+        return
+    step, last = step_of(found[-1]), run.trainer.global_step
+    measured = {n.removeprefix(f"{TEST}/"): x for n, x in run.module.holdout.items() if n.startswith(f"{TEST}/")}
+    card = model_card.card_of(
+        run.folder,
+        log=run.datamodule.log,
+        step=step,
+        checkpoint="the newest checkpoint",
+        metrics=measured if step == last else {},
+    )
+    model_card.write_card(run.folder.checkpoints, card)
+
+
+def _write_page(run: Run) -> None:
+    """Writes the page of a run that ended, for the trackers."""
+    from ranker.reports.run_page import Recorded, render
+
+    for logger in run.loggers:
+        logger.save()
+    write_text(run.folder.path / PAGE, render(Recorded.read(run.folder.path)))
 
 
 def _why(error: BaseException, run: Run) -> str:

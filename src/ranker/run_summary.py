@@ -12,10 +12,10 @@ from rich.table import Table
 
 from ranker import config
 from ranker.errors import UserError
-from ranker.runs import provenance
+from ranker.runs import lineage, provenance
 from ranker.runs.config_identity import cell_hash, config_hash
-from ranker.runs.metric_names import TEST, task_metric
-from ranker.runs.run_folder import versions
+from ranker.runs.metric_names import COMMON, TEST, task_metric
+from ranker.runs.run_folder import read_summary, versions
 from ranker.stability import worth
 from ranker.stability.optimizer_state import ADAPTED, adaptation
 
@@ -55,6 +55,7 @@ def summarise(run: Run, *, status: str, reason: str, seconds: float) -> dict[str
             "data_wait_fraction": round(run.bookkeeping.data_wait_fraction(), 4),
             "seconds": round(seconds, 1),
             "world_size": run.trainer.world_size,
+            **trained_before(run),
         },
         status=status,
         reason=reason,
@@ -93,6 +94,7 @@ def summary_of(
         **asked_for(cfg),
         "data": data_name(cfg, module.schema.name),
         "metrics": module.holdout,
+        **_more_metrics(cfg, module),
         "no_better_than_constant": no_better_than_constant(module.holdout),
         "divergence": detector.summary() if detector else dict(NO_DIVERGENCE),
         **({"sharpness": sharpness} if sharpness else {}),
@@ -102,6 +104,29 @@ def summary_of(
         "parameters": module.net.count_parameters(),  # type: ignore[operator]
         **made_with(cfg),
     }
+
+
+def _more_metrics(cfg: DictConfig, module: RankingModule) -> dict[str, Any]:
+    """Confidence intervals and tables of the metrics, where there are any."""
+    found: dict[str, Any] = {}
+    if module.holdout_intervals:
+        level = OmegaConf.select(cfg, "metrics.intervals.level", default=None)
+        found["intervals"] = {"level": level, **{n: list(ends) for n, ends in module.holdout_intervals.items()}}
+    if module.holdout_tables:
+        found["tables"] = [table.plain() for table in module.holdout_tables]
+    return found
+
+
+def trained_before(run: Run) -> dict[str, Any]:
+    """What the run continues, and the time of the last row that it has seen itself."""
+    _, _, last_time_ms = run.datamodule.trained()
+    known: dict[str, Any] = {"last_row_time": lineage.iso(last_time_ms)}
+    if run.warm_start is not None:
+        known["warm_start"] = run.warm_start.summary
+    elif (parent := lineage.parent(run.cfg)) is not None:  # a resumed run
+        earlier = (read_summary(run.folder.path) or {}).get("warm_start", {})
+        known["warm_start"] = earlier or parent
+    return known
 
 
 def verdict(detector: DivergenceDetector | None, *, rollbacks: int = 0) -> tuple[str, str]:
@@ -183,7 +208,7 @@ def show(summary: dict[str, Any], console: Console | None = None) -> None:
     if not console.is_terminal:
         console.width = max(console.width, 110)  # a log file has no width
     metrics = summary["metrics"]
-    names = list(dict.fromkeys(key.split("/")[2] for key in metrics))
+    names = [name for name in dict.fromkeys(key.split("/")[2] for key in metrics) if name in COMMON]
     if not any(value for key, value in metrics.items() if key.endswith("/nonfinite")):
         names = [name for name in names if name != "nonfinite"]
     table = Table(title="hold-out, at the end of training", title_justify="left")
@@ -194,6 +219,11 @@ def show(summary: dict[str, Any], console: Console | None = None) -> None:
         table.add_row(task, *(_cell(name, metrics.get(task_metric(TEST, task, name))) for name in names))
     if names:
         console.print(table)
+    if any(key.split("/")[2] not in COMMON for key in metrics):
+        console.print(_others(metrics))
+    if intervals := dict(summary.get("intervals") or {}):
+        level = intervals.pop("level")
+        console.print(_intervals(intervals, level), soft_wrap=True, highlight=False)
     verdict = f"{summary['status']}: {summary['reason']}" if summary["reason"] else summary["status"]
     console.print(verdict, soft_wrap=True, style="yellow" if summary["reason"] else "green", highlight=False)
     if warning := never_adapted(summary):
@@ -217,6 +247,25 @@ def show(summary: dict[str, Any], console: Console | None = None) -> None:
         soft_wrap=True,
         highlight=False,
     )
+
+
+def _others(metrics: Mapping[str, float | None]) -> Table:
+    """The metrics that ``metrics=`` added, a row each: they are many, and their names are long."""
+    tasks = dict.fromkeys(key.split("/")[1] for key in metrics)
+    table = Table("metric", *tasks, title_justify="left")
+    for name in dict.fromkeys(key.split("/")[2] for key in metrics):
+        if name not in COMMON:
+            table.add_row(name, *(_cell(name, metrics.get(task_metric(TEST, task, name))) for task in tasks))
+    return table
+
+
+def _intervals(intervals: Mapping[str, Sequence[float]], level: float) -> str:
+    """The intervals of the first metric of each task; summary.json and the report page have those of all metrics."""
+    first: dict[str, str] = {}
+    for key, (low, high) in intervals.items():
+        _, task, name = key.split("/")
+        first.setdefault(task, f"{task} {name} {low:.4f} to {high:.4f}")
+    return f"{100 * level:g} % confidence intervals: {', '.join(first.values())}; summary.json has all"
 
 
 def never_adapted(summary: dict[str, Any]) -> str:

@@ -20,6 +20,7 @@ from support import TINY
 
 DAY_MS = 86_400_000
 ROWS, HELD_OUT = 2048, 700
+STEPS = ROWS // 256
 SCHEMA = Schema(
     name="shop",
     time_column="t",
@@ -142,7 +143,25 @@ def test_an_exported_model_scores_a_file_as_the_run_itself_does(
         watch = np.sign(logits[:, 1]) * np.expm1(np.abs(logits[:, 1])) * 1000
         np.testing.assert_allclose(scores["watch"].to_numpy(), watch, rtol=1e-4, atol=1e-2)
     files = {path.name for path in out.iterdir()}
-    assert files == {"model.pt2", "model.onnx", "schema.yaml", "export.json", "metrics.json", "gate.json", "SHA256SUMS"}
+    made = {"model.pt2", "model.onnx", "schema.yaml", "export.json", "metrics.json", "gate.json", "SHA256SUMS"}
+    assert files == made | {"model_card.json", "MODEL_CARD.md"}
+    card = json.loads((out / "model_card.json").read_text())
+    assert card["gate"]["passed"] is True
+    assert card["data"]["training"] == {
+        "rows": ROWS,
+        "from": "2022-01-08T00:00:00+00:00",
+        "to": "2022-01-08T23:59:16+00:00",
+    }
+    assert (card["run"], card["step"], card["parent"]) == (trained.name, STEPS, None)
+    text = (out / "MODEL_CARD.md").read_text()
+    assert "Passed." in text
+    assert f"{card['metrics']['click/auc']:.4f}" in text
+    beside = json.loads((trained / "checkpoints" / "model_card.json").read_text())
+    assert beside["gate"] is None
+    assert beside["metrics"]["click/auc"] == pytest.approx(card["metrics"]["click/auc"])
+    assert {key: beside[key] for key in ("config_hash", "optimizer", "events", "data")} == {
+        key: card[key] for key in ("config_hash", "optimizer", "events", "data")
+    }
     assert json.loads((out / "gate.json").read_text())["passed"] is True
     about = json.loads((out / "export.json").read_text())
     assert about["dense_statistics"]["rows"] == ROWS

@@ -187,12 +187,13 @@ def test_a_bisection_finds_what_was_planted_in_a_run(
     step, places = 70, [5, 50, 77]
     cut, rows = WindowedLoader._cut, []
 
-    def with_planted_rows(self, future, window, place, number):
-        batch, known = cut(self, future, window, place, number)
-        if number == step - 1:
-            batch.dense_BF[places, 7] = 1e3 * batch.dense_BF[places, 7].abs().clamp(min=1.0)
-            rows[:] = batch.row_B[places].tolist()
-        return batch, known
+    def with_planted_rows(self, *given):
+        batches, known = cut(self, *given)
+        for batch in batches:
+            if batch.number == step - 1:
+                batch.dense_BF[places, 7] = 1e3 * batch.dense_BF[places, 7].abs().clamp(min=1.0)
+                rows[:] = batch.row_B[places].tolist()
+        return batches, known
 
     monkeypatch.setattr(WindowedLoader, "_cut", with_planted_rows)
     run = train_tiny(

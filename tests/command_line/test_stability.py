@@ -15,7 +15,9 @@ from support import ROOT, TINY
 def call(monkeypatch: pytest.MonkeyPatch, *overrides: str) -> None:
     script = ROOT / "scripts" / "stability.py"
     monkeypatch.setattr(sys, "argv", [str(script), *overrides])
-    runpy.run_path(str(script), run_name="__main__")
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(script), run_name="__main__")
+    assert ended.value.code == 0
 
 
 def test_one_number_before_the_long_run(

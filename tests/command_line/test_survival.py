@@ -20,6 +20,7 @@ from support import ROOT, TWO_RANKS, Finished, assert_equal, finished, metrics, 
 Train = Callable[..., Finished]
 
 STEPS = 200
+TRUSTED = "trust=[rows_seen.RowsSeen]"  # of a resumed run
 CUT = (f"train.max_steps={STEPS}", "train.log_every=1", "callbacks.rollback.lr_factor=0.5")
 
 
@@ -41,8 +42,8 @@ def train(command_line: Callable[..., None]) -> Train:
 @pytest.fixture
 def resume(command_line: Callable[..., None], tmp_path: Path) -> Callable[[Path], None]:
     def call(folder: Path) -> None:
-        own = "trust=[rows_seen.RowsSeen]"
-        command_line(f"resume={folder}", own, f"train.checkpoint_every={STEPS}", f"hydra.run.dir={tmp_path / 'unused'}")
+        unused = f"hydra.run.dir={tmp_path / 'unused'}"
+        command_line(f"resume={folder}", TRUSTED, f"train.checkpoint_every={STEPS}", unused)
 
     return call
 
@@ -174,7 +175,7 @@ def test_two_ranks_go_back_together_lose_no_other_row_and_can_be_killed(
     every = "train.checkpoint_every=10"
     step = kill_after_rollback(tmp_path / "killed", *settings, *ROLLBACK, every, wait_for_checkpoint=True, seconds=250)
     assert step < end
-    assert_same_end(run(tmp_path / "killed", f"resume={tmp_path / 'killed'}", last), saved)
+    assert_same_end(run(tmp_path / "killed", f"resume={tmp_path / 'killed'}", TRUSTED, last), saved)
 
 
 def test_under_gradient_accumulation_a_rollback_leaves_every_step_its_batches(

@@ -26,7 +26,8 @@ from optim.updates import ADAGRAD
 
 def bound(at: Coordinates, settings: Settings) -> Tensor:
     """Return b."""
-    return (settings["lambda_rel"] * at.weight.abs()).add_(settings["lambda_abs"])
+    limit: Tensor = (settings["lambda_rel"] * at.weight.abs()).add_(settings["lambda_abs"])
+    return limit
 
 
 def gradient_overshoot(at: Coordinates, settings: Settings) -> Tensor:

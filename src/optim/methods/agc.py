@@ -52,7 +52,7 @@ from optim.updates import ADAGRAD
 def agc(reduced: Mapping[str, Tensor], settings: Settings) -> Tensor:
     """Return sigma; a gradient of 0 is not clipped, even where the bound is 0 too."""
     grad_norm = reduced["grad_norm"]
-    limit = settings["clip_factor"] * reduced["weight_norm"].clamp(min=settings["min_norm"])
+    limit: Tensor = settings["clip_factor"] * reduced["weight_norm"].clamp(min=settings["min_norm"])
     return (limit / grad_norm).clamp(max=1.0).where(grad_norm != 0, 1.0)
 
 

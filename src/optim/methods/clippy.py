@@ -67,7 +67,7 @@ OVERSHOOT = Reduction("overshoot", "max", overshoot, kernel="overshoot", bound=b
 def clippy(reduced: Mapping[str, Tensor], settings: Settings) -> Tensor:
     """Return sigma. It is 1 for an overshoot of at most 1 / eta, and for eta = 0, where nothing moves."""
     lr = settings["lr"]
-    worst = reduced["overshoot"] * lr
+    worst: Tensor = reduced["overshoot"] * lr
     if isinstance(lr, Tensor):
         # b_i = 0 makes it infinity * 0. A condition on another device (lr may be on the CPU) would wait for this one.
         worst = worst.where(torch.zeros_like(worst) + lr != 0, 0.0)

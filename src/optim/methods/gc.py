@@ -27,7 +27,7 @@ CLIP_ACCUMULATOR = Hyperparameter(
 
 def feeds_clipped(settings: Settings) -> bool:
     """Whether the accumulator is fed the clipped gradient."""
-    return settings["clip_accumulator"]
+    return bool(settings["clip_accumulator"])
 
 
 @register_rule(
@@ -46,7 +46,8 @@ def feeds_clipped(settings: Settings) -> bool:
 )
 def gc(reduced: Mapping[str, Tensor], settings: Settings) -> Tensor:
     """Return sigma; a gradient of 0 is not clipped."""
-    return (settings["clip_norm"] / reduced["grad_norm"]).clamp(max=1.0)
+    sigma: Tensor = (settings["clip_norm"] / reduced["grad_norm"]).clamp(max=1.0)
+    return sigma
 
 
 class GC(SigmaOptimizer):

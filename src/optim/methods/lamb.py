@@ -55,7 +55,8 @@ def lamb(reduced: Mapping[str, Tensor], settings: Settings) -> Tensor:
     """Return sigma."""
     weight_norm, update_norm = reduced["weight_norm"], reduced["update_norm"]
     ratio = (weight_norm / update_norm).where((weight_norm != 0) & (update_norm != 0), 1.0)
-    return settings["trust_coefficient"] * ratio
+    sigma: Tensor = settings["trust_coefficient"] * ratio
+    return sigma
 
 
 class LAMB(SigmaOptimizer):

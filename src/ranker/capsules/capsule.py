@@ -23,7 +23,6 @@ from ranker.stability import Event
 FORMAT = 1
 MANIFEST, CONFIG, SNAPSHOT = "capsule.json", "config.yaml", "snapshot.pt"
 _STATE = ("step", "net", "optimizer", "schedule", "auc", "detector", "rng")  # fields of TrainingState in SNAPSHOT
-_TENSORS = ("dense_BF", "onehot_BC", "labels_BT", "mask_BT", "time_ms_B", "row_B")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,11 +178,11 @@ def differences(capsule: Manifest, versions: Mapping[str, str], machine: Mapping
 def num_bytes(batch: Batch) -> int:
     """Bytes of a batch's tensors."""
     lists = [t for ragged in batch.ragged.values() for t in (ragged.values, ragged.offsets)]
-    return sum(t.nbytes for t in (*(getattr(batch, name) for name in _TENSORS), *lists))
+    return sum(t.nbytes for t in (*batch.columns().values(), *lists))
 
 
 def _plain(batch: Batch) -> dict[str, Any]:
-    plain: dict[str, Any] = {name: _own(getattr(batch, name)) for name in _TENSORS}
+    plain: dict[str, Any] = {name: _own(tensor) for name, tensor in batch.columns().items()}
     plain["ragged"] = {name: [_own(lists.values), _own(lists.offsets)] for name, lists in batch.ragged.items()}
     return plain | {"window": batch.window, "number": batch.number}
 

@@ -1,4 +1,4 @@
-"""``evenkeel prepare``, ``download`` and ``inspect``: public data sets and prepared logs."""
+"""``evenkeel prepare``, ``download`` and ``inspect``: public data sets, own logs, and what is in them."""
 
 from __future__ import annotations
 
@@ -21,19 +21,28 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
+from ranker import atomic
 from ranker.cli import command
+from ranker.data.batch import Batch
 from ranker.data.filesystem import open_root
 from ranker.data.inspection import broken_checksums, imprecise_columns, inspect_log, out_of_order
+from ranker.data.log_profile import LogProfiler
 from ranker.data.manifest import MANIFEST_FILE, FileEntry, Manifest
 from ranker.data.parquet_log import ParquetLog
-from ranker.data.prepare import RECIPES, print_summary
+from ranker.data.prepare import RECIPES, print_summary, steps
 from ranker.data.prepare import prepare as prepare_log
 from ranker.data.prepare.download import ARCHIVES, Archive, fetch, unpack
+from ranker.data.prepare.own import prepare_own
 from ranker.data.prepare.rewrite import rewrite
+from ranker.data.proposal import propose
+from ranker.data.proposal_text import as_yaml, next_commands
+from ranker.data.raw_log import RawLog, profiled
+from ranker.data.schema import Schema
 from ranker.errors import UserError
 from ranker.installation import command_line
 
 REWRITE = "rewrite"  # the kind of preparation that makes larger row groups of a log of one's own
+OWN = "log"  # the kind that converts a log of one's own, such as CSV
 
 
 @command
@@ -43,12 +52,24 @@ def prepare(arguments: Sequence[str] | None = None) -> int:
         description="Write published files or a log of one's own as Parquet by UTC day, a schema, a manifest."
     )
     parser.add_argument(
-        "kind", choices=[*sorted(RECIPES), REWRITE], help=f"the data set; {REWRITE}: a log with a schema.yaml, in order"
+        "kind",
+        choices=[*sorted(RECIPES), OWN, REWRITE],
+        help=f"the data set; {OWN}: CSV or Parquet of your own, with --schema; {REWRITE}: a log with a schema.yaml, in "
+        "order, whose row groups are small",
     )
     parser.add_argument("source", metavar="SRC", help="folder with the published files, or with the log")
     parser.add_argument("destination", metavar="DST", help="folder to create")
+    parser.add_argument("--schema", type=Path, help=f"for {OWN}: the schema.yaml; inspect_data.py --propose writes one")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     given = parser.parse_args(arguments)
+    if (given.schema is None) == (given.kind == OWN):
+        propose = f"{command_line('inspect')} {given.source} --propose schema.yaml"
+        parser.error(f"--schema belongs to {OWN}, and {OWN} needs it: {propose} proposes one")
+    if given.kind == OWN:
+        with steps(visible=not given.quiet) as step:
+            manifest = prepare_own(given.source, given.destination, Schema.from_yaml(given.schema), step=step)
+        print_summary(manifest, where=given.destination)
+        return 0
     if given.kind == REWRITE:
         manifest = _rewrite(given.source, given.destination, progress=not given.quiet)
         print(f"{given.destination}: {manifest.rows:,} rows in {len(manifest.files)} days")
@@ -59,8 +80,7 @@ def prepare(arguments: Sequence[str] | None = None) -> int:
 
 
 def _rewrite(source: str, destination: str, *, progress: bool) -> Manifest:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), disable=not progress) as bar:
+    with _row_progress(disable=not progress) as bar:
         task = bar.add_task("rewriting rows", total=None)
         return rewrite(source, destination, advance=lambda rows: bar.advance(task, rows))
 
@@ -104,10 +124,25 @@ def _fetch(archive: Archive, folder: Path) -> Path:
 @command
 def inspect(arguments: Sequence[str] | None = None) -> int:
     """Checks a prepared log; exit status 0, also with warnings, or 2 where the log cannot be trained on."""
-    parser = argparse.ArgumentParser(description="Check a prepared log: files, label rates, bad rows, columns.")
-    parser.add_argument("root", metavar="DIR", help="a folder or URL with schema.yaml and Parquet files")
+    about = "Check a log: files, label rates, bad rows, columns. Or propose a schema for one that has none."
+    parser = argparse.ArgumentParser(description=about)
+    parser.add_argument(
+        "root", metavar="DIR", help="a folder or URL with schema.yaml and Parquet files; for --propose CSV or Parquet"
+    )
+    parser.add_argument("--propose", metavar="FILE", type=Path, help="write a schema for a log that has none to FILE")
+    parser.add_argument("--time", metavar="COLUMN", help="for --propose: the column that orders the log")
+    parser.add_argument("--tasks", metavar="COLUMN", nargs="+", default=[], help="for --propose: what to predict")
+    parser.add_argument("--force", action="store_true", help="for --propose: replace FILE")
     parser.add_argument("--quick", action="store_true", help="read the manifest and footers only, not the rows")
+    parser.add_argument("--html", action="store_true", help="also write a page: features, drift, labels by day, leaks")
+    parser.add_argument("--out", type=Path, help="the page (default: inspection.html in DIR, or here for a URL)")
     given = parser.parse_args(arguments)
+    if given.html and given.quick:
+        parser.error("--html reads the rows, --quick does not: give one of them")
+    if given.propose is not None:
+        return _propose(given)
+    if given.time or given.tasks:
+        parser.error("--time and --tasks belong to --propose FILE")
     warnings: list[str] = []
     manifest: Manifest | None = None
     try:
@@ -122,9 +157,7 @@ def inspect(arguments: Sequence[str] | None = None) -> int:
         log = _opened(given.root, warnings)
         warnings += [*log.schema.label_features(), *imprecise_columns(log.index.metadata, log.schema)]
         if not given.quick:
-            findings = inspect_log(log)
-            _print_files(findings.files, title=f"{log.num_rows:,} rows, of which {findings.bad:,} cannot be used")
-            warnings += findings.warnings
+            warnings += _looked_at(log, warnings, given)
     except UserError:
         if manifest is not None and not given.quick:
             _print_files(manifest.files, title=f"{MANIFEST_FILE}: {manifest.rows:,} rows")
@@ -134,6 +167,69 @@ def inspect(arguments: Sequence[str] | None = None) -> int:
     if not warnings:
         print("nothing looks wrong")
     return 0
+
+
+def _propose(given: argparse.Namespace) -> int:
+    """Writes a schema for a log that has none and prints the next commands."""
+    path: Path = given.propose
+    if path.exists() and not given.force:
+        raise UserError(f"{path} exists; --force replaces it")
+    log = RawLog.open(given.root)
+    with _row_progress() as bar:
+        task = bar.add_task("reading rows", total=None)
+        profile = profiled(log, advance=lambda rows: bar.advance(task, rows))
+    name = Path(given.root).name.split(".")[0] or "log"
+    proposal = propose(log, profile, name=name, time=given.time, tasks=given.tasks)
+    atomic.write_text(path, as_yaml(proposal, source=given.root))
+    schema = proposal.schema
+    tasks = ", ".join(f"{task.name} ({task.type})" for task in schema.tasks)
+    print(
+        f"{path}: {len(schema.dense)} dense and {len(schema.categorical)} categorical features of {profile.rows:,} rows"
+    )
+    print(f"time: {schema.time_column}\ntasks: {tasks}")
+    if log.skipped:
+        print(f"warning: {sum(log.skipped.values()):,} lines with too many or too few fields were left out")
+    for column, reason in proposal.left_out.items():
+        print(f"left out: {column}: {reason}")
+    commands, reasons = next_commands(proposal, log, profile, path)
+    if reasons:
+        print(f"to be converted: {'; '.join(reasons)}")
+    print("next, after a look at it:", *commands, sep="\n  ")
+    return 0
+
+
+def _looked_at(log: ParquetLog, before: Sequence[str], given: argparse.Namespace) -> list[str]:
+    """Reads the rows, prints what is in each file and writes the page that was asked for. Returns the warnings."""
+    profiler = LogProfiler(log) if given.html else None
+
+    with _row_progress() as bar:
+        task = bar.add_task("reading rows", total=log.num_rows)
+
+        def look(group: int, batch: Batch) -> None:
+            if profiler is not None:
+                profiler.add(group, batch)
+            bar.advance(task, len(batch))
+
+        findings = inspect_log(log, look=look)
+    _print_files(findings.files, title=f"{log.num_rows:,} rows, of which {findings.bad:,} cannot be used")
+    warnings = list(findings.warnings)
+    if profiler is not None:
+        from ranker.reports import log_page
+
+        profile = profiler.profile()
+        warnings += log_page.lines(profile)
+        folder = Path() if "://" in given.root else Path(given.root).expanduser()
+        out: Path = given.out or folder / "inspection.html"
+        page = log_page.render(profile, findings, [*before, *warnings], log.schema, where=given.root)
+        atomic.write_text(out, page)
+        print(f"page: {out}")
+    return warnings
+
+
+def _row_progress(*, disable: bool = False) -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    console = Console(stderr=True)
+    return Progress(*columns, console=console, transient=True, disable=disable or not console.is_terminal)
 
 
 def _print_files(files: Sequence[FileEntry], *, title: str) -> None:

@@ -22,8 +22,11 @@ from ranker.export.program_runtime import open_program
 from ranker.export.scoring import ON_BAD_ROWS, UNSEEN_IDS, ParquetRows, score_file
 from ranker.installation import conf_folder
 from ranker.runs.checkpoint_files import Best, damage, step_of
+from ranker.runs.config_identity import config_hash
+from ranker.runs.lineage import parent
 from ranker.runs.log_identity import check_schema
-from ranker.runs.run_folder import SUMMARY, RunFolder, read_summary, versions
+from ranker.runs.model_card import card_of
+from ranker.runs.run_folder import SUMMARY, RunFolder, read_summary
 from ranker.stability.gate import GateSettings, Verdict
 
 DESCRIPTION = """Export the model of a run, if it passes the gate.
@@ -55,13 +58,17 @@ def export(arguments: Sequence[str] | None = None) -> int:
             print(f"note: {check.about}: {check.words}", file=sys.stderr)
     if verdict.passed:
         print(f"exported: {destination}")
+        if given.wandb:
+            from ranker.training import trackers
+
+            trackers.keep_later(given.run, trackers.Artifact("export", destination))
     return 0 if verdict.passed else 2
 
 
 def _export(given: argparse.Namespace, settings: GateSettings, destination: Path) -> Verdict:
     # Imported late: Lightning and torch's exporter cost seconds that --help need not wait for.
     from ranker.build import make_net, open_log
-    from ranker.export.release import Candidate, Weights, write_export
+    from ranker.export.release import Candidate, Weights, origin, write_export
 
     folder = RunFolder.existing(given.run)
     cfg = folder.load_config(trusted=given.trust)
@@ -75,19 +82,24 @@ def _export(given: argparse.Namespace, settings: GateSettings, destination: Path
     with counted("evaluating on the hold-out", total=rows, console=Console(stderr=True)) as advance:
         metrics, positives = candidate.evaluate(advance)
     evidence = candidate.evidence(folder.path, metrics, positives, eval_max_rows=cfg.data.eval_max_rows)
-    about: dict[str, Any] = {
-        "model": cfg.model.name,
-        "optim": cfg.optim.name,
-        "data": cfg.data.name,
-        "run": folder.path.name,
-        "step": weights.step,
-        "checkpoint": which,
-        "holdout_rows": rows,
-        "id_types": log.id_types,
-        "versions": versions(),
-    }
+    about = origin(
+        cfg,
+        weights,
+        run=folder.path.name,
+        which=which,
+        log=log,
+        config_hash=config_hash(cfg),
+        parent=parent(cfg),
+    )
     return write_export(
-        candidate, evidence, settings, destination=destination, onnx=given.onnx, force=given.force, about=about
+        candidate,
+        evidence,
+        settings,
+        destination=destination,
+        onnx=given.onnx,
+        force=given.force,
+        about=about,
+        card=card_of(folder, log=log, step=weights.step, checkpoint=which, metrics=metrics),
     )
 
 
@@ -129,6 +141,7 @@ def _parser() -> argparse.ArgumentParser:
     which.add_argument("--checkpoint", type=Path, help="a checkpoint file (default: the last one of the run)")
     parser.add_argument("--force", action="store_true", help="replace an export that is there")
     parser.add_argument("--report", type=Path, metavar="FILE", help="write the gate's report here, also when refused")
+    parser.add_argument("--wandb", action="store_true", help="add the export to the run in W&B, as an artifact")
     add_trust(parser)
     gate = parser.add_argument_group("the gate", "values stand in conf/gate; each of these replaces one")
     gate.add_argument("--gate", default="default", metavar="NAME", help="a file of conf/gate (default: %(default)s)")

@@ -8,8 +8,8 @@ import sys
 import hydra
 from omegaconf import DictConfig
 
-from ranker import cli, config
-from ranker.config_overrides import resumed_words
+from ranker import cli, config, deferred
+from ranker.config_overrides import resumed_words, warm_start_word
 from ranker.installation import conf_folder
 
 config.register()
@@ -19,6 +19,7 @@ HEADROOM = """Find how many times the base learning rate a model and optimizer s
     python scripts/stability.py model=large optim=clippy
     python scripts/stability.py model=large optim=adagrad,clippy hydra/launcher=joblib hydra.launcher.n_jobs=4
 
+With --find-base-lr it finds 1x itself; --find-base-lr --help says more.
 `evenkeel headroom` takes the same arguments. Overrides are those of train.py; comma-separated values are compared.
 --vectorize K trains up to K runs of a round as one (docs/sweeps.md). They differ only in seed, rate or optimizer, share
 the order of rows of seed 0, and record no early signs and no capsules.
@@ -37,6 +38,7 @@ def _main(cfg: DictConfig) -> float | None:
 
             return run_job(cfg)
         config.check(cfg)
+        deferred.defer()
         from ranker.run import run  # imported late: Lightning costs seconds that --help and --cfg need not wait for
 
         return run(cfg)
@@ -51,21 +53,30 @@ def train() -> None:
     if {"--cfg", "-c", "--cfg=job", "-cjob"} & set(sys.argv) and "--resolve" not in sys.argv:
         sys.argv.append("--resolve")  # shows the learning rate and widths that will be used, not ${...}
     with cli.one_line_errors(outermost=True):
-        sys.argv[1:] = resumed_words(sys.argv[1:], conf=conf_folder())
+        words = [warm_start_word(word) for word in sys.argv[1:]]
+        sys.argv[1:] = resumed_words(words, conf=conf_folder())
     cli.run(_main)
 
 
-def headroom() -> None:
-    """Searches for the largest stable learning rate: a multirun with the headroom sweeper."""
+def headroom() -> int:
+    """Searches for the largest stable learning rate, or for 1x: a multirun with the headroom sweeper."""
     given = sys.argv[1:]
+    from ranker.commands import base_lr_command
+
+    finds_base_lr = base_lr_command.OPTION in given
+    given = [word for word in given if word != base_lr_command.OPTION]
     if any(word in ("-h", "--help") for word in given):
-        print(HEADROOM, end="")
-        return
+        print(base_lr_command.HELP if finds_base_lr else HEADROOM, end="")
+        return 0
     long = "hydra.sweeper."
     given = _vectorized(given)
     words = [long + word.removeprefix("headroom.") if word.startswith("headroom.") else word for word in given]
+    sys.argv[0] = __file__
+    if finds_base_lr:
+        return base_lr_command.find(words, lambda: cli.run(_main))
     sys.argv = [__file__, "-m", "hparams_search=headroom", *words]
     cli.run(_main)
+    return 0
 
 
 def _vectorized(words: list[str]) -> list[str]:

@@ -10,7 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-_COLUMNS = ("dense_BF", "onehot_BC", "labels_BT", "mask_BT", "time_ms_B", "row_B")
+COLUMNS = ("dense_BF", "onehot_BC", "labels_BT", "mask_BT", "time_ms_B", "row_B")
+OPTIONAL = ("weight_B", "groups_BG")  # None unless the schema has them
+NO_GROUP = -(2**63)  # the key of a row whose group is null: it shares its group with no other row
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ class Ragged:
         """Concatenates the lists of several parts. CPU only."""
         ends = torch.cumsum(torch.tensor([0, *(len(p.values) for p in parts)]), 0).tolist()
         offsets = [parts[0].offsets[:1], *(p.offsets[1:] + end for p, end in zip(parts, ends, strict=False))]
-        return Ragged(_join([p.values for p in parts]), _join(offsets))
+        return Ragged(joined([p.values for p in parts]), joined(offsets))
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,10 @@ class Batch:
         mask_BT: bool [B, T], true where the label is observed.
         time_ms_B: int64 [B], Unix milliseconds, UTC.
         row_B: int64 [B], the schema's row_id, or the row's position in the log.
+        weight_B: float32 [B], weight of each row, 0 or more. None: the schema has no weight, every row counts once.
+            Rows of weight 0 have no observed label.
+        groups_BG: int64 [B, G], key of each row's groups, in the schema's order: the integer itself, or a 64-bit hash
+            of a string. NO_GROUP for null. None: the schema has no groups.
         window: number of the time window that the rows were drawn from. -1 outside of training.
         number: number of the batch in the training order, counted over all ranks and windows. -1 outside of training.
         opening: on the first batch of a window, this rank's whole share of the window in time order, so that the
@@ -71,6 +77,8 @@ class Batch:
     mask_BT: Tensor
     time_ms_B: Tensor
     row_B: Tensor
+    weight_B: Tensor | None = None
+    groups_BG: Tensor | None = None
     window: int = -1
     number: int = -1
     opening: Batch | None = field(default=None, repr=False)
@@ -95,6 +103,8 @@ class Batch:
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Batch:
         """The same rows on another device. ``opening`` is not moved: it is moved in pieces when it is scored."""
+        if self.dense_BF.device == torch.device(device):  # a tensor is moved in microseconds, but there are forty
+            return self
         return self._each_tensor(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> Batch:
@@ -105,13 +115,18 @@ class Batch:
         return self._each(change, lambda lists: Ragged(change(lists.values), change(lists.offsets)))
 
     def _each(self, change: Callable[[Tensor], Tensor], change_lists: Callable[[Ragged], Ragged]) -> Batch:
-        columns: dict[str, Any] = {name: change(getattr(self, name)) for name in _COLUMNS}
+        columns: dict[str, Any] = {name: change(tensor) for name, tensor in self.columns().items()}
         return replace(self, ragged={n: change_lists(lists) for n, lists in self.ragged.items()}, **columns)
+
+    def columns(self) -> dict[str, Tensor]:
+        """The tensors with one entry per row, by name. Those that are None are left out."""
+        found = {name: getattr(self, name) for name in (*COLUMNS, *OPTIONAL)}
+        return {name: tensor for name, tensor in found.items() if tensor is not None}
 
     @staticmethod
     def concat(parts: Sequence[Batch]) -> Batch:
         """Concatenates the rows of several parts. CPU only."""
-        columns: dict[str, Any] = {name: _join([getattr(part, name) for part in parts]) for name in _COLUMNS}
+        columns: dict[str, Any] = {name: joined([getattr(part, name) for part in parts]) for name in parts[0].columns()}
         ragged = {n: Ragged.concat([part.ragged[n] for part in parts]) for n in parts[0].ragged}
         return Batch(ragged=ragged, window=parts[0].window, **columns)
 
@@ -120,7 +135,10 @@ class Batch:
 # would compete with the training step for the cores: 2 to 20 times slower on a busy machine.
 
 
-def _join(tensors: list[Tensor]) -> Tensor:
+def joined(tensors: list[Tensor]) -> Tensor:
+    """The tensors one after another."""
+    if len(tensors) == 1:
+        return tensors[0]
     return torch.from_numpy(np.concatenate([tensor.numpy() for tensor in tensors]))
 
 

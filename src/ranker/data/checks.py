@@ -30,6 +30,12 @@ def check_columns(columns: pa.Schema, *, schema: Schema, file: str) -> None:
     if schema.row_id and not pa.types.is_integer(kinds[schema.row_id]):
         raise _wrong_type(file, schema.row_id, kinds[schema.row_id], "a row id is an integer")
     check_feature_columns(columns, schema=schema, file=file)
+    if schema.weight and not is_number(kinds[schema.weight]):
+        raise _wrong_type(file, schema.weight, kinds[schema.weight], "a weight is a number")
+    for group in schema.groups:
+        kind = kinds[group.column]
+        if is_list(kind) or (id_type(kind) is None and not pa.types.is_null(kind)):
+            raise _wrong_type(file, group.column, kind, f"keys of group '{group.name}' are integers or strings")
     for task in schema.tasks:
         if not is_number(kinds[task.column]):
             raise _wrong_type(file, task.column, kinds[task.column], f"the label of task '{task.name}' is a number")
@@ -71,8 +77,9 @@ def check_same_ids(files: Mapping[str, pa.Schema], *, schema: Schema) -> dict[st
         UserError: a column holds strings in one file and integers in another.
     """
     seen: dict[str, tuple[str, str]] = {}
+    ids = {feature.column for feature in schema.categorical}
     for file, columns in files.items():
-        for name in {feature.column for feature in schema.categorical}:
+        for name in ids | {group.column for group in schema.groups}:
             here = id_type(columns.field(name).type)
             if here is None:
                 continue
@@ -82,7 +89,7 @@ def check_same_ids(files: Mapping[str, pa.Schema], *, schema: Schema) -> dict[st
                     f"{file}: the ids in column '{name}' are {here}s, but {kind}s in {first}, so the same id would use "
                     "two embedding rows; write all files of a log with one type"
                 )
-    return {name: kind for name, (kind, _) in seen.items()}
+    return {name: kind for name, (kind, _) in seen.items() if name in ids}
 
 
 def check_id_types(columns: pa.Schema, known: Mapping[str, str], *, schema: Schema, file: str) -> None:

@@ -111,6 +111,7 @@ class Task:
         mask: an optional boolean column. A row counts for this task where it is true. A null label never counts.
         weight: weight of this task's loss in the sum.
         at_least: makes a number a binary label, 1 where the column is at least this (binary only).
+        group: name of the group inside which a pairwise or listwise loss compares rows. Default: the schema's first.
     """
 
     name: str
@@ -121,6 +122,7 @@ class Task:
     mask: str = ""
     weight: float = 1.0
     at_least: float | None = None
+    group: str = ""
 
     def __post_init__(self) -> None:
         where = f"task '{self.name}'"
@@ -136,6 +138,22 @@ class Task:
             raise UserError(f"{where}: weight must be above 0, got {self.weight}; leave the task out instead")
         if self.at_least is not None:
             _check_finite(self.at_least, f"{where}: at_least")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroupColumn:
+    """A key that rows share, such as the user or the session, by which metrics and losses group them.
+
+    Attributes:
+        name: the group's name, part of the names of metrics (``gauc.user``).
+        column: the Parquet column, of integers, booleans or strings. Default: the name. It may be a feature too.
+    """
+
+    name: str
+    column: str = ""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "column", self.column or self.name)
 
 
 def from_plain(kind: type[_T], raw: object, where: str) -> _T:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -16,7 +17,7 @@ from ranker.data.loader import EvalLoader, WindowedLoader
 from ranker.data.log import Log
 from ranker.data.repeated import Repeated, in_one_pass, repeated_plan
 from ranker.data.windows import Positions, WindowPlan, parse_window, plan_windows, row_ranges
-from ranker.errors import UserError, one_of
+from ranker.errors import UserError, one_of, suggest
 
 
 class RankingDataModule(pl.LightningDataModule):
@@ -45,6 +46,8 @@ class RankingDataModule(pl.LightningDataModule):
         pin_memory: bool | None = None,
         dense_statistics: Mode = "none",
         passes: int = 1,
+        keep_groups: str | None = None,
+        windows_before: int = 0,
         wrap_training: Callable[[Iterable[Batch]], Iterable[Batch]] = lambda loader: loader,
     ) -> None:
         """Reads nothing yet.
@@ -62,10 +65,13 @@ class RankingDataModule(pl.LightningDataModule):
             dense_statistics: ``past_windows`` normalises dense features with mean and standard deviation of the windows
                 before the current one. Evaluations use the statistics before the window of the next batch.
             passes: how often the training rows are trained on. Only the first pass is scored before it is trained on.
+            keep_groups: name of a group of the schema. Rows of one group in a window come side by side, so they are in
+                the same batch and on the same rank, but for the group that the border of a batch cuts.
+            windows_before: number of windows of the runs that this one continues, see ``WindowPlan``.
             wrap_training: wraps the training loader, for example to time it.
 
         Raises:
-            UserError: a number is out of range, or the window is neither rows nor hours.
+            UserError: a number is out of range, the window is neither rows nor hours, or there is no such group.
         """
         super().__init__()
         sizes = {
@@ -87,13 +93,15 @@ class RankingDataModule(pl.LightningDataModule):
         parse_window(window)
         if not (isinstance(log, Log) or callable(log)):
             raise UserError(f"data.log: {type(log).__name__} is not a log; make it a subclass of ranker.data.log.Log")
-        self._log = log
+        self._log, self._keep_groups = log, keep_groups
+        if isinstance(log, Log):
+            self._check_group(log)
         self._batch_size, self._eval_batch_size = batch_size, eval_batch_size or batch_size
         self._window, self._seed = window, seed
         self._num_workers, self._eval_max_rows = num_workers, eval_max_rows
         self._progressive = progressive
         self._pin_memory = pin_memory
-        self._passes = passes
+        self._passes, self._windows_before = passes, windows_before
         self._past = PastWindows() if dense_statistics == "past_windows" else None
         self._loader: WindowedLoader | None = None
         self.position = 0
@@ -102,12 +110,16 @@ class RankingDataModule(pl.LightningDataModule):
     @cached_property
     def log(self) -> Log:
         """The log."""
-        return self._log if isinstance(self._log, Log) else self._log()
+        if isinstance(self._log, Log):
+            return self._log
+        opened = self._log()
+        self._check_group(opened)
+        return opened
 
     @cached_property
     def plan(self) -> WindowPlan:
         """The windows and batches of the whole run."""
-        return repeated_plan(self._first_pass, self._passes)
+        return repeated_plan(replace(self._first_pass, windows_before=self._windows_before), self._passes)
 
     @cached_property
     def _first_pass(self) -> WindowPlan:
@@ -147,7 +159,7 @@ class RankingDataModule(pl.LightningDataModule):
         """Loader of the remaining training batches, from ``position`` on."""
         rank, world_size = self._place()
         self._loader = WindowedLoader(
-            Repeated(self.log, self._passes) if self._passes > 1 else self.log,
+            self._trained(),
             plan=self.plan,
             seed=self._seed,
             rank=rank,
@@ -158,6 +170,7 @@ class RankingDataModule(pl.LightningDataModule):
             new_windows=self._first_pass.num_windows,
             pin_memory=self._pinned(),
             past=self._past,
+            keep_group=self._keep_groups,
         )
         return self._wrap_training(self._loader)
 
@@ -182,6 +195,8 @@ class RankingDataModule(pl.LightningDataModule):
             state["bad_rows"] = [[file, group, rows] for (file, group), rows in bad]
         if self._past is not None:
             state["dense_statistics"] = self.known().state_dict()
+            if self._past.carried:
+                state["carried_statistics"] = True
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -197,7 +212,28 @@ class RankingDataModule(pl.LightningDataModule):
             wrote = "none" if known is None else "past_windows"
             raise UserError(f"the checkpoint was written with data.dense_statistics={wrote}; use the same value")
         if self._past is not None and known is not None:
-            self._past.begin(self._window_of(self.position), DenseStatistics.from_state(known))
+            carried = bool(state_dict.get("carried_statistics"))
+            self._past.begin(self._window_of(self.position), DenseStatistics.from_state(known), carried=carried)
+
+    def carry_statistics(self, known: DenseStatistics) -> None:
+        """Puts the statistics of an earlier run before the first window. Call it before training starts."""
+        if self._past is not None and known.rows:
+            self._past.begin(0, known, carried=True)
+
+    def trained(self) -> tuple[int, int, int | None]:
+        """What was trained on up to ``position``: windows (begun ones count) and rows, of this run and those before it.
+
+        Returns:
+            Number of windows, including those of the runs before. Number of rows of this run. Time of the last row of
+            the last window, Unix milliseconds; None before the first batch.
+        """
+        if not self.position:
+            return self._windows_before, 0, None
+        window, place = self.plan.locate(self.position - 1)
+        start, stop = self.plan.rows(window)
+        rows = min(start + (place + 1) * self.plan.batch_size, stop)
+        last_ms = self.log.time_at_row((stop - 1) % self.log.train_rows)
+        return self._windows_before + window + 1, rows, last_ms
 
     def join_bad_rows(self) -> None:
         """Adds the bad rows that other ranks found in their parts of the hold-out. All ranks must call it."""
@@ -221,12 +257,30 @@ class RankingDataModule(pl.LightningDataModule):
 
     def row_ranges(self, start: int, stop: int) -> Positions:
         """Rows of the log in batches start .. stop - 1, over all ranks. See ``windows.row_ranges``."""
-        ranges = row_ranges(self.plan, seed=self._seed, start=start, stop=stop)
+        ranges = row_ranges(self.plan, start=start, stop=stop, order=self._order)
         return ranges if self._passes == 1 else in_one_pass(ranges, self.log.train_rows)
 
     def known(self) -> DenseStatistics:
         """The statistics that normalise dense features at the next batch. Empty if they are not normalised."""
         return NOTHING if self._past is None else self._past.before(self._window_of(self.position))
+
+    def _trained(self) -> Log:
+        """The training rows of all passes."""
+        return Repeated(self.log, self._passes) if self._passes > 1 else self.log
+
+    def _order(self, window: int, start: int, stop: int) -> Positions:
+        """The order in which batches take the rows of a window. Keys of groups are read again."""
+        keys = None
+        if self._keep_groups is not None:
+            groups_BG = self._trained().read(start, stop).groups_BG
+            assert groups_BG is not None
+            keys = groups_BG[:, self.log.schema.group_names.index(self._keep_groups)].numpy()
+        return self.plan.order(window, seed=self._seed, keys=keys)
+
+    def _check_group(self, log: Log) -> None:
+        known = log.schema.group_names
+        if self._keep_groups is not None and self._keep_groups not in known:
+            raise UserError(f"data.keep_groups: no group '{self._keep_groups}'; {suggest(self._keep_groups, known)}")
 
     def _eval_loader(self, *, max_rows: int | None, keep: bool) -> EvalLoader:
         rank, world_size = self._place()

@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 import torch
 
 from ranker.data.arrow_types import is_string, value_type
-from ranker.data.batch import Batch, Ragged
+from ranker.data.batch import NO_GROUP, Batch, Ragged
 from ranker.data.hashing import hash_bytes, splitmix64
 from ranker.data.row_faults import Fault, Place
 from ranker.data.schema import CategoricalFeature, DenseFeature, Schema, Task, Transform
@@ -26,6 +26,7 @@ Floats = npt.NDArray[np.float32]
 Bools = npt.NDArray[np.bool_]
 
 _LARGEST_LABEL = 1e15  # the squared errors of a batch are added in float32, which ends at 3e38
+_LARGEST_WEIGHT = 1e9  # times the largest error, likewise
 
 
 def decode(
@@ -73,6 +74,12 @@ def decode(
     for t, task in enumerate(schema.tasks if labelled else ()):
         mask = columns[task.mask] if task.mask else None
         labels_BT[:, t], mask_BT[:, t] = label_values(columns[task.column], task, mask, faults)
+    weight_B = groups_BG = None
+    if schema.weight and labelled:
+        weight_B = weight_values(columns[schema.weight], schema.weight, faults)
+        mask_BT &= (weight_B > 0)[:, None]
+    if schema.groups and labelled:
+        groups_BG = np.stack([group_keys(columns[g.column], g.column, place) for g in schema.groups], axis=1)
     time_ms_B = times_ms(columns[schema.time_column], schema, place) if labelled else np.zeros(rows, dtype=np.int64)
     if unseen_ids:
         faults = [fault for fault in faults if not fault.unseen_id]
@@ -84,6 +91,8 @@ def decode(
         mask_BT=torch.from_numpy(mask_BT),
         time_ms_B=torch.from_numpy(time_ms_B),
         row_B=torch.from_numpy(_row_ids(columns, schema, first_row, rows, faults, place)),
+        weight_B=None if weight_B is None else torch.from_numpy(weight_B),
+        groups_BG=None if groups_BG is None else torch.from_numpy(groups_BG),
     )
     return batch, faults
 
@@ -152,10 +161,7 @@ def embedding_rows_of_strings(strings: pa.Array, owner: CategoricalFeature) -> I
     if owner.vocabulary:
         found = pc.index_in(strings.cast(pa.large_string()), value_set=pa.array(owner.vocabulary, pa.large_string()))
         return found.fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int64) + 1
-    flat = pa.concat_arrays([strings.cast(pa.large_string())])  # makes the offsets of a slice start at 0
-    _, offsets, data = flat.buffers()
-    bounds = np.frombuffer(offsets, dtype=np.int64, count=len(flat) + 1, offset=8 * flat.offset)
-    rows = _bucket(hash_bytes(np.frombuffer(data or b"", dtype=np.uint8), bounds), owner.hash_buckets)
+    rows = _bucket(_hashes(strings), owner.hash_buckets)
     missing = _nulls(strings)
     if missing is not None:
         rows[missing] = 0
@@ -227,6 +233,38 @@ def _mask_values(mask: pa.Array, task: Task, faults: list[Fault]) -> Bools:
     return values == 1
 
 
+def weight_values(column: pa.Array, name: str, faults: list[Fault]) -> Floats:
+    """Weights of the rows, float32 [B]. One that is null, negative, not finite or huge is a fault and reads as 0."""
+    missing = _nulls(column)
+    values = _floats(column, 0.0)
+    if missing is not None:
+        faults.append(_fault(name, "null weight", "give every row a weight; 0 for a row that does not count", missing))
+    with np.errstate(invalid="ignore"):
+        wrong = ~((values >= 0) & (values <= _LARGEST_WEIGHT))
+    if wrong.any():
+        cure = f"weights are numbers from 0 to {_LARGEST_WEIGHT:g}"
+        faults.append(_fault(name, f"weight {values[wrong][0]:g}", cure, wrong))
+        return np.where(wrong, np.float32(0.0), values)
+    return values.copy()  # Arrow's memory is read-only
+
+
+def group_keys(column: pa.Array, name: str, place: Place) -> Ints:
+    """Keys of a group, int64 [B]: the integers themselves, or a 64-bit hash of strings. ``NO_GROUP`` for null."""
+    if pa.types.is_null(column.type):
+        return np.full(len(column), NO_GROUP, dtype=np.int64)
+    if pa.types.is_dictionary(column.type) and not is_string(column.type.value_type):
+        column = column.dictionary_decode()
+    if is_string(column.type) or pa.types.is_dictionary(column.type):
+        encoded = column if pa.types.is_dictionary(column.type) else column.dictionary_encode()
+        distinct = _hashes(encoded.dictionary).view(np.int64)
+        missing = _nulls(encoded.dictionary)
+        if missing is not None:
+            distinct[missing] = NO_GROUP
+        codes = encoded.indices.cast(pa.int64()).fill_null(len(distinct))
+        return np.append(distinct, np.int64(NO_GROUP))[codes.to_numpy(zero_copy_only=False)]
+    return _int64(column, name, place, fill=NO_GROUP).copy()
+
+
 def transformed(values: Floats, transform: Transform, scale: float) -> Floats:
     """``transform(scale * x)``. log1p is signed: ``sign(x) * log(1 + |x|)``."""
     if scale != 1.0:
@@ -258,6 +296,13 @@ def _outside(ids: Ints, size: int) -> Bools | None:
     if len(ids) == 0 or (ids.min() >= 0 and ids.max() < size):
         return None
     return (ids < 0) | (ids >= size)
+
+
+def _hashes(strings: pa.Array) -> npt.NDArray[np.uint64]:
+    flat = pa.concat_arrays([strings.cast(pa.large_string())])  # makes the offsets of a slice start at 0
+    _, offsets, data = flat.buffers()
+    bounds = np.frombuffer(offsets, dtype=np.int64, count=len(flat) + 1, offset=8 * flat.offset)
+    return hash_bytes(np.frombuffer(data or b"", dtype=np.uint8), bounds)
 
 
 def _bucket(hashed: npt.NDArray[np.uint64], buckets: int) -> Ints:

@@ -96,10 +96,14 @@ class PastWindows:
     The first window has nothing before it and is normalised by its own statistics. Raw values there would make the
     inputs jump at the second window, which can cost the model.
     Every rank reads whole windows, so all ranks compute the same numbers without communication.
+
+    Attributes:
+        carried: whether the first window has statistics of an earlier run before it.
     """
 
     def __init__(self) -> None:
         self._before = {0: NOTHING}
+        self.carried = False
 
     def before(self, window: int) -> DenseStatistics:
         """The statistics before a window.
@@ -124,6 +128,6 @@ class PastWindows:
         """Removes the statistics before later windows, which were prefetched but will not be trained on."""
         self._before = {k: known for k, known in self._before.items() if k <= window}
 
-    def begin(self, window: int, before: DenseStatistics) -> None:
-        """Starts from a checkpoint."""
-        self._before = {window: before}
+    def begin(self, window: int, before: DenseStatistics, *, carried: bool) -> None:
+        """Starts from a checkpoint, or from the statistics of an earlier run before window 0."""
+        self._before, self.carried = {window: before}, carried

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime as dt
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -24,7 +24,7 @@ from ranker.data.schema import Schema
 
 _SAMPLE_GROUPS = 8
 _ENOUGH = 10  # labels of each kind for such a judgement
-_SUSPECT = 0.95  # AUC from which a single feature most likely leaks the label
+SUSPECT = 0.95  # AUC from which a single feature most likely leaks the label
 _VANISHED = 0.1  # share of the median rate below which a label counts as vanished
 
 
@@ -45,11 +45,12 @@ class Findings:
     warnings: tuple[str, ...]
 
 
-def inspect_log(log: ParquetLog) -> Findings:
+def inspect_log(log: ParquetLog, *, look: Callable[[int, Batch], object] | None = None) -> Findings:
     """Reads a log once, row group by row group, and reports what looks wrong.
 
     Args:
         log: the log, opened with ``on_bad_rows="drop"`` so that bad rows are counted.
+        look: called with the number of each row group and its rows.
 
     Raises:
         UserError: a file cannot be read.
@@ -69,6 +70,8 @@ def inspect_log(log: ParquetLog) -> Findings:
         duplicates += repeated
         if number % every == 0:
             sample.append(batch)
+        if look is not None:
+            look(number, batch)
     entries.append(_entry(*groups.popitem(), log.schema))
     warnings = [*vanished_labels(entries, log.schema), *leak_suspects(sample, log.schema), *missing_days(entries)]
     if duplicates:
@@ -123,12 +126,19 @@ def out_of_order(entries: Sequence[FileEntry]) -> Iterator[str]:
 
 
 def leak_suspects(sample: Sequence[Batch], schema: Schema) -> Iterator[str]:
-    """Warnings for single features that rank a label almost perfectly. They were most likely written after it.
+    """Warnings for single features that rank a label almost perfectly. They were most likely written after it."""
+    for feature, task, auc in single_feature_aucs(Batch.concat(sample), schema):
+        if auc >= SUSPECT:
+            yield _leak(feature, task, auc)
 
-    Dense features are ranked by value. Ids are ranked by their mean label in one half of the sample and scored on the
-    other half.
+
+def single_feature_aucs(rows: Batch, schema: Schema) -> Iterator[tuple[str, str, float]]:
+    """How well each feature alone ranks each label: names of feature and task, and an AUC of 0.5 or more.
+
+    Dense features are ranked by value, in the better direction. Ids are ranked by their mean label in one half of the
+    rows and scored on the other half. A regression label is positive above its median. Tasks with fewer than ten labels
+    of a kind are left out, because a few may agree by chance, and so are lists.
     """
-    rows = Batch.concat(sample)
     half = splitmix64(np.arange(len(rows))) % np.uint64(2) == 0  # hashed, because labels may alternate from row to row
     for t, task in enumerate(schema.tasks):
         observed = rows.mask_BT[:, t].numpy()
@@ -136,19 +146,16 @@ def leak_suspects(sample: Sequence[Batch], schema: Schema) -> Iterator[str]:
         if task.type == "regression":
             labels = labels > np.median(labels[observed]) if observed.any() else labels > 0
         positive = labels > 0
-        if min(positive[observed].sum(), (~positive[observed]).sum()) < _ENOUGH:  # a few may agree by chance
+        if min(positive[observed].sum(), (~positive[observed]).sum()) < _ENOUGH:
             continue
         for f, dense in enumerate(schema.dense):
             auc = _auc(rows.dense_BF[observed, f].numpy(), positive[observed])
-            if max(auc, 1 - auc) >= _SUSPECT:
-                yield _leak(dense.name, task.name, max(auc, 1 - auc))
+            yield dense.name, task.name, max(auc, 1 - auc)
         for c, feature in enumerate(schema.one_hot):
             ids = rows.onehot_BC[:, c].numpy()
             known, other = observed & half, observed & ~half
             means = _mean_by_id(ids[known], positive[known])
-            auc = _auc(means(ids[other]), positive[other])
-            if auc >= _SUSPECT:
-                yield _leak(feature.name, task.name, auc)
+            yield feature.name, task.name, max(0.5, _auc(means(ids[other]), positive[other]))
 
 
 def imprecise_columns(footers: Mapping[str, pq.FileMetaData], schema: Schema) -> Iterator[str]:

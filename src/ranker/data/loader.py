@@ -8,19 +8,23 @@ from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import accumulate, pairwise
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from ranker.data.batch import Batch
+from ranker.data.batch import Batch, joined
 from ranker.data.dense_statistics import NOTHING, DenseStatistics, PastWindows
 from ranker.data.log import Log
-from ranker.data.windows import WindowPlan, permutation, share
+from ranker.data.windows import Positions, WindowPlan, share, share_of_groups
 
 T = TypeVar("T")
 
-_TRAIN_BATCHES_AHEAD = 4
+_TRAIN_TASKS_AHEAD = 2
+# Batches of one window are cut together up to so many rows. Each task costs two changes of thread, which a step of a
+# small batch would feel.
+_ROWS_IN_A_TASK = 4096
 _EVAL_BATCHES_AHEAD = 3
 _ROWS_AHEAD_IN_BATCHES = 16
 
@@ -37,7 +41,7 @@ class _Window:
     known: tuple[DenseStatistics, DenseStatistics] | None
 
 
-_Cut = tuple[Batch, tuple[DenseStatistics, DenseStatistics] | None]
+_Cut = tuple[list[Batch], tuple[DenseStatistics, DenseStatistics] | None]
 
 
 class WindowedLoader:
@@ -67,6 +71,7 @@ class WindowedLoader:
         new_windows: int | None = None,
         pin_memory: bool = False,
         past: PastWindows | None = None,
+        keep_group: str | None = None,
     ) -> None:
         """Reads nothing yet.
 
@@ -83,6 +88,7 @@ class WindowedLoader:
             new_windows: number of first windows whose rows no earlier window had; only they have an opening. None: all.
             pin_memory: pin the batches' memory, for a GPU.
             past: normalise dense features with the statistics before each window, and record new statistics here.
+            keep_group: name of a group whose rows stay together, as far as the borders of windows and batches allow.
         """
         assert 0 <= rank < world_size
         self.num_batches = plan.num_batches
@@ -92,6 +98,7 @@ class WindowedLoader:
         self._num_workers = num_workers
         self._opening, self._new_windows, self._pin_memory = opening, new_windows, pin_memory
         self._past = past
+        self._group = None if keep_group is None else log.schema.group_names.index(keep_group)
         self._jumped = False
 
     def __iter__(self) -> Iterator[Batch]:
@@ -101,8 +108,8 @@ class WindowedLoader:
             readers = executor(self._num_workers)
             tasks = self._tasks(start, readers)
             try:
-                with closing(in_order(tasks, workers=min(self._num_workers, 1), depth=_TRAIN_BATCHES_AHEAD)) as batches:
-                    for batch, known in batches:
+                with closing(in_order(tasks, workers=min(self._num_workers, 1), depth=_TRAIN_TASKS_AHEAD)) as cuts:
+                    for batch, known in ((batch, known) for batches, known in cuts for batch in batches):
                         if self._past is not None and known is not None:
                             self._past.note(batch.window, *known)
                         yield batch
@@ -119,15 +126,19 @@ class WindowedLoader:
         self._next, self._jumped = batch, True
 
     def _tasks(self, start: int, readers: Executor) -> Iterator[Callable[[], _Cut]]:
-        """One task per batch. Taking a task also starts the prefetch of the next windows."""
+        """One task for some batches of a window. Taking a task also starts the prefetch of the next windows."""
         windows: dict[int, Future[_Window]] = {}
-        for number in range(start, self.num_batches):
+        together = max(1, _ROWS_IN_A_TASK // self._plan.batch_size)
+        number = start
+        while number < self.num_batches:
             window, place = self._plan.locate(number)
             for k in self._wanted(window):
                 if k not in windows:
                     windows[k] = self._read_ahead(k, readers, windows.get(k - 1))
             windows = {k: future for k, future in windows.items() if k >= window}
-            yield partial(self._cut, windows[window], window, place, number)
+            count = min(together, self._plan.batches(window) - place)
+            yield partial(self._cut, windows[window], window, place, number, count)
+            number += count
 
     def _wanted(self, window: int) -> Iterator[int]:
         """The current window and those to prefetch: the next one, and more if windows are small."""
@@ -144,34 +155,46 @@ class WindowedLoader:
         bounds = [share(stop - start, rank=i, world_size=pieces) for i in range(pieces)]
         # The tasks that _join waits for (the pieces, the previous window) are submitted first, so this cannot deadlock.
         parts = [readers.submit(self._log.read, start + low, start + high) for low, high in bounds]
-        return readers.submit(self._join, parts, window, stop - start, previous)
+        return readers.submit(self._join, parts, window, previous)
 
-    def _join(self, parts: list[Future[Batch]], window: int, size: int, previous: Future[_Window] | None) -> _Window:
+    def _join(self, parts: list[Future[Batch]], window: int, previous: Future[_Window] | None) -> _Window:
         batches = [part.result() for part in parts]
         rows = Batch.concat(batches) if len(batches) > 1 else batches[0]
-        order = torch.from_numpy(permutation(seed=self._seed, window=window, rows=size))
+        order = torch.from_numpy(self._plan.order(window, seed=self._seed, keys=self._keys(rows)))
         if self._past is None:
             return _Window(rows, order, None)
         earlier = previous.result().known if previous is not None else None
         before = earlier[1] if earlier is not None else self._past.before(window)
         own = DenseStatistics.of(rows)
-        if window == 0 or not before.rows:  # nothing is before the first window: raw values here would jump afterwards
+        if (window == 0 and not self._past.carried) or not before.rows:  # raw values here would jump afterwards
             return _Window(own.normalise(rows), order, (own, own))
         return _Window(before.normalise(rows), order, (before, before.joined(own)))
 
-    def _cut(self, future: Future[_Window], window: int, place: int, number: int) -> _Cut:
-        """Batch ``number``: this rank's share of the window's batch at ``place``."""
+    def _keys(self, rows: Batch) -> Positions | None:
+        """Keys of the group whose rows stay together; None for none."""
+        return None if self._group is None or rows.groups_BG is None else rows.groups_BG[:, self._group].numpy()
+
+    def _cut(self, future: Future[_Window], window: int, place: int, number: int, count: int) -> _Cut:
+        """Batches ``number`` and the next ones: this rank's shares of the window's batches from ``place`` on."""
         drawn, size = future.result(), self._plan.batch_size
-        begin, end = place * size, min((place + 1) * size, len(drawn.order))
-        low, high = share(end - begin, rank=self._rank, world_size=self._world_size)
-        batch = drawn.rows.take(drawn.order[begin + low : begin + high])
+        keys, rank = self._keys(drawn.rows), {"rank": self._rank, "world_size": self._world_size}
+        shares = []
+        for begin in range(place * size, (place + count) * size, size):
+            chosen = drawn.order[begin : begin + size]
+            low, high = share(len(chosen), **rank) if keys is None else share_of_groups(keys[chosen.numpy()], **rank)
+            shares.append(chosen[low:high])
+        rows = drawn.rows.take(joined(shares))
         if self._pin_memory:
-            batch = batch.pin_memory()
-        opening = None
+            rows = rows.pin_memory()
+        bounds = list(accumulate(map(len, shares), initial=0))
+        batches = [
+            replace(rows.slice(low, high), window=window, number=number + i)
+            for i, (low, high) in enumerate(pairwise(bounds))
+        ]
         if self._opening and place == 0 and (self._new_windows is None or window < self._new_windows):
             opening = drawn.rows.slice(*share(len(drawn.order), rank=self._rank, world_size=self._world_size))
-            opening = replace(opening, window=window)
-        return replace(batch, window=window, number=number, opening=opening), drawn.known
+            batches[0] = replace(batches[0], opening=replace(opening, window=window))
+        return batches, drawn.known
 
 
 class EvalLoader:

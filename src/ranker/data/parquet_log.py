@@ -93,6 +93,14 @@ class ParquetLog(Log):
         """By file and row group, the number of rows dropped there so far because they cannot be used."""
         return self._bad_rows
 
+    @property
+    def files(self) -> list[str]:
+        """Names of the files that hold rows of the selected days; without a selection all files."""
+        if (self._first, self._stop) == (0, self.index.rows):
+            return list(self.index.metadata)
+        groups = range(self.index.group_of_row(self._first), self.index.group_of_row(self._stop - 1) + 1)
+        return sorted({self.index.places[group].file for group in groups})
+
     def read(self, start: int, stop: int) -> Batch:
         """Rows start .. stop-1 in time order.
 

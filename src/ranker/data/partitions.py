@@ -61,4 +61,6 @@ def _type_of(name: str, text: str, schema: Schema) -> pa.DataType:
             words = schema.table_of(feature).vocabulary
             strings = isinstance(words[0], str) if words else bool(schema.table_of(feature).hash_buckets)
             return pa.string() if strings else pa.int64()
+    if any(group.column == name for group in schema.groups):
+        return pa.string()
     return pa.int64() if name in (schema.row_id, *(task.mask for task in schema.tasks)) else pa.float64()

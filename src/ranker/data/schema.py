@@ -12,11 +12,28 @@ from typing import Any
 import yaml
 
 from ranker.atomic import write_text
-from ranker.data.columns import CategoricalFeature, DenseFeature, Task, Transform, from_plain, to_plain
+from ranker.data.columns import (
+    CategoricalFeature,
+    DenseFeature,
+    GroupColumn,
+    Task,
+    Transform,
+    from_plain,
+    to_plain,
+)
 from ranker.data.filesystem import SCHEMA_FILE
 from ranker.errors import UserError, one_of, suggest
 
-__all__ = ["SCHEMA_FILE", "TIME_UNITS", "CategoricalFeature", "DenseFeature", "Schema", "Task", "Transform"]
+__all__ = [
+    "SCHEMA_FILE",
+    "TIME_UNITS",
+    "CategoricalFeature",
+    "DenseFeature",
+    "GroupColumn",
+    "Schema",
+    "Task",
+    "Transform",
+]
 
 TIME_UNITS = {"s": 1000.0, "ms": 1.0, "us": 1e-3, "ns": 1e-6}
 
@@ -55,10 +72,13 @@ class Schema:
         categorical: categorical features. The one-hot ones, in this order, are ``Batch.onehot_BC``.
         tasks: tasks, in the order of ``Batch.labels_BT`` and of the model's logits.
         row_id: optional integer column that identifies a row, for audits. Default: the position in the log.
+        weight: optional column with a number of at least 0, the weight of a row in losses and metrics. A row with
+            weight w counts like w equal rows, and one with 0 for nothing. Without it, every row has weight 1.
+        groups: keys that rows share, in the order of ``Batch.groups_BG``.
 
     Raises:
-        UserError: a name is empty, occurs twice or contains '.' or '/', there is no task or no feature, or a shared
-            table does not exist or has another width.
+        UserError: a name is empty, occurs twice or contains '.' or '/', there is no task or no feature, a shared
+            table does not exist or has another width, or a task names a group that does not exist.
     """
 
     name: str
@@ -68,12 +88,15 @@ class Schema:
     categorical: tuple[CategoricalFeature, ...] = ()
     tasks: tuple[Task, ...] = ()
     row_id: str = ""
+    weight: str = ""
+    groups: tuple[GroupColumn, ...] = ()
 
     def __post_init__(self) -> None:
         one_of(self.time_unit, tuple(TIME_UNITS), f"schema '{self.name}': time_unit")
         for what, names in (
             ("feature", [f.name for f in self.dense] + [f.name for f in self.categorical]),
             ("task", [t.name for t in self.tasks]),
+            ("group", [g.name for g in self.groups]),
         ):
             for name in names:
                 if names.count(name) > 1:
@@ -88,6 +111,12 @@ class Schema:
             raise UserError(f"schema '{self.name}': no feature; give some under dense: or categorical:")
         for feature in self.categorical:
             self._check_shared_table(feature)
+        for task in self.tasks:
+            if task.group and task.group not in self.group_names:
+                raise UserError(
+                    f"schema '{self.name}': group '{task.group}' of task '{task.name}' is not under groups:; "
+                    f"{suggest(task.group, self.group_names)}"
+                )
         if not self.time_column.strip():
             raise UserError(f"schema '{self.name}': time_column is empty; name the column that orders the log")
 
@@ -132,6 +161,15 @@ class Schema:
         """Names of the tasks, in the order of the logits."""
         return [t.name for t in self.tasks]
 
+    @property
+    def group_names(self) -> list[str]:
+        """Names of the groups, in the order of ``Batch.groups_BG``."""
+        return [g.name for g in self.groups]
+
+    def group_of(self, task: Task) -> str:
+        """Name of the group inside which a ranking loss compares rows of a task. Empty if the schema has none."""
+        return task.group or (self.groups[0].name if self.groups else "")
+
     def table_of(self, feature: CategoricalFeature) -> CategoricalFeature:
         """The feature that owns the table (and the id mapping) that this one uses."""
         return next(f for f in self.categorical if f.name == (feature.table or feature.name))
@@ -141,6 +179,7 @@ class Schema:
         names = [self.time_column, *([self.row_id] if self.row_id else []), *self.feature_columns()]
         for task in self.tasks:
             names += [task.column, *([task.mask] if task.mask else [])]
+        names += [*([self.weight] if self.weight else []), *(g.column for g in self.groups)]
         return list(dict.fromkeys(names))
 
     def feature_columns(self) -> list[str]:
@@ -209,7 +248,8 @@ class Schema:
         if not isinstance(raw, Mapping):
             raise UserError(f"{source}: a schema is a mapping with name, time_column, tasks and features")
         parts: dict[str, Any] = dict(raw)
-        for key, kind in (("dense", DenseFeature), ("categorical", CategoricalFeature), ("tasks", Task)):
+        kinds = {"dense": DenseFeature, "categorical": CategoricalFeature, "tasks": Task, "groups": GroupColumn}
+        for key, kind in kinds.items():
             entries = parts.get(key) or ()
             if not isinstance(entries, Sequence) or isinstance(entries, str):
                 raise UserError(f"{source}: '{key}' must be a list")
@@ -256,8 +296,11 @@ class Schema:
         }
         if self.row_id:
             plain["row_id"] = self.row_id
-        for key in ("dense", "categorical", "tasks"):
-            plain[key] = [to_plain(entry) for entry in getattr(self, key)]
+        if self.weight:
+            plain["weight"] = self.weight
+        for key in ("dense", "categorical", "tasks", "groups"):
+            if key != "groups" or self.groups:
+                plain[key] = [to_plain(entry) for entry in getattr(self, key)]
         return plain
 
     def to_yaml(self, path: str | Path) -> None:

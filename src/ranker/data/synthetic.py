@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ranker.data.batch import Batch, Ragged
 from ranker.data.log import Log
-from ranker.data.schema import CategoricalFeature, DenseFeature, Schema, Task
+from ranker.data.schema import CategoricalFeature, DenseFeature, GroupColumn, Schema, Task
 from ranker.data.synthetic_world import (
     AUTHOR_SHARE,
     CATEGORIES,
@@ -37,7 +37,9 @@ DAY_MS = 86_400_000
 START_MS = 1_767_225_600_000  # 2026-01-01 00:00 UTC
 
 
-def synthetic_schema(*, num_users: int, num_items: int, signals: int, embedding_dim: int) -> Schema:
+def synthetic_schema(
+    *, num_users: int, num_items: int, signals: int, embedding_dim: int, weighted: bool = False
+) -> Schema:
     """The schema of the stream, before any selection of tasks or features.
 
     Args:
@@ -46,6 +48,7 @@ def synthetic_schema(*, num_users: int, num_items: int, signals: int, embedding_
             the row of an item that is long gone.
         signals: number of dense signals besides the named features. Every other one is raw, the rest use log1p.
         embedding_dim: D of every categorical feature.
+        weighted: whether rows have a weight.
     """
     sizes = {
         "author_id": num_items // AUTHOR_SHARE + 1,
@@ -80,6 +83,8 @@ def synthetic_schema(*, num_users: int, num_items: int, signals: int, embedding_
         dense=tuple(dense),
         categorical=tuple(categorical),
         tasks=tuple(tasks),
+        weight="row_weight" if weighted else "",
+        groups=(GroupColumn(name="user", column="user_id"),),
     )
 
 
@@ -99,6 +104,7 @@ class SyntheticLog(Log):
         signals: number of dense signals besides the named features.
         embedding_dim: D of every categorical feature.
         difficulty: what makes the stream hard.
+        row_weights: spread s of the weights of the rows, exp(s z) of a normal z. 0: rows have no weight.
         schema: a selection of tasks and features (``Schema.select``). None for all. The rows are the same.
 
     Raises:
@@ -119,6 +125,7 @@ class SyntheticLog(Log):
         signals: int = 24,
         embedding_dim: int = 8,
         difficulty: Difficulty | None = None,
+        row_weights: float = 0.0,
         schema: Schema | None = None,
     ) -> None:
         least = {"seed": 0, "num_users": 1, "num_items": 20, "train_rows": 1, "eval_rows": 1, "rows_per_day": 1}
@@ -126,10 +133,17 @@ class SyntheticLog(Log):
         for name, minimum in least.items():
             if given[name] < minimum:
                 raise UserError(f"synthetic log: {name} must be at least {minimum}, got {given[name]}")
+        if not 0 <= row_weights <= 5:
+            raise UserError(f"synthetic log: row_weights must be between 0 (none) and 5, got {row_weights}")
+        self._seed, self._row_weights = seed, row_weights
         self._train_rows, self._eval_rows, self._rows_per_day = train_rows, eval_rows, rows_per_day
         self._eval_start_ms = START_MS + -(-train_rows // rows_per_day) * DAY_MS
         self.schema = schema or synthetic_schema(
-            num_users=num_users, num_items=num_items, signals=signals, embedding_dim=embedding_dim
+            num_users=num_users,
+            num_items=num_items,
+            signals=signals,
+            embedding_dim=embedding_dim,
+            weighted=row_weights > 0,
         )
         self._world = World(
             seed=seed,
@@ -193,10 +207,16 @@ class SyntheticLog(Log):
         row_B = np.arange(number * BLOCK, (number + 1) * BLOCK, dtype=np.int64)
         time_B = self._times(row_B)
         block = self._world.block(number, (time_B - START_MS) / DAY_MS)
-        return _batch(self.schema, block, row_B=torch.from_numpy(row_B), time_B=torch.from_numpy(time_B))
+        weight_B = None
+        if self._row_weights:  # from draws of their own, so that all other columns stay as they are
+            draws = np.random.Generator(np.random.SFC64([self._seed, 3, number]))
+            weight_B = torch.from_numpy(np.exp(self._row_weights * draws.standard_normal(BLOCK, dtype=np.float32)))
+        return _batch(
+            self.schema, block, row_B=torch.from_numpy(row_B), time_B=torch.from_numpy(time_B), weight_B=weight_B
+        )
 
 
-def _batch(schema: Schema, block: Block, *, row_B: Tensor, time_B: Tensor) -> Batch:
+def _batch(schema: Schema, block: Block, *, row_B: Tensor, time_B: Tensor, weight_B: Tensor | None) -> Batch:
     """Converts raw columns to a batch: applies transforms and maps ids to embedding rows."""
     rows = len(row_B)
     dense = [_transform(block.dense[f.column], f.scale, f.transform) for f in schema.dense]
@@ -211,6 +231,8 @@ def _batch(schema: Schema, block: Block, *, row_B: Tensor, time_B: Tensor) -> Ba
         labels_BT[:, t] = _transform(block.labels[task.column], task.scale, task.transform)
         if task.mask:
             mask_BT[:, t] = torch.from_numpy(block.rating_observed)
+    keys = [torch.from_numpy(block.one_hot[group.column]) for group in schema.groups]
+    groups_BG = torch.stack(keys, dim=1) if keys else None
     return Batch(
         dense_BF=torch.stack(dense, dim=1) if dense else torch.empty(rows, 0),
         onehot_BC=torch.stack(onehot, dim=1) if onehot else torch.empty(rows, 0, dtype=torch.int64),
@@ -219,6 +241,8 @@ def _batch(schema: Schema, block: Block, *, row_B: Tensor, time_B: Tensor) -> Ba
         mask_BT=mask_BT,
         time_ms_B=time_B,
         row_B=row_B,
+        weight_B=weight_B,
+        groups_BG=groups_BG,
     )
 
 

@@ -10,12 +10,14 @@ section 2 (sequential training).
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
 
+from ranker.data.batch import NO_GROUP
 from ranker.data.log import Log
 from ranker.errors import UserError
 
@@ -35,10 +37,13 @@ class WindowPlan:
     Attributes:
         starts: int64, shape [W + 1], strictly increasing.
         batch_size: rows of a full global batch.
+        windows_before: number of windows of the runs that this one continues. Orders go on from there, so that a run
+            of one day draws the batches that a run of all days would.
     """
 
     starts: Positions
     batch_size: int
+    windows_before: int = 0
 
     @cached_property
     def _first_batch(self) -> Positions:
@@ -70,6 +75,11 @@ class WindowPlan:
         window, number = self.locate(batch)
         start, stop = self.rows(window)
         return min(self.batch_size, stop - start - number * self.batch_size)
+
+    def order(self, window: int, *, seed: int, keys: Positions | None = None) -> Positions:
+        """The random order of a window's rows, int64 [rows]; of its groups where keys are given."""
+        start, stop = self.rows(window)
+        return permutation(seed=seed, window=self.windows_before + window, rows=stop - start, keys=keys)
 
     def batches(self, window: int) -> int:
         """Number of global batches of a window."""
@@ -122,14 +132,29 @@ def parse_window(window: int | str) -> int | float:
     return float(match[1])
 
 
-def permutation(*, seed: int, window: int, rows: int) -> Positions:
-    """A random order of a window's rows, int64 [rows]. It depends only on the seed, the window's number and its size.
+def permutation(*, seed: int, window: int, rows: int, keys: Positions | None = None) -> Positions:
+    """A random order of a window's rows, int64 [rows]. It depends only on the seed, the window's number and its rows.
 
     The counter-based Philox generator is keyed with (seed, window), so no two windows share a stream. The legacy
     ``RandomState`` is used because NumPy guarantees its draws, whereas those of ``Generator`` may change.
+
+    Args:
+        seed: seed of the run.
+        window: number of the window.
+        rows: number of its rows.
+        keys: key of each row's group. Then the groups come in a random order, each with all its rows side by side, in a
+            random order too. A row without a key is a group of its own.
     """
     key = np.array([seed % 2**64, window], dtype=np.uint64)
-    return np.random.RandomState(np.random.Philox(key=key)).permutation(rows)
+    random = np.random.RandomState(np.random.Philox(key=key))
+    order = random.permutation(rows)
+    if keys is None:
+        return order
+    known, group = np.unique(keys, return_inverse=True)
+    alone = np.flatnonzero(keys == NO_GROUP)
+    group[alone] = len(known) + np.arange(len(alone))
+    place = random.permutation(len(known) + len(alone))
+    return np.lexsort((order, place[group]))
 
 
 def share(rows: int, *, rank: int, world_size: int) -> tuple[int, int]:
@@ -137,8 +162,35 @@ def share(rows: int, *, rank: int, world_size: int) -> tuple[int, int]:
     return rows * rank // world_size, rows * (rank + 1) // world_size
 
 
-def row_ranges(plan: WindowPlan, *, seed: int, start: int, stop: int) -> Positions:
+def share_of_groups(keys: Positions, *, rank: int, world_size: int) -> tuple[int, int]:
+    """As ``share`` of rows whose groups stand side by side: each cut moves to the nearest place between two groups.
+
+    Args:
+        keys: key of each row's group.
+        rank: number of the process.
+        world_size: number of processes.
+    """
+    rows = len(keys)
+    starts = np.flatnonzero(np.append(True, (keys[1:] != keys[:-1]) | (keys[1:] == NO_GROUP))) if rows else [0]
+    edges = np.append(starts, rows)
+
+    def cut(place: int) -> int:
+        after = int(np.searchsorted(edges, place))
+        before = edges[max(after - 1, 0)]
+        return int(edges[after] if edges[after] - place <= place - before else before)
+
+    low, high = share(rows, rank=rank, world_size=world_size)
+    return cut(low), cut(high)
+
+
+def row_ranges(plan: WindowPlan, *, start: int, stop: int, order: Callable[[int, int, int], Positions]) -> Positions:
     """The log's rows in batches start .. stop - 1, as the smallest number of ranges.
+
+    Args:
+        plan: the windows.
+        start: first batch.
+        stop: the batch after the last.
+        order: the order of a window's rows, given its number, its first row and the one after its last.
 
     Returns:
         int64 [N, 2] in increasing order: first row of a range and the row after its last.
@@ -149,8 +201,8 @@ def row_ranges(plan: WindowPlan, *, seed: int, start: int, stop: int) -> Positio
         window, place = plan.locate(batch)
         end = min(place + stop - batch, plan.batches(window))
         low, high = plan.rows(window)
-        order = permutation(seed=seed, window=window, rows=high - low)
-        rows = np.sort(order[place * plan.batch_size : end * plan.batch_size]) + low
+        drawn = order(window, low, high)
+        rows = np.sort(drawn[place * plan.batch_size : end * plan.batch_size]) + low
         breaks = np.flatnonzero(np.diff(rows) != 1)
         ranges.append(np.stack([rows[np.append(0, breaks + 1)], rows[np.append(breaks, len(rows) - 1)] + 1], axis=1))
         batch += end - place

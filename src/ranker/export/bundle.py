@@ -19,6 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from ranker.atomic import write_text
 from ranker.data.schema import SCHEMA_FILE, Schema
 from ranker.errors import UserError, suggest
+from ranker.runs.model_card import CARD, CARD_TEXT
 
 FORMAT = 2  # 2: with checksums
 ABOUT, METRICS, GATE = "export.json", "metrics.json", "gate.json"
@@ -106,7 +107,14 @@ def check_files(folder: Path) -> None:
             raise UserError(f"{folder} lacks the file '{name}' that {CHECKSUMS} names; copy the export again")
         if _sha256(folder / name) != digest:
             raise UserError(f"{folder / name} is damaged or was changed: its SHA-256 is not that of {CHECKSUMS}")
-    for name in (SCHEMA_FILE, ABOUT, *PROGRAMS.values(), *(path.name for path in folder.glob("*.onnx*"))):
+    for name in (
+        SCHEMA_FILE,
+        ABOUT,
+        CARD,
+        CARD_TEXT,
+        *PROGRAMS.values(),
+        *(path.name for path in folder.glob("*.onnx*")),
+    ):
         if (folder / name).exists() and name not in known:
             raise UserError(f"{folder / name} has no checksum in {CHECKSUMS}; copy the export again")
 

@@ -6,7 +6,7 @@ import csv
 import json
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +24,20 @@ from ranker.export.bundle import ABOUT, FORMAT, GATE, METRICS, PROGRAMS, new_fol
 from ranker.export.program import Served, to_onnx, to_program
 from ranker.export.program_runtime import difference, open_program
 from ranker.metrics import TaskMetrics
+from ranker.runs.lineage import LINEAGE
 from ranker.runs.metric_names import TEST, VAL, task_metric
-from ranker.runs.run_folder import DATA_MODULE, GLOBAL_STEP, NET_PREFIX, STATE_DICT, SUMMARY, plain, whole_lines
+from ranker.runs.model_card import write_card
+from ranker.runs.run_folder import (
+    AVERAGE,
+    DATA_MODULE,
+    GLOBAL_STEP,
+    NET_PREFIX,
+    STATE_DICT,
+    SUMMARY,
+    plain,
+    versions,
+    whole_lines,
+)
 from ranker.runs.run_folder import METRICS as CURVES
 from ranker.stability.gate import Evidence, GateSettings, Verdict, judge
 
@@ -38,11 +50,15 @@ class Weights:
         net: state of the ranker.
         statistics: of the dense features after that step.
         step: number of optimizer steps.
+        averaged: whether the dense weights are the moving average of the run's.
+        lineage: what it and the runs before it were trained on, see ``ranker.runs.lineage``; empty if it is not known.
     """
 
     net: dict[str, Any]
     statistics: DenseStatistics
     step: int
+    lineage: dict[str, Any] = field(default_factory=dict)
+    averaged: bool = False
 
     @classmethod
     def read(cls, path: Path) -> Weights:
@@ -58,11 +74,14 @@ class Weights:
             state = saved[STATE_DICT]
             data = saved.get(DATA_MODULE, {})
             net = {name.removeprefix(NET_PREFIX): x for name, x in state.items() if name.startswith(NET_PREFIX)}
+            average = saved.get(AVERAGE, {})
+            net |= average
             step = int(saved[GLOBAL_STEP])
         except Exception as error:  # torch raises many types of errors for an invalid file
             raise UserError(f"{path} is not a checkpoint of a run ({' '.join(str(error).split())[:120]})") from error
         known = data.get("dense_statistics")
-        return cls(net, NOTHING if known is None else DenseStatistics.from_state(known), step)
+        lineage = {key: value for key, value in saved.get(LINEAGE, {}).items() if key != "schema"}
+        return cls(net, NOTHING if known is None else DenseStatistics.from_state(known), step, lineage, bool(average))
 
 
 @dataclass(frozen=True)
@@ -126,7 +145,7 @@ class Candidate:
         with torch.inference_mode():
             for batch in self.holdout():
                 known = self.weights.statistics.normalise(batch)
-                metrics.update(self.net(known), known.labels_BT, known.mask_BT)
+                metrics.add(self.net(known), known)
                 positives_T += ((known.labels_BT > 0) & known.mask_BT).sum(0)
                 advance(len(batch))
         return metrics.compute(), dict(zip(self.schema.task_names, positives_T.tolist(), strict=True))
@@ -196,6 +215,37 @@ def normalisation(statistics: DenseStatistics, schema: Schema) -> dict[str, Any]
     }
 
 
+def origin(
+    cfg: Any, weights: Weights, *, run: str, which: str, log: Log, config_hash: str, parent: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """Where an exported model comes from, for export.json.
+
+    Args:
+        cfg: the configuration of the run.
+        weights: the checkpoint.
+        run: name of the run folder.
+        which: which checkpoint it is, in words.
+        log: the log that the run was trained on.
+        config_hash: of the configuration.
+        parent: what the run continued; None where it began with random weights.
+    """
+    return {
+        "model": cfg.model.name,
+        "optim": cfg.optim.name,
+        "data": cfg.data.name,
+        "run": run,
+        "step": weights.step,
+        "config_hash": config_hash,
+        LINEAGE: weights.lineage or None,
+        "warm_start": parent,
+        "checkpoint": which,
+        "averaged": weights.averaged,
+        "holdout_rows": log.num_rows - log.train_rows,
+        "id_types": log.id_types,
+        "versions": versions(),
+    }
+
+
 class _RefusedError(Exception):
     """Leaves the block of ``new_folder``, so that the draft is removed."""
 
@@ -209,6 +259,7 @@ def write_export(
     onnx: bool,
     force: bool,
     about: Mapping[str, Any],
+    card: Mapping[str, Any] | None = None,
 ) -> Verdict:
     """Applies the gate, converts the model, applies the gate to the outputs of the programs, and writes the folder.
 
@@ -222,6 +273,7 @@ def write_export(
         onnx: also write an ONNX program.
         force: replace an existing export.
         about: origin of the model, for export.json.
+        card: the model card, from ``ranker.runs.model_card``; the verdict is added to it.
 
     Raises:
         UserError: the destination exists, or packages are missing.
@@ -254,6 +306,8 @@ def write_export(
             signature = served.signature.describe()
             known = {"dense_statistics": normalisation(statistics, candidate.schema)}
             write_json(draft / ABOUT, {"format": FORMAT, **plain(about), **known, **signature})
+            if card is not None:
+                write_card(draft, {**card, "gate": plain(verdict.to_dict())})
             write_checksums(draft)
     except _RefusedError:
         pass

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
 
@@ -36,6 +36,8 @@ class MMoE(Ranker):
     Source: Ma et al. (2018), Modeling Task Relationships in Multi-task Learning with Multi-gate
         Mixture-of-Experts.
     """
+
+    task_number = r"^gates\.(\d+)\."
 
     def __init__(
         self,
@@ -71,6 +73,11 @@ class MMoE(Ranker):
         """The weight of each expert for each task, [B, T, E]. The sum over the experts is 1."""
         logits = fused_linear(self.gates, x_BD)
         return logits.view(x_BD.shape[0], len(self.task_names), len(self.experts)).softmax(-1)
+
+    def input_axes(self) -> Mapping[str, tuple[int, ...]]:
+        """As in ``Ranker``: the first layer of each expert, and the gates."""
+        firsts = {f"experts.{number}.layers.0.weight": (1,) for number in range(len(self.experts))}
+        return firsts | {f"gates.{number}.weight": (1,) for number in range(len(self.gates))}
 
     def layer_names(self) -> dict[str, str]:
         """As in ``Ranker``."""

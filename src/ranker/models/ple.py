@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -121,6 +121,8 @@ class PLE(Ranker):
     Source: Tang et al. (2020), Progressive Layered Extraction (PLE).
     """
 
+    task_number = r"^levels\.\d+\.(?:own|gates)\.(\d+)\."
+
     def __init__(
         self,
         schema: Schema,
@@ -167,6 +169,15 @@ class PLE(Ranker):
             weights_BTE, outputs = level(streams)
             streams = (weights_BTE @ torch.stack(outputs, dim=1)).unbind(1)
         return self.heads.of_mixtures(*last(streams))
+
+    def input_axes(self) -> Mapping[str, tuple[int, ...]]:
+        """As in ``Ranker``: the first layer of each expert of the first level, and its gates."""
+        first = self.levels[0]
+        return {
+            f"levels.0.{name}": (1,)
+            for name, parameter in first.named_parameters()
+            if parameter.ndim == 2 and ("gate" in name or name.endswith(".layers.0.weight"))
+        }
 
     def layer_names(self) -> dict[str, str]:
         """As in ``Ranker``."""

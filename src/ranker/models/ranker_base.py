@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -29,7 +30,11 @@ class Ranker(nn.Module, ABC):
         task_names: tasks, in the order of the logits.
         input_width: D, dense features plus all embeddings.
         embeddings: the embedding tables.
+        task_number: regular expression for names of parameters of one task each; its group is the number of the task.
+            Empty where only heads, which are named by their task, belong to one.
     """
+
+    task_number: ClassVar[str] = ""
 
     def __init__(self, schema: Schema, *, sparse_embeddings: bool = False) -> None:
         super().__init__()
@@ -58,6 +63,13 @@ class Ranker(nn.Module, ABC):
     def head_names(self) -> dict[str, str]:
         """Module names of the heads, by ``head/<task>``."""
         return {f"head/{task}": f"heads.linear.{head_key(task)}" for task in self.task_names}
+
+    def input_axes(self) -> Mapping[str, tuple[int, ...]]:
+        """Axes that run over the input x_BD, by name of the parameter; ``warm_start`` moves their columns by feature.
+
+        The default is empty: where features change, tensors of another shape then start fresh.
+        """
+        return {}
 
     @torch.no_grad()
     def set_head_biases(self, logits_T: Tensor) -> None:

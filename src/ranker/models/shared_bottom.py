@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
@@ -54,7 +54,7 @@ class SharedBottom(Ranker):
         if cross_rank is not None and not cross_layers:
             raise UserError(f"model: cross_rank {cross_rank} has no effect without cross layers; set cross_layers too")
         super().__init__(schema, sparse_embeddings=sparse_embeddings)
-        self.cross = None
+        self.cross, self.low_rank = None, cross_rank is not None
         if cross_layers:
             self.cross = CrossNet(self.input_width, layers=cross_layers, rank=cross_rank, layer_norm=cross_layer_norm)
         self.bottom = MLP(self.input_width, hidden, layer_norm=layer_norm, clip_activations=clip_activations)
@@ -68,6 +68,14 @@ class SharedBottom(Ranker):
         if self.cross is not None:
             x_BD = self.cross(x_BD)
         return self.heads(self.bottom(x_BD))
+
+    def input_axes(self) -> Mapping[str, tuple[int, ...]]:
+        """As in ``Ranker``: the first shared layer, and both sides of the cross layers."""
+        axes: dict[str, tuple[int, ...]] = {"bottom.layers.0.weight": (1,)}
+        for name, parameter in self.named_parameters():
+            if name.startswith("cross."):
+                axes[name] = (1,) if ".down." in name else (0,) if parameter.ndim == 1 or self.low_rank else (0, 1)
+        return axes
 
     def layer_names(self) -> dict[str, str]:
         """As in ``Ranker``."""

@@ -52,7 +52,7 @@ STUDIES: tuple[Study, ...] = (
     ways_out.WAYS_OUT,
 )
 BY_NAME = {study.name: study for study in STUDIES}
-QUOTING = ("README.md", "docs/reproduction.md", "docs/stability.md", "results/README.md")
+QUOTING = ("README.md", "docs/*.md", "results/README.md")  # pages that may hold blocks of results
 
 
 def folder_of(study: Study, data: Data, scale: str) -> str:
@@ -114,10 +114,9 @@ def _published(root: Path) -> Iterable[tuple[Path, str, str]]:
             if path.is_file():
                 expected = render(study, data, load_found(study, folder), folder.name)
                 yield path, path.read_text(encoding="utf-8"), expected
-    for path in (root / name for name in QUOTING):
-        if path.is_file():
-            text = path.read_text(encoding="utf-8")
-            yield path, text, rendering.quote(text, root, _pending)
+    for path in (path for pattern in QUOTING for path in sorted(root.glob(pattern))):
+        text = path.read_text(encoding="utf-8")
+        yield path, text, rendering.quote(text, root, _pending)
 
 
 def _pending(path: Path) -> str:

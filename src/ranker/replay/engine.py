@@ -14,13 +14,14 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from ranker.capsules.training_state import Trained, TrainingState
 from ranker.data.batch import Batch
-from ranker.losses import MultitaskLoss
+from ranker.losses import Loss, MultitaskLoss
 from ranker.replay.trajectory import Trajectory
 from ranker.stability import DivergenceDetector, Event
 from ranker.stability.detector_interface import row_width, unpack
 from ranker.training.training_step import (
     StepSignals,
     Trainable,
+    batch_counts,
     clip_gradients,
     forward_loss,
     make_step_cut,
@@ -175,7 +176,10 @@ class Engine:
 
     @torch.no_grad()
     def row_losses(self, parts: Sequence[Batch]) -> list[Tensor]:
-        """Per share, the weighted sum over tasks of each row's loss, [B]; infinite where it is not finite."""
+        """Per share, the weighted sum over tasks of each row's loss, [B]; infinite where it is not finite.
+
+        A ranking loss is left out, because it belongs to pairs and lists of rows.
+        """
         schema, found = self.module.schema, []
         binary_T = torch.tensor([task.type == "binary" for task in schema.tasks], device=self.device)
         for part in (part.to(self.device) for part in parts):
@@ -184,6 +188,7 @@ class Engine:
             log_loss_BT = F.binary_cross_entropy_with_logits(z_BT, y_BT, reduction="none")
             losses_BT = torch.where(binary_T, log_loss_BT, (z_BT - y_BT).square()) * part.mask_BT
             losses_B = (losses_BT * self.module.loss.weight_T).sum(1)
+            losses_B = losses_B if part.weight_B is None else losses_B * part.weight_B
             found.append(torch.where(losses_B.isfinite(), losses_B, torch.inf).cpu())
         return found
 
@@ -212,24 +217,34 @@ class Engine:
                 parts = [change.edit(part) for part in parts]
         parts = [part.to(self.device) for part in parts]
         ranks = len(parts)
-        counts_T = torch.stack([part.mask_BT.sum(0) for part in parts]).sum(0)
+        counts_T = torch.stack([batch_counts(self.module.loss, part) for part in parts]).sum(0)
         sums: dict[Tensor, Tensor] = self._taken() if ranks > 1 else {}
-        logits, losses = [], []
+        logits: list[Tensor] = []
+        losses: list[Loss] = []
         with self._weighted(changes):
             for part in parts:
                 with self._precision():
                     logits_BT, loss = forward_loss(self.module, part, counts_T=counts_T, ranks=ranks)
                 (loss.total / self.settings.accumulate).backward()
                 logits.append(logits_BT.detach())
-                losses.append(loss.task_T)
+                losses.append(loss)
                 if ranks > 1:
                     for param, grad in self._taken().items():
                         sums[param] = sums[param] + grad / ranks if param in sums else grad / ranks
         for param, grad in sums.items():
             param.grad = grad
         labels_BT, mask_BT = torch.cat([p.labels_BT for p in parts]), torch.cat([p.mask_BT for p in parts])
-        losses_T = torch.stack(losses).sum(0) / ranks if ranks > 1 else losses[0]
-        return step_signals(self.module, torch.cat(logits), labels_BT, mask_BT, losses_T=losses_T)
+        weights = [part.weight_B for part in parts if part.weight_B is not None]
+        ranking = [loss.ranking_T for loss in losses if loss.ranking_T is not None]
+        return step_signals(
+            self.module,
+            torch.cat(logits),
+            labels_BT,
+            mask_BT,
+            losses_T=_mean([loss.task_T for loss in losses]),
+            weight_B=torch.cat(weights) if weights else None,
+            ranking_T=_mean(ranking) if ranking else None,
+        )
 
     def _moved(self, events: Sequence[Event], start: int) -> Event | None:
         """The first divergence, over or still open, that began after the start: these batches caused no earlier one."""
@@ -269,6 +284,10 @@ class Engine:
     def _new_detector(self) -> DivergenceDetector:
         names = self.module.schema.task_names
         return DivergenceDetector(names, device=self.device, step_cut=self._step_cut, **self.settings.detector)
+
+
+def _mean(shares: Sequence[Tensor]) -> Tensor:
+    return torch.stack(list(shares)).sum(0) / len(shares) if len(shares) > 1 else shares[0]
 
 
 class _Weights(AbstractContextManager[None]):

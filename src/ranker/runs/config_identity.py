@@ -19,6 +19,7 @@ NOT_IDENTIFYING = (
     "resume",  # a resumed run gives the numbers of an uninterrupted one
     "force",
     "trust",  # what a resumed run may load
+    "warm_start.parent",  # follows from warm_start.path
     "objective",  # read from the summary on request
     "tags",
     "logger",
@@ -27,7 +28,9 @@ NOT_IDENTIFYING = (
     "callbacks.early_signs",
     "callbacks.sharpness",
     "callbacks.capsules",
+    "callbacks.histograms",
     "callbacks.snapshots.disk",
+    "metrics",  # what is computed from the predictions on the hold-out
     "train.log_every",
     "train.checkpoint_every",
     # The machine's share in a run, not the experiment's. The number of threads changes sums by rounding, as another
@@ -37,6 +40,15 @@ NOT_IDENTIFYING = (
     "data.cache_dir",
     "data.log.cache_dir",
 )
+# Options that older versions did not have, with the value that does what those versions did: left out of the hash, so
+# that a run has one hash before and after the option came.
+ADDED = {
+    "train.epochs": 1,
+    "train.average_decay": 0,
+    "data.log.row_weights": 0,
+    "data.keep_groups": None,
+    "loss": {"name": "pointwise"},
+}
 # What a resolved configuration repeats elsewhere: the learning rate in data.base_lr and lr_mult, widths in model.net.
 _RESOLVED_INTO_OTHERS = ("lr", "model.widths", "scale.model")  # scale.model: where runs of older versions have widths
 
@@ -84,8 +96,14 @@ def _identifying(cfg: DictConfig) -> dict[str, Any]:
         plain = _plain(cfg, resolve=False)
     for path in (*NOT_IDENTIFYING, *_RESOLVED_INTO_OTHERS):
         _drop(plain, path.split("."))
-    if isinstance(train := plain.get("train"), dict) and train.get("epochs") == 1:
-        del train["epochs"]  # what runs did before there was the option
+    for path, value in ADDED.items():
+        if _at(plain, path.split(".")) == value:
+            _drop(plain, path.split("."))
+    callbacks = plain.get("callbacks")
+    if isinstance(callbacks, dict) and not (callbacks.get("early_stop") or {}).get("patience", 0):
+        callbacks.pop("early_stop", None)  # switched off: as in runs from before there was the option
+    if isinstance(start := plain.get("warm_start"), dict) and start.get("path") is None:
+        del plain["warm_start"]  # as in runs from before there was the option
     data = plain.get("data")
     if isinstance(data, dict) and "root" in data:  # the former name of data.source: a run has one hash by either
         data["root"] = data.pop("source", data["root"])
@@ -117,6 +135,12 @@ def _plain(cfg: DictConfig, *, resolve: bool) -> dict[str, Any]:
         else:
             found[str(key)] = "???" if missing else (cfg[key] if resolve else str(node))
     return found
+
+
+def _at(tree: Any, path: list[str]) -> Any:
+    for name in path:
+        tree = tree.get(name, ...) if isinstance(tree, dict) else ...
+    return tree
 
 
 def _drop(tree: dict[str, Any], path: list[str]) -> None:

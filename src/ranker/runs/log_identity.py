@@ -29,7 +29,7 @@ def write(folder: Path, log: Log) -> None:
 
 
 def fingerprint(log: Log) -> dict[str, Any]:
-    """Rows of the log, and of each Parquet file a SHA-256 of its footer.
+    """Rows of the log, and of each Parquet file with rows of the selected days a SHA-256 of its footer.
 
     A footer has the rows, the sizes and, where the writer made them, the smallest and largest values of all columns. It
     is read anyway, so a log of any size has a fingerprint at no cost. The name of the folder is not part of it.
@@ -37,7 +37,7 @@ def fingerprint(log: Log) -> dict[str, Any]:
     source = log.source if isinstance(log, Selected) else log
     found: dict[str, Any] = {"rows": log.num_rows, "train_rows": log.train_rows}
     if isinstance(source, ParquetLog):
-        return found | {"files": {name: _digest(footer) for name, footer in source.index.metadata.items()}}
+        return found | {"files": {name: footer_digest(source.index.metadata[name]) for name in source.files}}
     ends = (0, log.train_rows - 1, log.num_rows - 1)
     return found | {"times_ms": [log.time_at_row(row) for row in ends]}
 
@@ -52,7 +52,11 @@ def check_log(folder: Path, log: Log) -> None:
     path = folder / FINGERPRINT
     if not path.is_file():
         return
-    difference = _difference(json.loads(path.read_text(encoding="utf-8")), fingerprint(log))
+    before, now = json.loads(path.read_text(encoding="utf-8")), fingerprint(log)
+    if "files" in before and "files" in now:  # older versions also list the files of other days
+        others = _unchanged_elsewhere(log, before["files"], now["files"])
+        before["files"] = {name: digest for name, digest in before["files"].items() if name not in others}
+    difference = _difference(before, now)
     if difference:
         raise UserError(
             f"the log is not the one that {folder} was trained on: {difference}. A resumed run would leave out rows "
@@ -74,7 +78,15 @@ def check_schema(folder: Path, schema: Schema) -> None:
         raise UserError(f"the schema beside the data is not the one of the run ({path}): {difference}; put it back")
 
 
-def _digest(footer: Any) -> str:
+def _unchanged_elsewhere(log: Log, before: Mapping[str, str], now: Mapping[str, str]) -> set[str]:
+    """Files that are as they were and hold no row of the selected days."""
+    source = log.source if isinstance(log, Selected) else log
+    metadata = source.index.metadata if isinstance(source, ParquetLog) else {}
+    return {n for n, x in before.items() if n not in now and n in metadata and footer_digest(metadata[n]) == x}
+
+
+def footer_digest(footer: Any) -> str:
+    """SHA-256 of the footer of a Parquet file, hexadecimal."""
     sink = pa.BufferOutputStream()
     footer.write_metadata_file(sink)
     return hashlib.sha256(sink.getvalue()).hexdigest()
@@ -107,6 +119,8 @@ def _schema_difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str
         if list(old) != list(new):
             return f"the order of {kind} is {', '.join(old)} in the run and {', '.join(new)} now"
     for key in sorted((before.keys() | now.keys()) - {"name"}):
+        if key == "groups" and key not in before:  # keys of rows, which runs of older versions did not have
+            continue
         if before.get(key) != now.get(key):
             return f"{key} is {before.get(key)} in the run and {now.get(key)} now"
     return None

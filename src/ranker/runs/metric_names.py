@@ -2,7 +2,8 @@
 
 A name is a path. ``train/loss``, ``train/<task>/<metric>``, ``val/<task>/<metric>``, ``test/<task>/<metric>``,
 ``progressive/<task>/<metric>``, ``signs/<role>/<sign>``, ``sigma/<parameter>``, ``sharpness/<quantity>``,
-``divergence/<kind>``, and ``lr`` and ``window`` alone.
+``divergence/<kind>``, and ``lr`` and ``window`` alone. A metric by groups has the group in its name, as in
+``gauc.<group>``.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 TRAIN, VAL, TEST, PROGRESSIVE = "train", "val", "test", "progressive"
 TRAIN_LOSS, LEARNING_RATE, WINDOW = "train/loss", "lr", "window"
 SIGNS, SIGMA, SHARPNESS, DIVERGENCE = "signs/", "sigma/", "sharpness/", "divergence/"
+COMMON = ("auc", "logloss", "ne", "calibration", "rmse", "r2", "observed", "nonfinite")  # metrics that every run has
 TASK_NORM, TASK_COSINE = "signs/task_norm/", "signs/task_cosine/"
 
 

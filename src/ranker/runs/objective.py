@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ranker.errors import UserError, suggest
 from ranker.runs.metric_names import TEST, VAL
 
-# Metrics with a direction. Calibration is best at 1 and the counts are no quality, so they cannot be an objective.
-HIGHER_IS_BETTER, LOWER_IS_BETTER = ("auc", "r2"), ("logloss", "ne", "rmse")
+# Metrics with a direction, without their group and their k: gauc.user is a gauc, ndcg_10.user an ndcg. Calibration is
+# best at 1 and the counts are no quality, so they cannot be an objective.
+HIGHER_IS_BETTER = ("auc", "r2", "gauc", "ndcg", "recall", "mrr", "xauc")
+LOWER_IS_BETTER = ("logloss", "ne", "rmse", "mae", "mae_raw", "ece")
+_K = re.compile(r"_\d+$")
 DIRECTIONS = {**dict.fromkeys(HIGHER_IS_BETTER, "maximize"), **dict.fromkeys(LOWER_IS_BETTER, "minimize")}
 
 
@@ -25,10 +29,15 @@ def direction(name: str | None) -> str:
     """
     if name is None:
         return "maximize"
-    metric = name.rsplit("/", 1)[-1]
+    metric = kind_of(name)
     if metric not in DIRECTIONS:
         raise UserError(f"objective={name}: '{metric}' has no better or worse; use one of {', '.join(DIRECTIONS)}")
     return DIRECTIONS[metric]
+
+
+def kind_of(name: str) -> str:
+    """The kind of a metric: ``ndcg`` of ``test/click/ndcg_10.user``."""
+    return _K.sub("", name.rsplit("/", 1)[-1].split(".", 1)[0])
 
 
 def chosen(name: str | None, known: Iterable[str]) -> str | None:
@@ -53,14 +62,16 @@ def chosen(name: str | None, known: Iterable[str]) -> str | None:
     return name
 
 
-def metrics_of(tasks: Mapping[str, str]) -> list[str]:
+def metrics_of(tasks: Mapping[str, str], more: Iterable[str] = ()) -> list[str]:
     """Names of the metrics that can be an objective.
 
     Args:
         tasks: type (``binary`` or ``regression``) by name.
+        more: names of other metrics of the run, such as ``click/gauc.user``.
     """
     kinds = {"binary": ("auc", "logloss", "ne"), "regression": ("rmse", "r2")}
-    return [f"{TEST}/{task}/{metric}" for task, kind in tasks.items() for metric in kinds[kind]]
+    found = [f"{TEST}/{task}/{metric}" for task, kind in tasks.items() for metric in kinds[kind]]
+    return [*found, *(f"{TEST}/{name}" for name in more if kind_of(name) in DIRECTIONS)]
 
 
 def while_training(name: str) -> str:

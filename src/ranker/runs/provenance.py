@@ -7,9 +7,10 @@ import os
 import platform
 import subprocess
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+if TYPE_CHECKING:  # imported where it is needed: a sweep's watch counts cores without it
+    import torch
 
 
 @functools.cache
@@ -28,6 +29,8 @@ def commit() -> str | None:
 @functools.cache
 def machine() -> str:
     """Processor, cores, GPUs and torch's build, such as ``Intel Xeon, 2 cores, torch 2.13.0+cpu``."""
+    import torch
+
     parts = [processor(), f"{cores()} cores"]
     parts += sorted({torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())})
     return ", ".join([*parts, f"torch {torch.__version__}"])
@@ -40,6 +43,8 @@ def cores() -> int:
 
 def arithmetic(device: torch.device | str) -> dict[str, Any]:
     """What decides the bits of a training step besides versions: processor, instruction set, threads, device."""
+    import torch
+
     device = torch.device(device)
     return {
         "system": f"{platform.system()} {platform.machine()}",

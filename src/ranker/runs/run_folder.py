@@ -45,6 +45,7 @@ TRAIN_AUC = "train_auc._extra_state"  # in STATE_DICT: histograms of the trainin
 TRAIN_AUC_BY_RANK = "train_auc_by_rank"  # the same of each rank
 OPTIMIZER_SETTINGS = "optimizer_settings"  # hyperparameters of each group, as configured
 TRACKED = "tracked_rows"  # number of rows that W&B has
+AVERAGE = "average"  # moving average of the dense weights, by name within the net
 RECENT = "recent_steps"  # losses and AUCs of the last steps, which metrics.csv may not have
 
 

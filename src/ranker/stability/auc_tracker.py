@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ranker.stability.detector_interface import DetectorSettings
+from ranker.stability.detector_settings import DetectorSettings
 from ranker.stability.task_state import TaskState
 
 

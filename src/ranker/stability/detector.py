@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from ranker.errors import UserError
-from ranker.stability.detector_interface import DetectorSettings, Event, Status, StepValues, pack
+from ranker.stability.detector_interface import Event, Status, StepValues, pack
+from ranker.stability.detector_settings import DetectorSettings
 from ranker.stability.divergence_classifier import DivergenceClassifier
 from ranker.stability.step_cut import StepCut
 
@@ -164,7 +165,7 @@ class DivergenceDetector:
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """Numbers, strings, lists and dicts, which load with ``weights_only=True``. Waits for the device."""
+        """Numbers, strings, tensors, lists and dicts, which load with ``weights_only=True``. Waits for the device."""
         self._unreported += self._classify(wait=True)
         return {
             "classifier": self._classifier.state_dict(),

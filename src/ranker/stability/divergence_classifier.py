@@ -8,7 +8,8 @@ from dataclasses import asdict
 from typing import Any
 
 from ranker.stability.auc_tracker import AucTracker, Streak, auc_above_chance
-from ranker.stability.detector_interface import DetectorSettings, Event, Status, StepValues
+from ranker.stability.detector_interface import Event, Status, StepValues
+from ranker.stability.detector_settings import DetectorSettings
 from ranker.stability.event_ledger import EventLedger, came_back, event, not_recovered
 from ranker.stability.loss_spike import LossSpike, Probation
 from ranker.stability.open_spikes import OpenSpikes
@@ -342,7 +343,7 @@ class DivergenceClassifier:
         return self.ledger.full([*(spikes or [first]), *later], self._step, reason)
 
     def state_dict(self) -> dict[str, Any]:
-        """The state as numbers, strings, lists and dicts."""
+        """The state as numbers, strings, tensors, lists and dicts."""
         return {
             "tasks": {task.name: task.state_dict() for task in self.tasks},
             **self.open.state_dict(),

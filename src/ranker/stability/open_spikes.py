@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from ranker.stability.detector_interface import DetectorSettings
+from ranker.stability.detector_settings import DetectorSettings
 from ranker.stability.loss_spike import LossSpike, Probation
 from ranker.stability.skill import Skill
 from ranker.stability.task_state import TaskState

@@ -9,7 +9,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from ranker.stability.detector_interface import DetectorSettings
+import torch
+from torch import Tensor
+
+from ranker.stability.detector_settings import DetectorSettings
 
 _NAN = math.nan
 CERTAIN = 3.0  # standard errors beyond which a difference is not chance
@@ -107,14 +110,15 @@ class SkillWindow:
         relative, noise = _relative_loss([b for b in batches if math.isfinite(b[1])])
         return Skill(weighted / pairs if pairs else _NAN, pairs, relative, noise)
 
-    def state_dict(self) -> list[list[float]]:
-        """The batches."""
-        return [list(batch) for batch in self._batches]
+    def state_dict(self) -> Tensor:
+        """The batches, float64 [N, 6]: as lists they would be most of the objects that a checkpoint has to pickle."""
+        return torch.tensor(list(self._batches), dtype=torch.float64).view(-1, 6)
 
-    def load_state_dict(self, state: Iterable[Any]) -> None:
-        """Continues from ``state_dict()``."""
+    def load_state_dict(self, state: Tensor | Iterable[Any]) -> None:
+        """Continues from ``state_dict()``, or from the lists of an older version."""
+        rows = state.tolist() if isinstance(state, Tensor) else state
         self._batches.clear()
-        self._batches.extend((int(step), *map(float, rest)) for step, *rest in state)  # type: ignore[misc]
+        self._batches.extend((int(step), *map(float, rest)) for step, *rest in rows)  # type: ignore[misc]
 
 
 def _relative_loss(batches: list[tuple[int, float, float, float, float, float]]) -> tuple[float, float]:

@@ -6,7 +6,7 @@ import math
 import statistics
 from collections.abc import Sequence
 
-from ranker.stability.detector_interface import DetectorSettings
+from ranker.stability.detector_settings import DetectorSettings
 from ranker.stability.loss_spike import RECOVERED, LossSpike
 from ranker.stability.skill import Skill
 from ranker.stability.task_state import TaskState

@@ -7,7 +7,10 @@ from bisect import bisect_left, insort
 from collections import deque
 from typing import Any
 
-from ranker.stability.detector_interface import MAX_PROOF_STEPS, DetectorSettings
+import torch
+from torch import Tensor
+
+from ranker.stability.detector_settings import MAX_PROOF_STEPS, DetectorSettings
 from ranker.stability.skill import SkillWindow
 
 _MIN_VALUES = 16  # number of losses from which their median is a usable level
@@ -103,20 +106,21 @@ class Baseline:
             self.level = self._quantile(0.5)
 
     def state_dict(self) -> dict[str, Any]:
-        """The state as numbers and lists."""
+        """The state as numbers, and the losses as float64 [n]."""
         return {
             "untrained": self.untrained,
             "least_untrained": self.least_untrained,
             "level": self.level,
             "scale": self.scale,
-            "losses": list(self._losses),
+            "losses": torch.tensor(list(self._losses), dtype=torch.float64),
             "below_count": self._below_count,
             "rejected_count": self._rejected_count,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continues from ``state_dict()``."""
-        self._losses = deque(state["losses"], maxlen=self._settings.window)
+        """Continues from ``state_dict()``, or from that of an older version, with a list."""
+        losses = state["losses"]
+        self._losses = deque(losses.tolist() if isinstance(losses, Tensor) else losses, maxlen=self._settings.window)
         self._sorted = sorted(self._losses)
         self.untrained, self.least_untrained = state["untrained"], state["least_untrained"]
         self.level, self.scale = state["level"], state["scale"]
@@ -241,7 +245,7 @@ class TaskState:
         return sorted(self.recent)[len(self.recent) // 2]
 
     def state_dict(self) -> dict[str, Any]:
-        """The state as numbers and lists."""
+        """The state as numbers, lists and tensors."""
         return {
             "baseline": self.baseline.state_dict(),
             "excess": self.excess,

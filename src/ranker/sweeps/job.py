@@ -15,7 +15,7 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from ranker import config, run_summary, stop_signals
+from ranker import config, deferred, run_summary, stop_signals
 from ranker.atomic import write_text
 from ranker.errors import UserError
 from ranker.runs import objective, run_lock
@@ -75,6 +75,7 @@ def _train(cfg: DictConfig, folder: Path, checkpoint: Path | None) -> tuple[dict
     config.check(cfg)
     if checkpoint is not None:
         print(f"resuming from {checkpoint}", flush=True)
+    deferred.defer()
     with _beside_others(cfg, folder):
         from ranker.run import run  # imported late: Lightning costs seconds that a job done before need not wait for
 

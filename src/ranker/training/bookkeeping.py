@@ -98,6 +98,7 @@ class Bookkeeping(Callback):
         """Keeps the books of one batch."""
         fit = Fit(trainer)
         fit.data.advance(batch)
+        fit.module.update_average()
         fit.module.record_step()
         rows = fit.data.plan.size(batch.number)  # of all ranks, whose shares may differ by one
         self._batches += 1

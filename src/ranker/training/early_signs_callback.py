@@ -21,6 +21,7 @@ from ranker.stability import LayerActivations, ReportsSteps, adaptation, layer_s
 from ranker.stability.early_signs import max_over_ranks
 from ranker.training.lightning_private import is_compiled
 from ranker.training.module import Fit, RankingModule
+from ranker.training.training_step import batch_loss
 
 log = logging.getLogger(__name__)
 
@@ -216,7 +217,7 @@ class EarlySigns(Callback):
         assert self._shared is not None
         logits_BT = self._logits_BT
         leaf_BT = logits_BT.detach().requires_grad_()
-        loss = module.loss(leaf_BT, self._batch.labels_BT, self._batch.mask_BT)
+        loss = batch_loss(module.loss, leaf_BT, self._batch)
         (slope_BT,) = torch.autograd.grad(loss.total, leaf_BT)
         columns = [(z_B * s_B).sum() for z_B, s_B in zip(logits_BT.unbind(1), slope_BT.unbind(1), strict=True)]
         found = task_gradients(columns, [self._shared])

@@ -168,6 +168,17 @@ class MetricsCsv(Logger):
                     yield {name: value for name, value in row.items() if value}
 
 
+def rows_until(path: Path, step: int) -> Iterator[tuple[int, dict[str, float]]]:
+    """The rows of a file up to a step, as numbers. Nothing where there is no file."""
+    if not path.is_file():
+        return
+    with path.open(newline="", encoding="utf-8") as file:
+        for row in csv.DictReader(line for line in file if line.endswith("\n")):
+            at = int(row.pop("step"))
+            if at <= step:
+                yield at, {name: float(value) for name, value in row.items() if value}
+
+
 def has_values(path: Path, step: int, prefix: str) -> bool:
     """Whether the row of a step has a value in a column whose name starts with a prefix."""
     if not path.is_file():

@@ -19,11 +19,21 @@ from ranker.data.datamodule import RankingDataModule
 from ranker.data.schema import Schema
 from ranker.errors import one_of
 from ranker.losses import MultitaskLoss, best_constants
-from ranker.metrics import StreamingAUC, TaskMetrics
+from ranker.metrics import StreamingAUC, Table, TaskMetrics
 from ranker.models import Ranker
 from ranker.runs import metric_names as names
-from ranker.runs.run_folder import OPTIMIZER_SETTINGS, RECENT, STATE_DICT, TRAIN_AUC, TRAIN_AUC_BY_RANK
+from ranker.runs.lineage import LINEAGE, totals
+from ranker.runs.run_folder import (
+    AVERAGE,
+    NET_PREFIX,
+    OPTIMIZER_SETTINGS,
+    RECENT,
+    STATE_DICT,
+    TRAIN_AUC,
+    TRAIN_AUC_BY_RANK,
+)
 from ranker.training.training_step import StepSignals, clip_gradients, forward_loss, step_signals
+from ranker.training.weight_average import WeightAverage
 
 log = logging.getLogger(__name__)
 KEPT_SIGNALS = 1000  # steps
@@ -43,6 +53,9 @@ class RankingModule(pl.LightningModule):
         optimizer: called as ``optimizer(model_or_params=net, lr=lr)``.
         lr: learning rate per step, multiplier included.
         warmup_steps: raise the learning rate linearly from lr / warmup_steps to lr over this many steps; 0 for none.
+        rewarm_steps: the same for a run that continues another one, counted from its own first step.
+        average_decay: of the moving average of the dense weights that is evaluated and exported; 0 for none.
+        before: what the run continues, as in ``ranker.runs.lineage``; the warm-up goes on where it was. None: nothing.
         head_bias: ``labels`` starts each head's bias at the constant that fits the labels of the first window best (log
             odds or mean). Without it, the first steps pay for the distance, with the largest gradients of the run.
             ``zero`` keeps the model's own initial values.
@@ -50,9 +63,14 @@ class RankingModule(pl.LightningModule):
         score_rows: rows per forward pass when scoring.
         log_every: steps between two writes of the metrics.
         compile_net: run the net through torch.compile.
+        loss: the training loss. None: log losses and squared errors.
+        metrics: makes the metrics of the hold-out and of progressive validation. None: those that every run has.
 
     Attributes:
         optimizer_factory: as ``optimizer``. A rollback may set another one, see ``ranker.training.rollback``.
+        average_decay: as given.
+        average: the moving average of the dense weights; None before training starts, and without one.
+        warm_start: puts the state of an earlier run into the fit when it starts; None for random weights.
     """
 
     def __init__(
@@ -63,18 +81,29 @@ class RankingModule(pl.LightningModule):
         optimizer: OptimizerFactory,
         lr: float,
         warmup_steps: int = 0,
+        rewarm_steps: int = 0,
+        average_decay: float = 0.0,
+        before: Mapping[str, Any] | None = None,
         head_bias: str = "zero",
         progressive: bool = True,
         score_rows: int = 8192,
         log_every: int = 10,
         compile_net: bool = False,
+        loss: MultitaskLoss | None = None,
+        metrics: Callable[[], TaskMetrics] | None = None,
     ) -> None:
         super().__init__()
         self.net = net
         self.schema = schema
         self.lr = lr
         self.optimizer_factory = optimizer
-        self._warmup_steps = warmup_steps
+        self._warmup_steps, self._rewarm_steps = warmup_steps, rewarm_steps
+        self._before = before
+        self.warm_start: Callable[[Fit], None] | None = None
+        self.average_decay = average_decay
+        self.average: WeightAverage | None = None
+        self._averaged_step = 0  # of the last update
+        self._saved_average: Mapping[str, Any] | None = None  # in the checkpoint
         one_of(head_bias, HEAD_BIASES, "train.head_bias")
         self._head_bias = head_bias
         self._progressive = progressive
@@ -82,16 +111,19 @@ class RankingModule(pl.LightningModule):
         self.log_every = log_every
         if compile_net:
             net.compile(dynamic=True)  # in place: a wrapper would put every weight into the checkpoint twice
-        self.loss = MultitaskLoss(schema)
+        self.loss = loss or MultitaskLoss(schema)
         self.train_auc = StreamingAUC(schema)
-        self.holdout_metrics = TaskMetrics(schema)
-        self.progressive_metrics = TaskMetrics(schema)
+        make_metrics = metrics or (lambda: TaskMetrics(schema))
+        self.holdout_metrics, self.progressive_metrics = make_metrics(), make_metrics()
+        self.last_progressive: tuple[int, Mapping[str, float]] | None = None  # window that was scored last, metrics
         self.signals: StepSignals | None = None
         # Step, losses, AUCs and learning rate, unread on the device. A verdict comes some hundred steps after the first
         # step of its event.
         self._unrecorded: deque[tuple[int, Tensor, Tensor, float]] = deque(maxlen=KEPT_SIGNALS)
         self.holdout: dict[str, float] = {}
         self.holdout_notes: dict[str, str] = {}
+        self.holdout_intervals: dict[str, tuple[float, float]] = {}
+        self.holdout_tables: list[Table] = []
         self._settings: list[dict[str, Any]] = []  # of the optimizer, as configured
         self._saved_settings: list[dict[str, Any]] | None = None  # those of the checkpoint
         self.holdout_step: int | None = None  # of an evaluation outside training; None: the last step
@@ -101,9 +133,31 @@ class RankingModule(pl.LightningModule):
         return self.net(batch)
 
     def on_fit_start(self) -> None:
-        """Starts the biases of the heads from the first window's labels. A resumed run has its weights already."""
+        """Starts the biases of the heads from the first window's labels, then takes over what a warm start has.
+
+        A resumed run has its weights already.
+        """
         if self.trainer.ckpt_path is None:
             self.start_heads(Fit(self.trainer).data)
+            if self.warm_start is not None:
+                self.warm_start(Fit(self.trainer))
+        self.warm_start = None  # frees the parent's state
+        self.start_average(self._saved_average)
+        self._saved_average = None
+
+    def start_average(self, state: Mapping[str, Any] | None) -> None:
+        """Makes the moving average, from a state or from the weights; keeps the one that a warm start has made."""
+        self._averaged_step = self.global_step
+        if self.average_decay and self.average is None:
+            self.average = WeightAverage(self.net, decay=self.average_decay)
+            if state is not None:
+                self.average.load_state_dict(state)
+
+    def update_average(self) -> None:
+        """Takes the weights of a step into the moving average, once per optimizer step."""
+        if self.average is not None and self.global_step != self._averaged_step:
+            self.average.update()
+            self._averaged_step = self.global_step
 
     def start_heads(self, data: RankingDataModule) -> None:
         """Starts the biases of the heads from the first window's labels, if they are to start there."""
@@ -114,8 +168,16 @@ class RankingModule(pl.LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Forward pass and loss; keeps the signals that the divergence detector and the progress bar read."""
         logits_BT, loss = forward_loss(self, batch)
-        losses_T = self.trainer.strategy.reduce(loss.task_T, reduce_op="mean")  # each rank has the share of its rows
-        self.signals = step_signals(self, logits_BT, batch.labels_BT, batch.mask_BT, losses_T=cast(Tensor, losses_T))
+        reduce = self.trainer.strategy.reduce  # each rank has the share of its rows
+        self.signals = step_signals(
+            self,
+            logits_BT,
+            batch.labels_BT,
+            batch.mask_BT,
+            losses_T=cast(Tensor, reduce(loss.task_T, reduce_op="mean")),
+            weight_B=batch.weight_B,
+            ranking_T=None if loss.ranking_T is None else cast(Tensor, reduce(loss.ranking_T, reduce_op="mean")),
+        )
         return loss.total
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
@@ -125,6 +187,7 @@ class RankingModule(pl.LightningModule):
         self.score(batch.opening, self.progressive_metrics)
         values = self.progressive_metrics.compute()
         self.progressive_metrics.reset()
+        self.last_progressive = batch.window, values
         self.record(over_time(names.PROGRESSIVE, values) | {names.WINDOW: float(batch.window)})
 
     def record_step(self) -> None:
@@ -132,7 +195,9 @@ class RankingModule(pl.LightningModule):
         if self.signals is None:
             return
         lr = self.optimizers().param_groups[0]["lr"]  # type: ignore[union-attr]
-        last = (self.global_step, self.signals.losses_T, self.signals.auc_T, float(lr))
+        losses, ranking_T = self.signals.losses_T, self.signals.ranking_T
+        losses = losses if ranking_T is None else torch.stack([losses, ranking_T])
+        last = (self.global_step, losses, self.signals.auc_T, float(lr))
         if self.global_step % self.log_every:
             self._unrecorded.append(last)
             return
@@ -144,15 +209,36 @@ class RankingModule(pl.LightningModule):
             if numbers[0] == step:
                 self._record_signals(*numbers)
 
-    def _record_signals(self, step: int, losses_T: Tensor, auc_T: Tensor, lr: float) -> None:
-        self.record(step_values(self.schema, losses_T.tolist(), auc_T.tolist(), lr), step=step)
+    def _record_signals(self, step: int, losses: Tensor, auc_T: Tensor, lr: float) -> None:
+        """Writes a step's numbers; ``losses`` is [T], or [2, T] with the ranking losses."""
+        losses_T, ranking_T = losses if losses.dim() == 2 else (losses, None)
+        values = step_values(self.schema, losses_T.tolist(), auc_T.tolist(), lr)
+        if ranking_T is not None and self.loss.ranking is not None:
+            trained_T = self.loss.combined(losses_T, ranking_T.to(losses_T)).tolist()
+            values[names.TRAIN_LOSS] = sum(t.weight * x for t, x in zip(self.schema.tasks, trained_T, strict=True))
+            for task, loss, ranked in zip(
+                self.schema.tasks, ranking_T.tolist(), self.loss.ranked_T.tolist(), strict=True
+            ):
+                if ranked:
+                    values[names.task_metric(names.TRAIN, task.name, self.loss.ranking.name)] = loss
+        self.record(values, step=step)
+
+    def on_validation_epoch_start(self) -> None:
+        """Evaluates the moving average, if there is one."""
+        if self.average is not None:
+            self.average.swap()
+
+    def on_test_epoch_start(self) -> None:
+        """As for validation."""
+        self.on_validation_epoch_start()
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Adds a batch of the hold-out."""
-        self.holdout_metrics.update(self.net(batch), batch.labels_BT, batch.mask_BT)
+        self.holdout_metrics.add(self.net(batch), batch)
 
     def on_validation_epoch_end(self) -> None:
         """Writes the hold-out's metrics at this step."""
+        self._own_weights()
         self._end_holdout(names.VAL)
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
@@ -161,6 +247,7 @@ class RankingModule(pl.LightningModule):
 
     def on_test_epoch_end(self) -> None:
         """Writes the hold-out's metrics at the end of training."""
+        self._own_weights()
         self._end_holdout(names.TEST)
         if self.trainer.is_global_zero:
             for name, why in self.holdout_notes.items():
@@ -170,10 +257,13 @@ class RankingModule(pl.LightningModule):
         """The optimizer over all parameters, and the warm-up if there is one."""
         optimizer = self.make_optimizer()
         self._settings = settings_of(optimizer)
-        if not self._warmup_steps:
+        if not (self._warmup_steps or self._rewarm_steps):
             return optimizer
-        steps = self._warmup_steps
-        schedule = LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / steps))
+        steps, again = self._warmup_steps or 1, self._rewarm_steps or 1
+        earlier = int((self._before or {}).get("steps", 0))
+        schedule = LambdaLR(
+            optimizer, lambda step: min(1.0, (earlier + step + 1) / steps) * min(1.0, (step + 1) / again)
+        )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def make_optimizer(self) -> Optimizer:
@@ -217,6 +307,17 @@ class RankingModule(pl.LightningModule):
         assert isinstance(by_rank, Tensor)
         checkpoint[TRAIN_AUC_BY_RANK] = by_rank.cpu()
         checkpoint[OPTIMIZER_SETTINGS] = self._settings
+        if self.average is not None:
+            checkpoint[AVERAGE] = self.average.state_dict()
+            live = self.average.own_weights().items()  # in the middle of an evaluation the net has the average
+            checkpoint[STATE_DICT] |= {f"{NET_PREFIX}{name}": value for name, value in live}
+        windows, rows, last_time_ms = Fit(self.trainer).data.trained()
+        checkpoint[LINEAGE] = {
+            **totals(
+                steps=self.global_step, windows=windows, rows=rows, last_time_ms=last_time_ms, before=self._before
+            ),
+            "schema": self.schema.to_dict(),
+        }
         if self._unrecorded:
             steps, losses, aucs, rates = zip(*self._unrecorded, strict=True)
             checkpoint[RECENT] = {
@@ -229,6 +330,7 @@ class RankingModule(pl.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Gives this rank its own training AUC back; with another number of ranks, rank 0 gets the sum."""
         self._saved_settings = checkpoint.get(OPTIMIZER_SETTINGS)
+        self._saved_average = checkpoint.get(AVERAGE)
         if recent := checkpoint.get(RECENT):  # missing in older checkpoints
             rows = zip(recent["steps"], recent["losses"], recent["auc"], recent["lr"], strict=True)
             self._unrecorded.extend(rows)
@@ -245,7 +347,7 @@ class RankingModule(pl.LightningModule):
         self.net.eval()
         for part in _pieces(rows, self._score_rows):
             part = part.to(self.device, non_blocking=True)
-            metrics.update(self.net(part), part.labels_BT, part.mask_BT)
+            metrics.add(self.net(part), part)
         self.net.train()
 
     def record(self, values: Mapping[str, float], *, step: int | None = None) -> None:
@@ -253,9 +355,16 @@ class RankingModule(pl.LightningModule):
         for logger in self.trainer.loggers:
             logger.log_metrics(dict(values), step=self.global_step if step is None else step)
 
+    def _own_weights(self) -> None:
+        """Gives the net its own weights back after an evaluation of the average."""
+        if self.average is not None and self.average.swapped:
+            self.average.swap()
+
     def _end_holdout(self, phase: str) -> None:
-        values = self.holdout_metrics.compute()
+        values = self.holdout_metrics.compute(final=phase == names.TEST)
         self.holdout_notes = self.holdout_metrics.notes
+        self.holdout_tables = self.holdout_metrics.tables
+        self.holdout_intervals = {f"{phase}/{name}": ends for name, ends in self.holdout_metrics.intervals.items()}
         self.holdout_metrics.reset()
         self.holdout = {f"{phase}/{name}": value for name, value in values.items()}
         self.record(over_time(phase, values), step=self.holdout_step)
@@ -299,7 +408,7 @@ def head_constants(data: RankingDataModule) -> Tensor:
     """The logit of each task that fits the labels of the first window best, shape [T]; the same on each rank."""
     start, stop = data.plan.rows(0)
     rows = data.log.read(start, min(stop, start + _ROWS_FOR_HEAD_BIASES))
-    return best_constants(data.log.schema, rows.labels_BT, rows.mask_BT)
+    return best_constants(data.log.schema, rows.labels_BT, rows.mask_BT, rows.weight_B)
 
 
 def step_values(schema: Schema, losses: Sequence[float], aucs: Sequence[float], lr: float) -> dict[str, float]:

@@ -65,12 +65,14 @@ class RankWatch:
         threading.Thread(target=self._run, daemon=True, name="rank-watch").start()
 
     def connect(self, first: Address) -> None:
-        """Begins to send beats.
+        """Begins to send beats, the first one now: a rank that stops before it was heard of is not watched.
 
         Args:
             first: where rank 0 listens.
         """
         self._first = first
+        with suppress(OSError):
+            self._send()
 
     def end(self) -> None:
         """Ends the thread: the collective work is over."""
@@ -106,8 +108,7 @@ class RankWatch:
 
     def _exchange(self) -> None:
         """Sends a beat, and takes those of others for the time of one."""
-        if self._rank and self._first:
-            self._socket.sendto(str(self._rank).encode(), self._first)
+        self._send()
         until = time.monotonic() + self._beat
         while (left := until - time.monotonic()) > 0:
             self._socket.settimeout(left)
@@ -115,6 +116,10 @@ class RankWatch:
             self._heard[int(content)] = time.monotonic()
             if not self._rank:
                 self._socket.sendto(b"0", sender)
+
+    def _send(self) -> None:
+        if self._rank and self._first:
+            self._socket.sendto(str(self._rank).encode(), self._first)
 
     def _silent(self, now: float) -> str | None:
         for rank, heard in self._heard.items():

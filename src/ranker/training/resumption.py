@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from ranker.errors import UserError
 from ranker.runs.checkpoint_files import by_step, damage, step_of
@@ -23,7 +24,7 @@ from ranker.runs.run_folder import (
     RunFolder,
     read_summary,
 )
-from ranker.training.module import RankingModule, settings_of
+from ranker.training.module import OptimizerFactory, RankingModule, settings_of
 
 # Hyperparameters that act only where an accumulator is made.
 ONLY_AT_THE_START = ("initial_accumulator_value",)
@@ -46,12 +47,13 @@ class Resumption:
     tracked: int | None = None
 
     @classmethod
-    def of(cls, path: Path, module: RankingModule) -> Resumption:
+    def of(cls, path: Path, module: RankingModule, *, other: OptimizerFactory | None = None) -> Resumption:
         """Reads where a checkpoint stands. Reads no weights: the file is mapped.
 
         Args:
             path: an intact checkpoint.
             module: the module of this run, as it was built.
+            other: the optimizer that takes over at the first rollback, if one does.
 
         Raises:
             UserError: the file is no checkpoint of a run, or its weights or optimizer do not fit the configuration.
@@ -62,8 +64,11 @@ class Resumption:
         except Exception as error:  # torch raises many types of errors for an invalid file
             raise UserError(f"{path} is not a checkpoint of a run ({' '.join(str(error).split())[:120]})") from error
         _check_weights(path, weights, module.state_dict())
-        _check_settings(path, saved.get(OPTIMIZER_SETTINGS), module)
-        _check_optimizer(path, saved, module)
+        rolled_back = saved.get(CALLBACKS, {}).get(STABILITY, {}).get("rollbacks")
+        factory = other if other is not None and rolled_back else module.optimizer_factory
+        optimizer = factory(model_or_params=module.net, lr=module.lr)
+        _check_settings(path, saved.get(OPTIMIZER_SETTINGS), settings_of(optimizer))
+        _check_optimizer(path, saved, optimizer)
         return cls(path, step, position, saved.get(TRACKED))
 
 
@@ -97,7 +102,7 @@ def sound_checkpoint(folder: RunFolder, *, keep_lost: bool, say: Callable[[str],
             return path
     raise UserError(
         f"{lost}, and no checkpoint from before that is kept: start a new run with a lower lr_mult or "
-        "mitigation=rollback (callbacks.divergence.stop=false goes on from the lost weights)"
+        "mitigation=rollback_clippy (callbacks.divergence.stop=false goes on from the lost weights)"
     )
 
 
@@ -129,11 +134,10 @@ def _check_weights(path: Path, saved: Mapping[str, Any], own: Mapping[str, Any])
             raise UserError(f"{path} does not fit the model: {name} is {shapes}; a resumed run keeps its model")
 
 
-def _check_settings(path: Path, saved: list[dict[str, Any]] | None, module: RankingModule) -> None:
+def _check_settings(path: Path, saved: list[dict[str, Any]] | None, own: list[dict[str, Any]]) -> None:
     """Refuses settings of the optimizer that cannot change while its state is kept."""
     if saved is None:
         return  # of an older version
-    own = settings_of(module.make_optimizer())
     if len(own) != len(saved):
         raise UserError(f"optim: {path} has {len(saved)} groups of parameters and this configuration {len(own)}")
     for before, now in zip(saved, own, strict=True):
@@ -143,9 +147,9 @@ def _check_settings(path: Path, saved: list[dict[str, Any]] | None, module: Rank
                 raise UserError(f"optim: {name} cannot change in a resumed run{shown}; start a new run")
 
 
-def _check_optimizer(path: Path, saved: Mapping[str, Any], module: RankingModule) -> None:
+def _check_optimizer(path: Path, saved: Mapping[str, Any], optimizer: Optimizer) -> None:
     """Loads the optimizer's state into one that is thrown away; tensors are not copied."""
     try:
-        module.make_optimizer().load_state_dict(saved["optimizer_states"][0])
+        optimizer.load_state_dict(saved["optimizer_states"][0])
     except (ValueError, KeyError, IndexError) as error:
         raise UserError(f"optim: the state in {path} does not fit: {' '.join(str(error).split())}") from error

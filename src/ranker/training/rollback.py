@@ -11,6 +11,7 @@ from ranker.errors import UserError, one_of
 from ranker.runs import metric_names
 from ranker.runs.run_folder import RunFolder
 from ranker.stability import DivergenceDetector, Event
+from ranker.training import trackers
 from ranker.training.module import Fit, OptimizerFactory, scale_lr
 from ranker.training.optimizer_transfer import initial_state, made_optimizer, state_by_name, take_over
 from ranker.training.progress import Say
@@ -59,6 +60,7 @@ class Rollback:
 
     Attributes:
         tries: as given.
+        optim: as given.
         done: records of the rollbacks so far, in order; see ``_record``.
 
     Raises:
@@ -89,10 +91,10 @@ class Rollback:
                 raise UserError(f"callbacks.rollback.{name} must be 0 or more, got {value}")
         if not 0 < lr_factor <= 1:
             raise UserError(f"callbacks.rollback.lr_factor must be above 0 and at most 1, got {lr_factor}")
-        self.tries, self._cause, self._restore = tries, cause, restore
+        self.tries, self.optim = tries, optim
+        self._cause, self._restore = cause, restore
         self._back_steps, self._skip_batches = back_steps, skip_batches
         self._lr_factor, self._lr_steps = lr_factor, lr_steps
-        self._optim = optim
         self._original: OptimizerFactory | None = None  # the run's own, known at the first switch
         self._folder = folder
         self.done: list[dict[str, Any]] = []
@@ -138,7 +140,7 @@ class Rollback:
         switched = self._switched(snapshot)
         if self._restore == "all":
             skipped = self._first_batch(snapshot, cause, fit) - snapshot.position
-            if self._optim is not None and self.done and not switched:
+            if self.optim is not None and self.done and not switched:
                 self._use_optimizer(fit, original=True)
             restore(snapshot, fit, detector, skip_batches=skipped)
             first, rate = snapshot.position, self._rate(snapshot.step)
@@ -151,7 +153,7 @@ class Rollback:
         ring.forget_after(snapshot.step, now=before)
         record = self._record(cause, snapshot, fit, first=first)
         self.done = [*self.done, record]
-        if self._optim is not None and (len(self.done) == 1 or (self._restore == "all" and not switched)):
+        if self.optim is not None and (len(self.done) == 1 or (self._restore == "all" and not switched)):
             self._switch(fit)
             rate = 1.0  # it has the rate of the configuration
         if detector.step_cut is not None:
@@ -161,6 +163,7 @@ class Rollback:
         self._write(fit, record)
         text = f"rollback {record['try']} of {self.tries}: {self._done_what(record, snapshot)}"
         say(text, note=text)
+        trackers.alert(fit.trainer.loggers, f"rollback at step {before}", text, serious=False)
         return True
 
     def kept(self, step: int) -> int:
@@ -226,10 +229,10 @@ class Rollback:
 
     def _use_optimizer(self, fit: Fit, *, original: bool = False) -> None:
         """Lets the module make the other optimizer from now on, or the run's own; makes it if the fit is running."""
-        if self._optim is None:
+        if self.optim is None:
             return
         self._original = self._original or fit.module.optimizer_factory
-        fit.module.optimizer_factory = self._original if original else self._optim
+        fit.module.optimizer_factory = self._original if original else self.optim
         if fit.trainer.optimizers:
             fit.trainer.strategy.setup_optimizers(fit.trainer)
 
@@ -298,7 +301,7 @@ class Rollback:
             text = f"accumulators of step {snapshot.step} at step {record['step']}, weights kept"
         else:
             text = f"weights and accumulators of step {record['step']} kept"
-        if self._optim is not None:
+        if self.optim is not None:
             text += "; the other optimizer from here on"
         if self._lr_factor < 1:
             text += f"; learning rate {record['lr']:.3g}"

@@ -20,6 +20,7 @@ from ranker.errors import UserError
 from ranker.runs import metric_names as names
 from ranker.stability import Preconditioner, ReportsSteps, measure_sharpness, step_preconditioner
 from ranker.training.module import Fit, RankingModule
+from ranker.training.training_step import batch_counts, batch_loss
 
 HESSIAN, PRECONDITIONED, RATIO, ERROR, SECONDS = map(
     names.sharpness, ("hessian", "preconditioned", "ratio", "error", "seconds")
@@ -132,8 +133,8 @@ class SharpnessProbe(Callback):
             with torch.random.fork_rng(devices=[module.device] if module.device.type == "cuda" else []):
                 # forward, because compiled programs cannot be differentiated twice
                 logits_BT = net.forward(rows)
-                counts_T = rows.mask_BT.sum(0)
-                loss = module.loss.local(logits_BT, rows.labels_BT, rows.mask_BT, counts_T=counts_T).total
+                counts_T = batch_counts(module.loss, rows)
+                loss = batch_loss(module.loss, logits_BT, rows, counts_T=counts_T).total
                 return self._eigenvalues(loss, step)
         finally:
             net.train(training)

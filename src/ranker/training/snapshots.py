@@ -30,6 +30,8 @@ def capture(fit: Fit, detector: DivergenceDetector | None) -> TrainingState:
     Cost: one copy of weights and optimizer state to the host, and on a GPU one wait for the device.
     """
     process = {"precision": fit.trainer.precision_plugin.state_dict(), **_generators(fit.module.device)}
+    if fit.module.average is not None:
+        process["average"] = copied(fit.module.average.state_dict())
     # Reading the detector's state judges all steps so far, so its verdict is asked for afterwards.
     state = _trained(fit, detector).capture(fit.step, data=fit.data.state_dict(), process=process)
     return replace(state, healthy=is_healthy(detector))
@@ -56,6 +58,8 @@ def restore(state: TrainingState, fit: Fit, detector: DivergenceDetector | None,
     _trained(fit, detector).restore(state)
     if state.process["precision"]:
         fit.trainer.precision_plugin.load_state_dict(copied(state.process["precision"]))
+    if fit.module.average is not None:
+        fit.module.average.load_state_dict(state.process.get("average", {}))
     fit.data.go_back(copied(state.data))
     fit.data.skip(skip_batches)
     refetch(fit.trainer)

@@ -16,8 +16,11 @@ from ranker.errors import UserError, suggest
 from ranker.runs import metric_names
 from ranker.runs.run_folder import RunFolder
 from ranker.stability import DetectorSettings, DivergenceDetector, Event, reduce_signals
+from ranker.stability.carried_state import carried
 from ranker.stability.step_cut import StepCut
+from ranker.training import trackers
 from ranker.training.capsule_writer import CapsuleWriter
+from ranker.training.early_stop import EarlyStop
 from ranker.training.module import Fit, RankingModule
 from ranker.training.progress import Say, say_in_log
 from ranker.training.rollback import Rollback
@@ -87,6 +90,7 @@ class Stability(Callback):
         snapshots: training states to go back to.
         capsules: writes a divergence to disk, for replay.
         rollback: goes back to a snapshot after a divergence.
+        early_stop: ends a run whose progressive loss has become worse.
         folder: the run folder; without one no event is written.
         say: shows messages.
 
@@ -101,6 +105,7 @@ class Stability(Callback):
         snapshots: SnapshotRing | None = None,
         capsules: CapsuleWriter | None = None,
         rollback: Rollback | None = None,
+        early_stop: EarlyStop | None = None,
         folder: RunFolder | None = None,
         say: Say = say_in_log,
     ) -> None:
@@ -110,8 +115,10 @@ class Stability(Callback):
                 "or switch it off: callbacks.rollback.tries=0"
             )
         self.divergence, self.snapshots, self.capsules, self.rollback = divergence, snapshots, capsules, rollback
+        self.early_stop = early_stop
         self._folder, self._say = folder, say
         self._saved: Mapping[str, Any] | None = None  # the detector's state in the checkpoint
+        self._earlier: tuple[Mapping[str, Any], dict[str, Any]] | None = None  # that of the run that this one continues
         self._step = 0  # optimizer steps taken
 
     @property
@@ -124,6 +131,15 @@ class Stability(Callback):
         """Records of the rollbacks of the run."""
         return self.rollback.done if self.rollback else []
 
+    def carry_on(self, state: Mapping[str, Any], **how: Any) -> None:
+        """Lets the detector begin with the history of an earlier run.
+
+        Args:
+            state: the detector's state there.
+            **how: see ``ranker.stability.carried_state.carried``.
+        """
+        self._earlier = state, how
+
     def overheard(self, loader: Iterable[Batch]) -> Iterable[Batch]:
         """Wraps the training loader, so that capsules can keep its batches."""
         return self.capsules.overheard(loader) if self.capsules and self.divergence else loader
@@ -131,7 +147,11 @@ class Stability(Callback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Makes the detector. A checkpoint has been loaded by now."""
         if self.divergence:
-            self.divergence.start(Fit(trainer), self._saved)
+            detector = self.divergence.start(Fit(trainer), self._saved)
+            if self._earlier is not None and self._saved is None:
+                state, how = self._earlier
+                detector.load_state_dict(carried(state, detector.state_dict(), **how))
+            self._earlier = None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Takes the first snapshot."""
@@ -159,8 +179,9 @@ class Stability(Callback):
         1. The detector gets the signals, under the step that the batch belongs to.
         2. At the poll interval its events are read and reported.
         3. A rollback may restore an earlier state, or part of it; otherwise a lost run is stopped.
-        4. A snapshot is taken if the detector objects to nothing. After a rollback none is due at this step.
-        5. The batch is recorded, and capsules of the new events are written. They start from snapshots that they kept,
+        4. A run that is not suspect may be stopped early, because the next windows are predicted ever worse.
+        5. A snapshot is taken if the detector objects to nothing. After a rollback none is due at this step.
+        6. The batch is recorded, and capsules of the new events are written. They start from snapshots that they kept,
            because a rollback has removed the undone ones from the ring.
         """
         fit, detector = Fit(trainer), self.detector
@@ -183,6 +204,9 @@ class Stability(Callback):
                 rolled_back = self._rolled_back(fit, events, detector)
                 if not rolled_back and self.divergence.stop and detector.status == "diverged":
                     trainer.should_stop = True
+        if completed and self.early_stop and not rolled_back and not trainer.should_stop:
+            back = self.early_stop.after_step(fit, ring=self.snapshots, detector=detector, say=self._say)
+            trainer.should_stop, rolled_back = back, back
         if self.snapshots:
             self.snapshots.after_step(fit, detector)
         if self.capsules and detector:
@@ -221,6 +245,7 @@ class Stability(Callback):
             "capsules": self.capsules.written if self.capsules else [],
             "rollbacks": self.rollbacks,
             "snapshots": self.snapshots.state_dict() if self.snapshots else None,
+            "early_stop": self.early_stop.state_dict() if self.early_stop else None,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -231,6 +256,8 @@ class Stability(Callback):
             self.capsules.written = [0] * written if isinstance(written, int) else list(written)
         if self.snapshots and (held := state_dict.get("snapshots")):  # missing in older checkpoints
             self.snapshots.load_state_dict(held)
+        if self.early_stop and (known := state_dict.get("early_stop")):
+            self.early_stop.load_state_dict(known)
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
@@ -256,6 +283,10 @@ class Stability(Callback):
             fit.module.record_event(event.step)
             title = TITLES[event.kind]
             self._say(f"{title}: {event}", note=f"{title} at step {event.step}")
+            if event.kind in ("full", "unsettled"):
+                trackers.alert(
+                    fit.trainer.loggers, f"{title} at step {event.step}", str(event), serious=event.kind == "full"
+                )
 
     def _record_step_cut(self, fit: Fit, detector: DivergenceDetector) -> None:
         """Writes by how much each layer's step size was cut, when metrics are written; reading it waits."""

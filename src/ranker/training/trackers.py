@@ -1,11 +1,8 @@
-"""Loggers: metrics.csv, Weights & Biases, TensorBoard. The only module that imports wandb."""
+"""The loggers of a run: metrics.csv, Weights & Biases, TensorBoard, MLflow, or any other of Lightning's."""
 
 from __future__ import annotations
 
-import json
-import os
-import secrets
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,47 +10,19 @@ from typing import Any
 
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
-from pytorch_lightning.loggers import TensorBoardLogger, WandbLogger
+from pytorch_lightning.loggers import WandbLogger
 from pytorch_lightning.loggers.logger import Logger
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
-from ranker.atomic import write_text
-from ranker.errors import UserError, install_hint
-from ranker.runs.run_folder import METRICS, TRACKER, RunFolder
-from ranker.training.lightning_private import rewinds, without_anonymous
+from ranker.errors import UserError
+from ranker.runs.checkpoint_files import Best, by_step, step_of
+from ranker.runs.run_folder import CAPSULES, FINISHED, METRICS, RunFolder
+from ranker.training import mlflow_tracker, tensorboard_tracker, wandb_tracker
 from ranker.training.metrics_csv import MetricsCsv
+from ranker.training.tracker import PAGE, Artifact, Histogram, Tracked, Tracker, known_ids
+from ranker.training.wandb_tracker import wandb_mode
 
-
-def wandb_mode() -> str:
-    """``WANDB_MODE`` where set, else online for a user who is logged in and offline for everybody else."""
-    if mode := os.environ.get("WANDB_MODE"):
-        return mode
-    import wandb  # imported late: it costs a second, and most commands never track
-
-    try:
-        logged_in = bool(wandb.api.api_key)
-    except Exception:  # no netrc, an unreadable one, a malformed key: whatever it is, nobody is logged in
-        logged_in = False
-    return "online" if logged_in else "offline"
-
-
-@dataclass(frozen=True)
-class Tracked:
-    """What a logger may want to know of a run.
-
-    Attributes:
-        folder: where the files go.
-        name: the run's name in the tracker.
-        group: name shared by the runs that belong together, such as the seeds of one cell.
-        tags: words to filter by.
-        tracked: of a resumed run, what ``position`` said at its checkpoint; None if it is not known.
-    """
-
-    folder: RunFolder
-    name: str
-    group: str
-    tags: list[str]
-    tracked: int | None = None
+__all__ = ["Artifact", "Tracked", "wandb_mode"]
 
 
 def metrics_csv(run: Tracked) -> Logger:
@@ -62,7 +31,14 @@ def metrics_csv(run: Tracked) -> Logger:
 
 
 def weights_and_biases(
-    run: Tracked, *, project: str, entity: str | None = None, group: str | None = None, rewind: bool = False
+    run: Tracked,
+    *,
+    project: str,
+    entity: str | None = None,
+    group: str | None = None,
+    rewind: bool = False,
+    alerts: bool = True,
+    artifacts: Sequence[str] = (),
 ) -> Logger:
     """Weights & Biases. A resumed run goes on in the run that it began there: the id is kept in the run folder.
 
@@ -71,44 +47,14 @@ def weights_and_biases(
         project: the project's name there.
         entity: user or team; None for the user's default.
         group: replaces the group of the run.
-        rewind: have W&B drop what a resumed run had tracked after its checkpoint. Without it, these steps are in the
-            history twice. Not every server can rewind, and none while it still takes the run for running.
+        rewind: have W&B drop what a resumed run had tracked after its checkpoint. Without it, W&B keeps these steps and
+            gets the later ones. Not every server can rewind, and none while it still takes the run for running.
+        alerts: send an alert when the model is lost, and at a rollback.
+        artifacts: what W&B keeps as files: any of ``checkpoint``, ``capsule``, ``report``.
     """
-    import wandb
-
-    name = _tracker_id(run.folder.path)
-    back: dict[str, Any] = {}
-    if rewind and run.tracked:
-        # Rows count from 0, and the one that is named is kept.
-        back = {"resume": None, "resume_from": f"{name}?_step={run.tracked - 1}"}
-    logger = WandbLogger(
-        name=run.name,
-        id=name,
-        project=project,
-        entity=entity,
-        group=group or run.group,
-        tags=run.tags,
-        save_dir=str(run.folder.path),
-        mode=wandb_mode(),
-        settings=wandb.Settings(quiet=True),  # the run prints its own summary
-        **back,
+    return wandb_tracker.make(
+        run, project=project, entity=entity, group=group, rewind=rewind, alerts=alerts, artifacts=artifacts
     )
-    return without_anonymous(logger)
-
-
-@rank_zero_only
-def position(loggers: list[Logger]) -> int | None:
-    """Number of rows that W&B has of the run so far; None without W&B."""
-    return next((int(logger.experiment.step) for logger in loggers if isinstance(logger, WandbLogger)), None)
-
-
-def _tracker_id(folder: Path) -> str:
-    """The id of the run in W&B: that of its earlier attempt, or of the agent that started it, or a new one."""
-    try:
-        known = json.loads((folder / TRACKER).read_text(encoding="utf-8"))["wandb"]
-    except (OSError, ValueError, KeyError, TypeError):
-        known = None
-    return str(known or os.environ.get("WANDB_RUN_ID") or secrets.token_hex(4))
 
 
 def tensorboard(run: Tracked) -> Logger:
@@ -117,10 +63,25 @@ def tensorboard(run: Tracked) -> Logger:
     Raises:
         UserError: the package tensorboard is not installed.
     """
-    try:
-        return TensorBoardLogger(save_dir=str(run.folder.path), name="", version="tensorboard")
-    except ModuleNotFoundError as error:
-        raise UserError(f"logger=tensorboard needs tensorboard: {install_hint('report')}") from error
+    return tensorboard_tracker.make(run)
+
+
+def mlflow(run: Tracked, *, tracking_uri: str | None = None, experiment: str = "evenkeel") -> Logger:
+    """MLflow, a file of SQLite or a server.
+
+    Args:
+        run: the run.
+        tracking_uri: ``sqlite:///FILE`` or the address of a server; None for ``MLFLOW_TRACKING_URI``, and where that is
+            not set ``mlflow.db`` in the working folder.
+        experiment: name of the experiment there.
+    """
+    return mlflow_tracker.make(run, tracking_uri=tracking_uri, experiment=experiment)
+
+
+@rank_zero_only
+def position(loggers: list[Logger]) -> int | None:
+    """Number of rows that W&B has of the run so far; None without W&B."""
+    return next((int(logger.experiment.step) for logger in loggers if isinstance(logger, WandbLogger)), None)
 
 
 def build(settings: DictConfig, run: Tracked) -> list[Logger]:
@@ -136,8 +97,11 @@ def build(settings: DictConfig, run: Tracked) -> list[Logger]:
     """
     loggers = []
     for name, node in current(settings).items():
-        made = instantiate(node, _convert_="all")
-        logger = made(run) if callable(made) and not isinstance(made, Logger) else made
+        try:
+            made = instantiate(node, _convert_="all")
+            logger = made(run) if callable(made) and not isinstance(made, Logger) else made
+        except TypeError as error:  # an argument that the logger does not have
+            raise UserError(f"logger.{name!s}: {error}") from error
         if not isinstance(logger, Logger):
             raise UserError(f"logger.{name!s} gives a {type(logger).__name__}, not a Lightning logger")
         loggers.append(logger)
@@ -178,59 +142,98 @@ def finishing(loggers: list[Logger]) -> Iterator[None]:
 @rank_zero_only
 def _finish(loggers: list[Logger], *, exit_code: int) -> None:
     for logger in loggers:
-        if isinstance(logger, WandbLogger):
-            import wandb
-
-            if wandb.run is not None:
-                offline, folder = wandb.run.offline, Path(wandb.run.dir).parent
-                wandb.finish(exit_code=exit_code)
-                if offline:
-                    print(f"tracked offline; upload with: wandb sync {folder}", flush=True)
+        if isinstance(logger, Tracker):
+            logger.close(exit_code=exit_code)
         else:
             logger.finalize("success" if exit_code == 0 else "failed")
 
 
 @rank_zero_only
-def write_config(loggers: list[Logger], cfg: DictConfig) -> None:
-    """Gives the tracker the resolved configuration, so that runs can be filtered and grouped by any of its values."""
+def write_config(loggers: list[Logger], cfg: DictConfig, made_with: Mapping[str, Any] | None = None) -> None:
+    """Gives the tracker the resolved configuration, so that runs can be filtered and grouped by any of its values.
+
+    Args:
+        loggers: the loggers.
+        cfg: the configuration.
+        made_with: hash, commit, machine and versions, which are shown beside it.
+    """
+    plain = {
+        str(name): OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+        for name, value in cfg.items()
+    }
     for logger in loggers:
-        if isinstance(logger, WandbLogger) and logger.save_dir:
-            write_text(Path(logger.save_dir) / TRACKER, json.dumps({"wandb": logger.version}) + "\n")
-        if isinstance(logger, WandbLogger) and rewinds(logger):
-            _rewind(logger)
-        if not isinstance(logger, MetricsCsv):
-            logger.log_hyperparams(
-                {
-                    str(name): OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
-                    for name, value in cfg.items()
-                }
-            )
+        if isinstance(logger, Tracker):
+            logger.begin(plain, made_with or {})
+        elif not isinstance(logger, MetricsCsv):
+            logger.log_hyperparams({**plain, **(made_with or {})})
 
 
-def _rewind(logger: WandbLogger) -> None:
-    """Begins the run in W&B at the step of the checkpoint.
+def _trackers(loggers: Iterable[Logger]) -> list[Tracker]:
+    """The loggers that are more than Lightning's, in the first process; none in the others."""
+    first = getattr(rank_zero_only, "rank", 0) == 0
+    return [logger for logger in loggers if isinstance(logger, Tracker)] if first else []
+
+
+def alert(loggers: Iterable[Logger], title: str, text: str, *, serious: bool) -> None:
+    """Tells the trackers of an event; see ``Tracker.alert``."""
+    for tracker in _trackers(loggers):
+        tracker.alert(title, text, serious=serious)
+
+
+def histograms(loggers: Iterable[Logger], found: Mapping[str, Histogram], step: int) -> None:
+    """Gives the trackers histograms of a step. ``metrics.csv`` and MLflow have no place for them."""
+    for tracker in _trackers(loggers):
+        tracker.histograms(found, step)
+
+
+def write_summary(loggers: list[Logger], summary: Mapping[str, Any], folder: RunFolder | None = None) -> None:
+    """Writes the result of the run to the trackers, and gives them the files of a run that has ended.
+
+    Args:
+        loggers: the loggers.
+        summary: the content of summary.json.
+        folder: the run folder; without one no files are given.
+    """
+    for tracker in _trackers(loggers):
+        tracker.result(summary)
+        # A failed run is resumed from its checkpoints, so they are not its result.
+        for artifact in left_by(folder) if folder and summary["status"] in FINISHED else ():
+            tracker.keep(artifact)
+
+
+def left_by(folder: RunFolder) -> Iterator[Artifact]:
+    """The files of a run that a tracker may keep: its last and its best checkpoint, capsules, and the page."""
+    if checkpoints := by_step(folder.checkpoints):
+        yield Artifact("checkpoint", checkpoints[-1], (f"step-{step_of(checkpoints[-1])}",))
+    if best := Best.read(folder.checkpoints):
+        yield Artifact("checkpoint", best.path(folder.checkpoints), ("best",))
+    for capsule in sorted((folder.path / CAPSULES).glob("*")):
+        yield Artifact("capsule", capsule, (capsule.name.replace("=", "-"),))
+    if (page := folder.path / PAGE).is_file():
+        yield Artifact("report", page)
+
+
+def wants(loggers: Iterable[Logger], kind: str) -> bool:
+    """Whether a tracker keeps files of a kind."""
+    return any(kind in getattr(tracker, "artifacts", ()) for tracker in _trackers(loggers))
+
+
+def keep_later(folder: Path, artifact: Artifact) -> None:
+    """Gives W&B files that were made after the run ended, such as an export.
+
+    Args:
+        folder: the run folder.
+        artifact: the files.
 
     Raises:
-        UserError: W&B does not rewind it.
+        UserError: the run was not tracked in W&B.
     """
-    import wandb
-
-    try:
-        _ = logger.experiment
-    except wandb.Error as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"W&B does not rewind the run ({reason}); resume with logger.wandb.rewind=false") from error
-
-
-@rank_zero_only
-def write_summary(loggers: list[Logger], summary: Mapping[str, Any]) -> None:
-    """Writes the result of the run to its summary in W&B."""
-    for logger in loggers:
-        if isinstance(logger, WandbLogger):
-            flat = {k: v for k, v in summary.items() if isinstance(v, (str, int, float, bool))}
-            for part in ("divergence", "parameters"):
-                flat |= {f"{part}/{k}": v for k, v in summary.get(part, {}).items() if v is not None}
-            logger.experiment.summary.update({**flat, **summary.get("metrics", {})})
+    settings = RunFolder.existing(folder).read_config().get("logger")
+    node = OmegaConf.select(current(settings), "wandb") if settings is not None else None
+    if node is None or "wandb" not in known_ids(folder):
+        raise UserError(f"{folder} was not tracked in W&B, so it has no run there; leave out --wandb")
+    with wandb_tracker.opened_again(folder, project=node.project, entity=node.get("entity")) as run:
+        wandb_tracker.log_artifact(run, artifact)
 
 
 @dataclass(frozen=True)

@@ -49,6 +49,7 @@ class StepSignals:
         labels_T: number of observed labels of the batch.
         variance_T: variance of these labels.
         step_cut_3: by how much the last steps cut the step size; None before the optimizer's step.
+        ranking_T: ranking loss of each task, which the detector does not read; None without one.
     """
 
     losses_T: Tensor
@@ -60,6 +61,7 @@ class StepSignals:
     labels_T: Tensor
     variance_T: Tensor
     step_cut_3: Tensor | None = None
+    ranking_T: Tensor | None = None
 
     def after_step(self, step_cut: StepCut | None) -> StepSignals:
         """These signals with that of the accumulators, which the optimizer's step has changed by now."""
@@ -67,7 +69,7 @@ class StepSignals:
 
     def as_dict(self) -> Signals:
         """The signals by name, as keyword arguments of ``reduce_signals`` and ``pack``."""
-        return cast(Signals, dict(vars(self)))
+        return cast(Signals, {name: value for name, value in vars(self).items() if name != "ranking_T"})
 
     def packed(self) -> Tensor:
         """One row, in the order of ``pack``."""
@@ -82,7 +84,7 @@ def forward_loss(
     Args:
         trained: the model and its loss.
         batch: the rows, on the model's device.
-        counts_T: observed labels of each task over all ranks. None: the ranks of ``torch.distributed`` sum them, and
+        counts_T: ``MultitaskLoss.counts`` of all ranks' rows. None: the ranks of ``torch.distributed`` sum them, and
             all must call.
         ranks: number of ranks, where ``counts_T`` is given.
 
@@ -90,14 +92,36 @@ def forward_loss(
         Logits [B, T] and the loss.
     """
     logits_BT = trained.net(batch)
+    return logits_BT, batch_loss(trained.loss, logits_BT, batch, counts_T=counts_T, ranks=ranks)
+
+
+def batch_loss(
+    loss: MultitaskLoss, logits_BT: Tensor, batch: Batch, *, counts_T: Tensor | None = None, ranks: int = 1
+) -> Loss:
+    """Loss of one rank's rows, with their weights and groups. Arguments as of ``forward_loss``."""
+    rows = batch.labels_BT, batch.mask_BT
     if counts_T is None:
-        return logits_BT, trained.loss(logits_BT, batch.labels_BT, batch.mask_BT)
-    return logits_BT, trained.loss.local(logits_BT, batch.labels_BT, batch.mask_BT, counts_T=counts_T, ranks=ranks)
+        return loss(logits_BT, *rows, weight_B=batch.weight_B, groups_BG=batch.groups_BG)
+    return loss.local(
+        logits_BT, *rows, counts_T=counts_T, ranks=ranks, weight_B=batch.weight_B, groups_BG=batch.groups_BG
+    )
+
+
+def batch_counts(loss: MultitaskLoss, batch: Batch) -> Tensor:
+    """What one rank's rows add to the denominators of the loss."""
+    return loss.counts(batch.labels_BT, batch.mask_BT, weight_B=batch.weight_B, groups_BG=batch.groups_BG)
 
 
 @torch.no_grad()
 def step_signals(
-    trained: Trainable, logits_BT: Tensor, labels_BT: Tensor, mask_BT: Tensor, *, losses_T: Tensor
+    trained: Trainable,
+    logits_BT: Tensor,
+    labels_BT: Tensor,
+    mask_BT: Tensor,
+    *,
+    losses_T: Tensor,
+    weight_B: Tensor | None = None,
+    ranking_T: Tensor | None = None,
 ) -> StepSignals:
     """Adds the rows to the training AUC and returns the signals.
 
@@ -106,19 +130,24 @@ def step_signals(
         logits_BT: the model's output.
         labels_BT: labels.
         mask_BT: bool, true where a label is observed.
-        losses_T: unweighted loss of each task over all ranks.
+        losses_T: log loss or squared error of each task over all ranks, without any factor.
+        weight_B: weights of the rows; None: 1.
+        ranking_T: ranking loss of each task over all ranks. The detector reads the pointwise losses, whose size is that
+            of a known baseline, and of this one only whether it is finite.
     """
-    trained.train_auc.update(logits_BT.detach(), labels_BT, mask_BT)
+    trained.train_auc.update(logits_BT.detach(), labels_BT, mask_BT, weight_B)
     stats = trained.train_auc.stats()
+    nonfinite = stats.nonfinite_T.sum() > 0
     return StepSignals(
         losses_T=losses_T,
         auc_T=stats.auc_T,
         spread_T=stats.spread_T,
-        nonfinite=stats.nonfinite_T.sum() > 0,
+        nonfinite=nonfinite if ranking_T is None else nonfinite | ~ranking_T.isfinite().all(),
         batch_auc_T=stats.batch_auc_T,
         positives_T=stats.positives_T,
         labels_T=stats.labels_T,
         variance_T=stats.variance_T,
+        ranking_T=ranking_T,
     )
 
 

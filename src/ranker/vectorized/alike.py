@@ -32,6 +32,14 @@ _LOGGERS = ("ranker.training.trackers.metrics_csv",)
 # Callbacks that change nothing here: the group shows its own progress, and without rollback and capsules nobody goes
 # back to a snapshot.
 _IDLE = ("progress", "snapshots", "divergence")
+# Callbacks that are off at 0.
+_SWITCHES = {
+    "rollback": "tries",
+    "early_stop": "patience",
+    "early_signs": "every",
+    "sharpness": "every",
+    "histograms": "every",
+}
 
 
 def reasons_alone(cfg: DictConfig) -> list[str]:
@@ -68,6 +76,12 @@ def chunks(members: Sequence[int], size: int) -> list[list[int]]:
 def _of_training(cfg: DictConfig) -> Iterator[str]:
     if cfg.resume is not None:
         yield "resume"
+    if OmegaConf.select(cfg, "warm_start.path") is not None or OmegaConf.select(cfg, "warm_start.parent") is not None:
+        yield "warm_start"
+    if OmegaConf.select(cfg, "loss.name", default="pointwise") != "pointwise":
+        yield f"loss={cfg.loss.name}"
+    if cfg.train.get("average_decay"):
+        yield f"train.average_decay={cfg.train.average_decay}"
     if cfg.train.progressive:
         yield "train.progressive=true"
     if cfg.train.checkpoint_every:
@@ -97,7 +111,7 @@ def _of_callbacks(cfg: DictConfig) -> Iterator[str]:
     for name, node in cfg.callbacks.items():
         if node is None or name in _IDLE:
             continue
-        switch = {"rollback": "tries", "early_signs": "every", "sharpness": "every"}.get(str(name))
+        switch = _SWITCHES.get(str(name))
         if switch is None:
             yield f"callbacks.{name}"
         elif node.get(switch):

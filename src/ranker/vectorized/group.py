@@ -18,6 +18,7 @@ from ranker.data.schema import Schema
 from ranker.errors import UserError
 from ranker.losses import MultitaskLoss
 from ranker.metrics import StreamingAUC
+from ranker.runs import lineage
 from ranker.runs.metric_names import TEST, VAL
 from ranker.stability.detector_interface import Signals
 from ranker.training.module import head_constants
@@ -76,6 +77,8 @@ class _Group:
         if first.train.threads:
             torch.set_num_threads(first.train.threads)
         self.log = open_log(first)
+        if self.log.schema.weight:
+            raise CannotStackError("the log has row weights")
         self.replicas = _built(jobs, self.log)
         self._size = len(self.replicas)
         seeds = [replica.job.cfg.seed for replica in self.replicas] if order_seed is None else [order_seed]
@@ -141,6 +144,7 @@ class _Group:
             "data_wait_fraction": round(waited / seconds, 4) if seconds else 0.0,
             "seconds": round(time.perf_counter() - self._started, 1),
             "world_size": 1,
+            "last_row_time": lineage.iso(self.feed.data[0].trained()[2]),
             "vectorized": self._size,
             "vectorized_order": self._order,
             "order_seed": seed,
@@ -283,7 +287,8 @@ def _losses(loss: MultitaskLoss, logits_KBT: Tensor, labels_KBT: Tensor, mask_KB
     """The sum of the replicas' losses, which has the gradient of each, and the losses of their tasks [K, T]."""
 
     def one(logits_BT: Tensor, labels_BT: Tensor, mask_BT: Tensor) -> tuple[Tensor, Tensor]:
-        return tuple(loss.local(logits_BT, labels_BT, mask_BT, counts_T=mask_BT.sum(0)))  # type: ignore[return-value]
+        found = loss.local(logits_BT, labels_BT, mask_BT, counts_T=mask_BT.sum(0))
+        return found.total, found.task_T
 
     if len(logits_KBT) == 1:
         total, losses_T = one(logits_KBT[0], labels_KBT[0], mask_KBT[0])

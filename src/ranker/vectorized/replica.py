@@ -169,8 +169,9 @@ class Replica:
     def end_of_evaluation(self, phase: str, step: int) -> None:
         """Takes the metrics of the rows that were added since the last evaluation."""
         module = self.module
-        values = module.holdout_metrics.compute()
-        module.holdout_notes = module.holdout_metrics.notes
+        values = module.holdout_metrics.compute(final=phase == names.TEST)
+        module.holdout_notes, module.holdout_tables = module.holdout_metrics.notes, module.holdout_metrics.tables
+        module.holdout_intervals = {f"{phase}/{name}": ends for name, ends in module.holdout_metrics.intervals.items()}
         module.holdout_metrics.reset()
         module.holdout = {f"{phase}/{name}": value for name, value in values.items()}
         self._record(over_time(phase, values), step)
@@ -197,7 +198,7 @@ def evaluate(replicas: Sequence[Replica], batches: Iterable[Batch], *, phase: st
         replica.net.eval()
     for batch in batches:
         for replica in replicas:
-            replica.module.holdout_metrics.update(replica.net(batch), batch.labels_BT, batch.mask_BT)
+            replica.module.holdout_metrics.add(replica.net(batch), batch)
     for replica in replicas:
         replica.net.train()
         replica.end_of_evaluation(phase, step)

@@ -164,3 +164,24 @@ def test_the_batch_alone_has_an_auc_and_counts_of_its_own():
     assert stats.labels_T.tolist() == [0.0, 3.0, 0.0]
     assert float(stats.variance_T[1]) == pytest.approx(torch.tensor([1.0, 0.5, 0.1]).var(correction=0))
     assert math.isnan(stats.variance_T[0])
+
+
+def test_weights_count_like_copies_and_make_the_numbers_of_labels_effective():
+    logits, labels, mask = some_rows()
+    weight = torch.randint(0, 4, (60,), generator=torch.Generator().manual_seed(1))
+    weighted, repeated = StreamingAUC(SCHEMA), StreamingAUC(SCHEMA)
+    weighted.update(logits, labels, mask, weight.float())
+    repeated.update(*(column.repeat_interleave(weight, 0) for column in (logits, labels, mask)))
+    one, other = weighted.stats(), repeated.stats()
+    for name in ("auc_T", "batch_auc_T", "variance_T"):
+        torch.testing.assert_close(getattr(one, name), getattr(other, name), equal_nan=True)
+    torch.testing.assert_close(one.positives_T / one.labels_T, other.positives_T / other.labels_T)
+    w = weight[:, None] * mask
+    torch.testing.assert_close(one.labels_T, w.sum(0).square() / w.square().sum(0))
+    # Of equal weights, the effective number is the number.
+    for factor in (1.0, 0.01):
+        weighted.update(logits, labels, mask, torch.full((60,), factor))
+        torch.testing.assert_close(weighted.stats().labels_T, mask.sum(0).float())
+    weighted.update(logits, labels, mask & False, weight.float())
+    assert weighted.stats().labels_T.tolist() == [0.0] * 3
+    assert weighted.stats().positives_T.tolist() == [0.0] * 3

@@ -40,8 +40,17 @@ def test_what_does_not_decide_the_numbers_does_not_change_the_hash() -> None:
         "callbacks.early_signs.every=1",
         "callbacks.sharpness.every=10",
         "model.widths.small.paper=[8]",  # the width at another scale
+        "metrics=full",
     ):
         assert config_hash(composed(override)) == plain, override
+
+
+def test_a_configuration_from_before_there_were_groups_has_the_hash_of_one_that_uses_none() -> None:
+    cfg = composed()
+    older = OmegaConf.create({key: value for key, value in OmegaConf.to_container(cfg).items() if key != "loss"})
+    del older["data"]["keep_groups"]
+    del older["data"]["log"]["row_weights"]
+    assert config_hash(older) == config_hash(cfg)
 
 
 def test_what_decides_the_numbers_changes_the_hash() -> None:
@@ -62,10 +71,13 @@ def test_what_decides_the_numbers_changes_the_hash() -> None:
             "callbacks.snapshots.keep=2",
             "callbacks.rollback.tries=1",
             "~callbacks.divergence",
+            "loss=jrc",
+            "loss=bpr",
+            "data.keep_groups=user",
         )
     }
 
-    assert len(hashes) == 14
+    assert len(hashes) == 17
 
 
 def test_a_saved_configuration_has_the_hash_of_the_one_it_was_saved_from(tmp_path: Path) -> None:

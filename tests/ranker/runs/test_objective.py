@@ -61,3 +61,13 @@ def test_the_search_goes_where_the_objective_is_better(name: str, direction: str
         cfg = compose("config", overrides=words, return_hydra_config=True)
 
     assert cfg.hydra.sweeper.direction == direction
+
+
+def test_metrics_by_group_and_by_k_have_the_direction_of_their_kind() -> None:
+    more = ["click/gauc.user", "click/ndcg_10.session", "watch/mae_raw", "click/ne.tab", "click/gauc_rows.user"]
+    known = objective.metrics_of({"click": "binary"}, more=more)
+    assert known[3:] == [f"test/{name}" for name in more[:4]]  # a share of rows is no quality
+    assert [objective.direction(name) for name in known[3:]] == ["maximize", "maximize", "minimize", "minimize"]
+    assert objective.chosen("test/click/gauc.user", known) == "test/click/gauc.user"
+    with pytest.raises(UserError, match="'gauc_rows' has no better or worse"):
+        objective.direction("test/click/gauc_rows.user")

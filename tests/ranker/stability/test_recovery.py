@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,6 +15,7 @@ import signal_traces as traces
 from ranker.errors import UserError
 from ranker.stability import DivergenceDetector, Event
 from signal_traces import TASKS, Trace, healthy
+from support import plain
 
 Judged = Callable[..., Any]
 CUT = torch.tensor([400.0, 2.0, 0.9])
@@ -231,7 +231,7 @@ def test_a_detector_restored_during_spike_or_probation_continues_as_the_original
             second.load_state_dict(torch.load(file, weights_only=True))
     assert second.finish() == whole.finish()
     assert second.status == "diverged"
-    assert json.dumps(second.state_dict(), sort_keys=True) == json.dumps(whole.state_dict(), sort_keys=True)
+    assert plain(second.state_dict()) == plain(whole.state_dict())
 
 
 def test_settings_that_cannot_be_are_refused() -> None:

@@ -53,6 +53,23 @@ def test_a_silent_rank_is_named_by_the_other(pair: tuple[RankWatch, RankWatch], 
     assert lost.startswith(f"rank {silent} has not answered for 1 seconds")
 
 
+def test_a_rank_that_stops_right_after_it_has_connected_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rank_watch, "GRACE_SECONDS", 1e6)
+    first, second = RankWatch(0, timeout=TIMEOUT), RankWatch(1, timeout=TIMEOUT)
+    first.start()
+    try:
+        second.connect(("127.0.0.1", first.port))  # its thread does not run
+
+        lost = until_lost(first, 10 * TIMEOUT)
+    finally:
+        first.end()
+        second.end()
+        second.start()  # closes its socket
+
+    assert lost is not None
+    assert lost.startswith("rank 1 has not answered for 1 seconds")
+
+
 def test_a_rank_that_was_never_heard_of_is_not_watched(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rank_watch, "GRACE_SECONDS", 1e6)
     alone = RankWatch(0, timeout=0.3)

@@ -14,6 +14,7 @@ from ranker.errors import UserError
 from ranker.stability import DivergenceDetector
 from ranker.training.module import Fit
 from ranker.training.progress import planned_steps
+from ranker.training.resumption import Resumption
 from ranker.training.rollback import Rollback
 from ranker.training.snapshots import SnapshotRing, thinned
 from ranker.training.stability_callback import Stability
@@ -64,6 +65,21 @@ def run(
 
 def other(name: str, **options: Any):
     return lambda model_or_params, lr: build_optimizer(name, model_or_params, lr=lr, **options)
+
+
+def test_a_checkpoint_of_the_other_optimizer_can_be_resumed_and_no_third_one_can_take_it(fit, tmp_path) -> None:
+    optim = other("gc", clip_norm=1e-3)
+    _, rollback, trainer = run(fit, Verdicts({22: 18}), back_steps=2, optim=optim)
+    trainer.save_checkpoint(tmp_path / "step=60.ckpt")
+    _, _, untrained = run(fit, Verdicts(), trainer={"max_steps": 1})
+    module = Fit(untrained).module  # of Clippy, as a process that resumes builds it
+
+    found = Resumption.of(tmp_path / "step=60.ckpt", module, other=rollback.optim)
+
+    assert (found.step, found.position) == (trainer.global_step, 48)
+    for third in (None, other("agc")):
+        with pytest.raises(UserError, match="optim: method cannot change in a resumed run"):
+            Resumption.of(tmp_path / "step=60.ckpt", module, other=third)
 
 
 def test_a_late_verdict_goes_back_to_before_the_first_step_and_leaves_out_the_event_alone(fit) -> None:

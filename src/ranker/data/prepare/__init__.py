@@ -21,7 +21,7 @@ from ranker.data.prepare.recipe import CODE_VERSION, Recipe, fingerprint
 from ranker.data.schema import SCHEMA_FILE
 from ranker.errors import UserError, suggest
 
-__all__ = ["RECIPES", "prepare", "prepare_cached", "print_summary"]
+__all__ = ["RECIPES", "prepare", "prepare_cached", "print_summary", "steps"]
 
 # By kind: the function that finds the files to use in a folder, and the one that makes a recipe of them.
 RECIPES: Mapping[str, tuple[Callable[[str | Path], list[Path]], Callable[[Sequence[Path]], Recipe]]] = {
@@ -86,7 +86,7 @@ def _prepare(kind: str, files: Sequence[Path], key: str, root: Path, *, progress
             return existing
         _check_replaceable(root)
         recipe = RECIPES[kind][1](files)
-        with replacing_folder(root) as draft, _steps(visible=progress) as step:
+        with replacing_folder(root) as draft, steps(visible=progress) as step:
             with tempfile.TemporaryDirectory(dir=draft, prefix="staging-") as staging:
                 written = write_days(recipe, draft, staging=Path(staging), step=step)
             recipe.schema.to_yaml(draft / SCHEMA_FILE)
@@ -121,7 +121,7 @@ def _check_replaceable(target: Path) -> None:
 
 
 @contextmanager
-def _steps(*, visible: bool) -> Iterator[Step]:
+def steps(*, visible: bool) -> Iterator[Step]:
     """A progress bar of several steps. Yields the ``Step`` function. Shows nothing if ``visible`` is False."""
     columns = (
         SpinnerColumn(),

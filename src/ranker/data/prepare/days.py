@@ -81,6 +81,9 @@ def _stage(recipe: Recipe, staging: Path, step: Step) -> list[Path]:
     """Converts each source file to Parquet, with its columns and rows as they are."""
     staged = []
     for i, (file, frame) in enumerate(recipe.logs.items()):
+        if isinstance(frame, Path):
+            staged.append(frame)
+            continue
         path = staging / f"raw-{i}.parquet"
         with step(f"reading {file.name}"):
             try:

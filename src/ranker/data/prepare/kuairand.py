@@ -14,7 +14,7 @@ from pathlib import Path
 import polars as pl
 
 from ranker.data.prepare.recipe import TIME, Recipe, collected, csv_files, folder, one_file, scan_csv
-from ranker.data.schema import CategoricalFeature, DenseFeature, Schema, Task
+from ranker.data.schema import CategoricalFeature, DenseFeature, GroupColumn, Schema, Task
 from ranker.errors import UserError
 
 DAY_MS = 86_400_000
@@ -140,6 +140,7 @@ def _schema(
         dense=_dense(),
         categorical=tuple(categorical),
         tasks=_tasks(),
+        groups=(GroupColumn(name="user", column="user_id"),),
     )
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import polars as pl
 
 from ranker.data.prepare.recipe import TIME, Recipe, check_last_line, collected, csv_files, folder, scan_csv
-from ranker.data.schema import CategoricalFeature, DenseFeature, Schema, Task
+from ranker.data.schema import CategoricalFeature, DenseFeature, GroupColumn, Schema, Task
 from ranker.errors import UserError
 
 USER_COLUMNS = ("gender", "age", "occupation", "zip_code")
@@ -171,6 +171,7 @@ def _schema(films: pl.DataFrame, people: pl.DataFrame | None, *, top_user: int) 
             Task(name="five_stars", column="rating", at_least=5.0),
             Task(name="rating", type="regression"),
         ),
+        groups=(GroupColumn(name="user", column="user_id"),),
     )
 
 

@@ -20,7 +20,7 @@ from ranker.errors import UserError, suggest
 
 TIME = "time_ms"
 # Part of every fingerprint. Increase it when the same files would give other prepared data.
-CODE_VERSION = 1
+CODE_VERSION = 2
 _TAIL = 65_536  # bytes at the end of a file in which its last line is looked for
 
 
@@ -30,13 +30,14 @@ class Recipe:
 
     Attributes:
         schema: the schema of the prepared rows. Its time column is ``time_ms``.
-        logs: the log, one lazy frame per source file, in the published columns and with an int64 ``time_ms``.
+        logs: the log, one lazy frame per source file, in the published columns and with an int64 ``time_ms``. Or a
+            Parquet file of such rows, which is removed once they are written.
         finish: converts raw rows (of some days, sorted, without duplicates) to the schema's columns.
         notes: notes for the user about this preparation, one sentence each.
     """
 
     schema: Schema
-    logs: Mapping[Path, pl.LazyFrame]
+    logs: Mapping[Path, pl.LazyFrame | Path]
     finish: Callable[[pl.DataFrame], pl.DataFrame]
     notes: Sequence[str] = ()
 

@@ -5,13 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from html import escape
-from importlib.resources import files
 from typing import Any
 
 import yaml
 
-from ranker.reports.run_page.charts import Line, heat_map, line_chart, number
-from ranker.reports.run_page.recorded import Recorded, Series
+from ranker.reports.run_page import holdout
+from ranker.reports.run_page.recorded import Recorded
+from ranker.reports.web.charts import Line, cosine, heat_map, line_chart
+from ranker.reports.web.document import Section, document, facts, grid, missing, table
+from ranker.reports.web.frame import number
+from ranker.reports.web.series import Series
 from ranker.runs.metric_names import (
     LEARNING_RATE,
     PROGRESSIVE,
@@ -20,7 +23,6 @@ from ranker.runs.metric_names import (
     SIGNS,
     TASK_COSINE,
     TASK_NORM,
-    TEST,
     TRAIN,
     TRAIN_LOSS,
     VAL,
@@ -49,20 +51,25 @@ def _tasks(run: Recorded) -> str:
     """Loss and AUC (or RMSE) of each task."""
     names = list(dict.fromkeys(n.split("/")[0] for n in run.matching(f"{TRAIN}/") if n.endswith("/loss") and "/" in n))
     if not names:
-        return _missing("No losses yet: metrics.csv is written every train.log_every steps (not with logger=none).")
+        return missing("No losses yet: metrics.csv is written every train.log_every steps (not with logger=none).")
     charts = [_chart(run, "training loss, weighted sum of tasks", [("training", TRAIN_LOSS, "s0", False)])]
     charts.append(_chart(run, "learning rate", [("lr", LEARNING_RATE, "s2", False)], log=False))
     for name in names:
-        charts.append(_chart(run, f"{name}: loss", [("training", task_metric(TRAIN, name, "loss"), "s0", False)]))
-        metric = "auc" if task_metric(TRAIN, name, "auc") in run.series else "rmse"
+        binary = task_metric(TRAIN, name, "auc") in run.series
+        metric = "auc" if binary else "rmse"
+        loss = "log loss, nats per label" if binary else "loss, squared error per label"
+        charts.append(_chart(run, f"{name}: {loss}", [("training", task_metric(TRAIN, name, "loss"), "s0", False)]))
         wanted = [
             ("training, streaming", task_metric(TRAIN, name, metric), "s0", False),
             ("progressive", task_metric(PROGRESSIVE, name, metric), "s2", True),
             ("hold-out", task_metric(VAL, name, metric), "s1", True),
         ]
         chance = (0.5, "no better than chance") if metric == "auc" else None
-        charts.append(_chart(run, f"{name}: {metric.upper()}", wanted, log=False if chance else None, reference=chance))
-    return _grid(charts)
+        unit = "" if binary else ", in units of the label after scale and transform"
+        charts.append(
+            _chart(run, f"{name}: {metric.upper()}{unit}", wanted, log=False if chance else None, reference=chance)
+        )
+    return grid(charts)
 
 
 def _sigma(run: Recorded) -> str:
@@ -75,16 +82,16 @@ def _sigma(run: Recorded) -> str:
         return heat_map(title, ordered, last_step=run.last_step, events=run.events, note=note)
     if _early(run):
         optim = (run.config.get("optim") or {}).get("name", "this optimizer")
-        return _missing(f"No tensor has a sigma: {optim} does not clip, or keeps no statistics.")
-    return _missing("Not recorded. Record it with callbacks.early_signs.every=10 (1 for every step).")
+        return missing(f"No tensor has a sigma: {optim} does not clip, or keeps no statistics.")
+    return missing("Not recorded. Record it with callbacks.early_signs.every=10 (1 for every step).")
 
 
 def _early_signs(run: Recorded) -> str:
     """Early signs by layer, the sigma of other clipping rules, and the gradients of the tasks."""
     seen, cuts = _early(run), _cuts(run)
-    missing = _missing("Not recorded. Record them with callbacks.early_signs.every=10 (1 for every step).")
+    absent = missing("Not recorded. Record them with callbacks.early_signs.every=10 (1 for every step).")
     if not seen and not cuts:
-        return missing
+        return absent
     roles = list(dict.fromkeys(n.rsplit("/", 1)[0] for n in seen if not n.startswith("task_")))
     charts = []
     if cuts:
@@ -112,8 +119,8 @@ def _early_signs(run: Recorded) -> str:
     if cosines:
         note = "Blue: the gradients of two tasks point the same way. Red: they are opposed."
         title = "cosine between the tasks' gradients on the top shared layer"
-        charts.append(heat_map(title, cosines, last_step=run.last_step, diverging=True, note=note))
-    return _grid(charts) + ("" if seen else missing)
+        charts.append(heat_map(title, cosines, last_step=run.last_step, shade=cosine, note=note))
+    return grid(charts) + ("" if seen else absent)
 
 
 def _cuts(run: Recorded) -> dict[str, Series]:
@@ -130,14 +137,14 @@ def _sharpness(run: Recorded) -> str:
     """How close the learning rate is to the edge of stability."""
     seen = run.matching(SHARPNESS)
     if "ratio" not in seen:
-        return _missing("Not measured: each probe costs tens of steps. Measure it with callbacks.sharpness.every=100.")
+        return missing("Not measured: each probe costs tens of steps. Measure it with callbacks.sharpness.every=100.")
     edge = (1.0, "edge: above it the learning rate is too high")
     ratio = [Line("lr over the edge 2 / eigenvalue", seen["ratio"], "s1", dots=True)]
     positive = all(v > 0 for v in seen["ratio"].values if math.isfinite(v))
     curves = (("Hessian", "hessian", "s0"), ("preconditioned, times sigma", "preconditioned", "s1"))
     values = [Line(label, seen[name], style, dots=True) for label, name, style in curves if name in seen]
     against = _draw(run, "sharpness against 2 / lr", ratio, reference=edge, log=positive)
-    return _grid([against, _draw(run, "largest eigenvalue", values)])
+    return grid([against, _draw(run, "largest eigenvalue", values)])
 
 
 def _events(run: Recorded) -> str:
@@ -145,36 +152,37 @@ def _events(run: Recorded) -> str:
     if not run.events:
         off = "divergence" not in (run.config.get("callbacks") or {}) and bool(run.config)
         reason = "Not recorded: this run had no callbacks.divergence (callbacks=default has it)."
-        return _missing(reason if off else "No divergence so far, and no rollback.")
+        return missing(reason if off else "No divergence so far, and no rollback.")
     found = [e for e in run.events if e.get("kind") != "rollback"]
     back = [e for e in run.events if e.get("kind") == "rollback"]
     parts = []
     if found:
         head = ("kind", "step", "task that moved first", "depth", "length", "recovered at", "what happened")
         keys = ("kind", "step", "task", "depth", "length", "recovered_at", "reason")
-        parts.append(_table(head, ([_badge(e), *(_text(e.get(key)) for key in keys[1:])] for e in found)))
+        parts.append(table(head, ([_badge(e), *(_text(e.get(key)) for key in keys[1:])] for e in found)))
     if back:
         head = ("rollback", "from step", "to step", "cause", "batches skipped", "rows skipped", "lr from then on")
         keys = ("try", "step", "to_step", "cause", "skipped_batches", "skipped_rows", "lr")
-        parts.append(_table(head, ([_text(e.get(key)) for key in keys] for e in back)))
+        parts.append(table(head, ([_text(e.get(key)) for key in keys] for e in back)))
     return "".join(parts)
 
 
 def _holdout(run: Recorded) -> str:
-    """Final metrics on the hold-out by task."""
-    metrics: Mapping[str, Any] = (run.summary or {}).get("metrics") or {}
-    split = {name: name.split("/") for name in metrics if name.count("/") == 2}
-    if not split:
-        return _missing("Not evaluated yet: the run evaluates the hold-out when it ends.")
-    columns = list(dict.fromkeys(metric for *_, metric in split.values()))
-    rows = []
-    for task in dict.fromkeys(parts[1] for parts in split.values()):
-        keys = [task_metric(TEST, task, column) for column in columns]
-        rows.append([escape(task), *(_metric(metrics, key) for key in keys)])
-    useless = (run.summary or {}).get("no_better_than_constant")
+    """Final metrics on the hold-out, with their confidence intervals, segments and reliability diagrams."""
+    summary = run.summary or {}
+    tables = holdout.metric_tables(summary)
+    if not tables:
+        return missing("Not evaluated yet: the run evaluates the hold-out when it ends.")
+    parts = [table(*each) for each in tables]
+    useless = summary.get("no_better_than_constant")
     why = f"NE >= 1, R2 <= 0 or AUC < {AUC_OF_CHANCE:g}"
     note = f"No better than a constant prediction ({why}): {', '.join(useless)}." if useless else ""
-    return _table(("task", *columns), rows) + (f'<p class="reason">{escape(note)}</p>' if note else "")
+    notes = [text for text in (holdout.interval_note(summary), note) if text]
+    parts += [f'<p class="reason">{escape(text)}</p>' for text in notes]
+    if diagrams := holdout.reliability_diagrams(summary):
+        parts.append(grid(diagrams))
+    parts += [f"<h3>{escape(title)}</h3>{table(*each)}" for title, each in holdout.segment_tables(summary)]
+    return "".join(parts)
 
 
 CUT = "/step_cut"
@@ -190,25 +198,12 @@ SECTIONS = (
 
 def render(run: Recorded) -> str:
     """Renders the page of a run. It loads nothing from the network."""
-    here = files(__package__)
-    style, script = ((here / name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
-    links = "".join(f'<a href="#{key}">{escape(title)}</a>' for key, title, _ in SECTIONS)
-    body = "".join(
-        f'<section id="{key}"><h2>{escape(title)}</h2>{draw(run)}</section>' for key, title, draw in SECTIONS
-    )
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        '<meta name="color-scheme" content="light dark"><link rel="icon" href="data:,">'
-        f"<title>{escape(run.folder.name)}</title><style>{style}</style></head><body>"
-        f"{_head(run)}<nav>{links}</nav><main>{body}{_configuration(run)}</main>"
-        f'<div id="readout" hidden></div><script>{script}</script></body></html>\n'
-    )
+    sections = [Section(key, title, draw(run)) for key, title, draw in SECTIONS]
+    return document(run.folder.name, head=_head(run), sections=[*sections, _configuration(run)])
 
 
 def _head(run: Recorded) -> str:
     status, reason = _status(run)
-    facts = "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in _facts(run))
     why = f'<p class="reason">{escape(reason)}</p>' if reason else ""
     key = "".join(
         f'<span><i class="key {kind}"></i>{kind}</span>'
@@ -217,14 +212,16 @@ def _head(run: Recorded) -> str:
     )
     keys = f'<p class="legend">marked in every chart: {key}</p>' if key else ""
     return (
-        f'<header><h1>{escape(run.folder.name)} <b class="status {status.split()[0]}">{escape(status)}</b></h1>'
-        f"{why}<dl>{facts}</dl>{keys}</header>"
+        f'<h1>{escape(run.folder.name)} <b class="status {status.split()[0]}">{escape(status)}</b></h1>'
+        f"{why}{facts(_facts(run))}{keys}"
     )
 
 
 def _status(run: Recorded) -> tuple[str, str]:
     if run.summary is not None:
-        return str(run.summary.get("status", "unknown")), str(run.summary.get("reason") or "")
+        reason = str(run.summary.get("reason") or "")
+        status = "interrupted" if reason.startswith("interrupted") else str(run.summary.get("status", "unknown"))
+        return status, reason
     age = f"{run.age:.0f} seconds" if run.age < RUNNING_SECONDS else f"{run.age / 60:,.0f} minutes"
     going = run.age < RUNNING_SECONDS
     return (
@@ -256,7 +253,7 @@ def _facts(run: Recorded) -> Iterator[tuple[str, str]]:
         yield "ranks", str(summary["world_size"])
 
 
-def _configuration(run: Recorded) -> str:
+def _configuration(run: Recorded) -> Section:
     origin: dict[str, Any] = {"folder": str(run.folder)}
     for name in ("versions", "commit", "git", "machine", "config_hash"):
         if (run.summary or {}).get(name):
@@ -267,16 +264,7 @@ def _configuration(run: Recorded) -> str:
         for title, content in both
         if content
     )
-    return f'<section id="configuration"><h2>Configuration</h2>{details}</section>'
-
-
-def _metric(metrics: Mapping[str, Any], key: str) -> str:
-    if key not in metrics:
-        return ""
-    value = metrics[key]
-    if value is None:
-        return "undefined"
-    return f"{value:,.0f}" if key.endswith(("/observed", "/nonfinite")) else f"{value:.4f}"
+    return Section("configuration", "Configuration", details)
 
 
 def _chart(run: Recorded, title: str, wanted: Iterable[tuple[str, str, str, bool]], **options: Any) -> str:
@@ -306,17 +294,3 @@ def _text(value: Any) -> str:
     if isinstance(value, list) and len(value) == 2 and all(isinstance(v, int) for v in value):
         return f"{value[0]:,} to {value[1] - 1:,}"
     return f"{value:,}" if isinstance(value, int) else escape(str(value))
-
-
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    top = "".join(f"<th>{escape(name)}</th>" for name in head)
-    body = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" for row in rows)
-    return f'<div class="scroll"><table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'
-
-
-def _grid(figures: Iterable[str]) -> str:
-    return f'<div class="grid">{"".join(figures)}</div>'
-
-
-def _missing(text: str) -> str:
-    return f'<p class="missing">{escape(text)}</p>'

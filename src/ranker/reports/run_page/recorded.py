@@ -8,20 +8,14 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import polars as pl
 import yaml
 
 from ranker.errors import UserError
+from ranker.reports.web.series import Series
 from ranker.runs.run_folder import CONFIG, EVENTS, METRICS, SUMMARY, whole_lines
-
-
-class Series(NamedTuple):
-    """Values over steps, in order; may contain nan and infinity."""
-
-    steps: list[int]
-    values: list[float]
 
 
 @dataclass(frozen=True)
@@ -77,30 +71,6 @@ class Recorded:
     def matching(self, prefix: str) -> dict[str, Series]:
         """The series whose names start with a prefix, by the rest of their names, in the order of the file."""
         return {n.removeprefix(prefix): s for n, s in self.series.items() if n.startswith(prefix) and s.steps}
-
-
-def thinned(series: Series, bins: int) -> Series:
-    """Reduces a series to the smallest and the largest value per bin of steps, so that every peak is kept.
-
-    Of the values in a bin that are not finite, the first is kept too.
-    """
-    if len(series.steps) <= 2 * bins:
-        return series
-    first, width = series.steps[0], max(1, series.steps[-1] - series.steps[0] + 1)
-    stretches: dict[int, list[int]] = {}
-    for i, step in enumerate(series.steps):
-        stretches.setdefault((step - first) * bins // width, []).append(i)
-    kept: list[int] = []
-    for places in stretches.values():
-        finite = [i for i in places if math.isfinite(series.values[i])]
-        chosen = (
-            {min(finite, key=series.values.__getitem__), max(finite, key=series.values.__getitem__)}
-            if finite
-            else set()
-        )
-        chosen |= set([i for i in places if not math.isfinite(series.values[i])][:1])
-        kept += sorted(chosen)
-    return Series([series.steps[i] for i in kept], [series.values[i] for i in kept])
 
 
 def _lines(path: Path) -> Iterator[dict[str, Any]]:

@@ -3,16 +3,27 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from itertools import pairwise
 from typing import Any, NamedTuple
 
-from ranker.reports.run_page.recorded import Series, thinned
+from ranker.reports.web.frame import (
+    BOTTOM,
+    HEIGHT,
+    LEFT,
+    RIGHT,
+    TOP,
+    WIDTH,
+    Scale,
+    axes,
+    bottom_axis,
+    figure,
+    number,
+    svg_of,
+)
+from ranker.reports.web.series import Series, thinned
 
-WIDTH, HEIGHT = 460, 230
-LEFT, RIGHT, TOP, BOTTOM = 52, 10, 12, 26
 BINS = 240
 HEAT_COLUMNS = 120
 HEAT_LEVELS = 16
@@ -28,39 +39,6 @@ class Line(NamedTuple):
     dots: bool = False
 
 
-@dataclass(frozen=True)
-class Scale:
-    """Maps numbers to pixels, linearly or logarithmically."""
-
-    low: float
-    high: float
-    start: float
-    stop: float
-    log: bool = False
-
-    def __call__(self, value: float) -> float:
-        """The pixel of a number, clamped to the frame."""
-        low, high, x = self.low, self.high, value
-        if self.log:
-            low, high, x = (math.log10(v) for v in (low, high, max(value, low)))
-        share = (x - low) / (high - low) if high > low else 0.5
-        return self.start + min(1.0, max(0.0, share)) * (self.stop - self.start)
-
-    def ticks(self) -> list[float]:
-        """A few round numbers in the range."""
-        if self.log:
-            first, last = math.ceil(math.log10(self.low) - 1e-9), math.floor(math.log10(self.high) + 1e-9)
-            if last - first >= 1:
-                every = max(1, (last - first + 3) // 4)
-                return [10.0**e for e in range(first, last + 1, every)]
-            # Fewer than two powers of ten: use round numbers as on a linear axis.
-        rough = (self.high - self.low) / 4 or 1.0
-        unit = 10.0 ** math.floor(math.log10(rough))
-        step = next(unit * m for m in (1, 2, 2.5, 5, 10) if unit * m >= rough * 0.999)
-        first = math.ceil(self.low / step - 1e-9)
-        return [i * step for i in range(first, math.floor(self.high / step + 1e-9) + 1)]
-
-
 def line_chart(
     title: str,
     lines: Sequence[Line],
@@ -69,6 +47,8 @@ def line_chart(
     events: Sequence[Mapping[str, Any]] = (),
     log: bool | None = None,
     reference: tuple[float, str] | None = None,
+    names: Sequence[str] = (),
+    legend: bool = True,
 ) -> str:
     """A chart of lines over steps, with the run's events in the background.
 
@@ -79,22 +59,30 @@ def line_chart(
         events: lines of events.jsonl.
         log: whether the vertical axis is logarithmic; None decides from the data.
         reference: value and label of a horizontal line.
+        names: of the places 0, 1, ... of the horizontal axis, such as days, in place of steps.
+        legend: whether to name the lines below the chart.
     """
     y = _vertical(lines, log, reference)
     x = Scale(0, last_step, LEFT, WIDTH - RIGHT)
-    parts = [_axes(x, y), _events(events, x)]
+    ticks = list(enumerate(names)) if names else None
+    parts = [axes(x, y, x_name="" if names else "step", x_ticks=ticks), _events(events, x)]
+    parts += [_line(line, x, y) for line in lines]
     if reference is not None:
         at = y(reference[0])
         parts.append(f'<line class="reference" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{at:.1f}" y2="{at:.1f}"/>')
         above = at - 4 if at > TOP + 14 else at + 13
         place = f'x="{WIDTH - RIGHT - 3}" y="{above:.1f}" text-anchor="end"'
-        parts.append(f'<text class="name" {place}>{escape(reference[1])}</text>')
-    parts += [_line(line, x, y) for line in lines]
+        parts.append(f'<text class="name halo" {place}>{escape(reference[1])}</text>')
     frame = f'data-x="{x.low},{x.high},{x.start},{x.stop}" data-y="{y.low},{y.high},{y.start},{y.stop},{int(y.log)}"'
-    svg = _svg(
+    if names:
+        frame += f' data-names="{escape("|".join(names))}"'
+    svg = svg_of(
         "line", HEIGHT, title, "".join(parts) + f'<line class="cursor" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>', frame
     )
-    return _figure(title, svg, legend=[(line.label, line.style) for line in lines])
+    samples = [(line.label, line.style) for line in lines] if legend else []
+    if any(not math.isfinite(value) for line in lines for value in line.series.values):
+        samples.append(("NaN or infinity", "nonfinite"))
+    return figure(title, svg, legend=samples)
 
 
 def heat_map(
@@ -102,7 +90,8 @@ def heat_map(
     rows: Mapping[str, Series],
     *,
     last_step: int,
-    diverging: bool = False,
+    shade: Callable[[float], str] | None = None,
+    names: Sequence[str] = (),
     events: Sequence[Mapping[str, Any]] = (),
     note: str = "",
 ) -> str:
@@ -112,8 +101,8 @@ def heat_map(
         title: what is drawn.
         rows: series by name, from top to bottom. A cell shows the smallest value of its interval.
         last_step: end of the step axis.
-        diverging: values from -1 to 1, both ends coloured. Otherwise factors: no colour at 1, full colour at
-            ``HEAT_FLOOR``.
+        shade: classes of a cell by its value, such as :func:`cosine`. Default: :func:`factor`.
+        names: of the places 0, 1, ... of the horizontal axis, such as days, in place of steps.
         events: lines of events.jsonl.
         note: a text below the title.
     """
@@ -125,23 +114,13 @@ def heat_map(
         top = TOP + tall * place
         shown = name if len(name) < 30 else "…" + name[-28:]
         parts.append(f'<text class="row" x="{left - 6}" y="{top + 11}" text-anchor="end">{escape(shown)}</text>')
-        parts += _cells(series, x, top, tall - 1, last_step, diverging)
+        parts += _cells(series, x, top, tall - 1, last_step, shade or factor)
     bottom = height - BOTTOM
-    parts.append(_steps_axis(x, bottom))
+    # The cell of a name is as wide as the cells of its steps; the name stands below its middle.
+    ticks = [((place + 0.5) * last_step / (last_step + 1), name) for place, name in enumerate(names)] if names else None
+    parts.append(bottom_axis(x, bottom, name="" if names else "step", ticks=ticks))
     parts.append(_events(events, x, bottom=bottom))
-    return _figure(title, _svg("heat", height, title, "".join(parts), width=width), note=note, wide=True)
-
-
-def number(value: float) -> str:
-    """A number in the short form of an axis label."""
-    if not math.isfinite(value):
-        return "not finite"
-    if value == 0:
-        return "0"
-    if abs(value) >= 1e5 or abs(value) < 1e-3:
-        mantissa, exponent = f"{value:.1e}".split("e")
-        return f"{mantissa.removesuffix('.0')}e{int(exponent)}"
-    return f"{value:.4g}"
+    return figure(title, svg_of("heat", height, title, "".join(parts), width=width), note=note, wide=True)
 
 
 def _vertical(lines: Sequence[Line], log: bool | None, reference: tuple[float, str] | None) -> Scale:
@@ -157,23 +136,6 @@ def _vertical(lines: Sequence[Line], log: bool | None, reference: tuple[float, s
     low, high = (min(finite), max(finite)) if finite else (0.0, 1.0)
     room = 0.06 * (high - low) or 0.1 * abs(high) or 1.0
     return Scale(low - room, high + room, HEIGHT - BOTTOM, TOP)
-
-
-def _axes(x: Scale, y: Scale) -> str:
-    parts = []
-    for tick in y.ticks():
-        at = y(tick)
-        parts.append(f'<line class="grid" x1="{x.start}" x2="{x.stop}" y1="{at:.1f}" y2="{at:.1f}"/>')
-        parts.append(f'<text x="{x.start - 6}" y="{at + 4:.1f}" text-anchor="end">{number(round(tick, 12))}</text>')
-    return "".join(parts) + _steps_axis(x, y.start)
-
-
-def _steps_axis(x: Scale, bottom: float) -> str:
-    parts = [f'<line class="axis" x1="{x.start}" x2="{x.stop}" y1="{bottom}" y2="{bottom}"/>']
-    for tick in x.ticks():
-        anchor = "end" if x(tick) > x.stop - 20 else "middle"
-        parts.append(f'<text x="{x(tick):.1f}" y="{bottom + 17}" text-anchor="{anchor}">{tick:,.0f}</text>')
-    return "".join(parts)
 
 
 def _line(line: Line, x: Scale, y: Scale) -> str:
@@ -197,7 +159,7 @@ def _line(line: Line, x: Scale, y: Scale) -> str:
     return curve + "".join(marks)
 
 
-def _cells(series: Series, x: Scale, top: int, tall: int, last_step: int, diverging: bool) -> list[str]:
+def _cells(series: Series, x: Scale, top: int, tall: int, last_step: int, shade: Callable[[float], str]) -> list[str]:
     lowest: dict[int, float] = {}
     for step, value in zip(series.steps, series.values, strict=True):
         column = min(HEAT_COLUMNS - 1, step * HEAT_COLUMNS // (last_step + 1))
@@ -207,7 +169,7 @@ def _cells(series: Series, x: Scale, top: int, tall: int, last_step: int, diverg
     for column, following in zip(columns, [*columns[1:], HEAT_COLUMNS], strict=True):
         value = lowest[column]
         start, stop = (x(c * (last_step + 1) / HEAT_COLUMNS) for c in (column, min(following, column + _gap(columns))))
-        look = _look(value, diverging)
+        look = shade(value)
         cells.append(
             f'<rect class="{look}" x="{start:.1f}" y="{top}" width="{max(stop - start, 1):.1f}" height="{tall}">'
             f"<title>{number(value)}</title></rect>"
@@ -221,13 +183,19 @@ def _gap(columns: Sequence[int]) -> int:
     return gaps[len(gaps) // 2] if gaps else HEAT_COLUMNS
 
 
-def _look(value: float, diverging: bool) -> str:
+def factor(value: float) -> str:
+    """The look of a factor: no colour at 1 and above, full colour at ``HEAT_FLOOR``."""
     if not math.isfinite(value):
         return "unknown"
-    if diverging:
-        return f"{'minus' if value < 0 else 'plus'} h{round(min(1.0, abs(value)) * HEAT_LEVELS)}"
     strength = math.log(max(value, HEAT_FLOOR)) / math.log(HEAT_FLOOR) if value < 1 else 0.0
     return f"hot h{round(min(1.0, strength) * HEAT_LEVELS)}"
+
+
+def cosine(value: float) -> str:
+    """The look of a number from -1 to 1: both ends coloured."""
+    if not math.isfinite(value):
+        return "unknown"
+    return f"{'minus' if value < 0 else 'plus'} h{round(min(1.0, abs(value)) * HEAT_LEVELS)}"
 
 
 def _events(events: Sequence[Mapping[str, Any]], x: Scale, *, bottom: float = HEIGHT - BOTTOM) -> str:
@@ -245,16 +213,3 @@ def _events(events: Sequence[Mapping[str, Any]], x: Scale, *, bottom: float = HE
         at = f'x1="{start:.1f}" x2="{start:.1f}" y1="{TOP}" y2="{bottom:.1f}"'
         parts.append(f'<line class="event {escape(kind)}" {at}><title>{tip}</title></line>')
     return "".join(parts)
-
-
-def _svg(kind: str, height: float, title: str, body: str, extra: str = "", *, width: int = WIDTH) -> str:
-    box = f'viewBox="0 0 {width} {height:g}" role="img" aria-label="{escape(title)}"'
-    return f'<svg class="chart {kind}" data-chart="{kind}" {box} {extra}>{body}</svg>'
-
-
-def _figure(title: str, svg: str, *, legend: Sequence[tuple[str, str]] = (), note: str = "", wide: bool = False) -> str:
-    names = "".join(f'<span><i class="{style}"></i>{escape(label)}</span>' for label, style in legend)
-    below = f'<p class="note">{escape(note)}</p>' if note else ""
-    legends = f'<p class="legend">{names}</p>' if names else ""
-    head = f"<figure{' class=wide' if wide else ''}><figcaption>{escape(title)}</figcaption>{below}"
-    return f'{head}<div class="scroll">{svg}</div>{legends}</figure>'
