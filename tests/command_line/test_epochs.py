@@ -77,7 +77,7 @@ def test_a_rollback_in_each_pass_leaves_out_the_bad_rows_of_each(whole: Finished
 @pytest.mark.parametrize(
     "batch",
     [
-        pytest.param(402, id="between the event and its verdict"),
+        pytest.param(402, id="between the event and its verdict", marks=pytest.mark.slow),
         pytest.param(500, id="after the rollback", marks=pytest.mark.slow),
     ],
 )  # of the second pass

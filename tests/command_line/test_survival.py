@@ -107,7 +107,9 @@ def whole(train: Train, broken: tuple[str, ...], tmp_path_factory: pytest.TempPa
 
 # Every 10 steps: a checkpoint from after the rollback. Every 47: the newest is of step 47 (or, where the kill comes
 # late, 94), so that the resumed run has the divergence before it and must go back by itself.
-@pytest.mark.parametrize("every", [10, pytest.param(47, marks=pytest.mark.attack)])
+@pytest.mark.parametrize(
+    "every", [pytest.param(10, marks=pytest.mark.slow), pytest.param(47, marks=pytest.mark.attack)]
+)
 def test_a_run_killed_after_a_rollback_ends_as_if_it_had_not_been(
     broken: tuple[str, ...], whole: Finished, resume: Callable[[Path], None], tmp_path: Path, every: int
 ) -> None:

@@ -54,7 +54,8 @@ def files_of(folder: Path, run_id: str) -> list[Path]:
         folder: the run folder; W&B's files are in ``wandb`` below it.
         run_id: the id of the run in W&B.
     """
-    found = (folder / "wandb").glob(f"*run-*-{run_id}/run-{run_id}.wandb")
+    # Of attempts that started in one second, W&B numbers the later ones: run-TIME-ID-1.
+    found = (folder / "wandb").glob(f"*run-*-{run_id}*/run-{run_id}.wandb")
     return sorted(found, key=lambda path: path.parent.name.removeprefix("offline-"))
 
 

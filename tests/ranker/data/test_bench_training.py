@@ -139,6 +139,7 @@ def test_a_library_that_is_missing_is_said_before_anything_is_measured(
     )
 
 
+@pytest.mark.slow
 def test_a_missed_target_is_the_exit_status(bench, capsys, write_log, tmp_path, monkeypatch):
     speeds = {"evenkeel": 15.0, "deepctr-torch": 10.0, "torch-rechub": 5.0}
 

@@ -16,7 +16,8 @@ SCHEMA = Schema(name="s", time_column="t", dense=(DenseFeature(name="x"),), task
 
 def module(rank, world_size):
     built = RankingModule(nn.Linear(1, 1), schema=SCHEMA, optimizer=torch.optim.SGD, lr=0.1)
-    built._trainer = SimpleNamespace(global_rank=rank, world_size=world_size)
+    data = SimpleNamespace(trained=lambda: (0, 0, None))
+    built._trainer = SimpleNamespace(global_rank=rank, world_size=world_size, datamodule=data, global_step=0)
     return built
 
 

@@ -175,6 +175,15 @@ def test_what_a_server_has_is_not_sent_again_and_what_got_lost_is(
     assert "W&B has steps 4 to 5 of an earlier attempt and keeps them" in capsys.readouterr().out
 
 
+def test_attempts_of_one_second_are_found_in_their_order(tmp_path: Path) -> None:
+    names = ("run-20260101_120000-abc", "offline-run-20260101_120000-abc-1", "offline-run-20260101_120001-abc")
+    for name in (*names, "offline-run-20260101_120000-xyz"):
+        (tmp_path / "wandb" / name).mkdir(parents=True)
+        (tmp_path / "wandb" / name / f"run-{name.split('-')[-1] if 'xyz' in name else 'abc'}.wandb").touch()
+
+    assert [path.parent.name for path in files_of(tmp_path, "abc")] == list(names)
+
+
 def test_what_wandb_lost_of_a_killed_run_is_sent_from_metrics_csv(tmp_path: Path) -> None:
     csv = trackers.metrics_csv(tracked_of(tmp_path))
     with trackers.finishing([first := logger_of(tmp_path)]):
