@@ -58,7 +58,10 @@ class Group:
     @property
     def name(self) -> str:
         """The numbers of the jobs."""
-        return "jobs " + ", ".join(str(job.number) for job in self.jobs)
+        numbers = [job.number for job in self.jobs]
+        if len(numbers) > 2 and numbers[-1] - numbers[0] == len(numbers) - 1:
+            return f"jobs {numbers[0]} to {numbers[-1]}"
+        return "jobs " + ", ".join(map(str, numbers))
 
 
 def train_groups(config: DictConfig, jobs: Sequence[Sequence[str]] | None, *, first: int = 0) -> None:
