@@ -208,8 +208,30 @@ def _say_start(run: Run) -> None:
             )
             for line in run.warm_start.lines:
                 print(f"warm start: {line}", flush=True)
+            if again := _trained_again(run):
+                _LOGGER.warning(again)
         for warning in report.warnings:
             _LOGGER.warning(warning)
+        if run.module.loss.ranking is not None and not cfg.data.get("keep_groups"):
+            name, group = run.module.loss.ranking.name, run.datamodule.log.schema.group_names[0]
+            _LOGGER.warning(
+                f"loss={name} compares rows of one batch, and most rows of a group may be in other batches; "
+                f"set data.keep_groups={group}"
+            )
+
+
+def _trained_again(run: Run) -> str:
+    """A line that says how many rows the parent of a warm start has seen already; empty if none."""
+    assert run.warm_start is not None
+    last, log = run.warm_start.parent.identity["last_time_ms"], run.datamodule.log
+    again = 0 if last is None else min(log.row_at_time(int(last) + 1), log.train_rows)
+    if not again:
+        return ""
+    return (
+        f"{again:,} of {log.train_rows:,} training rows are from before the last row of the parent "
+        f"({lineage.iso(last)}) and are trained on again; data.days=[FIRST,LAST] chooses days, the last of which is "
+        "the hold-out"
+    )
 
 
 def _finish(run: Run, status: str, reason: str, seconds: float) -> dict[str, object]:

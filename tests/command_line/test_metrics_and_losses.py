@@ -75,8 +75,8 @@ def test_metrics_change_nothing_of_the_training_and_its_hash(
     [
         (["metrics=rankng"], "unknown metrics 'rankng'; did you mean 'ranking'"),
         (["loss=jcr"], "unknown loss 'jcr'; did you mean 'jrc'"),
-        (["loss=jrc", "loss.ranking.alpha=0"], "loss.alpha must be above 0 and at most 1, got 0"),
-        (["loss=bpr", "loss.ranking.tasks=[rating]"], "loss.tasks: 'rating' is no binary task"),
+        (["loss=jrc", "loss.ranking.alpha=0"], "loss.ranking.alpha must be above 0 and at most 1, got 0"),
+        (["loss=bpr", "loss.ranking.tasks=[rating]"], "loss.ranking.tasks: 'rating' is no binary task"),
         (["loss=bpr", "+loss.ranking.margin=1"], "loss.ranking: "),
         (["metrics=ranking", "metrics.extra.gauc.group=usr"], "schema 'synthetic' has no group 'usr'; did you mean"),
         (["metrics=ranking", "metrics.extra.ndcg.k=0"], "k of ndcg must be a whole number of at least 1, got 0"),

@@ -53,7 +53,7 @@ def test_jobs_are_trained_as_one_and_leave_what_they_leave_alone(
     runs = sweep("sweep.vectorize=4", "seed=0,1", "optim=clippy,gc")
     told = capsys.readouterr().out
 
-    assert "jobs 0, 1, 2, 3: trained as one" in told
+    assert "jobs 0 to 3: trained as one" in told
     assert "sweep: 4 of 4 jobs done (4 completed)" in told
     assert {vectorized(folder) for folder in runs.values()} == {(4, 0)}
     alone = train_tiny(tmp_path / "alone", *GROUPABLE, *SHORT, "optim=gc", "seed=0")
@@ -165,3 +165,20 @@ def test_groups_are_of_nearly_the_same_size_and_leave_no_worker_idle() -> None:
     assert [len(part) for part in chunks(range(17), 16)] == [8, 9]
     assert chunks([], 4) == []
     assert vectorize.VECTORIZE == "sweep.vectorize"
+
+
+@pytest.mark.parametrize(
+    ("word", "line"),
+    [
+        ("sweep.vectorize=0", "sweep.vectorize must be a whole number of 1 or more, got 0"),
+        ("sweep.vectorize_order=mine", "sweep.vectorize_order 'mine' is unknown"),
+    ],
+)
+def test_a_wrong_option_is_one_line_before_the_first_job(
+    word: str, line: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], command_line: Callable[..., None]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        command_line("-m", *TINY, word, "seed=0,1", f"hydra.sweep.dir={tmp_path}")
+    assert ended.value.code == 2
+    assert f"error: {line}" in capsys.readouterr().err
+    assert not list(tmp_path.glob("*/summary.json"))

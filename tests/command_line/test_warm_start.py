@@ -111,6 +111,16 @@ def test_the_parent_is_named(command_line: Command, log: Path, tmp_path: Path, y
     assert found["warm_start"]["not_as_it_was"] == []
 
 
+def test_rows_that_the_parent_has_seen_are_warned_of(
+    command_line: Command, log: Path, tmp_path: Path, yesterday: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(command_line, log, tmp_path / "new", 1, 1, f"warm_start={yesterday}", "train.max_steps=1")
+    assert "trained on again" not in capsys.readouterr().out
+    train(command_line, log, tmp_path / "both", 0, 1, f"warm_start={yesterday}", "train.max_steps=1")
+    seen, rows = finished(yesterday).summary["examples"], 2 * finished(yesterday).summary["examples"]
+    assert f"{seen:,} of {rows:,} training rows are from before the last row of the parent" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("how", ["reset", "decay", "floor"])
 def test_accumulators_by_choice(command_line: Command, log: Path, tmp_path: Path, yesterday: Path, how: str) -> None:
     rows = finished(yesterday).summary["examples"]

@@ -148,12 +148,12 @@ def test_jrc_of_one_group_by_hand():
 @pytest.mark.parametrize(
     ("make", "said"),
     [
-        (lambda: BPR(negatives=0), "loss.negatives"),
-        (lambda: BPR(pointwise=0.0), "loss.pointwise"),
-        (lambda: SoftmaxLoss(weight=-1.0), "loss.weight"),
-        (lambda: SoftmaxLoss(weight=NAN), "loss.weight"),
-        (lambda: JRC(alpha=0.0), "loss.alpha"),
-        (lambda: JRC(alpha=1.5), "loss.alpha"),
+        (lambda: BPR(negatives=0), "loss.ranking.negatives"),
+        (lambda: BPR(pointwise=0.0), "loss.ranking.pointwise"),
+        (lambda: SoftmaxLoss(weight=-1.0), "loss.ranking.weight"),
+        (lambda: SoftmaxLoss(weight=NAN), "loss.ranking.weight"),
+        (lambda: JRC(alpha=0.0), "loss.ranking.alpha"),
+        (lambda: JRC(alpha=1.5), "loss.ranking.alpha"),
     ],
 )
 def test_options_that_make_no_loss_are_one_line(make, said):

@@ -114,7 +114,7 @@ def test_a_ranking_loss_without_groups_says_what_to_do():
     plain = Schema(name="plain", time_column="t", dense=SCHEMA.dense, tasks=(Task(name="click"),))
     with pytest.raises(UserError, match="loss=bpr compares rows of the same group, but schema 'plain' has none"):
         MultitaskLoss(plain, BPR())
-    with pytest.raises(UserError, match=r"loss.tasks: 'watch' is no binary task"):
+    with pytest.raises(UserError, match=r"loss.ranking.tasks: 'watch' is no binary task"):
         MultitaskLoss(SCHEMA, JRC(tasks=["watch"]))
     rows = some_rows()
     with pytest.raises(UserError, match="needs rows with a group"):

@@ -88,6 +88,8 @@ class Daily:
         self._report_late(ledger, log)
         decided = 0
         while (day := self._next_day(ledger, log)) is not None:
+            if gap := log.missing_around(day, since=list(ledger.days)[-1:]):
+                self.say(f"{day}: the log has no rows of {gap}; what comes for these days later may not be trained on")
             self._do(day, ledger, shelf, log)
             decided += 1
             after_each()

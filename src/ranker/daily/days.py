@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import datetime as dt
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -59,6 +60,20 @@ class LogDays:
     def after(self, day: str) -> str | None:
         """The next day with rows; None after the last one."""
         return next((name for name in self.names if name > day), None)
+
+    def missing_around(self, day: str, *, since: Sequence[str]) -> str:
+        """Days without rows before a day, back to the last decided one, and between it and the next; in words.
+
+        Args:
+            day: a day of the log.
+            since: the last decided day, if there is one.
+        """
+        at = self.names.index(day)
+        known = [*since, *(name for name in self.names[: at + 2] if name >= day)]
+        numbers = [dt.date.fromisoformat(name).toordinal() for name in known]
+        gaps = [(a + 1, b - 1) for a, b in pairwise(numbers) if b - a > 1]
+        ends = [tuple(dt.date.fromordinal(x).isoformat() for x in gap) for gap in gaps]
+        return " and ".join(first if first == last else f"{first} to {last}" for first, last in ends)
 
     def late(self, day: str, known: Files) -> dict[str, str]:
         """Files of a day that came or changed after it was trained on. Files that were removed do not count."""

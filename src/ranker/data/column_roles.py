@@ -39,6 +39,10 @@ IDS = _words(
     "os device city country region lang language brand model channel slot segment group seller store shop"
 )
 COUNTS = _words("num count cnt number age days hours price amount total sum avg mean share rate size")
+# Of whole numbers with more values than a label has: how often something happened, whatever it happened to.
+COUNTED = _words(
+    "counts views clicks likes plays orders purchases impressions visits followers fans comments shares reviews sales"
+)
 TIMES = _words("time timestamp ts datetime at date created event logged")
 OTHER_TIMES = _words("update updated upload register registered birth expire expires end last")
 HISTORY = _words("history hist seq sequence recent last past clicked viewed watched")
@@ -88,7 +92,7 @@ def is_outcome(name: str, column: ColumnProfile) -> str:
 def is_id(name: str, column: ColumnProfile) -> bool:
     """Whether integers are names of something rather than amounts."""
     seen = words(name)
-    if reads_as(column) != "integer" or set(seen) & COUNTS:
+    if reads_as(column) != "integer" or set(seen) & (COUNTS | COUNTED):
         return False
     return bool(set(seen) & IDS) or column.high >= 2**24 or seen[-1:] == ["id"]
 

@@ -256,13 +256,15 @@ def _ranked_tasks(schema: Schema, ranking: RankingLoss) -> dict[int, int]:
     known = [task.name for task in schema.tasks if task.type == "binary"]
     for name in ranking.tasks or ():
         if name not in known:
-            raise UserError(f"loss.tasks: '{name}' is no binary task; {suggest(name, known)}")
+            raise UserError(f"loss.ranking.tasks: '{name}' is no binary task; {suggest(name, known)}")
     if not schema.groups:
         raise UserError(
             f"loss={ranking.name} compares rows of the same group, but schema '{schema.name}' has none; add "
             "groups: [{name: user, column: user_id}]"
         )
     chosen = known if ranking.tasks is None else ranking.tasks
+    if not chosen:
+        raise UserError(f"loss={ranking.name} ranks by binary tasks, and none is trained; use loss=pointwise")
     return {
         at: schema.group_names.index(schema.group_of(task))
         for at, task in enumerate(schema.tasks)

@@ -48,10 +48,11 @@ class RankingLoss(ABC):
 
     def __init__(self, *, weight: float = 1.0, pointwise: float = 1.0, tasks: Sequence[str] | None = None) -> None:
         if not 0 <= weight < float("inf"):
-            raise UserError(f"loss.weight must be 0 or more, got {weight}")
+            raise UserError(f"loss.ranking.weight must be 0 or more, got {weight}")
         if not 0 < pointwise < float("inf"):
             raise UserError(
-                f"loss.pointwise must be above 0, got {pointwise}: a ranking loss alone leaves the logits' level free"
+                f"loss.ranking.pointwise must be above 0, got {pointwise}: a ranking loss alone leaves the level of "
+                "the logits free"
             )
         self.weight, self.pointwise = weight, pointwise
         self.tasks = None if tasks is None else list(tasks)
@@ -115,7 +116,7 @@ class BPR(_PerPositive):
     ) -> None:
         super().__init__(weight=weight, pointwise=pointwise, tasks=tasks)
         if negatives < 1:
-            raise UserError(f"loss.negatives must be at least 1, got {negatives}")
+            raise UserError(f"loss.ranking.negatives must be at least 1, got {negatives}")
         self.negatives = negatives
 
     def sums(self, z_B: Tensor, positive_B: Tensor, negative_B: Tensor, weight_B: Tensor, groups: Groups) -> Tensor:
@@ -188,7 +189,7 @@ class JRC(RankingLoss):
 
     def __init__(self, *, alpha: float = 0.5, tasks: Sequence[str] | None = None) -> None:
         if not 0 < alpha <= 1:
-            raise UserError(f"loss.alpha must be above 0 and at most 1, got {alpha}")
+            raise UserError(f"loss.ranking.alpha must be above 0 and at most 1, got {alpha}")
         super().__init__(weight=1.0 - alpha, pointwise=alpha, tasks=tasks)
 
     def sums(self, z_B: Tensor, positive_B: Tensor, negative_B: Tensor, weight_B: Tensor, groups: Groups) -> Tensor:

@@ -9,7 +9,8 @@ from pathlib import Path
 import yaml
 from omegaconf import DictConfig
 
-from ranker.errors import UserError
+from ranker.config import ORDERS
+from ranker.errors import UserError, one_of
 from ranker.hydra_private import expand, parse
 from ranker.runs.provenance import cores
 
@@ -114,3 +115,22 @@ def jobs_at_a_time(launcher: DictConfig, jobs: int | None) -> int | None:
 
 def _key(override: str) -> str:
     return override.split("=", 1)[0].lstrip("+~")
+
+
+def check_options(config: DictConfig) -> None:
+    """Refuses wrong options of the sweep itself before its first job; Hydra gives them to the jobs only.
+
+    Args:
+        config: the configuration of the multirun, with Hydra's own node.
+
+    Raises:
+        UserError: a value is out of range or no number.
+    """
+    given = dict(
+        word.split("=", 1) for word in config.hydra.overrides.task if word.startswith("sweep.") and "=" in word
+    )
+    count = given.get(VECTORIZE, "1")
+    if not count.isdecimal() or int(count) < 1:
+        raise UserError(f"{VECTORIZE} must be a whole number of 1 or more, got {count}")
+    if (order := given.get("sweep.vectorize_order")) is not None:
+        one_of(order, ORDERS, "sweep.vectorize_order")

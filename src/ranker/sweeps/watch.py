@@ -14,7 +14,8 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
 from ranker import stop_signals
-from ranker.sweeps.job_list import count_jobs, is_parallel, jobs_of, wants_groups
+from ranker.errors import UserError
+from ranker.sweeps.job_list import check_options, count_jobs, is_parallel, jobs_of, wants_groups
 from ranker.sweeps.journal import Journal, duration
 
 POLL_SECONDS = 1.0
@@ -99,6 +100,11 @@ class SweepWatch(Callback):
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Called before the first job."""
         global _SWEEP  # noqa: PLW0603  (Hydra pickles this object into worker processes, so it must not hold the thread)
+        try:
+            check_options(config)
+        except UserError as error:  # Hydra turns an error in a callback into a warning, but lets an exit pass
+            print(f"error: {error}", file=sys.stderr)
+            sys.exit(2)
         _SWEEP = Sweep(
             Path(config.hydra.sweep.dir),
             jobs=count_jobs(config),

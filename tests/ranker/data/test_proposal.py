@@ -15,6 +15,7 @@ import pytest
 
 from made_logs import START, write_messy_csv, write_raw_kuairand
 from ranker.commands.data_commands import inspect, prepare
+from ranker.data.column_roles import is_id
 from ranker.data.parquet_log import ParquetLog
 from ranker.data.raw_log import RawLog, profiled
 from ranker.data.raw_values import as_integer, as_number, as_text, as_time_ms
@@ -202,6 +203,17 @@ def test_encodings_delimiters_and_compression_are_read(tmp_path):
         profile = profiled(log)
         assert list(profile.columns) == ["time", "name"]
         assert profile.sample["name"].to_pylist() == ["Müller", None]
+
+
+@pytest.mark.parametrize(
+    ("name", "id_"),
+    [("item_views", False), ("user_clicks_7d", False), ("item_id", True), ("user", True), ("n_likes", False)],
+)
+def test_how_often_something_happened_is_no_name_of_it(tmp_path, name, id_):
+    rows = "\n".join(f"2026-03-01 10:{i % 60:02}:00,{i * 7}" for i in range(400))
+    (tmp_path / "log.csv").write_text(f"time,{name}\n{rows}\n")
+    profile = profiled(RawLog.open(str(tmp_path)))
+    assert is_id(name, profile.columns[name]) is id_
 
 
 def test_texts_become_numbers_ids_and_times():
