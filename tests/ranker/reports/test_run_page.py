@@ -16,8 +16,10 @@ import pytest
 from browser import Balanced, opened
 from ranker.errors import UserError
 from ranker.reports.run_page import Recorded, render
+from ranker.reports.run_page.page import RANKING_LOSSES
 from ranker.reports.web.charts import Line, heat_map, line_chart
 from ranker.reports.web.series import Series, thinned
+from support import ROOT
 
 TASKS = ("click", "watch_time")
 ROLES = ("dcn", "bottom_first", "bottom_top", "head/click", "head/watch_time")
@@ -127,6 +129,17 @@ def test_the_step_size_line_is_shown_without_early_signs_too(tmp_path: Path) -> 
     assert "bottom.layers.0" in page
     assert "No tensor has a sigma" not in page, "nothing is known about clipping"
     assert page.count("callbacks.early_signs.every=10") == 2, "of sigma and of the early signs"
+
+
+def test_a_ranking_loss_has_its_chart_beside_the_log_loss(tmp_path: Path) -> None:
+    names = {path.stem for path in (ROOT / "conf" / "loss").glob("*.yaml")} - {"pointwise"}
+    assert names == set(RANKING_LOSSES)
+    folder = write_run(tmp_path, steps=20)
+    assert "loss inside groups" not in page_of(folder)
+    header = "step,train/loss,train/click/loss,train/click/bpr"
+    rows = [f"{step},1.3,0.6,{0.7 - step / 100}" for step in range(1, 21)]
+    (folder / "metrics.csv").write_text("\n".join([header, *rows]) + "\n")
+    assert "click: bpr loss inside groups" in page_of(folder)
 
 
 def test_a_run_still_going_and_a_killed_one_are_told_apart(tmp_path: Path) -> None:

@@ -30,6 +30,7 @@ from ranker.runs.metric_names import (
 )
 from ranker.stability.worth import AUC_OF_CHANCE
 
+RANKING_LOSSES = ("bpr", "softmax", "jrc")  # names of the options of loss= that rank rows inside a group
 RUNNING_SECONDS = 120.0  # a run without summary that wrote nothing for longer counts as unfinished
 
 LAYERS = {"dcn": "s4", "bottom_first": "s0", "bottom_top": "s1"}
@@ -59,6 +60,9 @@ def _tasks(run: Recorded) -> str:
         metric = "auc" if binary else "rmse"
         loss = "log loss, nats per label" if binary else "loss, squared error per label"
         charts.append(_chart(run, f"{name}: {loss}", [("training", task_metric(TRAIN, name, "loss"), "s0", False)]))
+        for ranking in (r for r in RANKING_LOSSES if task_metric(TRAIN, name, r) in run.series):
+            curve = [("training", task_metric(TRAIN, name, ranking), "s4", False)]
+            charts.append(_chart(run, f"{name}: {ranking} loss inside groups", curve))
         wanted = [
             ("training, streaming", task_metric(TRAIN, name, metric), "s0", False),
             ("progressive", task_metric(PROGRESSIVE, name, metric), "s2", True),
