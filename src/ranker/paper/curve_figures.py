@@ -116,7 +116,8 @@ def draw_sigma(data: Data, found: Found, destination: Path) -> None:  # noqa: AR
     axes.set_ylabel(f"sigma, running mean of {SMOOTH} steps")
     title = f"{LABELS[curve['model'][0]]}, Clippy at {curve['lr_mult'][0]:g}x: the smaller, the more is clipped"
     axes.set_title(title, loc="left", fontsize=10)
-    axes.legend(frameon=False, fontsize=8)
+    # Below the axes, because the curves leave no free corner.
+    axes.legend(frameon=False, fontsize=8, ncols=5, loc="upper center", bbox_to_anchor=(0.5, -0.15))
     save(picture, destination)
 
 
