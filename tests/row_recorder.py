@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +27,9 @@ class RowRecorder(Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        killed = self._folder / "killed"
-        if batch.number == self._kill_at and not killed.exists():
-            killed.touch()
-            os.kill(os.getpid(), signal.SIGKILL)
+        if batch.number == self._kill_at:
+            with suppress(FileExistsError):  # of two ranks that come at the same time, only one may make the file
+                (self._folder / "killed").touch(exist_ok=False)
+                os.kill(os.getpid(), signal.SIGKILL)
         with open(self._folder / f"rank{trainer.global_rank}.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps([batch.number, batch.row_B.tolist()]) + "\n")
