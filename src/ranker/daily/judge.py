@@ -22,8 +22,11 @@ from ranker.runs import run_lock
 from ranker.runs.config_identity import config_hash
 from ranker.runs.lineage import parent
 from ranker.runs.log_identity import check_schema
+from ranker.runs.model_card import card_of
 from ranker.runs.run_folder import RunFolder, plain
 from ranker.stability.gate import Check, Evidence, GateSettings, auc_standard_error, judge
+
+LAST = "the last one"  # as export.py calls it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,13 +103,20 @@ def _judged(
             cfg,
             weights,
             run=folder.path.name,
-            which="the last one",
+            which=LAST,
             log=log,
             config_hash=config_hash(cfg),
             parent=parent(cfg),
         )
         reasons = write_export(
-            candidate, evidence, settings, destination=destination, onnx=request.onnx, force=True, about=about
+            candidate,
+            evidence,
+            settings,
+            destination=destination,
+            onnx=request.onnx,
+            force=True,
+            about=about,
+            card=card_of(folder, log=log, step=weights.step, checkpoint=LAST, metrics=metrics),
         ).reasons
     return {"passed": not reasons, "reasons": reasons, "metrics": metrics, "step": weights.step}
 

@@ -259,7 +259,7 @@ def write_export(
     onnx: bool,
     force: bool,
     about: Mapping[str, Any],
-    card: Mapping[str, Any] | None = None,
+    card: Mapping[str, Any],
 ) -> Verdict:
     """Applies the gate, converts the model, applies the gate to the outputs of the programs, and writes the folder.
 
@@ -306,8 +306,7 @@ def write_export(
             signature = served.signature.describe()
             known = {"dense_statistics": normalisation(statistics, candidate.schema)}
             write_json(draft / ABOUT, {"format": FORMAT, **plain(about), **known, **signature})
-            if card is not None:
-                write_card(draft, {**card, "gate": plain(verdict.to_dict())})
+            write_card(draft, {**card, "gate": plain(verdict.to_dict())})
             write_checksums(draft)
     except _RefusedError:
         pass

@@ -36,11 +36,15 @@ def easy_gate(monkeypatch: pytest.MonkeyPatch) -> None:
     """So few rows teach little, and an export takes seconds: the gate passes everything, and no program is traced."""
     import ranker.daily.judge as judge
     from ranker.export.bundle import new_folder
+    from ranker.runs.model_card import write_card
     from ranker.stability.gate import Verdict
 
-    def quick(candidate: Any, evidence: Any, settings: Any, *, destination: Path, about: Any, **_: Any) -> Verdict:
+    def quick(
+        candidate: Any, evidence: Any, settings: Any, *, destination: Path, about: Any, card: Any, **_: Any
+    ) -> Verdict:
         with new_folder(destination, replace=True) as draft:
-            (draft / "export.json").write_text(json.dumps({"run": about["run"]}))
+            (draft / "export.json").write_text(json.dumps({"run": about["run"], "step": about["step"]}))
+            write_card(draft, card)
         return Verdict(())
 
     monkeypatch.setattr(judge, "judge", lambda *_: Verdict(()))
@@ -57,7 +61,11 @@ def test_each_new_day_is_trained_from_yesterdays_model_and_nothing_twice(
         (name_of(1), "promoted", name_of(0)),
     ]
     assert served(tmp_path) == name_of(1)
-    assert (tmp_path / "daily" / "serving" / "export.json").is_file()
+    about, card = (
+        json.loads((tmp_path / "daily" / "serving" / name).read_text()) for name in ("export.json", "model_card.json")
+    )
+    assert (card["run"], card["step"]) == (about["run"], about["step"])
+    assert card["parent"]["run"] == name_of(0)
     before = len(jobs.trained)
     assert call() == 0
     assert len(jobs.trained) == before
