@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
-import sys
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,35 +16,31 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from lightning_fabric.plugins import TorchCheckpointIO
-from omegaconf import DictConfig, OmegaConf, open_dict, read_write
+from omegaconf import DictConfig, OmegaConf, open_dict
 from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.loggers.logger import Logger
 from pytorch_lightning.plugins.environments import SLURMEnvironment
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
-from ranker.config import base_lr, check, is_sweep, outside_folder
-from ranker.config_overrides import resumed
+from ranker.config import base_lr, is_sweep
 from ranker.data.datamodule import RankingDataModule
 from ranker.data.log import Log, Selected
 from ranker.data.schema import Schema
 from ranker.errors import UserError
-from ranker.installation import conf_folder
 from ranker.losses import MultitaskLoss, RankingLoss
 from ranker.metrics import Intervals, RowMetric, TaskMetrics
 from ranker.models import Ranker
-from ranker.runs import lineage, log_identity, objective, run_lock, slurm
-from ranker.runs.checkpoint_files import by_step
-from ranker.runs.config_identity import cell_hash, config_hash
+from ranker.runs import lineage, log_identity, objective
+from ranker.runs.config_identity import cell_hash
 from ranker.runs.run_folder import RunFolder
 from ranker.training import trackers
 from ranker.training.bookkeeping import Bookkeeping
 from ranker.training.checkpoints import Checkpoints, DurableCheckpointIO
 from ranker.training.interruption import Interruption
 from ranker.training.lightning_private import leave_signals
-from ranker.training.metrics_csv import MetricsCsv
 from ranker.training.module import RankingModule
 from ranker.training.progress import say_in_log
-from ranker.training.resumption import Resumption, sound_checkpoint
+from ranker.training.resumption import Resumption
 from ranker.training.sharpness_probe import SharpnessProbe
 from ranker.training.snapshots import is_healthy
 from ranker.training.stability_callback import Stability
@@ -55,8 +49,7 @@ from ranker.training.warm_start import settings_of as warm_start_settings
 
 _LOGGER = logging.getLogger(__name__)
 
-# Environment variables that tell the processes started by DDP their folder and the checkpoint of a sweep's job.
-RUN_DIR_VARIABLE, CHECKPOINT_VARIABLE = "EVENKEEL_RUN_DIR", "EVENKEEL_CHECKPOINT"
+RUN_DIR_VARIABLE = "EVENKEEL_RUN_DIR"  # tells the processes started by DDP their folder
 
 # Arguments of Lightning's Trainer that a run sets itself, and the options for what they do.
 INSTEAD = {
@@ -104,61 +97,7 @@ class Run:
     warm_start: WarmStart | None
 
 
-def run_folder(cfg: DictConfig) -> RunFolder:
-    """The folder of the run.
-
-    Raises:
-        UserError: ``resume`` names a folder that is not a run.
-    """
-    if cfg.resume is not None:
-        return RunFolder.existing(cfg.resume)
-    given, output = os.environ.get(RUN_DIR_VARIABLE), Path(HydraConfig.get().runtime.output_dir)
-    return RunFolder(given or _requeued(cfg, output) or output)
-
-
-@contextmanager
-def alone_in(folder: RunFolder) -> Iterator[None]:
-    """Holds the lock of the run folder, in the first process of the run."""
-    with run_lock.held(folder.path) if _is_first_process() else nullcontext():
-        yield
-
-
-def starting_point(cfg: DictConfig, folder: RunFolder, checkpoint: Path | None) -> tuple[DictConfig, Path | None]:
-    """The configuration of the run, and the checkpoint to resume from. Refuses what is wrong with either.
-
-    Args:
-        cfg: the configuration as composed. With ``resume`` that of the saved run is used.
-        folder: the run folder.
-        checkpoint: of an earlier attempt at the same run, in Hydra's folder for this job.
-
-    Raises:
-        UserError: the run has no checkpoint, a setting cannot change in a resumed run, or a new run would mix its
-            files with those of another.
-    """
-    given = os.environ.get(CHECKPOINT_VARIABLE)  # in the other processes of the run
-    checkpoint = checkpoint or (Path(given) if given else None)
-    if cfg.resume is None:
-        again = checkpoint is None and _requeued(cfg, folder.path) == folder.path
-        if again and by_step(folder.checkpoints):
-            checkpoint = folder.newest_checkpoint()
-        if checkpoint is None and _is_first_process():
-            folder.make_room(force=cfg.force or again)
-        return cfg, checkpoint
-    saved = folder.load_config(trusted=cfg.trust, own=cfg)
-    cfg = resumed(cfg, saved, list(HydraConfig.get().overrides.task), conf=conf_folder())
-    check(cfg)
-    stops = OmegaConf.select(cfg, "callbacks.divergence.stop", default=False)
-    return cfg, checkpoint or sound_checkpoint(folder, keep_lost=not stops, say=lambda line: print(line, flush=True))
-
-
-def _requeued(cfg: DictConfig, folder: Path) -> Path | None:
-    """The folder of the run that a SLURM job goes on with after it was put back into the queue; None for a new run."""
-    if is_sweep() or cfg.force:  # a sweep knows itself which of its runs are missing
-        return None
-    return slurm.earlier_attempt(folder, config_hash(cfg))
-
-
-def _is_first_process() -> bool:
+def is_first_process() -> bool:
     """Whether this process started the run, and not another process of it: those find the run folder in a variable."""
     return RUN_DIR_VARIABLE not in os.environ and getattr(rank_zero_only, "rank", 0) == 0
 
@@ -333,7 +272,7 @@ def metrics_factory(cfg: DictConfig, schema: Schema) -> Callable[[], TaskMetrics
         for name, metric in extra.items()
         if not any(metric.names(schema, task) for task in schema.tasks if task.type in metric.types)
     ]
-    if idle and _is_first_process():
+    if idle and is_first_process():
         _LOGGER.warning(
             "metrics.extra: %s compute nothing: schema '%s' has %s",
             ", ".join(idle),
@@ -390,39 +329,6 @@ def _configured_callbacks(
     )
     made = [progress, stability, *map(make, list(nodes))]
     return stability, [callback for callback in made if callback is not None]
-
-
-@contextmanager
-def own_process_environment(folder: RunFolder, checkpoint: Path | None) -> Iterator[None]:
-    """Restores environment variables, arguments and the process group after a job, for the next job of a multirun.
-
-    Lightning starts the other DDP processes by repeating the command line. In a multirun that line describes the whole
-    sweep, so it is replaced by the job's own while the job runs. The variables and the process group of a distributed
-    job would make the next job wait for processes that have ended.
-    """
-    environment = dict(os.environ)
-    arguments = list(sys.argv)
-    os.environ[RUN_DIR_VARIABLE] = str(folder.path)
-    hydra = HydraConfig.get()
-    run_dir = hydra.run.dir
-    _set_run_dir(hydra, str(folder.path))  # where Lightning has Hydra write in the other processes
-    if checkpoint is not None:
-        os.environ[CHECKPOINT_VARIABLE] = str(checkpoint)
-    sys.argv = [arguments[0], *outside_folder(), *HydraConfig.get().overrides.task]
-    try:
-        yield
-    finally:
-        sys.argv = arguments
-        _set_run_dir(hydra, run_dir)
-        os.environ.clear()
-        os.environ.update(environment)
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
-
-
-def _set_run_dir(hydra: Any, path: str) -> None:
-    with read_write(hydra):
-        hydra.run.dir = path
 
 
 def _trainer(cfg: DictConfig, folder: RunFolder, callbacks: list[Callback], loggers: list[Logger]) -> pl.Trainer:
@@ -494,17 +400,6 @@ def _check_optimizer(module: RankingModule) -> None:
         module.make_optimizer()
     except (TypeError, ValueError) as error:  # what torch.optim and the optim package raise
         raise UserError(f"optim: {error}") from error
-
-
-@rank_zero_only
-def continue_files(run: Run) -> None:
-    """Drops what the files of a resumed run hold of steps after its checkpoint: these steps will come again."""
-    if run.resumption is None:
-        return
-    run.folder.keep_events_until(run.resumption.step)
-    for logger in run.loggers:
-        if isinstance(logger, MetricsCsv):
-            logger.resume(run.resumption.step)
 
 
 def _names(value: Any) -> list[str] | None:

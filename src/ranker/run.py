@@ -9,32 +9,29 @@ import sys
 import time
 from pathlib import Path
 
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig
 
 from ranker import run_summary, stop_signals
 from ranker.atomic import write_text
-from ranker.build import (
-    Run,
-    alone_in,
-    build,
-    continue_files,
-    own_process_environment,
-    run_folder,
-    starting_point,
-)
+from ranker.build import Run, build
 from ranker.data.start_report import start_report
 from ranker.errors import UserError
-from ranker.export.bundle import ABOUT
-from ranker.export.parent import exported_parent
 from ranker.installation import command_line
 from ranker.runs import lineage, log_identity, model_card, objective, provenance, run_lock, slurm
 from ranker.runs.checkpoint_files import by_step, step_of
 from ranker.runs.metric_names import TEST, VAL
-from ranker.runs.run_folder import CONFIG, FINISHED, METRICS, SUMMARY, RunFolder, read_summary
+from ranker.runs.run_folder import FINISHED, METRICS, SUMMARY, read_summary
+from ranker.starting_point import (
+    alone_in,
+    continue_files,
+    own_process_environment,
+    parent_of,
+    run_folder,
+    starting_point,
+)
 from ranker.training import ddp, trackers
 from ranker.training.metrics_csv import has_values
 from ranker.training.tracker import PAGE
-from ranker.training.warm_start import Parent
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -56,39 +53,11 @@ def run(cfg: DictConfig, checkpoint: Path | None = None) -> float:
     folder = run_folder(cfg)
     with stop_signals.taken_over(), stop_signals.gentle_after_start(), alone_in(folder):
         cfg, checkpoint = starting_point(cfg, folder, checkpoint)
-        parent = _parent(cfg, folder, checkpoint)
+        parent = parent_of(cfg, folder, checkpoint)
         with own_process_environment(folder, checkpoint):
             parts = build(cfg, folder, checkpoint, parent)
             with trackers.finishing(parts.loggers):
                 return _train(parts)
-
-
-def _parent(cfg: DictConfig, folder: RunFolder, checkpoint: Path | None) -> Parent | None:
-    """The state of the run that a new one continues. What it is becomes part of the configuration.
-
-    Raises:
-        UserError: ``warm_start.path`` is none of what a run can start from.
-    """
-    start = OmegaConf.select(cfg, "warm_start")  # missing in old runs
-    if start is None or start.path is None:
-        return None
-    if checkpoint is not None:  # the run goes on; the parent may be gone by now
-        if start.parent is None:
-            with open_dict(cfg):
-                start.parent = lineage.parent(folder.read_config())
-        return None
-    path = Path(start.path)
-    if (path / ABOUT).is_file():
-        parent = exported_parent(path)
-    elif (path / CONFIG).is_file():
-        parent = Parent.of_run(path, say=lambda line: print(f"warm_start: {line}", flush=True))
-    elif path.is_file():
-        parent = Parent.of_checkpoint(path)
-    else:
-        raise UserError(f"warm_start: {path} is no run folder ({CONFIG}), no export ({ABOUT}) and no checkpoint file")
-    with open_dict(cfg):
-        start.parent = parent.identity
-    return parent
 
 
 def _train(run: Run) -> float:
