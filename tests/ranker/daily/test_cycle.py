@@ -172,6 +172,21 @@ def test_a_refused_model_leaves_yesterdays(
     assert "far too low" in (tmp_path / "daily" / "index.html").read_text()
 
 
+def test_a_model_below_the_served_one_is_refused_and_the_served_one_stays(
+    call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import ranker.daily.judge as judge
+
+    best = {"click/auc": 1.0}
+    monkeypatch.setattr(judge, "_served", lambda request, _: (None if request.served is None else best, ""))
+    write_log(tmp_path / "log", 3)
+    assert call("daily.max_auc_drop=0.01") == 0
+    assert [x["verdict"] for x in lines(tmp_path)] == ["promoted", "refused"]
+    assert served(tmp_path) == name_of(0)
+    assert not (tmp_path / "daily" / "states" / name_of(1)).exists()
+    assert f"{name_of(1)}: refused, {name_of(0)} stays: click AUC: " in capsys.readouterr().out
+
+
 def test_late_files_are_reported_once_and_not_trained_on(
     call: Call, jobs: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
