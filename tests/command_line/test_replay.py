@@ -226,11 +226,12 @@ def test_before_and_after_a_rollback_each_divergence_has_a_capsule_of_its_own(
 ) -> None:
     cut = WindowedLoader._cut
 
-    def with_a_broken_batch(self, future, window, place, number):
-        batch, known = cut(self, future, window, place, number)
-        if number == 60:
-            batch.dense_BF[:] = torch.inf
-        return batch, known
+    def with_a_broken_batch(self, *given):
+        batches, known = cut(self, *given)
+        for batch in batches:
+            if batch.number == 60:
+                batch.dense_BF[:] = torch.inf
+        return batches, known
 
     monkeypatch.setattr(WindowedLoader, "_cut", with_a_broken_batch)
     once = ("callbacks.rollback.tries=1", "callbacks.rollback.skip_batches=0", "callbacks.rollback.lr_factor=0.5")

@@ -173,7 +173,7 @@ def ragged_rows(
 ) -> Ragged:
     """Rows of the embedding table for a column of lists. A null list is an empty list, a null id is row 0."""
     if pa.types.is_null(column.type):
-        column = column.cast(pa.list_(pa.int64()))
+        column = column.cast(pa.list_(pa.null()))  # of integers or strings, as the feature has them
     lengths = pc.list_value_length(column).fill_null(0).to_numpy(zero_copy_only=False).astype(np.int64)
     found: list[Fault] = []
     values = embedding_rows(column.flatten(), owner, feature.column, found, place)

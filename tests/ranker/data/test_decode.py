@@ -129,6 +129,11 @@ def test_lists_keep_their_lengths_and_null_lists_are_empty():
     assert ragged(pa.array([[9], *lists]).slice(1), num_embeddings=4) == [[2, 3], [], [], [1, 0, 4]]
 
 
+@pytest.mark.parametrize("feature", [{"num_embeddings": 4}, {"vocabulary": (1, 2)}, {"vocabulary": ("de", "fr")}])
+def test_a_column_of_nulls_alone_has_empty_lists(feature):
+    assert ragged(pa.nulls(2), **feature) == [[], []]
+
+
 def test_a_sequence_keeps_its_last_ids():
     lists = pa.array([[0, 1, 2, 3], [4], [], [5, 6, 7]])
     assert ragged(lists, num_embeddings=9, max_length=2) == [[3, 4], [5], [], [7, 8]]
