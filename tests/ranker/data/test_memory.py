@@ -44,7 +44,13 @@ def write_long_log(root, rows, *, block=250_000):
         writer = None
         for start in range(0, 1_000_000, block):
             row = np.arange(start, start + block)
-            columns = {"t": FIRST_MS + row + 86_400_000 * day, "x": row / 7, "user": row * 31, "tags": tags, "click": row % 2}
+            columns = {
+                "t": FIRST_MS + row + 86_400_000 * day,
+                "x": row / 7,
+                "user": row * 31,
+                "tags": tags,
+                "click": row % 2,
+            }
             table = pa.table(columns)
             writer = writer or pq.ParquetWriter(root / f"day={day:04d}.parquet", table.schema)
             writer.write_table(table, row_group_size=65_536)
