@@ -41,7 +41,7 @@ from ranker.data.schema import Schema
 from ranker.errors import UserError
 from ranker.installation import command_line
 
-REWRITE = "rewrite"  # the kind of preparation that makes larger row groups of a log of one's own
+REWRITE = "rewrite"  # the kind of preparation that sorts Parquet of one's own and makes large row groups
 OWN = "log"  # the kind that converts a log of one's own, such as CSV
 
 
@@ -54,8 +54,8 @@ def prepare(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "kind",
         choices=[*sorted(RECIPES), OWN, REWRITE],
-        help=f"the data set; {OWN}: CSV or Parquet of your own, with --schema; {REWRITE}: a log with a schema.yaml, in "
-        "order, whose row groups are small",
+        help=f"the data set; {OWN}: CSV or Parquet of your own, with --schema; {REWRITE}: Parquet with a schema.yaml, "
+        "which is sorted by time, with one file per day and large row groups",
     )
     parser.add_argument("source", metavar="SRC", help="folder with the published files, or with the log")
     parser.add_argument("destination", metavar="DST", help="folder to create")
@@ -71,18 +71,13 @@ def prepare(arguments: Sequence[str] | None = None) -> int:
         print_summary(manifest, where=given.destination)
         return 0
     if given.kind == REWRITE:
-        manifest = _rewrite(given.source, given.destination, progress=not given.quiet)
+        with steps(visible=not given.quiet) as step:
+            manifest = rewrite(given.source, given.destination, step=step)
         print(f"{given.destination}: {manifest.rows:,} rows in {len(manifest.files)} days")
         return 0
     manifest = prepare_log(given.kind, given.source, given.destination, progress=not given.quiet)
     print_summary(manifest, where=given.destination)
     return 0
-
-
-def _rewrite(source: str, destination: str, *, progress: bool) -> Manifest:
-    with _row_progress(disable=not progress) as bar:
-        task = bar.add_task("rewriting rows", total=None)
-        return rewrite(source, destination, advance=lambda rows: bar.advance(task, rows))
 
 
 @command

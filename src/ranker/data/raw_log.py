@@ -13,9 +13,11 @@ import pyarrow as pa
 import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 
+from ranker.data.arrow_types import plain
 from ranker.data.column_profile import ColumnProfile
 from ranker.data.filesystem import few, one_line
 from ranker.data.sketches import RowSample
+from ranker.data.table_formats import files_of_table
 from ranker.errors import UserError
 
 NULLS = ["", "NULL", "null", "Null", "NA", "N/A", "n/a", "NaN", "nan", "None", "none", "\\N", "-"]
@@ -23,6 +25,7 @@ SAMPLE = 65_536  # rows behind quantiles and the search for leaks
 BLOCK = 4 << 20  # bytes of a CSV file read at a time
 BATCH = 65_536  # rows of a Parquet file read at a time
 _PEEK = 65_536
+_TABLE_FOLDERS = ("_delta_log", ".hoodie", "metadata")  # what shows that a folder is a table
 _CSV, _PARQUET = (".csv", ".tsv", ".csv.gz", ".tsv.gz"), (".parquet", ".parq", ".pq")
 
 
@@ -105,9 +108,9 @@ class RawLog:
             raise UserError(f"{file} cannot be read: {one_line(error)[:160]}") from error
 
     def _parquet_batches(self, file: Path) -> Iterator[pa.Table]:
-        with pq.ParquetFile(file) as stored:
+        with pq.ParquetFile(file, coerce_int96_timestamp_unit="us") as stored:
             for batch in stored.iter_batches(batch_size=BATCH):
-                yield pa.Table.from_batches([batch])
+                yield plain(pa.Table.from_batches([batch]), where=str(file))
 
     def _csv_batches(self, file: Path) -> Iterator[pa.Table]:
         names, delimiter, encoding = _dialect(file)
@@ -199,7 +202,9 @@ def _files(path: Path) -> list[Path]:
     found = [file for file in found if not any(p.startswith((".", "_")) for p in file.relative_to(path).parts)]
     if not found:
         raise UserError(f"no CSV or Parquet files in {path}")
-    return found
+    names = {file.relative_to(path).as_posix(): file for file in found}
+    every = [file.relative_to(path).as_posix() for folder in _TABLE_FOLDERS for file in path.glob(f"{folder}/*")]
+    return [names[name] for name in files_of_table(str(path), paths=every, names=list(names))]
 
 
 def _dialect(file: Path) -> tuple[list[str], str, str]:

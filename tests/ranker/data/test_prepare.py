@@ -12,7 +12,7 @@ import pytest
 
 from ranker.data import prepare as package
 from ranker.data.manifest import Manifest, sha256_of
-from ranker.data.prepare import days, prepare, prepare_cached
+from ranker.data.prepare import buckets, days, prepare, prepare_cached
 from ranker.data.schema import Schema
 from ranker.errors import UserError
 
@@ -77,8 +77,8 @@ def test_the_same_rows_in_another_order_give_the_same_files(tmp_path: Path) -> N
 def test_many_small_buckets_give_the_same_rows_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = ratings(tmp_path / "src", rows=500)
     prepare("movielens", source, tmp_path / "one")
-    monkeypatch.setattr(days, "BUCKET_ROWS", 100)
-    monkeypatch.setattr(days, "DEALT_ROWS", 64)
+    monkeypatch.setattr(buckets, "BUCKET_ROWS", 100)
+    monkeypatch.setattr(buckets, "DEALT_ROWS", 64)
     many = prepare("movielens", source, tmp_path / "many")
     assert len(many.files) == 3
     for one, other in zip(Manifest.read(tmp_path / "one").files, many.files, strict=True):  # type: ignore[union-attr]
@@ -89,8 +89,8 @@ def test_many_small_buckets_give_the_same_rows_as_one(tmp_path: Path, monkeypatc
 
 
 def test_a_bucket_holds_whole_minutes_up_to_its_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(days, "BUCKET_ROWS", 10)
-    assert days._bucket_starts({1: 4, 2: 6, 3: 1, 7: 30, 8: 9, 9: 1}) == [1, 3, 7, 8]
+    monkeypatch.setattr(buckets, "BUCKET_ROWS", 10)
+    assert buckets.bucket_starts({1: 4, 2: 6, 3: 1, 7: 30, 8: 9, 9: 1}) == [1, 3, 7, 8]
 
 
 def test_a_second_run_changes_nothing_and_a_changed_source_is_prepared_anew(tmp_path: Path) -> None:
@@ -165,7 +165,7 @@ def test_a_disk_that_fills_up_while_polars_writes_is_said_too(tmp_path: Path, mo
 
 
 def test_preparing_shows_how_far_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
-    monkeypatch.setattr(days, "BUCKET_ROWS", 100)
+    monkeypatch.setattr(buckets, "BUCKET_ROWS", 100)
     prepare("movielens", ratings(tmp_path / "src", rows=500), tmp_path / "dst", progress=True)
     shown = capsys.readouterr().err.splitlines()
     for words, count in (

@@ -14,7 +14,8 @@ from rich.table import Table
 
 from ranker.atomic import locked, replacing_folder
 from ranker.data.manifest import MANIFEST_FILE, Manifest
-from ranker.data.prepare.days import Step, write_days
+from ranker.data.prepare.buckets import Step
+from ranker.data.prepare.days import write_days
 from ranker.data.prepare.kuairand import kuairand_files, kuairand_recipe
 from ranker.data.prepare.movielens import movielens_files, movielens_recipe
 from ranker.data.prepare.recipe import CODE_VERSION, Recipe, fingerprint

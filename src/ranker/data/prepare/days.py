@@ -7,8 +7,7 @@ buckets of whole minutes, and each bucket is deduplicated, sorted, finished and 
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -19,20 +18,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ranker.data.manifest import FileEntry, day_file, sha256_of
+from ranker.data.prepare.buckets import SLOT_MS, Step, bucket_starts, deal
 from ranker.data.prepare.recipe import TIME, Recipe
 from ranker.data.schema import Schema, Task
+from ranker.data.times import DAY_MS
 from ranker.errors import UserError
 
-DAY_MS = 86_400_000
 ROW_GROUP = 65_536
-SLOT_MS = 60_000  # exact duplicates have the same time, so any cut by time keeps them together
-BUCKET_ROWS = 262_144
-DEALT_ROWS = 262_144  # rows distributed at a time
 FIRST_TIME_MS = 100_000_000_000  # 1973; a log that starts earlier has times in seconds
-
-# ``step(words, total=None)``: a context manager around one step of a progress bar. It yields a function to call with
-# the number of rows done since the last call.
-Step = Callable[..., AbstractContextManager[Callable[[int], None]]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,19 +55,25 @@ def write_days(recipe: Recipe, root: Path, *, staging: Path, step: Step) -> Writ
     """
     raw = _stage(recipe, staging, step)
     counts = _rows_by_slot(raw)
-    starts, total = _bucket_starts(counts), sum(counts.values())
-    buckets = [raw] if len(starts) == 1 else _deal(raw, starts, staging, total=total, step=step)
+    starts, total = bucket_starts(counts), sum(counts.values())
+    buckets = deal(raw, starts, staging, time=TIME, total=total, step=step)
     with step("sorting and writing", total) as advance, _DayFiles(root, recipe.schema) as files:
         for bucket in buckets:
             frame = pl.read_parquet(bucket)
             rows = len(frame)
             for path in bucket:
                 path.unlink()
-            # Sorting by all columns makes the order of rows of the same time a property of the data.
-            frame = frame.unique(maintain_order=False).sort([TIME, *sorted(c for c in frame.columns if c != TIME)])
-            files.add(recipe.finish(frame))
+            files.add(recipe.finish(in_order(frame)))
             advance(rows)
     return Written(entries=tuple(files.entries), rows_read=total)
+
+
+def in_order(rows: pl.DataFrame) -> pl.DataFrame:
+    """The rows without exact duplicates, in time order.
+
+    Sorting by all columns makes the order of rows of the same time a property of the data.
+    """
+    return rows.unique(maintain_order=False).sort([TIME, *sorted(c for c in rows.columns if c != TIME)])
 
 
 def _stage(recipe: Recipe, staging: Path, step: Step) -> list[Path]:
@@ -113,39 +112,6 @@ def _rows_by_slot(raw: Sequence[Path]) -> dict[int, int]:
     if table[TIME][0] < FIRST_TIME_MS:
         raise UserError(f"a row's time is {table[TIME][0]} ms after 1970, too early to be real; is it in seconds?")
     return dict(zip(table["slot"].to_list(), table["len"].to_list(), strict=True))
-
-
-def _bucket_starts(counts: Mapping[int, int]) -> list[int]:
-    """First slots of buckets of at most BUCKET_ROWS rows each, unless a single slot has more."""
-    starts: list[int] = []
-    held = 0
-    for slot, rows in counts.items():
-        if not starts or held + rows > BUCKET_ROWS:
-            starts.append(slot)
-            held = 0
-        held += rows
-    return starts
-
-
-def _deal(raw: Sequence[Path], starts: Sequence[int], staging: Path, *, total: int, step: Step) -> list[list[Path]]:
-    """Writes each row into the file of its bucket, a piece of the sources at a time."""
-    paths = [staging / f"bucket-{i}.parquet" for i in range(len(starts))]
-    with ExitStack() as stack, step("dealing out by time", total) as advance:
-        writers: dict[int, pq.ParquetWriter] = {}
-        for source in raw:
-            for piece in pq.ParquetFile(source).iter_batches(batch_size=DEALT_ROWS):
-                frame = pl.DataFrame(pl.from_arrow(piece))
-                cuts = pl.Series([start * SLOT_MS for start in starts])
-                number = cuts.search_sorted(frame[TIME], side="right") - 1
-                for (bucket,), part in frame.group_by(number.alias("bucket")):
-                    table = pa.table(part.to_arrow())
-                    if bucket not in writers:
-                        writer = pq.ParquetWriter(paths[bucket], table.schema, compression="lz4")
-                        writers[bucket] = stack.enter_context(writer)
-                    writers[bucket].write_table(table)
-                advance(len(frame))
-            source.unlink()
-    return [[path] for path in paths]
 
 
 class _DayFiles:

@@ -13,7 +13,8 @@ import pyarrow.parquet as pq
 from ranker.atomic import locked, replacing_folder
 from ranker.data.column_roles import reads_as, time_format
 from ranker.data.manifest import Manifest
-from ranker.data.prepare.days import Step, write_days
+from ranker.data.prepare.buckets import Step
+from ranker.data.prepare.days import write_days
 from ranker.data.prepare.recipe import TIME, Recipe
 from ranker.data.raw_log import RawLog, RawProfile, profiled
 from ranker.data.raw_values import as_time_ms, converted
