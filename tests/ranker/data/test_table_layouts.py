@@ -241,7 +241,7 @@ def test_a_run_on_many_files_a_day_resumes_exactly_and_evaluation_reads_only_its
     log = ParquetLog(str(root))
     plan = plan_windows(log, window=15, batch_size=6)
     one = [batch.row_B.tolist() for batch in WindowedLoader(log, plan=plan, seed=3)]
-    assert sorted(sum(one, [])) == list(range(40))
+    assert sorted(row for batch in one for row in batch) == list(range(40))
     for start in (1, 4):
         rest = WindowedLoader(ParquetLog(str(root)), plan=plan, seed=3, start_batch=start, num_workers=0)
         assert [batch.row_B.tolist() for batch in rest] == one[start:]
