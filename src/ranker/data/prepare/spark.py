@@ -95,7 +95,8 @@ class Cluster:
         def deal(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
             for batch in batches:
                 for i in batch.column(0).to_pylist():
-                    yield from _dealt(*pieces[i], starts)
+                    path, groups = pieces[i]
+                    yield from _dealt(path, groups, starts)
 
         def write(key: tuple[pa.Scalar, ...], parts: pa.Table) -> pa.Table:
             entry = _written(parts, root=root, name=names[key[0].as_py()], recipe=plain)
