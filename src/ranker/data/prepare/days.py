@@ -64,7 +64,7 @@ def write_days(recipe: Recipe, root: Path, *, staging: Path, step: Step) -> Writ
     counts = _rows_by_slot(raw)
     starts, total = _bucket_starts(counts), sum(counts.values())
     buckets = [raw] if len(starts) == 1 else _deal(raw, starts, staging, total=total, step=step)
-    with step("sorting and writing", total) as advance, _DayFiles(root, recipe.schema) as files:
+    with step("sorting and writing", total) as advance, DayFiles(root, recipe.schema) as files:
         for bucket in buckets:
             frame = pl.read_parquet(bucket)
             rows = len(frame)
@@ -148,7 +148,7 @@ def _deal(raw: Sequence[Path], starts: Sequence[int], staging: Path, *, total: i
     return [[path] for path in paths]
 
 
-class _DayFiles:
+class DayFiles:
     """Cuts finished rows in ascending time by UTC day and writes one file per day. A context manager.
 
     Args:
@@ -164,7 +164,7 @@ class _DayFiles:
         self._root, self._schema = root, schema
         self._day: _Day | None = None
 
-    def __enter__(self) -> _DayFiles:
+    def __enter__(self) -> DayFiles:
         return self
 
     def __exit__(
