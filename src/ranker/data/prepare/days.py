@@ -57,7 +57,7 @@ def write_days(recipe: Recipe, root: Path, *, staging: Path, step: Step) -> Writ
     counts = _rows_by_slot(raw)
     starts, total = bucket_starts(counts), sum(counts.values())
     buckets = deal(raw, starts, staging, time=TIME, total=total, step=step)
-    with step("sorting and writing", total) as advance, _DayFiles(root, recipe.schema) as files:
+    with step("sorting and writing", total) as advance, DayFiles(root, recipe.schema) as files:
         for bucket in buckets:
             frame = pl.read_parquet(bucket)
             rows = len(frame)
@@ -114,7 +114,7 @@ def _rows_by_slot(raw: Sequence[Path]) -> dict[int, int]:
     return dict(zip(table["slot"].to_list(), table["len"].to_list(), strict=True))
 
 
-class _DayFiles:
+class DayFiles:
     """Cuts finished rows in ascending time by UTC day and writes one file per day. A context manager.
 
     Args:
@@ -130,7 +130,7 @@ class _DayFiles:
         self._root, self._schema = root, schema
         self._day: _Day | None = None
 
-    def __enter__(self) -> _DayFiles:
+    def __enter__(self) -> DayFiles:
         return self
 
     def __exit__(
