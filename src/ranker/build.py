@@ -33,7 +33,7 @@ from ranker.models import Ranker
 from ranker.runs import lineage, log_identity, objective
 from ranker.runs.config_identity import cell_hash
 from ranker.runs.run_folder import RunFolder
-from ranker.training import trackers
+from ranker.training import lean_loop, trackers
 from ranker.training.bookkeeping import Bookkeeping
 from ranker.training.checkpoints import Checkpoints, DurableCheckpointIO
 from ranker.training.interruption import Interruption
@@ -361,6 +361,7 @@ def _trainer(cfg: DictConfig, folder: RunFolder, callbacks: list[Callback], logg
     if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # a user's own stays
         trainer.strategy.checkpoint_io = DurableCheckpointIO()
     leave_signals(trainer)
+    lean_loop.use(trainer)
     return trainer
 
 

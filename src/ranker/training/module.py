@@ -6,7 +6,7 @@ import logging
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import pytorch_lightning as pl
 import torch
@@ -32,7 +32,8 @@ from ranker.runs.run_folder import (
     TRAIN_AUC,
     TRAIN_AUC_BY_RANK,
 )
-from ranker.training.training_step import StepSignals, clip_gradients, forward_loss, step_signals
+from ranker.training.deferred_signals import DeferredSignals, LateSignals
+from ranker.training.training_step import Seen, clip_gradients, forward_loss
 from ranker.training.weight_average import WeightAverage
 
 log = logging.getLogger(__name__)
@@ -116,10 +117,10 @@ class RankingModule(pl.LightningModule):
         make_metrics = metrics or (lambda: TaskMetrics(schema))
         self.holdout_metrics, self.progressive_metrics = make_metrics(), make_metrics()
         self.last_progressive: tuple[int, Mapping[str, float]] | None = None  # window that was scored last, metrics
-        self.signals: StepSignals | None = None
-        # Step, losses, AUCs and learning rate, unread on the device. A verdict comes some hundred steps after the first
-        # step of its event.
-        self._unrecorded: deque[tuple[int, Tensor, Tensor, float]] = deque(maxlen=KEPT_SIGNALS)
+        self._late = DeferredSignals(self)
+        self.signals: LateSignals | None = None  # of the last batch
+        # Steps, their signals and learning rates. A verdict comes some hundred steps after the first step of its event.
+        self._unrecorded: deque[tuple[int, LateSignals | Recent, float]] = deque(maxlen=KEPT_SIGNALS)
         self.holdout: dict[str, float] = {}
         self.holdout_notes: dict[str, str] = {}
         self.holdout_intervals: dict[str, tuple[float, float]] = {}
@@ -169,14 +170,16 @@ class RankingModule(pl.LightningModule):
         """Forward pass and loss; keeps the signals that the divergence detector and the progress bar read."""
         logits_BT, loss = forward_loss(self, batch)
         reduce = self.trainer.strategy.reduce  # each rank has the share of its rows
-        self.signals = step_signals(
-            self,
-            logits_BT,
-            batch.labels_BT,
-            batch.mask_BT,
-            losses_T=cast(Tensor, reduce(loss.task_T, reduce_op="mean")),
-            weight_B=batch.weight_B,
-            ranking_T=None if loss.ranking_T is None else cast(Tensor, reduce(loss.ranking_T, reduce_op="mean")),
+        ranking_T = None if loss.ranking_T is None else cast(Tensor, reduce(loss.ranking_T, reduce_op="mean"))
+        self.signals = self._late.add(
+            Seen(
+                logits_BT=logits_BT.detach(),
+                labels_BT=batch.labels_BT,
+                mask_BT=batch.mask_BT,
+                losses_T=cast(Tensor, reduce(loss.task_T, reduce_op="mean")).detach(),
+                weight_B=batch.weight_B,
+                ranking_T=ranking_T,
+            )
         )
         return loss.total
 
@@ -194,10 +197,8 @@ class RankingModule(pl.LightningModule):
         """Writes the numbers of the last step every ``log_every`` steps; reading them waits for the device."""
         if self.signals is None:
             return
-        lr = self.optimizers().param_groups[0]["lr"]  # type: ignore[union-attr]
-        losses, ranking_T = self.signals.losses_T, self.signals.ranking_T
-        losses = losses if ranking_T is None else torch.stack([losses, ranking_T])
-        last = (self.global_step, losses, self.signals.auc_T, float(lr))
+        lr = self.trainer.optimizers[0].param_groups[0]["lr"]
+        last = (self.global_step, self.signals, float(lr))
         if self.global_step % self.log_every:
             self._unrecorded.append(last)
             return
@@ -209,10 +210,10 @@ class RankingModule(pl.LightningModule):
             if numbers[0] == step:
                 self._record_signals(*numbers)
 
-    def _record_signals(self, step: int, losses: Tensor, auc_T: Tensor, lr: float) -> None:
-        """Writes a step's numbers; ``losses`` is [T], or [2, T] with the ranking losses."""
-        losses_T, ranking_T = losses if losses.dim() == 2 else (losses, None)
-        values = step_values(self.schema, losses_T.tolist(), auc_T.tolist(), lr)
+    def _record_signals(self, step: int, signals: LateSignals | Recent, lr: float) -> None:
+        """Writes a step's numbers."""
+        losses_T, ranking_T = signals.losses_T, signals.ranking_T
+        values = step_values(self.schema, losses_T.tolist(), signals.auc_T.tolist(), lr)
         if ranking_T is not None and self.loss.ranking is not None:
             trained_T = self.loss.combined(losses_T, ranking_T.to(losses_T)).tolist()
             values[names.TRAIN_LOSS] = sum(t.weight * x for t, x in zip(self.schema.tasks, trained_T, strict=True))
@@ -319,12 +320,12 @@ class RankingModule(pl.LightningModule):
             "schema": self.schema.to_dict(),
         }
         if self._unrecorded:
-            steps, losses, aucs, rates = zip(*self._unrecorded, strict=True)
+            steps, signals, rates = zip(*self._unrecorded, strict=True)
             checkpoint[RECENT] = {
                 "steps": list(steps),
                 "lr": list(rates),
-                "losses": torch.stack(losses).cpu(),
-                "auc": torch.stack(aucs).cpu(),
+                "losses": torch.stack([_losses(x) for x in signals]).cpu(),
+                "auc": torch.stack([x.auc_T for x in signals]).cpu(),
             }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -332,8 +333,9 @@ class RankingModule(pl.LightningModule):
         self._saved_settings = checkpoint.get(OPTIMIZER_SETTINGS)
         self._saved_average = checkpoint.get(AVERAGE)
         if recent := checkpoint.get(RECENT):  # missing in older checkpoints
-            rows = zip(recent["steps"], recent["losses"], recent["auc"], recent["lr"], strict=True)
-            self._unrecorded.extend(rows)
+            for step, losses, auc_T, lr in zip(*(recent[key] for key in ("steps", "losses", "auc", "lr")), strict=True):
+                losses_T, ranking_T = losses if losses.dim() == 2 else (losses, None)
+                self._unrecorded.append((step, Recent(losses_T, auc_T, ranking_T), lr))
         by_rank = checkpoint.get(TRAIN_AUC_BY_RANK)
         if by_rank is None:
             return
@@ -368,6 +370,14 @@ class RankingModule(pl.LightningModule):
         self.holdout_metrics.reset()
         self.holdout = {f"{phase}/{name}": value for name, value in values.items()}
         self.record(over_time(phase, values), step=self.holdout_step)
+
+
+class Recent(NamedTuple):
+    """What a checkpoint keeps of the signals of a recent step; see ``StepSignals``."""
+
+    losses_T: Tensor
+    auc_T: Tensor
+    ranking_T: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -454,6 +464,12 @@ def scale_lr(trainer: pl.Trainer, factor: float, *, group: int | None = None) ->
                 settings[name] = settings[name] * factor
         for config in trainer.lr_scheduler_configs:
             config.scheduler.base_lrs[number] = config.scheduler.base_lrs[number] * factor
+
+
+def _losses(signals: LateSignals | Recent) -> Tensor:
+    """The losses of a step, [T], or [2, T] with the ranking losses."""
+    both = signals.losses_T, signals.ranking_T
+    return both[0] if both[1] is None else torch.stack([both[0], both[1]])
 
 
 def _is_plain(value: Any) -> bool:

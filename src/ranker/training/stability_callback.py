@@ -196,8 +196,11 @@ class Stability(Callback):
             self.rollback.after_step(fit)
         if self.divergence and detector:
             if completed:
-                signals = signals.after_step(detector.step_cut)
-            detector.update(step, **reduce_signals(**signals.as_dict()))
+                signals.after_step(detector.step_cut)
+            if signals.is_known:
+                detector.update(step, **reduce_signals(**signals.values.as_dict()))
+            else:
+                detector.update_late(step, signals.packed)
             self._record_step_cut(fit, detector)
             if completed and step % self.divergence.poll_every == 0:
                 events = self._poll(fit, detector)
