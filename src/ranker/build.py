@@ -35,6 +35,7 @@ from ranker.runs.config_identity import cell_hash
 from ranker.runs.run_folder import RunFolder
 from ranker.training import lean_loop, trackers
 from ranker.training.bookkeeping import Bookkeeping
+from ranker.training.boundaries import Boundaries
 from ranker.training.checkpoints import Checkpoints, DurableCheckpointIO
 from ranker.training.interruption import Interruption
 from ranker.training.lightning_private import leave_signals
@@ -151,9 +152,13 @@ def build(cfg: DictConfig, folder: RunFolder, checkpoint: Path | None, parent: P
         module.warm_start = warm_start
     datamodule = build_data(cfg, log, wrap_training=lambda loader: stability.overheard(bookkeeping.timed(loader)))
     tasks = {task.name: task.type for task in log.schema.tasks}
+    again = warm_start_settings(cfg)
+    if again.at_windows:
+        others = [Boundaries(again, stability), *others]
     checkpoints = Checkpoints(
         folder.checkpoints,
         every=cfg.train.checkpoint_every,
+        windows=again.at_windows,
         best_by=objective.chosen(cfg.objective, objective.metrics_of(tasks, more=module.holdout_metrics.names())),
         interruption=interruption,
         healthy=lambda: is_healthy(stability.detector),

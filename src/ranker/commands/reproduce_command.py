@@ -15,10 +15,10 @@ from ranker.atomic import write_text
 from ranker.cli import command
 from ranker.errors import UserError, suggest
 from ranker.installation import clone
-from ranker.paper.jobs import DATA, LABELS, QUICK, Data, Setting, launch
+from ranker.paper.jobs import DATA, LABELS, QUICK, Data, Job, Setting, launch
 from ranker.paper.published import BY_NAME, STUDIES, differences, folder_of, load_found, publish, render
-from ranker.paper.store import unique
-from ranker.paper.study import Study
+from ranker.paper.store import find, unique
+from ranker.paper.study import Phase, Study
 
 TRAIN = Path(__file__).with_name("train.py")
 SLICE = "kuairand_pure_slice"
@@ -110,12 +110,15 @@ def make(
     for need in study.needs:
         found |= load_found(BY_NAME[need], folder)
     for phase in study.phases:
-        jobs = phase.jobs(setting, found)
-        print(f"{study.name}: {phase.name}, {len(jobs)} runs", flush=True)
-        if jobs and run:
-            launch(TRAIN, sweep, unique(jobs), parallel=parallel, vectorize=vectorize)
-        # Runs of models that were asked for at another time stay in the results.
-        every = jobs if setting.quick else phase.jobs(replace(setting, models=tuple(LABELS)), found)
+        if phase.rounds is not None:
+            jobs = every = _rounds(study, phase, setting, sweep, parallel=parallel, run=run, vectorize=vectorize)
+        else:
+            jobs = phase.jobs(setting, found)
+            print(f"{study.name}: {phase.name}, {len(jobs)} runs", flush=True)
+            if jobs and run:
+                launch(TRAIN, sweep, unique(jobs), parallel=parallel, vectorize=vectorize)
+            # Runs of models that were asked for at another time stay in the results.
+            every = jobs if setting.quick else phase.jobs(replace(setting, models=tuple(LABELS)), found)
         runs, missing = phase.read(setting, sweep, every)
         missing = [job for job in missing if job in jobs]
         if missing:
@@ -133,6 +136,21 @@ def make(
     if study.draw is not None:
         study.draw(setting.data, found, folder / study.name)
     print(text, path, sep="\n", flush=True)
+
+
+def _rounds(
+    study: Study, phase: Phase, setting: Setting, sweep: Path, *, parallel: int, run: bool, vectorize: int
+) -> list[Job]:
+    """Launches a phase round by round; returns the jobs of all rounds."""
+    assert phase.rounds is not None
+    jobs: list[Job] = []
+    for made in phase.rounds(setting, sweep):
+        jobs += made.jobs
+        missing = find(made.folder, made.jobs)[1] if run else []
+        if missing:
+            print(f"{study.name}: {phase.name}, {made.folder.name}, {len(missing)} runs", flush=True)
+            launch(TRAIN, made.folder, unique(missing), parallel=parallel, vectorize=vectorize)
+    return jobs
 
 
 def _root() -> Path:

@@ -235,6 +235,11 @@ class RankingDataModule(pl.LightningDataModule):
         last_ms = self.log.time_at_row((stop - 1) % self.log.train_rows)
         return self._windows_before + window + 1, rows, last_ms
 
+    @property
+    def at_window_end(self) -> bool:
+        """Whether the batch before ``position`` was the last of its window."""
+        return self.position > 0 and self._window_of(self.position) > self._window_of(self.position - 1)
+
     def join_bad_rows(self) -> None:
         """Adds the bad rows that other ranks found in their parts of the hold-out. All ranks must call it."""
         if not (dist.is_available() and dist.is_initialized()):

@@ -46,7 +46,9 @@ ADDED = {
     "train.epochs": 1,
     "train.average_decay": 0,
     "data.log.row_weights": 0,
+    "data.log.first_day": 0,
     "data.keep_groups": None,
+    "warm_start.at_windows": False,
     "loss": {"name": "pointwise"},
 }
 # What a resolved configuration repeats elsewhere: the learning rate in data.base_lr and lr_mult, widths in model.net.
@@ -102,7 +104,8 @@ def _identifying(cfg: DictConfig) -> dict[str, Any]:
     callbacks = plain.get("callbacks")
     if isinstance(callbacks, dict) and not (callbacks.get("early_stop") or {}).get("patience", 0):
         callbacks.pop("early_stop", None)  # switched off: as in runs from before there was the option
-    if isinstance(start := plain.get("warm_start"), dict) and start.get("path") is None:
+    start = plain.get("warm_start")
+    if isinstance(start, dict) and start.get("path") is None and "at_windows" not in start:
         del plain["warm_start"]  # as in runs from before there was the option
     data = plain.get("data")
     if isinstance(data, dict) and "root" in data:  # the former name of data.source: a run has one hash by either

@@ -99,6 +99,7 @@ class RankingModule(pl.LightningModule):
         self.lr = lr
         self.optimizer_factory = optimizer
         self._warmup_steps, self._rewarm_steps = warmup_steps, rewarm_steps
+        self.rewarm_from = 0  # the step whose rate is the lowest of the newest warm-up
         self._before = before
         self.warm_start: Callable[[Fit], None] | None = None
         self.average_decay = average_decay
@@ -260,12 +261,26 @@ class RankingModule(pl.LightningModule):
         self._settings = settings_of(optimizer)
         if not (self._warmup_steps or self._rewarm_steps):
             return optimizer
+        schedule = LambdaLR(optimizer, lambda step: self._rate(step))  # a bound method would be saved with it
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def _rate(self, step: int) -> float:
+        """Factor of the learning rate at a step, from 0: the warm-up of all runs so far, times the newest one."""
         steps, again = self._warmup_steps or 1, self._rewarm_steps or 1
         earlier = int((self._before or {}).get("steps", 0))
-        schedule = LambdaLR(
-            optimizer, lambda step: min(1.0, (earlier + step + 1) / steps) * min(1.0, (step + 1) / again)
-        )
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        since = step - self.rewarm_from
+        # A rollback may have gone back to before the newest warm-up, which then comes again.
+        return min(1.0, (earlier + step + 1) / steps) * (min(1.0, (since + 1) / again) if since >= 0 else 1.0)
+
+    def rewarm(self) -> None:
+        """Lets the learning rate rise from 0 again over ``rewarm_steps``, from the next step on."""
+        if not self._rewarm_steps:
+            return
+        self.rewarm_from = self.trainer.global_step
+        for config in self.trainer.lr_scheduler_configs:
+            schedule = cast(LambdaLR, config.scheduler)
+            for group, base in zip(schedule.optimizer.param_groups, schedule.base_lrs, strict=True):
+                group["lr"] = base * self._rate(schedule.last_epoch)
 
     def make_optimizer(self) -> Optimizer:
         """A new optimizer over all parameters."""

@@ -78,6 +78,8 @@ def _of_training(cfg: DictConfig) -> Iterator[str]:
         yield "resume"
     if OmegaConf.select(cfg, "warm_start.path") is not None or OmegaConf.select(cfg, "warm_start.parent") is not None:
         yield "warm_start"
+    if OmegaConf.select(cfg, "warm_start.at_windows"):
+        yield "warm_start.at_windows"
     if OmegaConf.select(cfg, "loss.name", default="pointwise") != "pointwise":
         yield f"loss={cfg.loss.name}"
     if cfg.train.get("average_decay"):
