@@ -62,7 +62,8 @@ def prepare(arguments: Sequence[str] | None = None) -> int:
         "kind",
         choices=[*sorted(RECIPES), OWN, REWRITE, SYNTHETIC],
         help=f"the data set; {OWN}: CSV or Parquet of your own, with --schema; {REWRITE}: Parquet with a "
-        f"schema.yaml, sorted by time, one file per day, large row groups; {SYNTHETIC}: the log that data=synthetic generates",
+        "schema.yaml, sorted by time, one file per day, large row groups; "
+        f"{SYNTHETIC}: the log that data=synthetic generates",
     )
     parser.add_argument(
         "source",
