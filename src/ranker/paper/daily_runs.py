@@ -234,12 +234,14 @@ def days_of(run: Walked, *, data: Data) -> list[dict[str, Any]]:
     """The rows of a run, one per day; of a model from random weights one, for the last of its days.
 
     Columns: optim, way, lr_mult, seed, day (0: the first), fresh (the run begins with random weights on this day),
-    status (lost: the day is skipped), steps, event_step (first step of the divergence, counted from midnight, on the day
-    on which it began), auc and ne of the model that is served on that day, before it is trained on it; auc_after and
-    ne_after of the last model on the day after; loss_first (highest of the first steps), loss_rest (median of the
-    others), move_first and move_rest (largest move of a weight of the shared layers in a step, lr * sigma * max |r|:
-    highest of the first steps, median of the others), sigma_first and sigma_rest (smallest of the shared layers' sigma in
-    the first steps, median of the others), commit, machine.
+    status (lost: the day is skipped), steps, event_step (first step of the divergence, counted from midnight, on the
+    day on which it began), commit, machine, and
+
+        auc, ne                  of the model that is served on that day, before it is trained on it
+        auc_after, ne_after      of the last model, on the day after
+        loss_first, loss_rest    highest training loss of the first steps, median of the other steps
+        move_first, move_rest    largest move of a weight of the shared layers in a step, lr * sigma * max |r|, likewise
+        sigma_first, sigma_rest  smallest sigma of the shared layers, lowest of the first steps, median of the others
     """
     part, cell, known = run.part, run.part.cell, row_of(run.part.job, run.path, run.summary)
     event = known["full_step"] if known["full_step"] is not None else known["first_step"]
@@ -302,9 +304,9 @@ def _column(steps: pl.DataFrame, name: str) -> dict[int, float]:
     if name not in steps.columns:
         return {}
     known = steps.select("step", pl.col(name).cast(pl.Float64)).drop_nulls().drop_nans()
-    return dict(known.iter_rows())
+    return dict(zip(known["step"].to_list(), known[name].to_list(), strict=True))
 
 
 def _only(rows: pl.DataFrame, name: str) -> float | None:
-    known = rows[name].cast(pl.Float64).drop_nulls() if name in rows.columns else []
-    return float(known[0]) if len(known) else None
+    known: list[float] = rows[name].cast(pl.Float64).drop_nulls().to_list() if name in rows.columns else []
+    return known[0] if known else None
