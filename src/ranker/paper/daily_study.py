@@ -79,8 +79,8 @@ def _setting(data: Data, runs: pl.DataFrame) -> str:
     return (
         f"Small at {', '.join(f'{x:g}x' for x in rate)}, {calendar.days} days of about {calendar.rows:,} rows, {seeds} "
         f"{'seed' if seeds == 1 else 'seeds'}. A day whose model is lost is skipped: the next day begins with the "
-        "model from before it. There is no gate and no second try. The endless run is the chain with accumulators kept, bit "
-        "for bit, until it is first lost, and ends there.\n"
+        "model from before it. There is no gate and no second try. The endless run is the chain with accumulators "
+        "kept, bit for bit, until it is first lost, and ends there.\n"
     )
 
 
