@@ -28,18 +28,18 @@ from ranker.runs.run_folder import METRICS, RunFolder, whole_lines
 from ranker.training.resumption import sound_checkpoint
 
 METHODS = ("adagrad", "gc", "clippy")
-RATES = {"kuairand": (1.0, 0.25), "synthetic": (1.0,)}
+RATES = (1.0,)
 SCRATCH = "scratch"
 WAYS: dict[str, Job] = {
     "keep": (),
     "reset": ("warm_start.accumulators=reset",),
-    "rewarm": ("warm_start.accumulators=reset", "warm_start.warmup_steps=20"),
     "decay": ("warm_start.accumulators=decay",),
     "floor": ("warm_start.accumulators=floor",),
 }
 SCRATCH_DAYS = 7  # that a model from random weights is trained on
-SCRATCH_EVERY = {"kuairand": 3, "synthetic": 5}  # days between two such models
+SCRATCH_EVERY = {"kuairand": 6, "synthetic": 10}  # days between two such models
 HALF_LIFE_DAYS = 3
+MAX_PARTS = 6  # runs of a chain; one that was lost so often is not followed further
 FIRST_STEPS = 5  # of a day, after the boundary
 ROLES = ("bottom_first", "bottom_top")
 FOLLOWED: Job = (
@@ -69,11 +69,13 @@ class Calendar:
         days: that are trained on; one more is the hold-out of the last.
         rows: of a day, about.
         first: the first day of a log of files; None for the stream.
+        more: other overrides of each job.
     """
 
     days: int
     rows: int
     first: dt.date | None = None
+    more: Job = ()
 
     def job(self, first: int, last: int) -> Job:
         """Overrides that train on days first .. last and hold out the day after."""
@@ -86,7 +88,7 @@ class Calendar:
 
 CALENDARS = {
     "kuairand": Calendar(days=13, rows=15_000, first=dt.date(2022, 4, 25)),
-    "synthetic": Calendar(days=30, rows=12_800),
+    "synthetic": Calendar(days=30, rows=6_400, more=("train.warmup_steps=100",)),
 }
 
 
@@ -148,12 +150,11 @@ def parts(setting: Setting, folder: Path) -> Iterator[tuple[Round, list[Part]]]:
     calendar = CALENDARS[setting.data.name]
     days = 3 if setting.quick else calendar.days
     ways = tuple(WAYS)[:2] if setting.quick else tuple(WAYS)
-    rates = RATES[setting.data.name][: 1 if setting.quick else None]
-    axes = [(m, r, s) for r in rates for s in setting.seed_list for m in METHODS]
+    axes = [(m, r, s) for r in RATES for s in setting.seed_list for m in METHODS]
 
     def part(cell: Cell, first: int, last: int, *more: str, warm: bool = False) -> Part:
         own = (f"optim={cell.optim}", f"lr_mult={cell.lr_mult:g}", f"seed={cell.seed}", f"tags=[{cell.way}]")
-        job = (*setting.common, *FOLLOWED, *own, *calendar.job(first, last), *more)
+        job = (*setting.common, *FOLLOWED, *calendar.more, *own, *calendar.job(first, last), *more)
         return Part(cell, first, last, warm, job)
 
     def between(way: str) -> Job:
@@ -162,7 +163,7 @@ def parts(setting: Setting, folder: Path) -> Iterator[tuple[Round, list[Part]]]:
 
     todo = [part(Cell(m, way, r, s), 0, days - 1, *between(way)) for way in ways for m, r, s in axes]
     number = 0
-    while todo:
+    while todo and number < MAX_PARTS:
         made = Round(folder / f"part_{number:02d}", [each.job for each in todo])
         yield made, todo
         found = [each for each in walked(todo, made) if each is not None]
@@ -233,12 +234,14 @@ def days_of(run: Walked, *, data: Data) -> list[dict[str, Any]]:
     """The rows of a run, one per day; of a model from random weights one, for the last of its days.
 
     Columns: optim, way, lr_mult, seed, day (0: the first), fresh (the run begins with random weights on this day),
-    status (lost: the day is skipped), steps, event_step (first step of the divergence, counted from midnight, on the day
-    on which it began), auc and ne of the model that is served on that day, before it is trained on it; auc_after and
-    ne_after of the last model on the day after; loss_first (highest of the first steps), loss_rest (median of the
-    others), move_first and move_rest (largest move of a weight of the shared layers in a step, lr * sigma * max |r|:
-    highest of the first steps, median of the others), sigma_first and sigma_rest (smallest of the shared layers' sigma in
-    the first steps, median of the others), commit, machine.
+    status (lost: the day is skipped), steps, event_step (first step of the divergence, counted from midnight, on the
+    day on which it began), commit, machine, and
+
+        auc, ne                  of the model that is served on that day, before it is trained on it
+        auc_after, ne_after      of the last model, on the day after
+        loss_first, loss_rest    highest training loss of the first steps, median of the other steps
+        move_first, move_rest    largest move of a weight of the shared layers in a step, lr * sigma * max |r|, likewise
+        sigma_first, sigma_rest  smallest sigma of the shared layers, lowest of the first steps, median of the others
     """
     part, cell, known = run.part, run.part.cell, row_of(run.part.job, run.path, run.summary)
     event = known["full_step"] if known["full_step"] is not None else known["first_step"]
@@ -301,9 +304,9 @@ def _column(steps: pl.DataFrame, name: str) -> dict[int, float]:
     if name not in steps.columns:
         return {}
     known = steps.select("step", pl.col(name).cast(pl.Float64)).drop_nulls().drop_nans()
-    return dict(known.iter_rows())
+    return dict(zip(known["step"].to_list(), known[name].to_list(), strict=True))
 
 
 def _only(rows: pl.DataFrame, name: str) -> float | None:
-    known = rows[name].cast(pl.Float64).drop_nulls() if name in rows.columns else []
-    return float(known[0]) if len(known) else None
+    known: list[float] = rows[name].cast(pl.Float64).drop_nulls().to_list() if name in rows.columns else []
+    return known[0] if known else None

@@ -67,7 +67,7 @@ class Boundaries(Callback):
         if how == "reset":
             optimizer.state.clear()  # each tensor's state is made at the next step, as that of a new optimizer
         else:
-            now = state_by_name(fit.module.net, optimizer)  # type: ignore[arg-type]
+            now = state_by_name(fit.module.net, optimizer)
             wanted = accumulators.changed(now, optimizer.param_groups, self._settings, rows=rows)
             for name, state in wanted.items():
                 for key, value in state.items():

@@ -261,7 +261,7 @@ class RankingModule(pl.LightningModule):
         self._settings = settings_of(optimizer)
         if not (self._warmup_steps or self._rewarm_steps):
             return optimizer
-        schedule = LambdaLR(optimizer, lambda step: self._rate(step))  # a bound method would be saved with it
+        schedule = LambdaLR(optimizer, lambda step: self._rate(step))  # noqa: PLW0108  the schedule saves any other callable
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def _rate(self, step: int) -> float:
