@@ -47,6 +47,7 @@ ADDED = {
     "train.average_decay": 0,
     "data.log.row_weights": 0,
     "data.keep_groups": None,
+    "data.strips": 1,
     "loss": {"name": "pointwise"},
 }
 # What a resolved configuration repeats elsewhere: the learning rate in data.base_lr and lr_mult, widths in model.net.
