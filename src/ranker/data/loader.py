@@ -284,18 +284,18 @@ class EvalLoader:
         """Batch ``number`` of this rank: a range of its part of the blocks' rows, counted from the first block's."""
         low, high = share(self._starts[-1], rank=self._rank, world_size=self._world_size)
         size = -(-self._batch_size // self._world_size)
-        begin, end = (min(low + i * size, high) for i in (number, number + 1))
+        start, stop = (min(low + i * size, high) for i in (number, number + 1))
+        rows = stop - start
         # An empty share still needs the columns, so one row is read and cut off.
-        first = begin = min(begin, self._starts[-1] - 1)
-        parts = []
-        while begin < max(end, first + 1):
-            block = bisect_right(self._starts, begin) - 1
-            stop = min(max(end, first + 1), self._starts[block + 1])
-            offset = self.blocks[block][0] - self._starts[block]
-            parts.append(self._log.read(begin + offset, stop + offset))
-            begin = stop
-        rows = (Batch.concat(parts) if len(parts) > 1 else parts[0]).slice(0, max(0, end - first))
-        return rows.pin_memory() if self._pin_memory else rows
+        start = start if rows else min(start, self._starts[-1] - 1)
+        parts, stop = [], max(stop, start + 1)
+        while start < stop:
+            block = bisect_right(self._starts, start) - 1
+            end, offset = min(stop, self._starts[block + 1]), self.blocks[block][0] - self._starts[block]
+            parts.append(self._log.read(start + offset, end + offset))
+            start = end
+        batch = (Batch.concat(parts) if len(parts) > 1 else parts[0]).slice(0, rows)
+        return batch.pin_memory() if self._pin_memory else batch
 
 
 class Inline(Executor):
