@@ -22,6 +22,7 @@ from pytorch_lightning.loggers.logger import Logger
 from pytorch_lightning.plugins.environments import SLURMEnvironment
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
+from ranker import launched
 from ranker.config import base_lr, is_sweep
 from ranker.data.datamodule import RankingDataModule
 from ranker.data.log import Log, Selected
@@ -32,7 +33,7 @@ from ranker.metrics import Intervals, RowMetric, TaskMetrics
 from ranker.models import Ranker
 from ranker.runs import lineage, log_identity, objective
 from ranker.runs.config_identity import cell_hash
-from ranker.runs.run_folder import RunFolder
+from ranker.runs.run_folder import RUN_DIR_VARIABLE, RunFolder
 from ranker.training import lean_loop, trackers
 from ranker.training.bookkeeping import Bookkeeping
 from ranker.training.boundaries import Boundaries
@@ -49,8 +50,6 @@ from ranker.training.warm_start import Parent, WarmStart
 from ranker.training.warm_start import settings_of as warm_start_settings
 
 _LOGGER = logging.getLogger(__name__)
-
-RUN_DIR_VARIABLE = "EVENKEEL_RUN_DIR"  # tells the processes started by DDP their folder
 
 # Arguments of Lightning's Trainer that a run sets itself, and the options for what they do.
 INSTEAD = {
@@ -224,6 +223,7 @@ def build_data(cfg: DictConfig, log: Log, **other: Any) -> RankingDataModule:
         "dense_statistics": cfg.data.dense_statistics,
         "passes": cfg.train.get("epochs", 1),  # missing in old runs
         "keep_groups": cfg.data.get("keep_groups"),  # likewise
+        "strips": cfg.data.get("strips", 1),  # likewise
         "windows_before": int((lineage.parent(cfg) or {}).get("windows", 0)),
     }
     return RankingDataModule(log, **(configured | other))
@@ -359,7 +359,7 @@ def _trainer(cfg: DictConfig, folder: RunFolder, callbacks: list[Callback], logg
         if name in cfg.trainer:
             raise UserError(f"trainer.{name} is set by this project; {INSTEAD.get(name, 'leave it out')}")
     try:
-        trainer: pl.Trainer = instantiate(cfg.trainer, **settings, _convert_="all")
+        trainer: pl.Trainer = instantiate(cfg.trainer, **settings, **_places(cfg), _convert_="all")
     except Exception as error:
         cause = error.__cause__ or error
         raise UserError(f"trainer: {' '.join(str(cause).split())}") from error
@@ -368,6 +368,33 @@ def _trainer(cfg: DictConfig, folder: RunFolder, callbacks: list[Callback], logg
     leave_signals(trainer)
     lean_loop.use(trainer)
     return trainer
+
+
+def _places(cfg: DictConfig) -> dict[str, int]:
+    """Machines and processes of each, where torchrun or srun has started them.
+
+    Their numbers are the launcher's, so that a command need not repeat them, and a restart on fewer machines can do.
+
+    Raises:
+        UserError: the configuration says something else.
+    """
+    found = launched.launch()
+    if found is None or found.size == 1:
+        return {}
+    asked = {"devices": found.local_size, "num_nodes": found.nodes}
+    if cfg.trainer.get("strategy", "auto") == "auto":
+        raise UserError(
+            f"{found.program} has started {found.size} processes, and trainer.strategy=auto trains in one; "
+            "add trainer=ddp"
+        )
+    for name, value in asked.items():
+        given = cfg.trainer.get(name, "auto")
+        if given != value and given not in (("auto", -1) if name == "devices" else ("auto", 1)):
+            raise UserError(
+                f"trainer.{name} is {given}, but {found.program} has started {found.size} processes on {found.nodes} "
+                f"machines; leave it out, or set trainer.devices={found.local_size} trainer.num_nodes={found.nodes}"
+            )
+    return asked
 
 
 def _quiet_lightning() -> None:

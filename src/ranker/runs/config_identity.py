@@ -49,6 +49,7 @@ ADDED = {
     "data.log.first_day": 0,
     "data.keep_groups": None,
     "warm_start.at_windows": False,
+    "data.strips": 1,
     "loss": {"name": "pointwise"},
 }
 # What a resolved configuration repeats elsewhere: the learning rate in data.base_lr and lr_mult, widths in model.net.
