@@ -5,10 +5,11 @@ PY := $(VENV)/bin/python
 STAMP := $(VENV)/.evenkeel-installed
 JOBS ?= 2
 EXAMPLES := build/examples
+SPARK := build/spark
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-slow test-attack test-examples check docs results-check wheel-check format lock clean
+.PHONY: help setup train test test-slow test-attack test-examples test-spark check docs results-check wheel-check format lock clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-13s %s\n", $$1, $$2}'
@@ -44,6 +45,13 @@ test-examples: $(STAMP)  ## run the examples for Hugging Face and torchrec too, 
 	@$(EXAMPLES)/bin/python -m pip install --quiet --no-deps -r examples/requirements.txt
 	@PYTHONPATH=src OMP_NUM_THREADS=1 $(EXAMPLES)/bin/python -m pytest -q tests/optim/test_framework_examples.py $(ARGS)
 
+test-spark: $(STAMP)  ## run the tests of prepare_data.py --engine spark in build/spark, an environment of their own (400 MB, Java 17)
+	@test -x $(SPARK)/bin/python || $(PY) -m venv $(SPARK)
+	@$(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+	  > $$($(SPARK)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/project.pth
+	@$(SPARK)/bin/python -m pip install --quiet --no-deps -r tests/requirements-spark.txt
+	@PYTHONPATH=$(CURDIR)/src OMP_NUM_THREADS=1 $(SPARK)/bin/python -m pytest -q tests/ranker/data/test_spark.py $(ARGS)
+
 check: $(STAMP)  ## lint, formatting, types, import contracts, the site of the docs
 	@$(PY) -m ruff check .
 	@$(PY) -m ruff format --check .
@@ -57,10 +65,24 @@ docs: $(STAMP)  ## build the site of the documentation into build/site; fails on
 	@NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict > build/docs.log 2>&1 || { cat build/docs.log; exit 1; }
 	@echo "build/site/index.html"
 
-results-check: $(STAMP)  ## compute every published table from the CSV files in results/; fails where a number differs
+results-test-spark: $(STAMP)  ## run the tests of prepare_data.py --engine spark in build/spark, an environment of their own (400 MB, Java 17)
+	@test -x $(SPARK)/bin/python || $(PY) -m venv $(SPARK)
+	@$(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+	  > $$($(SPARK)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/project.pth
+	@$(SPARK)/bin/python -m pip install --quiet --no-deps -r tests/requirements-spark.txt
+	@PYTHONPATH=$(CURDIR)/src OMP_NUM_THREADS=1 $(SPARK)/bin/python -m pytest -q tests/ranker/data/test_spark.py $(ARGS)
+
+check: $(STAMP)  ## compute every published table from the CSV files in results/; fails where a number differs
 	@$(PY) scripts/reproduce.py check
 
-wheel-check: $(STAMP)  ## build the wheel, install it into an empty environment in another folder and train 5 steps
+wheel-test-spark: $(STAMP)  ## run the tests of prepare_data.py --engine spark in build/spark, an environment of their own (400 MB, Java 17)
+	@test -x $(SPARK)/bin/python || $(PY) -m venv $(SPARK)
+	@$(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+	  > $$($(SPARK)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/project.pth
+	@$(SPARK)/bin/python -m pip install --quiet --no-deps -r tests/requirements-spark.txt
+	@PYTHONPATH=$(CURDIR)/src OMP_NUM_THREADS=1 $(SPARK)/bin/python -m pytest -q tests/ranker/data/test_spark.py $(ARGS)
+
+check: $(STAMP)  ## build the wheel, install it into an empty environment in another folder and train 5 steps
 	@$(PY) scripts/check_wheel.py
 
 format: $(STAMP)  ## rewrite the code in the project's format

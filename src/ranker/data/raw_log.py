@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import gzip
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -96,20 +96,38 @@ class RawLog:
             raise UserError(f"{file}: column '{twice[0]}' is there {names.count(twice[0])} times; rename one")
         return names
 
-    def batches(self, file: Path) -> Iterator[pa.Table]:
-        """The rows of a file, in pieces.
+    def pieces(self, rows: int) -> list[tuple[Path, list[int] | None]]:
+        """The log in parts that can be read on their own: a CSV file, or row groups of about so many rows together.
+
+        Raises:
+            UserError: a file cannot be read.
+        """
+        found: list[tuple[Path, list[int] | None]] = []
+        for file in self.files:
+            if self.is_csv:
+                found.append((file, None))
+                continue
+            try:
+                footer = pq.read_metadata(file)
+            except (pa.ArrowException, OSError) as error:
+                raise UserError(f"{file} is no Parquet file: {one_line(error)}") from error
+            found += [(file, groups) for groups in row_groups(footer, rows)]
+        return found
+
+    def batches(self, file: Path, groups: list[int] | None = None) -> Iterator[pa.Table]:
+        """The rows of a file, or of some of its row groups, in parts.
 
         Raises:
             UserError: it cannot be read.
         """
         try:
-            yield from self._csv_batches(file) if self.is_csv else self._parquet_batches(file)
+            yield from self._csv_batches(file) if self.is_csv else self._parquet_batches(file, groups)
         except (pa.ArrowException, OSError, EOFError, UnicodeDecodeError) as error:
             raise UserError(f"{file} cannot be read: {one_line(error)[:160]}") from error
 
-    def _parquet_batches(self, file: Path) -> Iterator[pa.Table]:
+    def _parquet_batches(self, file: Path, groups: list[int] | None) -> Iterator[pa.Table]:
         with pq.ParquetFile(file, coerce_int96_timestamp_unit="us") as stored:
-            for batch in stored.iter_batches(batch_size=BATCH):
+            for batch in stored.iter_batches(batch_size=BATCH, row_groups=groups):
                 yield plain(pa.Table.from_batches([batch]), where=str(file))
 
     def _csv_batches(self, file: Path) -> Iterator[pa.Table]:
@@ -134,6 +152,20 @@ class RawLog:
                 yield pa.Table.from_batches([batch])
 
 
+def row_groups(footer: pq.FileMetaData, rows: int) -> list[list[int]]:
+    """Numbers of a file's row groups, as many together as have about so many rows."""
+    found: list[list[int]] = []
+    held = 0
+    for group in range(footer.num_row_groups):
+        here = footer.row_group(group).num_rows
+        if not found or held + here > rows:
+            found.append([])
+            held = 0
+        found[-1].append(group)
+        held += here
+    return found
+
+
 @dataclass(frozen=True, kw_only=True)
 class RawProfile:
     """What the rows of a raw log hold.
@@ -151,12 +183,20 @@ class RawProfile:
     unsorted: frozenset[str]
 
 
-def profiled(log: RawLog, *, advance: Callable[[int], object] = int) -> RawProfile:
+def profiled(
+    log: RawLog,
+    *,
+    advance: Callable[[int], object] = int,
+    groups: list[int] | None = None,
+    names: Sequence[str] | None = None,
+) -> RawProfile:
     """Reads a raw log once, in memory that does not grow with it.
 
     Args:
         log: the files.
         advance: called with the number of rows read since the last call.
+        groups: of a log of one Parquet file, the row groups to read. None: all.
+        names: the columns to look at. None: all.
 
     Raises:
         UserError: a file cannot be read, or there is no row.
@@ -166,7 +206,8 @@ def profiled(log: RawLog, *, advance: Callable[[int], object] = int) -> RawProfi
     log.skipped.clear()
     for file in log.files:
         last: dict[str, float] = {}
-        for table in log.batches(file):
+        for table in log.batches(file, groups):
+            table = table if names is None else table.select(names)
             for name in table.column_names:
                 columns.setdefault(name, ColumnProfile(name)).add(table[name])
                 if not log.is_csv and name not in unsorted and _falls(table[name], last, name):

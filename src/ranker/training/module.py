@@ -21,6 +21,7 @@ from ranker.errors import one_of
 from ranker.losses import MultitaskLoss, best_constants
 from ranker.metrics import StreamingAUC, Table, TaskMetrics
 from ranker.models import Ranker
+from ranker.models.admission import admission_of, observe
 from ranker.runs import metric_names as names
 from ranker.runs.lineage import LINEAGE, totals
 from ranker.runs.run_folder import (
@@ -169,6 +170,7 @@ class RankingModule(pl.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Forward pass and loss; keeps the signals that the divergence detector and the progress bar read."""
+        observe(self.net, self.trainer.optimizers[0], [batch])
         logits_BT, loss = forward_loss(self, batch)
         reduce = self.trainer.strategy.reduce  # each rank has the share of its rows
         ranking_T = None if loss.ranking_T is None else cast(Tensor, reduce(loss.ranking_T, reduce_op="mean"))
@@ -204,6 +206,9 @@ class RankingModule(pl.LightningModule):
             self._unrecorded.append(last)
             return
         self._record_signals(*last)
+        admission = admission_of(self.net)
+        if admission is not None:
+            self.record({names.ids(name): value for name, value in admission.values().items()})
 
     def record_event(self, step: int) -> None:
         """Writes the numbers of a recent step, whatever ``log_every``: an event has its point in every curve."""

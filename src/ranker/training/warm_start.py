@@ -16,6 +16,7 @@ from ranker.data.datamodule import RankingDataModule
 from ranker.data.dense_statistics import NOTHING, DenseStatistics
 from ranker.data.schema import Schema
 from ranker.errors import UserError
+from ranker.models.admission import admission_of
 from ranker.runs.checkpoint_files import damage
 from ranker.runs.config_identity import config_hash
 from ranker.runs.lineage import LINEAGE, iso
@@ -210,6 +211,9 @@ class WarmStart:
         state = module.net.state_dict()
         for name, move in self._plan.moves.items():
             move.copy(state[name], self.parent.net[move.source])
+        admission = admission_of(module.net)
+        if admission is not None and not admission.counts_in(self._plan.moves):
+            admission.admit_all()  # the parent used every row
         if self._settings.accumulators != "reset" and self.parent.optimizer is not None:
             old = accumulators.changed(
                 self.parent.optimizer, self.parent.groups, self._settings, rows=self.parent.own_rows

@@ -53,8 +53,8 @@ def write_days(recipe: Recipe, root: Path, *, staging: Path, step: Step) -> Writ
     Raises:
         UserError: a source file cannot be parsed, there are no rows, or their times are not plausible.
     """
-    raw = _stage(recipe, staging, step)
-    counts = _rows_by_slot(raw)
+    raw = _stage_all(recipe, staging, step)
+    counts = rows_by_slot(slots_of(raw))
     starts, total = bucket_starts(counts), sum(counts.values())
     buckets = deal(raw, starts, staging, time=TIME, total=total, step=step)
     with step("sorting and writing", total) as advance, DayFiles(root, recipe.schema) as files:
@@ -76,35 +76,61 @@ def in_order(rows: pl.DataFrame) -> pl.DataFrame:
     return rows.unique(maintain_order=False).sort([TIME, *sorted(c for c in rows.columns if c != TIME)])
 
 
-def _stage(recipe: Recipe, staging: Path, step: Step) -> list[Path]:
-    """Converts each source file to Parquet, with its columns and rows as they are."""
+def stage(file: Path, frame: pl.LazyFrame | Path, path: Path) -> Path:
+    """A source file as Parquet, with its columns and rows as they are.
+
+    Args:
+        file: the source, for errors.
+        frame: its rows, or Parquet that holds them already.
+        path: the file to write.
+
+    Raises:
+        UserError: the source cannot be parsed.
+    """
+    if isinstance(frame, Path):
+        return frame
+    try:
+        frame.sink_parquet(path, compression="lz4")
+    except pl.exceptions.PolarsError as error:
+        if "os error 28" in str(error):
+            # Polars wraps the system's error in its own, but the caller expects the system's.
+            raise OSError(errno.ENOSPC, "no space left", str(path.parent)) from error
+        raise UserError(f"{file} cannot be read: {str(error).splitlines()[0]}; fetch it again") from error
+    return path
+
+
+def _stage_all(recipe: Recipe, staging: Path, step: Step) -> list[Path]:
+    """Each source file as Parquet."""
     staged = []
     for i, (file, frame) in enumerate(recipe.logs.items()):
         if isinstance(frame, Path):
             staged.append(frame)
             continue
-        path = staging / f"raw-{i}.parquet"
         with step(f"reading {file.name}"):
-            try:
-                frame.sink_parquet(path, compression="lz4")
-            except pl.exceptions.PolarsError as error:
-                if "os error 28" in str(error):
-                    # Polars wraps the system's error in its own, but the caller expects the system's.
-                    raise OSError(errno.ENOSPC, "no space left", str(staging)) from error
-                raise UserError(f"{file} cannot be read: {str(error).splitlines()[0]}; fetch it again") from error
-        staged.append(path)
+            staged.append(stage(file, frame, staging / f"raw-{i}.parquet"))
     return staged
 
 
-def _rows_by_slot(raw: Sequence[Path]) -> dict[int, int]:
-    """Number of rows of each nonempty slot of SLOT_MS, ascending. Slots are counted from 1970-01-01."""
-    table = (
+def slots_of(raw: Sequence[Path]) -> pl.DataFrame:
+    """Number of rows (``len``) and first time of each nonempty slot of SLOT_MS, counted from 1970-01-01."""
+    return (
         pl.scan_parquet(list(raw))
         .group_by(pl.col(TIME).floordiv(SLOT_MS).alias("slot"))
         .agg(pl.len(), pl.col(TIME).min())
         .collect(engine="streaming")
-        .sort("slot", nulls_last=False)
     )
+
+
+def rows_by_slot(slots: pl.DataFrame) -> dict[int, int]:
+    """Number of rows of each nonempty slot, ascending.
+
+    Args:
+        slots: from ``slots_of``; a slot may occur several times.
+
+    Raises:
+        UserError: there are no rows, or their times are not plausible.
+    """
+    table = slots.group_by("slot").agg(pl.col("len").sum(), pl.col(TIME).min()).sort("slot", nulls_last=False)
     if len(table) == 0:
         raise UserError("the log has no rows, so there is nothing to prepare; look at the source files")
     if table["slot"][0] is None:
@@ -112,6 +138,15 @@ def _rows_by_slot(raw: Sequence[Path]) -> dict[int, int]:
     if table[TIME][0] < FIRST_TIME_MS:
         raise UserError(f"a row's time is {table[TIME][0]} ms after 1970, too early to be real; is it in seconds?")
     return dict(zip(table["slot"].to_list(), table["len"].to_list(), strict=True))
+
+
+def write_part(rows: pl.DataFrame, path: Path, schema: Schema) -> FileEntry:
+    """Writes finished rows of one day, in ascending time, as a file of its own. Returns its manifest entry."""
+    table = _with_basic_types(rows.select(schema.columns()).to_arrow())
+    day = _Day(path, table.schema, schema)
+    with day.writer:
+        day.add(rows, table)
+    return day.entry()
 
 
 class DayFiles:
