@@ -37,7 +37,7 @@ from ranker.runs.run_folder import RUN_DIR_VARIABLE, RunFolder
 from ranker.training import lean_loop, trackers
 from ranker.training.bookkeeping import Bookkeeping
 from ranker.training.boundaries import Boundaries
-from ranker.training.checkpoints import Checkpoints, DurableCheckpointIO
+from ranker.training.checkpoints import Checkpoints
 from ranker.training.interruption import Interruption
 from ranker.training.lightning_private import leave_signals
 from ranker.training.module import RankingModule
@@ -46,6 +46,7 @@ from ranker.training.resumption import Resumption
 from ranker.training.sharpness_probe import SharpnessProbe
 from ranker.training.snapshots import is_healthy
 from ranker.training.stability_callback import Stability
+from ranker.training.table_checkpoints import DurableCheckpointIO
 from ranker.training.warm_start import Parent, WarmStart
 from ranker.training.warm_start import settings_of as warm_start_settings
 
@@ -364,7 +365,10 @@ def _trainer(cfg: DictConfig, folder: RunFolder, callbacks: list[Callback], logg
         cause = error.__cause__ or error
         raise UserError(f"trainer: {' '.join(str(cause).split())}") from error
     if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # a user's own stays
-        trainer.strategy.checkpoint_io = DurableCheckpointIO()
+        trainer.strategy.checkpoint_io = DurableCheckpointIO(
+            rows_above=OmegaConf.select(cfg, "train.checkpoint_rows_above", default=0),  # missing in old runs
+            full_share=OmegaConf.select(cfg, "train.checkpoint_full_share", default=0.25),
+        )
     leave_signals(trainer)
     lean_loop.use(trainer)
     return trainer

@@ -33,6 +33,8 @@ NOT_IDENTIFYING = (
     "metrics",  # what is computed from the predictions on the hold-out
     "train.log_every",
     "train.checkpoint_every",
+    "train.checkpoint_rows_above",
+    "train.checkpoint_full_share",
     # The machine's share in a run, not the experiment's. The number of threads changes sums by rounding, as another
     # machine does (summary.json names it); a sweep continued elsewhere or with more parallel jobs is the same sweep.
     "train.threads",

@@ -40,6 +40,7 @@ from ranker.training.module import Fit, RankingModule
 from ranker.training.optimizer_transfer import StateByName
 from ranker.training.resumption import sound_checkpoint
 from ranker.training.stability_callback import Stability
+from ranker.training.table_checkpoints import read_checkpoint
 from ranker.trust import read_config
 
 
@@ -91,7 +92,7 @@ class Parent:
         if reason := damage(path):
             raise UserError(f"warm_start: {path} is {reason}; give another one")
         try:
-            saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            saved = read_checkpoint(path)
             state, step, data = saved[STATE_DICT], int(saved[GLOBAL_STEP]), saved[DATA_MODULE]
             optimizer = saved["optimizer_states"][0]
         except Exception as error:  # torch raises many types of errors for an invalid file
