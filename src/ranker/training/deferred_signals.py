@@ -35,19 +35,19 @@ class LateSignals:
         return self._of is not None
 
     @property
-    def losses_T(self) -> Tensor:
+    def losses_T(self) -> Tensor:  # noqa: N802
         """Loss of each task; see ``StepSignals``."""
         signals, _, step = self._known()
         return signals.losses_T if step is None else signals.losses_T[step]
 
     @property
-    def auc_T(self) -> Tensor:
+    def auc_T(self) -> Tensor:  # noqa: N802
         """Streaming training AUC of each task; see ``StepSignals``."""
         signals, _, step = self._known()
         return signals.auc_T if step is None else signals.auc_T[step]
 
     @property
-    def ranking_T(self) -> Tensor | None:
+    def ranking_T(self) -> Tensor | None:  # noqa: N802
         """Ranking loss of each task; see ``StepSignals``."""
         signals, _, step = self._known()
         return signals.ranking_T if step is None or signals.ranking_T is None else signals.ranking_T[step]
