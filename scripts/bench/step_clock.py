@@ -6,10 +6,10 @@ import json
 import statistics
 import time
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import pytorch_lightning as pl
 from pytorch_lightning.callbacks import Callback
 
 Reading = tuple[float, float, float]
@@ -33,10 +33,7 @@ def per_step(readings: Sequence[Reading], *, block: int) -> dict[str, float]:
     """
     block = min(block, len(readings) - 1)
     ends = readings[::block]
-    means = [
-        [1e3 * (b - a) / block for a, b in zip(first, then, strict=True)]
-        for first, then in zip(ends, ends[1:], strict=False)
-    ]
+    means = [[1e3 * (b - a) / block for a, b in zip(first, then, strict=True)] for first, then in pairwise(ends)]
     return {name: statistics.median(values) for name, values in zip(CLOCKS, zip(*means, strict=True), strict=True)}
 
 
@@ -53,10 +50,11 @@ class StepClock(Callback):
         self._path, self._skip, self._block = Path(path), skip, block
         self._readings: list[Reading] = []
 
-    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(self, *_: Any) -> None:
         """Reads the clocks."""
         self._readings.append(read())
 
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_train_end(self, *_: Any) -> None:
         """Writes the file."""
-        self._path.write_text(json.dumps(per_step(self._readings[self._skip :], block=self._block)), encoding="utf-8")
+        found = per_step(self._readings[self._skip :], block=self._block)
+        self._path.write_text(json.dumps(found), encoding="utf-8")

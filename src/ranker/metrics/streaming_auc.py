@@ -86,8 +86,9 @@ class StreamingAUC(nn.Module):
         self.settle()
         tasks, device = len(self.binary_T), self.binary_T.device
         self._histogram_TCK = torch.zeros(tasks, 2, self.bins, device=device)
-        # Of the last batches: squared deviations from its mean, numbers of finite logits, other logits, observed labels,
-        # sum of the labels and of their squares. With weights, those of labels are weighted, and sum w^2 comes last.
+        # Of the last batches: squared deviations from the mean, numbers of finite logits, of other logits and of
+        # observed labels, sums of the labels and of their squares. With weights, those of labels are weighted, and
+        # sum w^2 comes last.
         self._batch_SKT = torch.zeros(1, 6, tasks, device=device)
         self._batch_histogram_STCK = torch.zeros_like(self._histogram_TCK)[None]
         self._running_STCK = self._histogram_TCK[None].clone()  # the histograms after each of them

@@ -67,6 +67,7 @@ class Recorder:
         self._entries: list[Entry] = []
         self._bytes = 0
         self._held: list[tuple[int, int]] = []
+        self._forgotten = -1  # up to this step only held batches are left
 
     def add(self, step: int, batch: Batch, signals: Callable[[], Tensor]) -> None:
         """Adds the batch just trained on."""
@@ -79,17 +80,18 @@ class Recorder:
 
     def hold(self, ranges: Iterable[tuple[int, int]]) -> None:
         """Holds the batches of steps after + 1 .. until of each range (after, until), and no others."""
-        self._held = list(ranges)
+        self._held, self._forgotten = list(ranges), -1
 
     def forget(self, until: int) -> None:
         """Drops batches up to a step, but for the held ones."""
-        if self._entries and self._entries[0].step <= until:
+        if until > self._forgotten:
+            self._forgotten = until
             self._entries = [entry for entry in self._entries if entry.step > until or self._is_held(entry)]
             self._bytes = sum(entry.size for entry in self._entries)
 
     def clear(self) -> None:
         """Drops everything, and holds nothing."""
-        self._entries, self._bytes, self._held = [], 0, []
+        self._entries, self._bytes, self._held, self._forgotten = [], 0, [], -1
 
     def covers_after(self, until: int) -> int:
         """The smallest step s such that all batches of steps s + 1 .. until are kept; ``until`` if none is."""

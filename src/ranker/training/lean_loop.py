@@ -171,7 +171,7 @@ class LeanEpochLoop(_TrainingEpochLoop):
             return loss.detach()
 
         counts.step.increment_ready()
-        loss = optimizer.step(closure=closure)  # type: ignore[call-overload]
+        loss = optimizer.step(closure=closure)  # type: ignore[arg-type]
         counts.step.increment_completed()
         assert isinstance(loss, Tensor)
         return loss
@@ -199,7 +199,7 @@ def _is_plain(trainer: pl.Trainer) -> bool:
         and not trainer.fit_loop._skip_backward
         and len(trainer.optimizers) == 1
         and type(precision) is Precision
-        and isinstance(trainer.profiler, PassThroughProfiler)
+        and isinstance(trainer.profiler, PassThroughProfiler)  # type: ignore[attr-defined]
         and not any(_own(module, pl.LightningModule, name) for name in _OF_MODULE)
         and not any(_own(strategy, base, name) for name in (*_OF_STRATEGY, "optimizer_step"))
         and not (data is not None and any(_own(data, pl.LightningDataModule, name) for name in _OF_DATA))
@@ -217,7 +217,7 @@ def _hooks(trainer: pl.Trainer, name: str) -> list[Callable[..., Any]]:
     """What is to be called at a hook: of callbacks that have it, then of the module."""
     found = [
         _bound(callback, name, trainer, trainer.lightning_module)
-        for callback in trainer.callbacks
+        for callback in trainer.callbacks  # type: ignore[attr-defined]
         if _own(callback, Callback, name)
     ]
     module = trainer.lightning_module

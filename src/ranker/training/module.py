@@ -123,6 +123,7 @@ class RankingModule(pl.LightningModule):
         self.signals: LateSignals | None = None  # of the last batch
         # Steps, their signals and learning rates. A verdict comes some hundred steps after the first step of its event.
         self._unrecorded: deque[tuple[int, LateSignals | Recent, float]] = deque(maxlen=KEPT_SIGNALS)
+        self._rows: dict[int, dict[str, float]] | None = None  # to be sent, by step
         self.holdout: dict[str, float] = {}
         self.holdout_notes: dict[str, str] = {}
         self.holdout_intervals: dict[str, tuple[float, float]] = {}
@@ -195,6 +196,10 @@ class RankingModule(pl.LightningModule):
         self.progressive_metrics.reset()
         self.last_progressive = batch.window, values
         self.record(over_time(names.PROGRESSIVE, values) | {names.WINDOW: float(batch.window)})
+
+    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
+        """Sends what the callbacks have recorded, which were all called before."""
+        self.send_rows()
 
     def record_step(self) -> None:
         """Writes the numbers of the last step every ``log_every`` steps; reading them waits for the device."""
@@ -373,9 +378,29 @@ class RankingModule(pl.LightningModule):
         self.net.train()
 
     def record(self, values: Mapping[str, float], *, step: int | None = None) -> None:
-        """Sends numbers to every tracker under the step they belong to; None for the last step."""
+        """Sends numbers to every tracker under the step they belong to; None for the last step.
+
+        While a batch ends, all numbers of a step are collected, and sent as one row: W&B hands each row to a thread.
+        """
+        step = self.global_step if step is None else step
+        if self._rows is None:
+            self._send(step, values)
+        else:
+            self._rows.setdefault(step, {}).update(values)
+
+    def collect_rows(self) -> None:
+        """Keeps what is recorded from now on until ``send_rows``."""
+        self._rows = {}
+
+    def send_rows(self, *, keep_on: bool = False) -> None:
+        """Sends what was kept. ``keep_on``: and keeps what is recorded afterwards."""
+        rows, self._rows = self._rows, {} if keep_on and self._rows is not None else None
+        for step, values in (rows or {}).items():
+            self._send(step, values)
+
+    def _send(self, step: int, values: Mapping[str, float]) -> None:
         for logger in self.trainer.loggers:
-            logger.log_metrics(dict(values), step=self.global_step if step is None else step)
+            logger.log_metrics(dict(values), step=step)
 
     def _own_weights(self) -> None:
         """Gives the net its own weights back after an evaluation of the average."""

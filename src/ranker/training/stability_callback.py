@@ -198,7 +198,7 @@ class Stability(Callback):
             if completed:
                 signals.after_step(detector.step_cut)
             if signals.is_known:
-                detector.update(step, **reduce_signals(**signals.values.as_dict()))
+                detector.update(step, **reduce_signals(**signals.values().as_dict()))
             else:
                 detector.update_late(step, signals.packed)
             self._record_step_cut(fit, detector)
@@ -295,7 +295,8 @@ class Stability(Callback):
         """Writes by how much each layer's step size was cut, when metrics are written; reading it waits."""
         if detector.step_cut is None or fit.step % fit.module.log_every or not fit.trainer.is_global_zero:
             return
-        for values in step_cut_values(detector.step_cut):
+        values = {name: x for layer in step_cut_values(detector.step_cut) for name, x in layer.items()}
+        if values:
             fit.module.record(values)
 
     def _rolled_back(self, fit: Fit, events: list[Event], detector: DivergenceDetector) -> bool:

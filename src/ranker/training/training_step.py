@@ -157,8 +157,12 @@ def step_signals(
 
 
 @torch.no_grad()
-def several_signals(trained: Trainable, seen: Sequence[Seen]) -> list[StepSignals]:
-    """The signals of batches of the same size, as ``step_signals`` would give them one after another on one rank."""
+def several_signals(trained: Trainable, seen: Sequence[Seen]) -> tuple[StepSignals, Tensor]:
+    """The signals of S batches of the same size, as ``step_signals`` would give them one after another on one rank.
+
+    Returns:
+        The signals with a leading dimension of S, and their rows [S, N], in the order of ``pack``.
+    """
     weight_SB = [x.weight_B for x in seen if x.weight_B is not None]
     ranking_ST = [x.ranking_T for x in seen if x.ranking_T is not None]
     stats = trained.train_auc.update_all(
@@ -169,8 +173,7 @@ def several_signals(trained: Trainable, seen: Sequence[Seen]) -> list[StepSignal
     )
     losses_ST = torch.stack([x.losses_T for x in seen])
     together = _signals(stats, losses_ST, torch.stack(ranking_ST) if ranking_ST else None)
-    found = {name: value.unbind() for name, value in vars(together).items() if value is not None}
-    return [StepSignals(**{name: parts[s] for name, parts in found.items()}) for s in range(len(seen))]
+    return together, together.packed()
 
 
 def _signals(stats: StreamingStats, losses_T: Tensor, ranking_T: Tensor | None) -> StepSignals:
