@@ -139,6 +139,8 @@ def build(cfg: DictConfig, folder: RunFolder, checkpoint: Path | None, parent: P
     if checkpoint is not None:
         log_identity.check_log(folder.path, log)
     module = build_module(cfg, log.schema)
+    if module.tables is not None:
+        module.tables.folder = folder.checkpoints
     _check_optimizer(module)
     bookkeeping, interruption = Bookkeeping(), Interruption()
     stability, others = _configured_callbacks(cfg, folder, speed=bookkeeping.examples_per_second)
@@ -232,13 +234,20 @@ def build_data(cfg: DictConfig, log: Log, **other: Any) -> RankingDataModule:
 
 def build_module(cfg: DictConfig, schema: Schema) -> RankingModule:
     """The model with its losses, metrics and optimizer, with new random weights."""
+    lr = base_lr(cfg) * cfg.lr_mult
+    if OmegaConf.select(cfg, "embeddings.name", default="local") == "torchrec":  # missing in old runs
+        from ranker.training import sharded_config  # late: few runs need it
+
+        net, tables = sharded_config.sharded(cfg, lambda: make_net(cfg, schema), lr=lr)
+    else:
+        net, tables = make_net(cfg, schema), None
     return RankingModule(
-        make_net(cfg, schema),
+        net,
         schema=schema,
         loss=make_loss(cfg, schema),
         metrics=metrics_factory(cfg, schema),
         optimizer=instantiate(cfg.optim, _convert_="all"),
-        lr=base_lr(cfg) * cfg.lr_mult,
+        lr=lr,
         warmup_steps=cfg.train.warmup_steps,
         rewarm_steps=warm_start_settings(cfg).warmup_steps,
         average_decay=cfg.train.get("average_decay", 0.0),  # missing in old runs
@@ -248,6 +257,7 @@ def build_module(cfg: DictConfig, schema: Schema) -> RankingModule:
         score_rows=cfg.scale.eval_batch_size,
         log_every=cfg.train.log_every,
         compile_net=cfg.train.compile,
+        tables=tables,
     )
 
 

@@ -113,6 +113,7 @@ class Root:
     mitigation: dict[str, Any] = field(default_factory=dict)
     loss: dict[str, Any] = field(default_factory=dict)
     metrics: dict[str, Any] = field(default_factory=dict)
+    embeddings: dict[str, Any] = field(default_factory=dict)
     train: TrainSettings = field(default_factory=TrainSettings)
     warm_start: WarmStartSettings = field(default_factory=WarmStartSettings)
     sweep: SweepSettings = field(default_factory=SweepSettings)

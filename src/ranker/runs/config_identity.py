@@ -41,6 +41,10 @@ NOT_IDENTIFYING = (
     "data.num_workers",  # threads that read ahead
     "data.cache_dir",
     "data.log.cache_dir",
+    # Where rows are: sums differ by rounding.
+    "embeddings.plan",
+    "embeddings.tables",
+    "embeddings.memory_gib",
 )
 # Options that older versions did not have, with the value that does what those versions did: left out of the hash, so
 # that a run has one hash before and after the option came.
@@ -53,6 +57,7 @@ ADDED = {
     "warm_start.at_windows": False,
     "data.strips": 1,
     "loss": {"name": "pointwise"},
+    "embeddings": {"name": "local"},
 }
 # What a resolved configuration repeats elsewhere: the learning rate in data.base_lr and lr_mult, widths in model.net.
 _RESOLVED_INTO_OTHERS = ("lr", "model.widths", "scale.model")  # scale.model: where runs of older versions have widths

@@ -6,7 +6,8 @@ import logging
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, cast
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import pytorch_lightning as pl
 import torch
@@ -29,6 +30,7 @@ from ranker.runs.run_folder import (
     NET_PREFIX,
     OPTIMIZER_SETTINGS,
     RECENT,
+    SHARDED,
     STATE_DICT,
     TRAIN_AUC,
     TRAIN_AUC_BY_RANK,
@@ -36,6 +38,9 @@ from ranker.runs.run_folder import (
 from ranker.training.deferred_signals import DeferredSignals, LateSignals
 from ranker.training.training_step import Seen, clip_gradients, forward_loss
 from ranker.training.weight_average import WeightAverage
+
+if TYPE_CHECKING:
+    from ranker.training.sharded_tables import TablesOfRun
 
 log = logging.getLogger(__name__)
 KEPT_SIGNALS = 1000  # steps
@@ -67,6 +72,7 @@ class RankingModule(pl.LightningModule):
         compile_net: run the net through torch.compile.
         loss: the training loss. None: log losses and squared errors.
         metrics: makes the metrics of the hold-out and of progressive validation. None: those that every run has.
+        tables: the net's tables, if they are sharded.
 
     Attributes:
         optimizer_factory: as ``optimizer``. A rollback may set another one, see ``ranker.training.rollback``.
@@ -93,9 +99,11 @@ class RankingModule(pl.LightningModule):
         compile_net: bool = False,
         loss: MultitaskLoss | None = None,
         metrics: Callable[[], TaskMetrics] | None = None,
+        tables: TablesOfRun | None = None,
     ) -> None:
         super().__init__()
         self.net = net
+        self.tables = tables
         self.schema = schema
         self.lr = lr
         self.optimizer_factory = optimizer
@@ -135,6 +143,11 @@ class RankingModule(pl.LightningModule):
     def forward(self, batch: Batch) -> Tensor:
         """Logits, shape [B, T]."""
         return self.net(batch)
+
+    def setup(self, stage: str) -> None:
+        """Shards the tables, where they are to be sharded: the processes know each other by now."""
+        if self.tables is not None:
+            self.tables.start(self.trainer)
 
     def on_fit_start(self) -> None:
         """Starts the biases of the heads from the first window's labels, then takes over what a warm start has.
@@ -189,6 +202,8 @@ class RankingModule(pl.LightningModule):
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Scores a window on its first batch, before any of its rows is trained on."""
+        if self.tables is not None:
+            self.tables.use_rate(self.trainer.optimizers[0])
         if not self._progressive or batch.opening is None:
             return
         self.score(batch.opening, self.progressive_metrics)
@@ -292,9 +307,10 @@ class RankingModule(pl.LightningModule):
             for group, base in zip(schedule.optimizer.param_groups, schedule.base_lrs, strict=True):
                 group["lr"] = base * self._rate(schedule.last_epoch)
 
-    def make_optimizer(self) -> Optimizer:
-        """A new optimizer over all parameters."""
-        return self.optimizer_factory(model_or_params=self.net, lr=self.lr)
+    def make_optimizer(self, factory: OptimizerFactory | None = None) -> Optimizer:
+        """A new optimizer over all parameters, by another factory than the run's if one is given."""
+        made = (factory or self.optimizer_factory)(model_or_params=self.net, lr=self.lr)
+        return made if self.tables is None else self.tables.join(made)
 
     def apply_settings(self) -> None:
         """Gives a resumed optimizer the hyperparameters that have changed since the checkpoint was written.
@@ -337,6 +353,8 @@ class RankingModule(pl.LightningModule):
             checkpoint[AVERAGE] = self.average.state_dict()
             live = self.average.own_weights().items()  # in the middle of an evaluation the net has the average
             checkpoint[STATE_DICT] |= {f"{NET_PREFIX}{name}": value for name, value in live}
+        if self.tables is not None:
+            checkpoint[SHARDED] = self.tables.save(self.global_step)
         windows, rows, last_time_ms = Fit(self.trainer).data.trained()
         checkpoint[LINEAGE] = {
             **totals(
@@ -355,6 +373,8 @@ class RankingModule(pl.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Gives this rank its own training AUC back; with another number of ranks, rank 0 gets the sum."""
+        if self.tables is not None:
+            self.tables.load(checkpoint, Path(str(self.trainer.ckpt_path)))
         self._saved_settings = checkpoint.get(OPTIMIZER_SETTINGS)
         self._saved_average = checkpoint.get(AVERAGE)
         if recent := checkpoint.get(RECENT):  # missing in older checkpoints
@@ -372,7 +392,10 @@ class RankingModule(pl.LightningModule):
     def score(self, rows: Batch, metrics: TaskMetrics) -> None:
         """Adds the predictions for rows to metrics, without training on them."""
         self.net.eval()
-        for part in _pieces(rows, self._score_rows):
+        pieces = -(-len(rows) // self._score_rows)
+        if self.tables is not None:  # a lookup is collective, and shares may differ by a row
+            pieces = Fit(self.trainer).largest(pieces)
+        for part in _pieces(rows, self._score_rows, pieces):
             part = part.to(self.device, non_blocking=True)
             metrics.add(self.net(part), part)
         self.net.train()
@@ -528,6 +551,6 @@ def over_time(phase: str, values: Mapping[str, float]) -> dict[str, float]:
     return {f"{phase}/{name}": v for name, v in values.items() if not name.endswith(("/observed", "/nonfinite"))}
 
 
-def _pieces(rows: Batch, size: int) -> Iterator[Batch]:
-    for start in range(0, len(rows), size):
-        yield rows.slice(start, min(start + size, len(rows)))
+def _pieces(rows: Batch, size: int, count: int) -> Iterator[Batch]:
+    for start in range(0, count * size, size):
+        yield rows.slice(min(start, len(rows)), min(start + size, len(rows)))

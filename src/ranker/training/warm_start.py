@@ -28,6 +28,7 @@ from ranker.runs.run_folder import (
     GLOBAL_STEP,
     NET_PREFIX,
     SCHEMA,
+    SHARDED,
     STABILITY,
     STATE_DICT,
     TRAIN_AUC,
@@ -98,6 +99,8 @@ class Parent:
         except Exception as error:  # torch raises many types of errors for an invalid file
             why = " ".join(str(error).split())[:120]
             raise UserError(f"warm_start: {path} is not a checkpoint of a run ({why})") from error
+        if SHARDED in saved:
+            raise UserError(f"warm_start: the tables of {path} are sharded, which a new run cannot start from yet")
         detector = saved.get(CALLBACKS, {}).get(STABILITY, {}).get("detector")
         if detector is not None and is_lost(detector):
             raise UserError(f"warm_start: the model in {path} is lost (it diverged before); give an earlier checkpoint")
