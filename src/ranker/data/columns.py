@@ -124,6 +124,8 @@ class Task:
         weight: weight of this task's loss in the sum.
         at_least: makes a number a binary label, 1 where the column is at least this (binary only).
         group: name of the group inside which a pairwise or listwise loss compares rows. Default: the schema's first.
+        negative_keep_rate: share q of the rows with label 0 that the log still has (binary only); 1: all. The model
+            learns the logit of the whole log: ``logit on the rows that were kept + log q``.
     """
 
     name: str
@@ -135,6 +137,7 @@ class Task:
     weight: float = 1.0
     at_least: float | None = None
     group: str = ""
+    negative_keep_rate: float = 1.0
 
     def __post_init__(self) -> None:
         where = f"task '{self.name}'"
@@ -150,6 +153,13 @@ class Task:
             raise UserError(f"{where}: weight must be above 0, got {self.weight}; leave the task out instead")
         if self.at_least is not None:
             _check_finite(self.at_least, f"{where}: at_least")
+        if not 0 < self.negative_keep_rate <= 1:
+            raise UserError(
+                f"{where}: negative_keep_rate is the share of the negatives that were kept, above 0 and at most 1, got "
+                f"{self.negative_keep_rate}"
+            )
+        if self.type == "regression" and self.negative_keep_rate != 1:
+            raise UserError(f"{where}: negative_keep_rate is for binary tasks; give rows a weight instead")
 
 
 @dataclass(frozen=True, kw_only=True)

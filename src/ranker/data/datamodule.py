@@ -48,6 +48,7 @@ class RankingDataModule(pl.LightningDataModule):
         passes: int = 1,
         keep_groups: str | None = None,
         windows_before: int = 0,
+        strips: int = 1,
         wrap_training: Callable[[Iterable[Batch]], Iterable[Batch]] = lambda loader: loader,
     ) -> None:
         """Reads nothing yet.
@@ -68,6 +69,8 @@ class RankingDataModule(pl.LightningDataModule):
             keep_groups: name of a group of the schema. Rows of one group in a window come side by side, so they are in
                 the same batch and on the same rank, but for the group that the border of a batch cuts.
             windows_before: number of windows of the runs that this one continues, see ``WindowPlan``.
+            strips: number of parts of a window that ranks share out for reading, see ``WindowPlan``. With 1 each rank
+                reads each window whole.
             wrap_training: wraps the training loader, for example to time it.
 
         Raises:
@@ -79,6 +82,7 @@ class RankingDataModule(pl.LightningDataModule):
             "batch_size": batch_size,
             "eval_batch_size": eval_batch_size,
             "eval_max_rows": eval_max_rows,
+            "data.strips": strips,
         }
         for name, value in sizes.items():
             if value is None:
@@ -90,6 +94,11 @@ class RankingDataModule(pl.LightningDataModule):
         if num_workers < 0:
             raise UserError(f"num_workers must be 0 or more, got {num_workers}")
         one_of(dense_statistics, MODES, "data.dense_statistics")
+        if strips > 1 and (dense_statistics != "none" or keep_groups is not None):
+            other = "keep_groups" if keep_groups is not None else f"dense_statistics={dense_statistics}"
+            raise UserError(
+                f"data.strips={strips}: data.{other} needs whole windows, which no rank reads; use strips=1"
+            )
         parse_window(window)
         if not (isinstance(log, Log) or callable(log)):
             raise UserError(f"data.log: {type(log).__name__} is not a log; make it a subclass of ranker.data.log.Log")
@@ -101,7 +110,7 @@ class RankingDataModule(pl.LightningDataModule):
         self._num_workers, self._eval_max_rows = num_workers, eval_max_rows
         self._progressive = progressive
         self._pin_memory = pin_memory
-        self._windows_before = windows_before
+        self._windows_before, self._strips = windows_before, strips
         self._past = PastWindows() if dense_statistics == "past_windows" else None
         self._loader: WindowedLoader | None = None
         self.position = 0
@@ -119,7 +128,8 @@ class RankingDataModule(pl.LightningDataModule):
     @cached_property
     def plan(self) -> WindowPlan:
         """The windows and batches of the whole run."""
-        return repeated_plan(replace(self._first_pass, windows_before=self._windows_before), self._passes)
+        first = replace(self._first_pass, windows_before=self._windows_before, strips=self._strips)
+        return repeated_plan(first, self._passes)
 
     @cached_property
     def _first_pass(self) -> WindowPlan:
@@ -156,8 +166,14 @@ class RankingDataModule(pl.LightningDataModule):
             self._loader.seek(self.position)
 
     def train_dataloader(self) -> Iterable[Batch]:
-        """Loader of the remaining training batches, from ``position`` on."""
+        """Loader of the remaining training batches, from ``position`` on.
+
+        Raises:
+            UserError: there are more ranks than strips.
+        """
         rank, world_size = self._place()
+        if 1 < self._strips < world_size:
+            raise UserError(f"data.strips={self._strips} is less than the {world_size} ranks; use a multiple of them")
         self._loader = WindowedLoader(
             self._trained(),
             plan=self.plan,
@@ -234,6 +250,11 @@ class RankingDataModule(pl.LightningDataModule):
         rows = min(start + (place + 1) * self.plan.batch_size, stop)
         last_ms = self.log.time_at_row((stop - 1) % self.log.train_rows)
         return self._windows_before + window + 1, rows, last_ms
+
+    @property
+    def at_window_end(self) -> bool:
+        """Whether the batch before ``position`` was the last of its window."""
+        return self.position > 0 and self._window_of(self.position) > self._window_of(self.position - 1)
 
     def join_bad_rows(self) -> None:
         """Adds the bad rows that other ranks found in their parts of the hold-out. All ranks must call it."""

@@ -86,6 +86,13 @@ class Root:
             )
         return names, passed_over
 
+    def has(self, name: str) -> bool:
+        """Whether there is a file of this name."""
+        path = self.join(name)
+        return self.retried(
+            lambda: bool(self.filesystem.get_file_info(path).is_file), what=f"reading {self.url}/{name}"
+        )
+
     def read_bytes(self, name: str) -> bytes | None:
         """The content of a small file. None if it does not exist."""
         path = self.join(name)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,7 +34,32 @@ class _Run:
     last: int
 
 
-class EmbeddingTables(nn.Module):
+class Tables(nn.Module, ABC):
+    """The tables of a model, wherever their rows are.
+
+    Attributes:
+        output_width: sum of the embedding widths of all features.
+    """
+
+    output_width: int
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Embeddings of all features side by side, x_BD with D the sum of the embedding widths."""
+        pieces = self.pieces(batch)
+        if not pieces:
+            return batch.dense_BF.new_zeros(batch.dense_BF.shape[0], 0)
+        return torch.cat(pieces, dim=1)
+
+    @abstractmethod
+    def pieces(self, batch: Batch) -> list[Tensor]:
+        """The output in as few pieces as its order allows, for a caller that concatenates it with other tensors."""
+
+    @abstractmethod
+    def count(self) -> int:
+        """Number of weights of all tables, over all processes."""
+
+
+class EmbeddingTables(Tables):
     """One weight per embedding width. It contains all tables of that width, concatenated.
 
         e_f = W_D[start_f + id_f]                     one-hot feature f
@@ -61,7 +89,7 @@ class EmbeddingTables(nn.Module):
         self._ragged_names: dict[int, list[str]] = {}
         self._ragged_starts: dict[int, list[int]] = {}
 
-        start, rows = _place(schema)
+        start, rows = place(schema)
         _check_memory(schema)
         # Modules instead of parameters, because DDP reads from nn.Embedding whether its gradient is sparse.
         self.tables = nn.ModuleDict(
@@ -89,15 +117,12 @@ class EmbeddingTables(nn.Module):
         for weight in self.tables.parameters():
             nn.init.uniform_(weight, -INIT_RANGE, INIT_RANGE)
 
-    def forward(self, batch: Batch) -> Tensor:
-        """Embeddings of all features side by side, x_BD with D the sum of the embedding widths."""
-        pieces = self.pieces(batch)
-        if not pieces:
-            return batch.dense_BF.new_zeros(batch.dense_BF.shape[0], 0)
-        return torch.cat(pieces, dim=1)
+    def count(self) -> int:
+        """As in ``Tables``."""
+        return sum(weight.numel() for weight in self.tables.parameters())
 
     def pieces(self, batch: Batch) -> list[Tensor]:
-        """The output in as few pieces as its order allows, for a caller that concatenates it with other tensors."""
+        """As in ``Tables``."""
         return self.arranged({dim: self._look_up(batch, dim) for dim in self._ragged_names})
 
     def arranged(self, found: Mapping[int, tuple[Tensor, Tensor]]) -> list[Tensor]:
@@ -169,6 +194,25 @@ class EmbeddingTables(nn.Module):
         return torch.cat(values), torch.cat(offsets)
 
 
+_MAKE: ContextVar[Callable[[Schema], Tables] | None] = ContextVar("_MAKE", default=None)
+
+
+@contextmanager
+def tables_made_by(make: Callable[[Schema], Tables]) -> Iterator[None]:
+    """Models that are built in this block get their tables from ``make``; no model needs an argument for it."""
+    token = _MAKE.set(make)
+    try:
+        yield
+    finally:
+        _MAKE.reset(token)
+
+
+def new_tables(schema: Schema, *, sparse: bool) -> Tables:
+    """The tables of a new model: those of ``tables_made_by``, or all of them in this process."""
+    make = _MAKE.get()
+    return EmbeddingTables(schema, sparse=sparse) if make is None else make(schema)
+
+
 def _check_memory(schema: Schema) -> None:
     """Refuses tables that cannot fit, before the system kills the process for them."""
     sizes = {f.name: 4 * f.rows * f.embedding_dim for f in schema.categorical}
@@ -182,7 +226,7 @@ def _check_memory(schema: Schema) -> None:
         )
 
 
-def _place(schema: Schema) -> tuple[dict[str, int], dict[int, int]]:
+def place(schema: Schema) -> tuple[dict[str, int], dict[int, int]]:
     """First row of each table within the weight of its width, and the rows of each weight."""
     start: dict[str, int] = {}
     rows: dict[int, int] = {}

@@ -184,7 +184,7 @@ class Engine:
         schema, found = self.module.schema, []
         binary_T = torch.tensor([task.type == "binary" for task in schema.tasks], device=self.device)
         for part in (part.to(self.device) for part in parts):
-            z_BT = torch.where(part.mask_BT, self.module.net(part).float(), 0.0)
+            z_BT = torch.where(part.mask_BT, self.module.loss.of_kept_rows(self.module.net(part).float()), 0.0)
             y_BT = torch.where(part.mask_BT, part.labels_BT, 0.0)
             log_loss_BT = F.binary_cross_entropy_with_logits(z_BT, y_BT, reduction="none")
             losses_BT = torch.where(binary_T, log_loss_BT, (z_BT - y_BT).square()) * part.mask_BT

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from ranker.errors import UserError
 from ranker.losses import MultitaskLoss
 from ranker.metrics import StreamingAUC
 from ranker.models.admission import admission_of
+from ranker.models.embeddings import EmbeddingTables
 from ranker.runs import lineage
 from ranker.runs.metric_names import TEST, VAL
 from ranker.stability.detector_interface import Signals
@@ -175,7 +176,7 @@ class _Group:
             [replica.job.cfg.train.warmup_steps for replica in self.replicas],
         )
         nets = [replica.net for replica in self.replicas]
-        self.tables = StackedTables([net.embeddings for net in nets], starts)
+        self.tables = StackedTables([cast(EmbeddingTables, net.embeddings) for net in nets], starts)
         try:
             self.layers = StackedLayers(nets)
         except Exception as error:  # a model of the user's own may not be copied

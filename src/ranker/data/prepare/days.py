@@ -57,7 +57,7 @@ def write_days(recipe: Recipe, root: Path, *, staging: Path, step: Step) -> Writ
     counts = rows_by_slot(slots_of(raw))
     starts, total = bucket_starts(counts), sum(counts.values())
     buckets = deal(raw, starts, staging, time=TIME, total=total, step=step)
-    with step("sorting and writing", total) as advance, _DayFiles(root, recipe.schema) as files:
+    with step("sorting and writing", total) as advance, DayFiles(root, recipe.schema) as files:
         for bucket in buckets:
             frame = pl.read_parquet(bucket)
             rows = len(frame)
@@ -149,7 +149,7 @@ def write_part(rows: pl.DataFrame, path: Path, schema: Schema) -> FileEntry:
     return day.entry()
 
 
-class _DayFiles:
+class DayFiles:
     """Cuts finished rows in ascending time by UTC day and writes one file per day. A context manager.
 
     Args:
@@ -165,7 +165,7 @@ class _DayFiles:
         self._root, self._schema = root, schema
         self._day: _Day | None = None
 
-    def __enter__(self) -> _DayFiles:
+    def __enter__(self) -> DayFiles:
         return self
 
     def __exit__(
