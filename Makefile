@@ -55,7 +55,7 @@ test-spark: $(STAMP)  ## run the tests of prepare_data.py --engine spark in buil
 
 setup-torchrec: $(STAMP)  ## make build/torchrec, an environment with torchrec for embeddings=torchrec (CPU)
 	@test -x $(TORCHREC)/bin/python || $(PY) -m venv $(TORCHREC)
-	@# it sees the packages of .venv behind its own: torchrec in .venv would slow down nothing, but must fit torch exactly
+	@# it sees the packages of .venv behind its own; torchrec must fit torch exactly, so no extra installs it
 	@$(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
 	  > $$($(TORCHREC)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/project.pth
 	@$(TORCHREC)/bin/python -m pip install --quiet --no-deps -r examples/requirements-torchrec.txt
@@ -76,24 +76,10 @@ docs: $(STAMP)  ## build the site of the documentation into build/site; fails on
 	@NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict > build/docs.log 2>&1 || { cat build/docs.log; exit 1; }
 	@echo "build/site/index.html"
 
-results-test-spark: $(STAMP)  ## run the tests of prepare_data.py --engine spark in build/spark, an environment of their own (400 MB, Java 17)
-	@test -x $(SPARK)/bin/python || $(PY) -m venv $(SPARK)
-	@$(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
-	  > $$($(SPARK)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/project.pth
-	@$(SPARK)/bin/python -m pip install --quiet --no-deps -r tests/requirements-spark.txt
-	@PYTHONPATH=$(CURDIR)/src OMP_NUM_THREADS=1 $(SPARK)/bin/python -m pytest -q tests/ranker/data/test_spark.py $(ARGS)
-
-check: $(STAMP)  ## compute every published table from the CSV files in results/; fails where a number differs
+results-check: $(STAMP)  ## compute every published table from the CSV files in results/; fails where a number differs
 	@$(PY) scripts/reproduce.py check
 
-wheel-test-spark: $(STAMP)  ## run the tests of prepare_data.py --engine spark in build/spark, an environment of their own (400 MB, Java 17)
-	@test -x $(SPARK)/bin/python || $(PY) -m venv $(SPARK)
-	@$(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
-	  > $$($(SPARK)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/project.pth
-	@$(SPARK)/bin/python -m pip install --quiet --no-deps -r tests/requirements-spark.txt
-	@PYTHONPATH=$(CURDIR)/src OMP_NUM_THREADS=1 $(SPARK)/bin/python -m pytest -q tests/ranker/data/test_spark.py $(ARGS)
-
-check: $(STAMP)  ## build the wheel, install it into an empty environment in another folder and train 5 steps
+wheel-check: $(STAMP)  ## build the wheel, install it into an empty environment in another folder and train 5 steps
 	@$(PY) scripts/check_wheel.py
 
 format: $(STAMP)  ## rewrite the code in the project's format
