@@ -162,11 +162,21 @@ def undisturbed(log: Path, folder: Path, words: list[str]) -> dict[str, Any]:
     return {"seconds": time.monotonic() - began, "peaks_mb": [round(peaks[day] / 2**20) for day in sorted(peaks)]}
 
 
-def disturbed(log: Path, folder: Path, words: list[str], *, days: int, kills: int, seed: int) -> int:
-    """Calls that are killed, and a last one that ends; returns the number of kills."""
+def disturbed(log: Path, folder: Path, words: list[str], *, kills: int, days: int, a_day: float, seed: int) -> int:
+    """Calls that are killed, and a last one that ends; returns the number of kills.
+
+    Args:
+        log: the log.
+        folder: ``daily.dir``.
+        words: more overrides.
+        kills: how often.
+        days: days that are trained on.
+        a_day: seconds that a day takes.
+        seed: of the times of the kills.
+    """
     draw, done = random.Random(seed), 0
-    # In the middle of which day, and after how many seconds of it.
-    plan = [(days * (kill + 1) // (kills + 1), draw.uniform(0.5, 25.0)) for kill in range(kills)]
+    # After how many days, and how many seconds later.
+    plan = [(days * kill // kills, draw.uniform(0, 0.8) * a_day) for kill in range(kills)]
     while True:
         call = Call(log, folder, words)
         target, patience = plan[done] if done < kills else (None, 0.0)
@@ -230,7 +240,10 @@ def main() -> int:
     if not made.is_file():
         write_text(made, json.dumps(undisturbed(log, out / "undisturbed", words)))
     whole = json.loads(made.read_text())
-    kills = disturbed(log, out / "disturbed", words, days=options.days, kills=options.kills, seed=options.seed)
+    a_day = whole["seconds"] / options.days
+    kills = disturbed(
+        log, out / "disturbed", words, kills=options.kills, days=options.days, a_day=a_day, seed=options.seed
+    )
     tensors, wrong = compare(out / "undisturbed", out / "disturbed")
     verdicts = [
         [json.loads(line)["verdict"] for line in (out / name / "days.jsonl").read_text().splitlines()]
