@@ -36,7 +36,7 @@ from ranker.runs.provenance import machine
 ROOT = Path(__file__).parents[2]
 DAY_MS = 86_400_000
 FIRST_DAY = 20_454  # 2026-01-01
-USERS, ITEMS = 200_000, 50_000
+USERS, ITEMS = 5_000, 2_000
 SCHEMA = f"""
 name: load
 time_column: ts
@@ -61,7 +61,7 @@ def write_day(path: Path, day: int, rows: int) -> None:
     draw = np.random.default_rng(day)
     price, user = draw.random(rows, dtype=np.float32), draw.integers(0, USERS, rows)
     item = (draw.random(rows) ** 3 * ITEMS).astype(np.int64)
-    chance = 0.05 + 0.3 * price + 0.1 * (user % 2) + 0.1 * (item % 3 == 0)
+    chance = 0.05 + 0.6 * price + 0.2 * (user % 2) + 0.1 * (item % 3 == 0)
     frame = pl.DataFrame(
         {
             "ts": (FIRST_DAY + day) * DAY_MS + np.arange(rows, dtype=np.int64) * DAY_MS // rows,
@@ -72,7 +72,7 @@ def write_day(path: Path, day: int, rows: int) -> None:
             "item": item,
             "shop": pl.Series(draw.integers(0, 4, rows)).replace_strict({0: "a", 1: "b", 2: "c", 3: "d"}),
             "click": (draw.random(rows) < chance).astype(np.int8),
-            "watch": draw.lognormal(price, 0.5).astype(np.float32),
+            "watch": draw.lognormal(2 * price, 0.4).astype(np.float32),
         }
     )
     hidden = path.with_name(f".{path.name}")
@@ -108,7 +108,8 @@ class Call:
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
         fixed = [f"data.source={log}", f"daily.dir={folder}", "daily.max_auc_drop=1", "model=small", "optim=clippy"]
-        fixed += ["trainer=cpu", "logger=none", "data.base_lr.laptop=0.1", "data.window=24h", "train.eval_every=0"]
+        fixed += ["trainer=cpu", "logger=none", "data.base_lr.laptop=0.1", "data.window=24h"]
+        fixed += ["train.eval_every=0", "train.warmup_steps=20"]
         with (folder / "output.txt").open("ab") as output:
             self.process = subprocess.Popen(
                 [sys.executable, str(ROOT / "scripts" / "daily.py"), *fixed, *words],
