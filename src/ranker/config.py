@@ -32,6 +32,9 @@ class TrainSettings:
         progressive: score each window before it is trained on.
         checkpoint_every: write a checkpoint every so many steps, at the last step and where the hold-out is best;
             0 writes none but on interruption.
+        checkpoint_rows_above: megabytes, with its accumulators, above which a table with sparse gradients is saved by
+            the rows that moved since a full copy; 0 saves whole tables always.
+        checkpoint_full_share: share of the rows of such tables that a checkpoint may hold before the next full copy.
         log_every: write metrics every so many steps.
         warmup_steps: raise the learning rate linearly from 0 over so many steps; 0 for none.
         head_bias: where the heads' biases start: ``labels``, at the constant that fits the first window best; ``zero``.
@@ -45,6 +48,8 @@ class TrainSettings:
     eval_every: int = 50
     progressive: bool = True
     checkpoint_every: int = 100
+    checkpoint_rows_above: float = 256.0
+    checkpoint_full_share: float = 0.25
     log_every: int = 10
     warmup_steps: int = 0
     head_bias: str = "labels"
@@ -108,6 +113,7 @@ class Root:
     mitigation: dict[str, Any] = field(default_factory=dict)
     loss: dict[str, Any] = field(default_factory=dict)
     metrics: dict[str, Any] = field(default_factory=dict)
+    embeddings: dict[str, Any] = field(default_factory=dict)
     train: TrainSettings = field(default_factory=TrainSettings)
     warm_start: WarmStartSettings = field(default_factory=WarmStartSettings)
     sweep: SweepSettings = field(default_factory=SweepSettings)

@@ -75,8 +75,12 @@ def reproduce(arguments: Sequence[str] | None = None) -> int:
         raise UserError("--publish writes the full results to results/; leave --quick and --results out")
     results = options.results or (_root() / "results" if options.publish else out / "results")
     setting = _setting(options)
-    wanted = list(STUDIES) if options.what == "all" else _with_needs(BY_NAME[options.what])
-    for study in wanted:
+    for study in list(STUDIES) if options.what == "all" else _with_needs(BY_NAME[options.what]):
+        if options.what not in ("all", study.name) and _is_made(
+            study, results / folder_of(study, setting.data, setting.scale)
+        ):
+            print(f"{options.what}: takes {study.name} from {results}; to renew it, make it first", flush=True)
+            continue
         make(
             study,
             setting,
@@ -167,6 +171,11 @@ def _published_root() -> Path:
 
 def _with_needs(study: Study) -> list[Study]:
     return [*(needed for name in study.needs for needed in _with_needs(BY_NAME[name])), study]
+
+
+def _is_made(study: Study, folder: Path) -> bool:
+    """Whether all files of a study are there. Its search alone can take longer than the study that needs it."""
+    return all((folder / f"{phase.name}.csv").is_file() for phase in study.phases)
 
 
 def _setting(options: argparse.Namespace) -> Setting:

@@ -197,6 +197,20 @@ class SyntheticLog(Log):
             parts.append(part.slice(max(start - first, 0), min(stop - first, BLOCK)))
         return Batch.concat(parts)
 
+    def raw(self, start: int, stop: int) -> tuple[NDArray[np.int64], Block]:
+        """Times and raw columns of rows of one block, before transforms and hashing: what a file of the log holds.
+
+        Args:
+            start: first row.
+            stop: the row after the last, at most at the end of the block of ``start``.
+        """
+        number = start // BLOCK
+        row_B = np.arange(number * BLOCK, (number + 1) * BLOCK, dtype=np.int64)
+        time_B = self._times(row_B)
+        block = self._world.block(number, (time_B - START_MS) / DAY_MS)
+        rows = slice(start - number * BLOCK, stop - number * BLOCK)
+        return time_B[rows], block.rows(rows)
+
     def _times(self, row_B: NDArray[np.int64]) -> NDArray[np.int64]:
         train = self._start_ms + row_B * DAY_MS // self._rows_per_day
         held_out = self._eval_start_ms + (row_B - self._train_rows) * DAY_MS // self._eval_rows

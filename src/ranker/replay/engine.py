@@ -15,6 +15,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from ranker.capsules.training_state import Trained, TrainingState
 from ranker.data.batch import Batch
 from ranker.losses import Loss, MultitaskLoss
+from ranker.models.admission import observe
 from ranker.replay.trajectory import Trajectory
 from ranker.stability import DivergenceDetector, Event
 from ranker.stability.detector_interface import row_width, unpack
@@ -194,6 +195,11 @@ class Engine:
 
     def _train(self, parts: Sequence[Batch], changes: Sequence[Change], *, update: bool) -> Tensor:
         """Trains on one batch, with an update if it completes a step; its signals, a row of ``pack``."""
+        edited = parts
+        for change in changes:
+            if change.edit is not None:
+                edited = [change.edit(part) for part in edited]
+        observe(self.module.net, self.optimizer, [part.to(self.device) for part in edited])
         signals = self._backward(parts, changes)
         if not update:
             return signals.packed()

@@ -29,6 +29,7 @@ from ranker.stability import DivergenceDetector, Event
 from ranker.stability.detector_interface import Signals
 from ranker.training.metrics_csv import MetricsCsv
 from ranker.training.module import KEPT_SIGNALS, over_time, step_values
+from ranker.training.row_thinning import Thinning
 from ranker.training.stability_callback import DivergenceWatch, step_cut_values
 
 
@@ -75,7 +76,7 @@ class Replica:
         node = job.cfg.callbacks.get("divergence")
         self._watch: DivergenceWatch | None = None if node is None else instantiate(node, _convert_="all")
         self.detector: DivergenceDetector | None = None
-        self._csv = MetricsCsv(self.folder.path / METRICS) if any(job.cfg.logger.values()) else None
+        self._csv = _metrics_csv(job.cfg.logger, self.folder)
         # Of the last steps that are not in metrics.csv: an event has its point in every curve.
         self._recent: deque[tuple[int, Tensor, Tensor, float]] = deque(maxlen=KEPT_SIGNALS)
         self.lost = False
@@ -182,6 +183,15 @@ class Replica:
     def _record(self, values: Mapping[str, float], step: int) -> None:
         if self._csv:
             self._csv.log_metrics(values, step)
+
+
+def _metrics_csv(settings: DictConfig, folder: RunFolder) -> MetricsCsv | None:
+    """The file of a run alone; no other logger is in a group."""
+    node = next((node for node in settings.values() if node), None)
+    if node is None:
+        return None
+    options = {name: value for name, value in node.items() if not str(name).startswith("_")}
+    return MetricsCsv(folder.path / METRICS, Thinning(**options))
 
 
 @torch.no_grad()

@@ -26,14 +26,20 @@ def fit() -> Callable[..., pl.Trainer]:
     """Fits with Clippy and a warm-up on dense features normalised by past windows; 48 steps of 128 rows."""
 
     def call(
-        callbacks: Sequence[Callback] = (), *, stability: Stability | None = None, num_workers: int = 1, **trainer: Any
+        callbacks: Sequence[Callback] = (),
+        *,
+        stability: Stability | None = None,
+        num_workers: int = 1,
+        sparse: bool = False,
+        ckpt_path: str | None = None,
+        **trainer: Any,
     ) -> pl.Trainer:
         pl.seed_everything(0, verbose=False)
         log = SyntheticLog(
             train_rows=6144, eval_rows=1024, rows_per_day=2048, num_users=300, num_items=100, embedding_dim=4
         )
         module = RankingModule(
-            SharedBottom(log.schema, hidden=[16, 16]),
+            SharedBottom(log.schema, hidden=[16, 16], sparse_embeddings=sparse),
             schema=log.schema,
             optimizer=lambda model_or_params, lr: build_optimizer("clippy", model_or_params, lr=lr),
             lr=0.1,
@@ -58,7 +64,7 @@ def fit() -> Callable[..., pl.Trainer]:
             callbacks=[Bookkeeping(), stability or Stability(divergence=DivergenceWatch()), *callbacks],
             **trainer,
         )
-        fitting.fit(module, datamodule=datamodule)
+        fitting.fit(module, datamodule=datamodule, ckpt_path=ckpt_path)
         return fitting
 
     return call
