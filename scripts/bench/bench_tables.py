@@ -1,9 +1,9 @@
 """What the size of an embedding table costs: ``python scripts/bench/bench_tables.py FOLDER --rows 1000000 30000000``.
 
-Trains Small with one large table (``model.net.sparse_embeddings=true``) on a log whose ids are drawn by a power law from
-as many ids as the table has rows, once for each size, through ``train.py``. Reported are the CPU milliseconds of a step
-in the training thread, the seconds for which a checkpoint stops training and their share of the interval between two,
-the sizes of the files, and memory. Where others use the machine, only the CPU times mean something.
+Trains Small with one large table (``model.net.sparse_embeddings=true``) on a log whose ids are drawn by a power law
+from as many ids as the table has rows, once for each size, through ``train.py``. Reported are the CPU milliseconds of a
+step in the training thread, the seconds for which a checkpoint stops training and their share of the interval between
+two, the sizes of the files, and memory. Where others use the machine, only the CPU times mean something.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -99,8 +100,7 @@ def lines_of(name: str, found: Sequence[dict[str, Any]], run: Path, every: int) 
     first = written[0]["checkpoint"]
     steps = [entry for entry in found if "rows" in entry and entry["step"] > first]
     a_step = statistics.median(
-        (after["thread"] - before["thread"]) / (after["step"] - before["step"])
-        for before, after in zip(steps, steps[1:], strict=False)
+        (after["thread"] - before["thread"]) / (after["step"] - before["step"]) for before, after in pairwise(steps)
     )
     stopped = statistics.median(entry["thread"] for entry in stops)
     waited = statistics.median(entry["seconds"] for entry in stops)
