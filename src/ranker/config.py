@@ -68,6 +68,8 @@ class WarmStartSettings:
         half_life_rows: of ``decay``, rows after which half of what was accumulated is forgotten.
         floor: of ``floor``, the least accumulator of a layer, as a share of the layer's median.
         warmup_steps: raise the learning rate linearly from 0 over so many steps of the new run; 0 for none.
+        at_windows: do the same to the accumulators and the rate at the end of each window of the run, and write a
+            checkpoint there; see ``ranker.training.boundaries``.
         parent: what the parent is; written by the run.
     """
 
@@ -76,6 +78,7 @@ class WarmStartSettings:
     half_life_rows: float | None = None
     floor: float = 0.1
     warmup_steps: int = 0
+    at_windows: bool = False
     parent: dict[str, Any] | None = None
 
 
@@ -110,6 +113,7 @@ class Root:
     mitigation: dict[str, Any] = field(default_factory=dict)
     loss: dict[str, Any] = field(default_factory=dict)
     metrics: dict[str, Any] = field(default_factory=dict)
+    embeddings: dict[str, Any] = field(default_factory=dict)
     train: TrainSettings = field(default_factory=TrainSettings)
     warm_start: WarmStartSettings = field(default_factory=WarmStartSettings)
     sweep: SweepSettings = field(default_factory=SweepSettings)
@@ -186,6 +190,8 @@ def check(cfg: DictConfig) -> None:
         )
     if "warm_start" in cfg:  # missing in old runs
         _check_warm_start(cfg.warm_start)
+        if cfg.warm_start.get("at_windows") and cfg.trainer.accumulate_grad_batches != 1:
+            raise UserError("warm_start.at_windows needs trainer.accumulate_grad_batches=1: a step is of one window")
 
 
 def _check_warm_start(given: DictConfig) -> None:

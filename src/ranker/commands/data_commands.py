@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import datetime as dt
 import logging
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -39,6 +40,7 @@ from ranker.data.prepare.download import ARCHIVES, Archive, fetch, unpack
 from ranker.data.prepare.generated import write_generated
 from ranker.data.prepare.own import prepare_own
 from ranker.data.prepare.rewrite import rewrite
+from ranker.data.prepare.spark import Cluster, cluster
 from ranker.data.proposal import propose
 from ranker.data.proposal_text import as_yaml, next_commands
 from ranker.data.raw_log import RawLog, profiled
@@ -47,7 +49,7 @@ from ranker.data.synthetic import SyntheticLog
 from ranker.errors import UserError
 from ranker.installation import command_line, conf_folder
 
-REWRITE = "rewrite"  # the kind of preparation that makes larger row groups of a log of one's own
+REWRITE = "rewrite"  # the kind of preparation that sorts Parquet of one's own and makes large row groups
 SYNTHETIC = "synthetic"  # the kind that writes the generated log of data=synthetic
 OWN = "log"  # the kind that converts a log of one's own, such as CSV
 
@@ -61,8 +63,9 @@ def prepare(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "kind",
         choices=[*sorted(RECIPES), OWN, REWRITE, SYNTHETIC],
-        help=f"the data set; {OWN}: CSV or Parquet of your own, with --schema; {REWRITE}: a log with a schema.yaml, in "
-        f"order, whose row groups are small; {SYNTHETIC}: the log that data=synthetic generates",
+        help=f"the data set; {OWN}: CSV or Parquet of your own, with --schema; {REWRITE}: Parquet with a "
+        "schema.yaml, sorted by time, one file per day, large row groups; "
+        f"{SYNTHETIC}: the log that data=synthetic generates",
     )
     parser.add_argument(
         "source",
@@ -80,30 +83,47 @@ def prepare(arguments: Sequence[str] | None = None) -> int:
         help=f"for {SYNTHETIC}: its options as for train.py, such as data.log.train_rows=100000000",
     )
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    parser.add_argument(
+        "--engine",
+        choices=["polars", "spark"],
+        default="polars",
+        help="what does the work: polars on this machine, or spark on a cluster that sees SRC and DST (%(default)s)",
+    )
+    parser.add_argument(
+        "--master", metavar="URL", help="for --engine spark: the cluster (local[2], spark://HOST:7077, yarn, ...)"
+    )
+    parser.add_argument(
+        "--spark-conf", metavar="KEY=VALUE", nargs="+", default=[], help="for --engine spark: options of Spark"
+    )
     given = parser.parse_args(arguments)
     if (given.source is None) != (given.kind == SYNTHETIC):
         parser.error(f"{SYNTHETIC} takes DST alone, the other kinds take SRC and DST")
     if given.set and given.kind != SYNTHETIC:
         parser.error(f"--set belongs to {SYNTHETIC}")
+    if given.engine == "polars" and (given.master or given.spark_conf):
+        parser.error("--master and --spark-conf belong to --engine spark")
+    if wrong := [pair for pair in given.spark_conf if not re.match(r"[\w.]+=", pair)]:
+        parser.error(f"--spark-conf {wrong[0]}: write KEY=VALUE")
+    if given.engine == "spark" and given.kind in (REWRITE, SYNTHETIC):
+        parser.error(f"{given.kind} runs on this machine only: leave out --engine")
     if (given.schema is None) == (given.kind == OWN):
         propose = f"{command_line('inspect')} {given.source} --propose schema.yaml"
         parser.error(f"--schema belongs to {OWN}, and {OWN} needs it: {propose} proposes one")
-    if given.kind == OWN:
-        with steps(visible=not given.quiet) as step:
-            manifest = prepare_own(given.source, given.destination, Schema.from_yaml(given.schema), step=step)
-        print_summary(manifest, where=given.destination)
+    if given.engine == "spark":
+        with cluster(given.master, dict(pair.split("=", 1) for pair in given.spark_conf)) as spark:
+            _prepare(given, spark)
         return 0
     if given.kind == SYNTHETIC:
         with steps(visible=not given.quiet) as step:
             manifest = write_generated(_synthetic(given.set), given.destination, settings=given.set, step=step)
-        print(f"{given.destination}: {manifest.rows:,} rows in {len(manifest.files)} days")
+        print(f"{given.destination}: {manifest.rows:,} rows in {manifest.days} days")
         return 0
     if given.kind == REWRITE:
-        manifest = _rewrite(given.source, given.destination, progress=not given.quiet)
-        print(f"{given.destination}: {manifest.rows:,} rows in {len(manifest.files)} days")
+        with steps(visible=not given.quiet) as step:
+            manifest = rewrite(given.source, given.destination, step=step)
+        print(f"{given.destination}: {manifest.rows:,} rows in {manifest.days} days")
         return 0
-    manifest = prepare_log(given.kind, given.source, given.destination, progress=not given.quiet)
-    print_summary(manifest, where=given.destination)
+    _prepare(given, None)
     return 0
 
 
@@ -123,10 +143,16 @@ def _synthetic(settings: Sequence[str]) -> SyntheticLog:
     return log
 
 
-def _rewrite(source: str, destination: str, *, progress: bool) -> Manifest:
-    with _row_progress(disable=not progress) as bar:
-        task = bar.add_task("rewriting rows", total=None)
-        return rewrite(source, destination, advance=lambda rows: bar.advance(task, rows))
+def _prepare(given: argparse.Namespace, spark: Cluster | None) -> None:
+    """Prepares a public data set or a log of one's own, and says what is in it."""
+    progress = not given.quiet
+    if given.kind == OWN:
+        schema = Schema.from_yaml(given.schema)
+        with steps(visible=progress) as step:
+            manifest = prepare_own(given.source, given.destination, schema, step=step, cluster=spark)
+    else:
+        manifest = prepare_log(given.kind, given.source, given.destination, progress=progress, cluster=spark)
+    print_summary(manifest, where=given.destination)
 
 
 @command

@@ -1,10 +1,14 @@
-"""The checkpoint files of a run: their names, which one is the newest, and whether a file is intact."""
+"""The checkpoint files of a run: their names, which one is the newest, and whether a file is intact.
+
+A run with sharded tables has a folder of each checkpoint beside the file, with the rows of all ranks.
+"""
 
 from __future__ import annotations
 
 import errno
 import json
 import zipfile
+import zlib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,6 +18,8 @@ from ranker.errors import UserError
 from ranker.runs.table_files import copy_of
 
 BEST, BEST_RECORD = "best", "best.json"
+TABLES, TABLE_FILES = "tables", "files.json"  # the folder of sharded tables; size and CRC-32 of its files, by name
+_PIECE = 2**24  # bytes
 
 
 def path_of(folder: Path, step: int) -> Path:
@@ -30,6 +36,34 @@ def step_of(path: Path) -> int:
 def by_step(folder: Path) -> list[Path]:
     """The checkpoints of a folder, the highest step last. File times do not count: a copy does not keep them."""
     return sorted((path for path in folder.glob("step=*.ckpt") if step_of(path) >= 0), key=step_of)
+
+
+def tables_of(path: Path) -> Path:
+    """The folder with the sharded tables of a checkpoint; the best one shares that of its step."""
+    top = path.parent.parent if path.parent.name == BEST else path.parent
+    return top / TABLES / path.stem
+
+
+def checksum(path: Path) -> int:
+    """CRC-32 of a file."""
+    value = 0
+    with path.open("rb") as file:
+        while piece := file.read(_PIECE):
+            value = zlib.crc32(piece, value)
+    return value
+
+
+def damage_of_tables(folder: Path) -> str | None:
+    """Why sharded tables cannot be used; None if they are intact. Reads every file once."""
+    try:
+        listed = json.loads((folder / TABLE_FILES).read_text(encoding="utf-8"))
+        for name, (size, crc) in listed.items():
+            path = folder / name
+            if path.stat().st_size != size or checksum(path) != crc:
+                return f"damaged (the checksum of {TABLES}/{folder.name}/{name} is wrong)"
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        return f"without its tables ({TABLES}/{folder.name}: {' '.join(str(error).split())[:100]})"
+    return None
 
 
 def damage(path: Path) -> str | None:
@@ -54,7 +88,10 @@ def _damage(path: Path) -> str | None:
             broken = archive.testzip()
     except Exception as error:  # zipfile raises many types of errors for a damaged archive
         return f"truncated or not a checkpoint ({' '.join(str(error).split())[:100]})"
-    return None if broken is None else f"damaged (the checksum of {broken} is wrong)"
+    if broken is not None:
+        return f"damaged (the checksum of {broken} is wrong)"
+    folder = tables_of(path)
+    return damage_of_tables(folder) if folder.parent.is_dir() else None
 
 
 def newest_intact(folder: Path, say: Callable[[str], None]) -> Path:

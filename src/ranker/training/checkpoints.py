@@ -37,6 +37,7 @@ class Checkpoints(Checkpoint):
     Args:
         folder: where they go, named after their step.
         every: steps between two checkpoints; 0 writes one only when the run is interrupted.
+        windows: also write one at the end of each window.
         best_by: metric of the hold-out, such as ``test/click/auc``, that decides which is the best; None keeps none.
         interruption: says whether the run ends because of a request.
         healthy: says whether the divergence detector objects to nothing. The newest checkpoint of a healthy step is
@@ -48,11 +49,13 @@ class Checkpoints(Checkpoint):
         folder: Path,
         *,
         every: int,
+        windows: bool = False,
         best_by: str | None = None,
         interruption: Interruption | None = None,
         healthy: Callable[[], bool] = lambda: True,
     ) -> None:
         self._folder, self._every, self._interruption, self._healthy = folder, every, interruption, healthy
+        self._windows = windows
         self._best_by = objective.while_training(best_by) if best_by else None
         self.best: Best | None = None
         self._ended = 0  # optimizer steps at the end of the last batch
@@ -105,7 +108,8 @@ class Checkpoints(Checkpoint):
             writer.after_step(trainer.optimizers[0], step)
         last = trainer.should_stop or step == trainer.max_steps or fit.data.position >= fit.data.num_batches
         asked = self._interruption is not None and self._interruption.stopped
-        if asked or (self._every and (last or step % self._every == 0)):
+        ended = self._windows and fit.data.at_window_end
+        if asked or ended or (self._every and (last or step % self._every == 0)):
             self._write(trainer, step)
         elif last or fit.data.position % (trainer.val_check_batch or math.inf) == 0:  # an evaluation follows
             self._loops = copy.deepcopy(trainer.fit_loop.state_dict())

@@ -67,7 +67,7 @@ class Resumption:
         _check_weights(path, weights, module.state_dict())
         rolled_back = saved.get(CALLBACKS, {}).get(STABILITY, {}).get("rollbacks")
         factory = other if other is not None and rolled_back else module.optimizer_factory
-        optimizer = factory(model_or_params=module.net, lr=module.lr)
+        optimizer = module.make_optimizer(factory)
         _check_settings(path, saved.get(OPTIMIZER_SETTINGS), settings_of(optimizer))
         _check_optimizer(path, saved, optimizer)
         return cls(path, step, position, saved.get(TRACKED))

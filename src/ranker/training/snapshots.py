@@ -57,6 +57,8 @@ def restore(state: TrainingState, fit: Fit, detector: DivergenceDetector | None,
         skip_batches: number of batches to leave out from the state's position on.
     """
     _trained(fit, detector).restore(state)
+    if fit.module.tables is not None:
+        fit.module.tables.go_back(state.step)
     if state.process["precision"]:
         fit.trainer.precision_plugin.load_state_dict(copied(state.process["precision"]))
     if fit.module.average is not None:
@@ -162,6 +164,8 @@ class SnapshotRing:
         # One is dropped first, so that memory never holds one more.
         kept = thinned([s.step for s in self.snapshots], fit.step, every=self.every, keep=self._keep)
         self.snapshots = [s for s in self.snapshots if s.step in kept]
+        if fit.module.tables is not None:
+            fit.module.tables.mark(fit.step, keep=kept)
         snapshot = capture(fit, detector)
         self.snapshots = [*self.snapshots, snapshot]
         if self._disk and self._path is not None:
