@@ -90,6 +90,7 @@ class Process:
     """
 
     def __init__(self, command: Sequence[str], *, threads: int) -> None:
+        self._command = " ".join(command)
         ours, theirs = socket.socketpair()
         environment = os.environ | {"OMP_NUM_THREADS": str(threads), "WANDB_MODE": "offline"}
         environment["PYTHONPATH"] = os.pathsep.join(
@@ -118,7 +119,7 @@ class Process:
             self._process.wait()
             self._said.seek(0)
             said = self._said.read().strip().splitlines() or ["it said nothing"]
-            raise RuntimeError(f"{self._process.args} ended: {said[-1]}")
+            raise RuntimeError(f"{self._command} ended: {said[-1]}")
         self._process.send_signal(signal.SIGSTOP)
         took: list[float] = json.loads(line)
         return took
@@ -132,7 +133,8 @@ class Process:
         """Ends it."""
         self._process.kill()
         self._process.wait()
-        self._socket.close()
+        for thing in (self._lines, self._socket, self._said):
+            thing.close()
 
 
 def measure(model: str, batch: int, given: argparse.Namespace) -> dict[str, Any]:
@@ -170,7 +172,8 @@ def rounds(processes: Mapping[str, Process], *, blocks: int, given: argparse.Nam
     """Seconds per step by clock, of each process in each round."""
     for process in processes.values():
         process.wait()  # until it has warmed up
-    started, found = time.monotonic(), []
+    started = time.monotonic()
+    found: list[dict[str, list[float]]] = []
     while len(found) < given.rounds and (not found or time.monotonic() - started < given.seconds):
         taken: dict[str, list[list[float]]] = {name: [] for name in processes}
         for _ in range(blocks):
