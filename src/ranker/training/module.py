@@ -132,6 +132,13 @@ class RankingModule(pl.LightningModule):
         """Logits, shape [B, T]."""
         return self.net(batch)
 
+    def configure_model(self) -> None:
+        """Shards the net over the ranks, where the strategy has made a mesh for it."""
+        if self.device_mesh is not None:
+            from ranker.training.fsdp import shard  # imported late: it takes a second
+
+            shard(self.net, self.device_mesh["data_parallel"])
+
     def on_fit_start(self) -> None:
         """Starts the biases of the heads from the first window's labels, then takes over what a warm start has.
 
@@ -345,7 +352,10 @@ class RankingModule(pl.LightningModule):
     def score(self, rows: Batch, metrics: TaskMetrics) -> None:
         """Adds the predictions for rows to metrics, without training on them."""
         self.net.eval()
-        for part in _pieces(rows, self._score_rows):
+        least = 0
+        if self.device_mesh is not None:  # all ranks gather the weights together, so they need as many passes
+            least = -(-Fit(self.trainer).largest(len(rows)) // self._score_rows)
+        for part in _pieces(rows, self._score_rows, least=least):
             part = part.to(self.device, non_blocking=True)
             metrics.add(self.net(part), part)
         self.net.train()
@@ -467,6 +477,8 @@ def over_time(phase: str, values: Mapping[str, float]) -> dict[str, float]:
     return {f"{phase}/{name}": v for name, v in values.items() if not name.endswith(("/observed", "/nonfinite"))}
 
 
-def _pieces(rows: Batch, size: int) -> Iterator[Batch]:
-    for start in range(0, len(rows), size):
+def _pieces(rows: Batch, size: int, *, least: int = 0) -> Iterator[Batch]:
+    """Rows in pieces of a size, and empty ones up to a number of pieces."""
+    for number in range(max(least, -(-len(rows) // size))):
+        start = min(number * size, len(rows))
         yield rows.slice(start, min(start + size, len(rows)))
