@@ -418,6 +418,13 @@ def _check_devices(cfg: DictConfig) -> None:
         raise UserError(
             f"trainer.devices is {asked}, but there is no GPU; add trainer.accelerator=cpu for {asked} CPU processes"
         )
+    found = launched.launch()
+    ranks = found.size if found is not None else gpus if asked in ("auto", -1) else asked
+    if accelerator != "cpu" and gpus and ranks > 1 and OmegaConf.select(cfg, "model.net.sparse_embeddings"):
+        raise UserError(
+            "model.net.sparse_embeddings=true: NCCL cannot exchange sparse gradients between GPUs; use false, or "
+            "sharded tables (docs/scale.md)"
+        )
     if isinstance(asked, int) and asked < 1 and asked != -1:
         raise UserError(f"trainer.devices must be 1 or more (or -1 or auto for all), got {asked}")
 
