@@ -47,7 +47,7 @@ test-examples: $(STAMP)  ## run the examples for Hugging Face and torchrec too, 
 
 setup-torchrec: $(STAMP)  ## make build/torchrec, an environment with torchrec for embeddings=torchrec (CPU)
 	@test -x $(TORCHREC)/bin/python || $(PY) -m venv $(TORCHREC)
-	@# it sees the packages of .venv behind its own: torchrec in .venv would slow down nothing, but must fit torch exactly
+	@# it sees the packages of .venv behind its own; pip would install another torch with torchrec
 	@$(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
 	  > $$($(TORCHREC)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/project.pth
 	@$(TORCHREC)/bin/python -m pip install --quiet --no-deps -r examples/requirements-torchrec.txt
