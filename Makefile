@@ -58,7 +58,7 @@ test-spark: $(STAMP)  ## run the tests of prepare_data.py --engine spark in buil
 
 setup-torchrec: $(STAMP)  ## make build/torchrec, an environment with torchrec for embeddings=torchrec (CPU)
 	@test -x $(TORCHREC)/bin/python || $(PY) -m venv $(TORCHREC)
-	@# it sees the packages of .venv behind its own; torchrec must fit torch exactly, so no extra installs it
+	@# it sees the packages of .venv behind its own; pip would install another torch with torchrec
 	@$(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
 	  > $$($(TORCHREC)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/project.pth
 	@$(TORCHREC)/bin/python -m pip install --quiet --no-deps -r examples/requirements-torchrec.txt

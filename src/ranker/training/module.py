@@ -400,7 +400,9 @@ class RankingModule(pl.LightningModule):
         """Adds the predictions for rows to metrics, without training on them."""
         self.net.eval()
         pieces = -(-len(rows) // self._score_rows)
-        if self.tables is not None or self.device_mesh is not None:  # a forward pass is collective, and shares may differ
+        if (
+            self.tables is not None or self.device_mesh is not None
+        ):  # a forward pass is collective, and shares may differ
             pieces = Fit(self.trainer).largest(pieces)
         for part in _pieces(rows, self._score_rows, pieces):
             part = part.to(self.device, non_blocking=True)
