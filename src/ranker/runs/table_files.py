@@ -60,7 +60,7 @@ def read_copy(path: Path) -> dict[str, Tensor]:
             for name, (shape, dtype) in json.loads(archive.read(CONTENTS)).items():
                 tensor = found[name] = torch.empty(shape, dtype=getattr(torch, dtype))
                 for start, stop in _pieces(tensor):
-                    target = memoryview(tensor[start:stop].view(-1).view(torch.uint8).numpy())
+                    target = tensor[start:stop].view(-1).view(torch.uint8).numpy().data
                     with archive.open(f"{name}/{start}") as file:
                         done = 0
                         while count := file.readinto(target[done:]):  # type: ignore[attr-defined]

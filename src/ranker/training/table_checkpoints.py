@@ -199,7 +199,7 @@ class _Tables:
     """
 
     def __init__(
-        self, tables: dict[str, nn.Parameter], net: nn.Module, optimizer: Optimizer, folder: Path, full_share: float
+        self, tables: dict[str, Tensor], net: nn.Module, optimizer: Optimizer, folder: Path, full_share: float
     ) -> None:
         self._tables, self._folder, self._full_share = tables, folder, full_share
         self._pool = ThreadPoolExecutor(1, "tables")

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 
-def sparse_tables(net: nn.Module) -> dict[str, nn.Parameter]:
+def sparse_tables(net: nn.Module) -> dict[str, Tensor]:
     """The weights whose gradients hold touched rows only, by name."""
     return {
         f"{name}.weight": module.weight
@@ -19,7 +19,7 @@ def sparse_tables(net: nn.Module) -> dict[str, nn.Parameter]:
     }
 
 
-def row_state(optimizer: Optimizer, table: nn.Parameter) -> dict[str, Tensor]:
+def row_state(optimizer: Optimizer, table: Tensor) -> dict[str, Tensor]:
     """What the optimizer keeps for each row of a table, by its own names; empty before the first step."""
     state: Mapping[str, Any] = optimizer.state.get(table, {})
     return {key: x for key, x in state.items() if isinstance(x, Tensor) and x.shape == table.shape}
@@ -32,7 +32,7 @@ class TouchedRows:
         tables: by name.
     """
 
-    def __init__(self, tables: Mapping[str, nn.Parameter]) -> None:
+    def __init__(self, tables: Mapping[str, Tensor]) -> None:
         self._tables = dict(tables)
         self._marks = {name: torch.zeros(len(x), dtype=torch.bool, device=x.device) for name, x in tables.items()}
 
