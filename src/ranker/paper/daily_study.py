@@ -209,11 +209,11 @@ def _recommendation(data: Data, runs: pl.DataFrame) -> str:
             continue
         chosen = KEEP if known.get(KEEP, -math.inf) >= known[best] - SAME_AUC else best
         why = "" if chosen == best else f" (nothing is more than {100 * SAME_AUC:g} AUC points better)"
-        parts = [
+        served = [
             f"{BETWEEN[way].removeprefix('accumulators ')} {_percent(aucs[way])}, {_lost(found[way])} days lost"
             for way in found
         ]
-        lines.append(f"- {NAMES[optim]}: **{BETWEEN[chosen]}**{why}. AUC served: {'; '.join(parts)}.")
+        lines.append(f"- {NAMES[optim]}: **{BETWEEN[chosen]}**{why}. AUC served: {'; '.join(served)}.")
         steps = runs.filter(pl.col("optim") == optim, pl.col("way") == "reset").drop_nulls("event_step")["event_step"]
         if steps.len():
             after.append(f"{NAMES[optim]} {int((steps <= SOON).sum())} of {steps.len()}")
