@@ -36,7 +36,7 @@ from ranker.runs.provenance import machine
 ROOT = Path(__file__).parents[2]
 DAY_MS = 86_400_000
 FIRST_DAY = 20_454  # 2026-01-01
-USERS, ITEMS = 200_000, 50_000
+USERS, ITEMS = 5_000, 2_000
 SCHEMA = f"""
 name: load
 time_column: ts
@@ -61,7 +61,7 @@ def write_day(path: Path, day: int, rows: int) -> None:
     draw = np.random.default_rng(day)
     price, user = draw.random(rows, dtype=np.float32), draw.integers(0, USERS, rows)
     item = (draw.random(rows) ** 3 * ITEMS).astype(np.int64)
-    chance = 0.05 + 0.3 * price + 0.1 * (user % 2) + 0.1 * (item % 3 == 0)
+    chance = 0.05 + 0.6 * price + 0.2 * (user % 2) + 0.1 * (item % 3 == 0)
     frame = pl.DataFrame(
         {
             "ts": (FIRST_DAY + day) * DAY_MS + np.arange(rows, dtype=np.int64) * DAY_MS // rows,
@@ -72,7 +72,7 @@ def write_day(path: Path, day: int, rows: int) -> None:
             "item": item,
             "shop": pl.Series(draw.integers(0, 4, rows)).replace_strict({0: "a", 1: "b", 2: "c", 3: "d"}),
             "click": (draw.random(rows) < chance).astype(np.int8),
-            "watch": draw.lognormal(price, 0.5).astype(np.float32),
+            "watch": draw.lognormal(2 * price, 0.4).astype(np.float32),
         }
     )
     hidden = path.with_name(f".{path.name}")
@@ -108,7 +108,8 @@ class Call:
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
         fixed = [f"data.source={log}", f"daily.dir={folder}", "daily.max_auc_drop=1", "model=small", "optim=clippy"]
-        fixed += ["trainer=cpu", "logger=none", "data.base_lr.laptop=0.1", "data.window=24h", "train.eval_every=0"]
+        fixed += ["trainer=cpu", "logger=none", "data.base_lr.laptop=0.1", "data.window=24h"]
+        fixed += ["train.eval_every=0", "train.warmup_steps=20"]
         with (folder / "output.txt").open("ab") as output:
             self.process = subprocess.Popen(
                 [sys.executable, str(ROOT / "scripts" / "daily.py"), *fixed, *words],
@@ -162,11 +163,21 @@ def undisturbed(log: Path, folder: Path, words: list[str]) -> dict[str, Any]:
     return {"seconds": time.monotonic() - began, "peaks_mb": [round(peaks[day] / 2**20) for day in sorted(peaks)]}
 
 
-def disturbed(log: Path, folder: Path, words: list[str], *, days: int, kills: int, seed: int) -> int:
-    """Calls that are killed, and a last one that ends; returns the number of kills."""
+def disturbed(log: Path, folder: Path, words: list[str], *, kills: int, days: int, a_day: float, seed: int) -> int:
+    """Calls that are killed, and a last one that ends; returns the number of kills.
+
+    Args:
+        log: the log.
+        folder: ``daily.dir``.
+        words: more overrides.
+        kills: how often.
+        days: days that are trained on.
+        a_day: seconds that a day takes.
+        seed: of the times of the kills.
+    """
     draw, done = random.Random(seed), 0
-    # In the middle of which day, and after how many seconds of it.
-    plan = [(days * (kill + 1) // (kills + 1), draw.uniform(0.5, 25.0)) for kill in range(kills)]
+    # After how many days, and how many seconds later.
+    plan = [(days * kill // kills, draw.uniform(0, 0.8) * a_day) for kill in range(kills)]
     while True:
         call = Call(log, folder, words)
         target, patience = plan[done] if done < kills else (None, 0.0)
@@ -230,7 +241,10 @@ def main() -> int:
     if not made.is_file():
         write_text(made, json.dumps(undisturbed(log, out / "undisturbed", words)))
     whole = json.loads(made.read_text())
-    kills = disturbed(log, out / "disturbed", words, days=options.days, kills=options.kills, seed=options.seed)
+    a_day = whole["seconds"] / options.days
+    kills = disturbed(
+        log, out / "disturbed", words, kills=options.kills, days=options.days, a_day=a_day, seed=options.seed
+    )
     tensors, wrong = compare(out / "undisturbed", out / "disturbed")
     verdicts = [
         [json.loads(line)["verdict"] for line in (out / name / "days.jsonl").read_text().splitlines()]

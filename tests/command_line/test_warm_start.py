@@ -203,6 +203,7 @@ def test_a_widened_layer_starts_fresh(command_line: Command, log: Path, tmp_path
         (["warm_start={run}", "warm_start.accumulators=decay"], "half_life_rows"),
         (["warm_start={run}", "warm_start.accumulators=kep"], "did you mean 'keep'"),
         (["warm_start={run}/config.yaml"], "not a checkpoint"),
+        (["warm_start.at_windows=true", "trainer.accumulate_grad_batches=2"], "trainer.accumulate_grad_batches=1"),
     ],
 )
 def test_what_does_not_fit_is_one_line(

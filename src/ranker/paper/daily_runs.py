@@ -104,12 +104,12 @@ class Cell:
 
 @dataclass(frozen=True)
 class Part:
-    """A run of a chain: its days, and whether it begins with the weights of an earlier part."""
+    """A run of a chain: its days, and the checkpoint of an earlier part that it begins with; None: random weights."""
 
     cell: Cell
     first: int
     last: int
-    warm: bool
+    parent: Path | None
     job: Job
 
 
@@ -152,10 +152,11 @@ def parts(setting: Setting, folder: Path) -> Iterator[tuple[Round, list[Part]]]:
     ways = tuple(WAYS)[:2] if setting.quick else tuple(WAYS)
     axes = [(m, r, s) for r in RATES for s in setting.seed_list for m in METHODS]
 
-    def part(cell: Cell, first: int, last: int, *more: str, warm: bool = False) -> Part:
+    def part(cell: Cell, first: int, last: int, *more: str, parent: Path | None = None) -> Part:
+        start = () if parent is None else (f"warm_start.path={quoted(str(parent.resolve()))}",)
         own = (f"optim={cell.optim}", f"lr_mult={cell.lr_mult:g}", f"seed={cell.seed}", f"tags=[{cell.way}]")
-        job = (*setting.common, *FOLLOWED, *calendar.more, *own, *calendar.job(first, last), *more)
-        return Part(cell, first, last, warm, job)
+        job = (*setting.common, *FOLLOWED, *calendar.more, *own, *calendar.job(first, last), *more, *start)
+        return Part(cell, first, last, parent, job)
 
     def between(way: str) -> Job:
         life = (f"warm_start.half_life_rows={HALF_LIFE_DAYS * calendar.rows}",) if way == "decay" else ()
@@ -170,10 +171,10 @@ def parts(setting: Setting, folder: Path) -> Iterator[tuple[Round, list[Part]]]:
         again = [each for each in found if each.lost is not None and each.reached < days - 1]
         todo = []
         for each in again:
-            parent = _sound(each.path)
-            start = () if parent is None else (f"warm_start.path={quoted(str(parent.resolve()))}",)
             cell = each.part.cell
-            todo.append(part(cell, each.reached + 1, days - 1, *between(cell.way), *start, warm=parent is not None))
+            # A part that was lost on its first day leaves the model that it began with.
+            parent = _sound(each.path) or each.part.parent
+            todo.append(part(cell, each.reached + 1, days - 1, *between(cell.way), parent=parent))
         number += 1
     last = [day for day in range(days) if (days - 1 - day) % SCRATCH_EVERY[setting.data.name] == 0]
     fresh = [
@@ -253,7 +254,7 @@ def days_of(run: Walked, *, data: Data) -> list[dict[str, Any]]:
         day = part.last if single else part.first + number
         lost = run.lost is not None and (single or day >= run.lost)
         steps = run.metrics.filter(pl.col("step") > begin, pl.col("step") <= end)
-        served = (number > 0 or part.warm) and (run.lost is None or day <= run.lost)
+        served = (number > 0 or part.parent is not None) and (run.lost is None or day <= run.lost)
         scored = run.metrics.filter(pl.col("step") == begin)
         after = number == len(begins) - 1 and not lost and (single or run.reached == part.last)
         here = lost and event is not None and begin < event <= end
@@ -263,7 +264,7 @@ def days_of(run: Walked, *, data: Data) -> list[dict[str, Any]]:
             "lr_mult": cell.lr_mult,
             "seed": cell.seed,
             "day": day,
-            "fresh": number == 0 and not part.warm,
+            "fresh": number == 0 and part.parent is None,
             "status": "lost" if lost else "completed",
             "steps": end - begin,
             "event_step": event - begin if here and event is not None else None,

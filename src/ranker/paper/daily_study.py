@@ -123,7 +123,7 @@ def _losses(runs: pl.DataFrame) -> str:
                 continue
             steps = events["event_step"]
             soon = int((steps <= SOON).sum())
-            middle = steps.median()
+            middle = _median(steps)
             days = Counter(day + 1 for part in found for day in lost_days(part))
             rows.append(
                 [
@@ -131,7 +131,7 @@ def _losses(runs: pl.DataFrame) -> str:
                     BETWEEN[way],
                     str(events.height),
                     f"{soon} of {events.height}",
-                    f"{middle:g}",
+                    _number(middle),
                     ", ".join(f"{day}" + (f" ({n}x)" if n > 1 else "") for day, n in sorted(days.items())),
                 ]
             )

@@ -25,6 +25,7 @@ from torch.optim import Optimizer
 from ranker.atomic import replacing
 from ranker.capsules.training_state import copied
 from ranker.errors import UserError
+from ranker.models.admission import admission_of
 from ranker.runs.checkpoint_files import full_disk
 from ranker.runs.run_folder import STATE_DICT
 from ranker.runs.table_files import COPIES, copy_of, note_copy, read_copy, write_copy
@@ -229,6 +230,9 @@ class _Tables:
         for module in net.modules():
             if any(module._parameters.get("weight") is table for table in tables.values()):
                 module.register_load_state_dict_post_hook(self._invalidate)
+        admission = admission_of(net)
+        if admission is not None:
+            admission.on_reset.append(self._note_reset)
         self._follow(optimizer)
 
     def resume(self, copy: Path, rows: Piece) -> None:
@@ -302,6 +306,13 @@ class _Tables:
     def _follow(self, optimizer: Optimizer) -> None:
         self._optimizer = optimizer
         optimizer.register_load_state_dict_post_hook(self._invalidate)
+
+    def _note_reset(self, weight: Tensor, rows: Tensor) -> None:
+        """Marks rows that were forgotten and start anew. They may have no gradient in the step that resets them."""
+        for name, table in self._tables.items():
+            for copy in (self._current, self._coming):
+                if table is weight and copy is not None:
+                    copy.touched.note(name, rows)
 
     def _invalidate(self, *_: Any) -> None:
         """Rows have moved in another way than by a step: neither full copy can be added to."""

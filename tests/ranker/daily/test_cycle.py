@@ -31,24 +31,7 @@ def state(folder: Path, day: int) -> dict[str, Any]:
     return torch.load(by_step(folder / "daily" / "states" / name_of(day) / "checkpoints")[-1], weights_only=True)
 
 
-@pytest.fixture(autouse=True)
-def easy_gate(monkeypatch: pytest.MonkeyPatch) -> None:
-    """So few rows teach little, and an export takes seconds: the gate passes everything, and no program is traced."""
-    import ranker.daily.judge as judge
-    from ranker.export.bundle import new_folder
-    from ranker.runs.model_card import write_card
-    from ranker.stability.gate import Verdict
-
-    def quick(
-        candidate: Any, evidence: Any, settings: Any, *, destination: Path, about: Any, card: Any, **_: Any
-    ) -> Verdict:
-        with new_folder(destination, replace=True) as draft:
-            (draft / "export.json").write_text(json.dumps({"run": about["run"], "step": about["step"]}))
-            write_card(draft, card)
-        return Verdict(())
-
-    monkeypatch.setattr(judge, "judge", lambda *_: Verdict(()))
-    monkeypatch.setattr(judge, "write_export", quick)
+pytestmark = pytest.mark.usefixtures("easy_gate")
 
 
 def test_each_new_day_is_trained_from_yesterdays_model_and_nothing_twice(

@@ -15,6 +15,7 @@ from ranker.data.schema import CategoricalFeature, Schema, Task
 from ranker.errors import UserError
 from ranker.models import SharedBottom
 from ranker.models.admission import INIT_RANGE, MINUTE_MS, admission_of, fresh_rows, observe
+from ranker.models.embeddings import tables_made_by
 from support import assert_equal
 
 DAY_MS = 86_400_000
@@ -236,3 +237,9 @@ def test_a_rule_that_is_none_is_refused(key, value, wanted):
 def test_a_rule_belongs_to_the_owner_of_a_table():
     with pytest.raises(UserError, match="belong to 'item', which owns the table"):
         CategoricalFeature(name="history", kind="sequence", table="item", admit_after=2)
+
+
+def test_tables_that_are_elsewhere_refuse_a_rule():
+    refused = pytest.raises(UserError, match="'item': admit_after and evict_after_days need embeddings=local")
+    with tables_made_by(lambda schema: pytest.fail("made")), refused:
+        SharedBottom(SCHEMA, hidden=[8])

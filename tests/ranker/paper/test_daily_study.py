@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +79,8 @@ def test_a_lost_chain_goes_on_the_day_after_the_verdict_from_the_model_before_th
     rounds = [(made, planned) for made, planned in parts(SETTING, launched)]
     assert [made.folder.name for made, _ in rounds] == ["part_00", "part_01", "scratch"]
     (again,) = rounds[1][1]
-    assert (again.cell.optim, again.cell.way, again.first, again.last, again.warm) == ("adagrad", "reset", 3, 3, True)
+    assert (again.cell.optim, again.cell.way, again.first, again.last) == ("adagrad", "reset", 3, 3)
+    assert again.parent is not None
     (start,) = (word for word in again.job if word.startswith("warm_start.path="))
     assert start.endswith("/checkpoints/step=10.ckpt'")
     assert "warm_start.accumulators=reset" in again.job
@@ -100,6 +102,29 @@ def test_a_lost_chain_goes_on_the_day_after_the_verdict_from_the_model_before_th
     assert (row["sigma_first"], row["sigma_rest"]) == (0.5, 1.0)
     fresh = runs.filter(pl.col("way") == "scratch", pl.col("optim") == "gc")
     assert fresh.select("day", "auc", "auc_after").rows() == [(3, None, 0.63)]
+
+
+def test_a_part_that_is_lost_on_its_first_day_leaves_the_model_that_it_began_with(
+    tmp_path: Path, write_run: Any
+) -> None:
+    launch, sweep = Folders(write_run), tmp_path / "synthetic_laptop"
+    launch.lost_at = {("gc", "keep", 0): (13, 18), ("gc", "keep", 2): (3, 8)}
+    starts = []
+    for made, planned in parts(SETTING, sweep):
+        made.folder.mkdir(parents=True)
+        launch(made, planned)
+        for path in made.folder.glob("*/checkpoints"):
+            if "first_day=2" in (path.parent / ".hydra" / "overrides.yaml").read_text():
+                shutil.rmtree(path)  # no midnight before the loss
+        starts += [(each.first, each.parent) for each in planned if each.cell.way == "keep" and each.cell.optim == "gc"]
+    assert [first for first, _ in starts] == [0, 2, 3]
+    assert starts[0][1] is None
+    assert starts[1][1] == starts[2][1] is not None
+    runs, _ = read(SETTING, sweep, [])
+    chain = runs.filter(pl.col("optim") == "gc", pl.col("way") == "keep")
+    assert chain["status"].to_list() == ["completed", "lost", "lost", "completed"]
+    assert chain["auc"].to_list() == [None, 0.61, 0.62, 0.63]
+    assert chain["fresh"].sum() == 1
 
 
 def test_what_is_missing_is_asked_for_and_no_day_follows_it(launched: Path) -> None:
