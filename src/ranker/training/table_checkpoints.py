@@ -310,9 +310,8 @@ class _Tables:
     def _note_reset(self, weight: Tensor, rows: Tensor) -> None:
         """Marks rows that were forgotten and start anew. They may have no gradient in the step that resets them."""
         for name, table in self._tables.items():
-            for copy in (self._current, self._coming):
-                if table is weight and copy is not None:
-                    copy.touched.note(name, rows)
+            if table is weight:
+                self._touched.note(name, rows)
 
     def _invalidate(self, *_: Any) -> None:
         """Rows have moved in another way than by a step: neither full copy can be added to."""

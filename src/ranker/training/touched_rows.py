@@ -73,11 +73,12 @@ class TouchedRows:
             if table.grad is None:
                 continue
             if table.grad.is_sparse:
-                self._note(name, table.grad._indices()[0])  # with repetitions: the step adds them up
+                self.note(name, table.grad._indices()[0])  # with repetitions: the step adds them up
             else:
-                self._note(name, torch.arange(len(table), device=table.device))
+                self.note(name, torch.arange(len(table), device=table.device))
 
-    def _note(self, name: str, rows: Tensor) -> None:
+    def note(self, name: str, rows: Tensor) -> None:
+        """Adds rows of a table."""
         marks = self._marks[name]
         new = rows[~marks[rows]]
         marks[new] = True
