@@ -31,6 +31,8 @@ CONFIG, SUMMARY, EVENTS, METRICS, CHECKPOINTS = (
 SKIPPED_ROWS, CAPSULES, SNAPSHOTS = "skipped_rows.csv", "capsules", "snapshots"
 SCHEMA, FINGERPRINT = "schema.yaml", "log.json"  # what the run was trained on
 TRACKER = "tracker.json"  # id of the run in W&B
+# Environment variables that tell the other processes of a run its folder, and the checkpoint that it goes on from.
+RUN_DIR_VARIABLE, CHECKPOINT_VARIABLE = "EVENKEEL_RUN_DIR", "EVENKEEL_CHECKPOINT"
 # What a run leaves; a new run in the same folder must not mix with it.
 LEFT_BY_A_RUN = (CONFIG, SUMMARY, EVENTS, METRICS, CHECKPOINTS, CAPSULES, SNAPSHOTS)
 WRITTEN_BESIDE = (SKIPPED_ROWS, SCHEMA, FINGERPRINT, TRACKER)
@@ -46,6 +48,7 @@ TRAIN_AUC_BY_RANK = "train_auc_by_rank"  # the same of each rank
 OPTIMIZER_SETTINGS = "optimizer_settings"  # hyperparameters of each group, as configured
 TRACKED = "tracked_rows"  # number of rows that W&B has
 AVERAGE = "average"  # moving average of the dense weights, by name within the net
+SHARDED = "sharded_tables"  # the tables that lie in a folder beside it, and how they were planned
 RECENT = "recent_steps"  # losses and AUCs of the last steps, which metrics.csv may not have
 
 

@@ -6,7 +6,8 @@ import logging
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, cast
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import pytorch_lightning as pl
 import torch
@@ -21,6 +22,7 @@ from ranker.errors import one_of
 from ranker.losses import MultitaskLoss, best_constants
 from ranker.metrics import StreamingAUC, Table, TaskMetrics
 from ranker.models import Ranker
+from ranker.models.admission import admission_of, observe
 from ranker.runs import metric_names as names
 from ranker.runs.lineage import LINEAGE, totals
 from ranker.runs.run_folder import (
@@ -28,6 +30,7 @@ from ranker.runs.run_folder import (
     NET_PREFIX,
     OPTIMIZER_SETTINGS,
     RECENT,
+    SHARDED,
     STATE_DICT,
     TRAIN_AUC,
     TRAIN_AUC_BY_RANK,
@@ -35,6 +38,9 @@ from ranker.runs.run_folder import (
 from ranker.training.deferred_signals import DeferredSignals, LateSignals
 from ranker.training.training_step import Seen, clip_gradients, forward_loss
 from ranker.training.weight_average import WeightAverage
+
+if TYPE_CHECKING:
+    from ranker.training.sharded_tables import TablesOfRun
 
 log = logging.getLogger(__name__)
 KEPT_SIGNALS = 1000  # steps
@@ -66,6 +72,7 @@ class RankingModule(pl.LightningModule):
         compile_net: run the net through torch.compile.
         loss: the training loss. None: log losses and squared errors.
         metrics: makes the metrics of the hold-out and of progressive validation. None: those that every run has.
+        tables: the net's tables, if they are sharded.
 
     Attributes:
         optimizer_factory: as ``optimizer``. A rollback may set another one, see ``ranker.training.rollback``.
@@ -92,13 +99,16 @@ class RankingModule(pl.LightningModule):
         compile_net: bool = False,
         loss: MultitaskLoss | None = None,
         metrics: Callable[[], TaskMetrics] | None = None,
+        tables: TablesOfRun | None = None,
     ) -> None:
         super().__init__()
         self.net = net
+        self.tables = tables
         self.schema = schema
         self.lr = lr
         self.optimizer_factory = optimizer
         self._warmup_steps, self._rewarm_steps = warmup_steps, rewarm_steps
+        self.rewarm_from = 0  # the step whose rate is the lowest of the newest warm-up
         self._before = before
         self.warm_start: Callable[[Fit], None] | None = None
         self.average_decay = average_decay
@@ -133,6 +143,18 @@ class RankingModule(pl.LightningModule):
     def forward(self, batch: Batch) -> Tensor:
         """Logits, shape [B, T]."""
         return self.net(batch)
+
+    def configure_model(self) -> None:
+        """Shards the net over the ranks, where the strategy has made a mesh for it."""
+        if self.device_mesh is not None:
+            from ranker.training.fsdp import shard  # imported late: it takes a second
+
+            shard(self.net, self.device_mesh["data_parallel"])
+
+    def setup(self, stage: str) -> None:
+        """Shards the tables, where they are to be sharded: the processes know each other by now."""
+        if self.tables is not None:
+            self.tables.start(self.trainer)
 
     def on_fit_start(self) -> None:
         """Starts the biases of the heads from the first window's labels, then takes over what a warm start has.
@@ -169,6 +191,7 @@ class RankingModule(pl.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Forward pass and loss; keeps the signals that the divergence detector and the progress bar read."""
+        observe(self.net, self.trainer.optimizers[0], [batch])
         logits_BT, loss = forward_loss(self, batch)
         reduce = self.trainer.strategy.reduce  # each rank has the share of its rows
         ranking_T = None if loss.ranking_T is None else cast(Tensor, reduce(loss.ranking_T, reduce_op="mean"))
@@ -186,6 +209,8 @@ class RankingModule(pl.LightningModule):
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Scores a window on its first batch, before any of its rows is trained on."""
+        if self.tables is not None:
+            self.tables.use_rate(self.trainer.optimizers[0])
         if not self._progressive or batch.opening is None:
             return
         self.score(batch.opening, self.progressive_metrics)
@@ -208,6 +233,9 @@ class RankingModule(pl.LightningModule):
             self._unrecorded.append(last)
             return
         self._record_signals(*last)
+        admission = admission_of(self.net)
+        if admission is not None:
+            self.record({names.ids(name): value for name, value in admission.values().items()})
 
     def record_event(self, step: int) -> None:
         """Writes the numbers of a recent step, whatever ``log_every``: an event has its point in every curve."""
@@ -265,16 +293,31 @@ class RankingModule(pl.LightningModule):
         self._settings = settings_of(optimizer)
         if not (self._warmup_steps or self._rewarm_steps):
             return optimizer
-        steps, again = self._warmup_steps or 1, self._rewarm_steps or 1
-        earlier = int((self._before or {}).get("steps", 0))
-        schedule = LambdaLR(
-            optimizer, lambda step: min(1.0, (earlier + step + 1) / steps) * min(1.0, (step + 1) / again)
-        )
+        schedule = LambdaLR(optimizer, lambda step: self._rate(step))  # noqa: PLW0108  the schedule saves any other callable
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
-    def make_optimizer(self) -> Optimizer:
-        """A new optimizer over all parameters."""
-        return self.optimizer_factory(model_or_params=self.net, lr=self.lr)
+    def _rate(self, step: int) -> float:
+        """Factor of the learning rate at a step, from 0: the warm-up of all runs so far, times the newest one."""
+        steps, again = self._warmup_steps or 1, self._rewarm_steps or 1
+        earlier = int((self._before or {}).get("steps", 0))
+        since = step - self.rewarm_from
+        # A rollback may have gone back to before the newest warm-up, which then comes again.
+        return min(1.0, (earlier + step + 1) / steps) * (min(1.0, (since + 1) / again) if since >= 0 else 1.0)
+
+    def rewarm(self) -> None:
+        """Lets the learning rate rise from 0 again over ``rewarm_steps``, from the next step on."""
+        if not self._rewarm_steps:
+            return
+        self.rewarm_from = self.trainer.global_step
+        for config in self.trainer.lr_scheduler_configs:
+            schedule = cast(LambdaLR, config.scheduler)
+            for group, base in zip(schedule.optimizer.param_groups, schedule.base_lrs, strict=True):
+                group["lr"] = base * self._rate(schedule.last_epoch)
+
+    def make_optimizer(self, factory: OptimizerFactory | None = None) -> Optimizer:
+        """A new optimizer over all parameters, by another factory than the run's if one is given."""
+        made = (factory or self.optimizer_factory)(model_or_params=self.net, lr=self.lr)
+        return made if self.tables is None else self.tables.join(made)
 
     def apply_settings(self) -> None:
         """Gives a resumed optimizer the hyperparameters that have changed since the checkpoint was written.
@@ -317,6 +360,8 @@ class RankingModule(pl.LightningModule):
             checkpoint[AVERAGE] = self.average.state_dict()
             live = self.average.own_weights().items()  # in the middle of an evaluation the net has the average
             checkpoint[STATE_DICT] |= {f"{NET_PREFIX}{name}": value for name, value in live}
+        if self.tables is not None:
+            checkpoint[SHARDED] = self.tables.save(self.global_step)
         windows, rows, last_time_ms = Fit(self.trainer).data.trained()
         checkpoint[LINEAGE] = {
             **totals(
@@ -335,6 +380,8 @@ class RankingModule(pl.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Gives this rank its own training AUC back; with another number of ranks, rank 0 gets the sum."""
+        if self.tables is not None:
+            self.tables.load(checkpoint, Path(str(self.trainer.ckpt_path)))
         self._saved_settings = checkpoint.get(OPTIMIZER_SETTINGS)
         self._saved_average = checkpoint.get(AVERAGE)
         if recent := checkpoint.get(RECENT):  # missing in older checkpoints
@@ -352,7 +399,12 @@ class RankingModule(pl.LightningModule):
     def score(self, rows: Batch, metrics: TaskMetrics) -> None:
         """Adds the predictions for rows to metrics, without training on them."""
         self.net.eval()
-        for part in _pieces(rows, self._score_rows):
+        pieces = -(-len(rows) // self._score_rows)
+        if (
+            self.tables is not None or self.device_mesh is not None
+        ):  # a forward pass is collective, and shares may differ
+            pieces = Fit(self.trainer).largest(pieces)
+        for part in _pieces(rows, self._score_rows, pieces):
             part = part.to(self.device, non_blocking=True)
             metrics.add(self.net(part), part)
         self.net.train()
@@ -508,6 +560,7 @@ def over_time(phase: str, values: Mapping[str, float]) -> dict[str, float]:
     return {f"{phase}/{name}": v for name, v in values.items() if not name.endswith(("/observed", "/nonfinite"))}
 
 
-def _pieces(rows: Batch, size: int) -> Iterator[Batch]:
-    for start in range(0, len(rows), size):
-        yield rows.slice(start, min(start + size, len(rows)))
+def _pieces(rows: Batch, size: int, count: int) -> Iterator[Batch]:
+    """Rows in a number of pieces of a size; the last ones may be empty."""
+    for start in range(0, count * size, size):
+        yield rows.slice(min(start, len(rows)), min(start + size, len(rows)))
