@@ -5,10 +5,12 @@ PY := $(VENV)/bin/python
 STAMP := $(VENV)/.evenkeel-installed
 JOBS ?= 2
 EXAMPLES := build/examples
+SPARK := build/spark
+TORCHREC := build/torchrec
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-slow test-attack test-gpu test-examples check docs results-check wheel-check format lock clean
+.PHONY: help setup train test test-slow test-attack test-gpu test-examples test-spark setup-torchrec test-torchrec check docs results-check wheel-check format lock clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-13s %s\n", $$1, $$2}'
@@ -46,6 +48,23 @@ test-examples: $(STAMP)  ## run the examples for Hugging Face and torchrec too, 
 	  > $$($(EXAMPLES)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/project.pth
 	@$(EXAMPLES)/bin/python -m pip install --quiet --no-deps -r examples/requirements.txt
 	@PYTHONPATH=src OMP_NUM_THREADS=1 $(EXAMPLES)/bin/python -m pytest -q tests/optim/test_framework_examples.py $(ARGS)
+
+test-spark: $(STAMP)  ## run the tests of prepare_data.py --engine spark in build/spark, an environment of their own (400 MB, Java 17)
+	@test -x $(SPARK)/bin/python || $(PY) -m venv $(SPARK)
+	@$(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+	  > $$($(SPARK)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/project.pth
+	@$(SPARK)/bin/python -m pip install --quiet --no-deps -r tests/requirements-spark.txt
+	@PYTHONPATH=$(CURDIR)/src OMP_NUM_THREADS=1 $(SPARK)/bin/python -m pytest -q tests/ranker/data/test_spark.py $(ARGS)
+
+setup-torchrec: $(STAMP)  ## make build/torchrec, an environment with torchrec for embeddings=torchrec (CPU)
+	@test -x $(TORCHREC)/bin/python || $(PY) -m venv $(TORCHREC)
+	@# it sees the packages of .venv behind its own; pip would install another torch with torchrec
+	@$(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+	  > $$($(TORCHREC)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/project.pth
+	@$(TORCHREC)/bin/python -m pip install --quiet --no-deps -r examples/requirements-torchrec.txt
+
+test-torchrec: setup-torchrec  ## run the tests of sharded tables, on one and two processes
+	@PYTHONPATH=src OMP_NUM_THREADS=1 $(TORCHREC)/bin/python -m pytest -q tests/ranker/sharded $(ARGS)
 
 check: $(STAMP)  ## lint, formatting, types, import contracts, the site of the docs
 	@$(PY) -m ruff check .

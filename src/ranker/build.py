@@ -34,9 +34,10 @@ from ranker.models import Ranker
 from ranker.runs import lineage, log_identity, objective
 from ranker.runs.config_identity import cell_hash
 from ranker.runs.run_folder import RUN_DIR_VARIABLE, RunFolder
-from ranker.training import trackers
+from ranker.training import lean_loop, trackers
 from ranker.training.bookkeeping import Bookkeeping
-from ranker.training.checkpoints import Checkpoints, DurableCheckpointIO
+from ranker.training.boundaries import Boundaries
+from ranker.training.checkpoints import Checkpoints
 from ranker.training.interruption import Interruption
 from ranker.training.lightning_private import leave_signals
 from ranker.training.module import RankingModule
@@ -45,6 +46,7 @@ from ranker.training.resumption import Resumption
 from ranker.training.sharpness_probe import SharpnessProbe
 from ranker.training.snapshots import is_healthy
 from ranker.training.stability_callback import Stability
+from ranker.training.table_checkpoints import DurableCheckpointIO
 from ranker.training.warm_start import Parent, WarmStart
 from ranker.training.warm_start import settings_of as warm_start_settings
 
@@ -137,6 +139,8 @@ def build(cfg: DictConfig, folder: RunFolder, checkpoint: Path | None, parent: P
     if checkpoint is not None:
         log_identity.check_log(folder.path, log)
     module = build_module(cfg, log.schema)
+    if module.tables is not None:
+        module.tables.folder = folder.checkpoints
     _check_optimizer(module)
     bookkeeping, interruption = Bookkeeping(), Interruption()
     stability, others = _configured_callbacks(_what_works(cfg), folder, speed=bookkeeping.examples_per_second)
@@ -150,9 +154,13 @@ def build(cfg: DictConfig, folder: RunFolder, checkpoint: Path | None, parent: P
         module.warm_start = warm_start
     datamodule = build_data(cfg, log, wrap_training=lambda loader: stability.overheard(bookkeeping.timed(loader)))
     tasks = {task.name: task.type for task in log.schema.tasks}
+    again = warm_start_settings(cfg)
+    if again.at_windows:
+        others = [Boundaries(again, stability), *others]
     checkpoints = Checkpoints(
         folder.checkpoints,
         every=cfg.train.checkpoint_every,
+        windows=again.at_windows,
         best_by=objective.chosen(cfg.objective, objective.metrics_of(tasks, more=module.holdout_metrics.names())),
         interruption=interruption,
         healthy=lambda: is_healthy(stability.detector),
@@ -226,13 +234,20 @@ def build_data(cfg: DictConfig, log: Log, **other: Any) -> RankingDataModule:
 
 def build_module(cfg: DictConfig, schema: Schema) -> RankingModule:
     """The model with its losses, metrics and optimizer, with new random weights."""
+    lr = base_lr(cfg) * cfg.lr_mult
+    if OmegaConf.select(cfg, "embeddings.name", default="local") == "torchrec":  # missing in old runs
+        from ranker.training import sharded_config  # late: few runs need it
+
+        net, tables = sharded_config.sharded(cfg, lambda: make_net(cfg, schema), lr=lr)
+    else:
+        net, tables = make_net(cfg, schema), None
     return RankingModule(
-        make_net(cfg, schema),
+        net,
         schema=schema,
         loss=make_loss(cfg, schema),
         metrics=metrics_factory(cfg, schema),
         optimizer=instantiate(cfg.optim, _convert_="all"),
-        lr=base_lr(cfg) * cfg.lr_mult,
+        lr=lr,
         warmup_steps=cfg.train.warmup_steps,
         rewarm_steps=warm_start_settings(cfg).warmup_steps,
         average_decay=cfg.train.get("average_decay", 0.0),  # missing in old runs
@@ -242,6 +257,7 @@ def build_module(cfg: DictConfig, schema: Schema) -> RankingModule:
         score_rows=cfg.scale.eval_batch_size,
         log_every=cfg.train.log_every,
         compile_net=cfg.train.compile,
+        tables=tables,
     )
 
 
@@ -359,8 +375,12 @@ def _trainer(cfg: DictConfig, folder: RunFolder, callbacks: list[Callback], logg
         cause = error.__cause__ or error
         raise UserError(f"trainer: {' '.join(str(cause).split())}") from error
     if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # a user's own stays
-        trainer.strategy.checkpoint_io = DurableCheckpointIO()
+        trainer.strategy.checkpoint_io = DurableCheckpointIO(
+            rows_above=OmegaConf.select(cfg, "train.checkpoint_rows_above", default=0),  # missing in old runs
+            full_share=OmegaConf.select(cfg, "train.checkpoint_full_share", default=0.25),
+        )
     leave_signals(trainer)
+    lean_loop.use(trainer)
     return trainer
 
 

@@ -49,6 +49,9 @@ RESUMABLE = (
     "data.num_workers",
     "data.eval_max_rows",
     "scale.eval_batch_size",
+    "embeddings.plan",
+    "embeddings.tables",
+    "embeddings.memory_gib",
     "objective",
     "tags",
 )
@@ -68,6 +71,7 @@ GROUPS = (
     "mitigation",
     "loss",
     "metrics",
+    "embeddings",
 )  # whose option a saved configuration names
 
 

@@ -116,6 +116,7 @@ def test_a_run_that_was_killed_ends_as_if_it_had_not_been_and_goes_on_anywhere(
         ("train.average_decay=0.99", r"train\.average_decay=0\.99 averages"),
         ("model.net.sparse_embeddings=true", "makes gradients that cannot be sharded"),
         ("callbacks.sharpness.every=10", "multiplies with a Hessian"),
+        ("embeddings=torchrec", "has tables that are sharded already"),
         ("warm_start.path=runs/x", "takes over whole weights"),
         ("trainer.precision=16-mixed", "precision=16-mixed is not tested"),
     ],

@@ -102,9 +102,9 @@ class RankingDataModule(pl.LightningDataModule):
         parse_window(window)
         if not (isinstance(log, Log) or callable(log)):
             raise UserError(f"data.log: {type(log).__name__} is not a log; make it a subclass of ranker.data.log.Log")
-        self._log, self._keep_groups = log, keep_groups
+        self._log, self._keep_groups, self._passes = log, keep_groups, passes
         if isinstance(log, Log):
-            self._check_group(log)
+            self._check_log(log)
         if strips > 1 and batch_size < 4 * strips:
             raise UserError(
                 f"data.strips={strips} needs batches of {4 * strips} rows or more, scale.batch_size is {batch_size}"
@@ -114,7 +114,7 @@ class RankingDataModule(pl.LightningDataModule):
         self._num_workers, self._eval_max_rows = num_workers, eval_max_rows
         self._progressive = progressive
         self._pin_memory = pin_memory
-        self._passes, self._windows_before, self._strips = passes, windows_before, strips
+        self._windows_before, self._strips = windows_before, strips
         self._past = PastWindows() if dense_statistics == "past_windows" else None
         self._loader: WindowedLoader | None = None
         self.position = 0
@@ -126,7 +126,7 @@ class RankingDataModule(pl.LightningDataModule):
         if isinstance(self._log, Log):
             return self._log
         opened = self._log()
-        self._check_group(opened)
+        self._check_log(opened)
         return opened
 
     @cached_property
@@ -255,6 +255,11 @@ class RankingDataModule(pl.LightningDataModule):
         last_ms = self.log.time_at_row((stop - 1) % self.log.train_rows)
         return self._windows_before + window + 1, rows, last_ms
 
+    @property
+    def at_window_end(self) -> bool:
+        """Whether the batch before ``position`` was the last of its window."""
+        return self.position > 0 and self._window_of(self.position) > self._window_of(self.position - 1)
+
     def join_bad_rows(self) -> None:
         """Adds the bad rows that other ranks found in their parts of the hold-out. All ranks must call it."""
         if not (dist.is_available() and dist.is_initialized()):
@@ -297,10 +302,16 @@ class RankingDataModule(pl.LightningDataModule):
             keys = groups_BG[:, self.log.schema.group_names.index(self._keep_groups)].numpy()
         return self.plan.order(window, seed=self._seed, keys=keys)
 
-    def _check_group(self, log: Log) -> None:
+    def _check_log(self, log: Log) -> None:
         known = log.schema.group_names
         if self._keep_groups is not None and self._keep_groups not in known:
             raise UserError(f"data.keep_groups: no group '{self._keep_groups}'; {suggest(self._keep_groups, known)}")
+        evicting = [feature.name for feature in log.schema.categorical if feature.evict_after_days]
+        if evicting and self._passes > 1:
+            raise UserError(
+                f"evict_after_days of '{evicting[0]}' needs train.epochs=1: a second pass goes back in time, and every "
+                "row would look forgotten"
+            )
 
     def _eval_loader(self, *, max_rows: int | None, keep: bool) -> EvalLoader:
         rank, world_size = self._place()

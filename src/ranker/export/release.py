@@ -32,6 +32,7 @@ from ranker.runs.run_folder import (
     DATA_MODULE,
     GLOBAL_STEP,
     NET_PREFIX,
+    SHARDED,
     STATE_DICT,
     SUMMARY,
     plain,
@@ -40,6 +41,7 @@ from ranker.runs.run_folder import (
 )
 from ranker.runs.run_folder import METRICS as CURVES
 from ranker.stability.gate import Evidence, GateSettings, Verdict, judge
+from ranker.training.table_checkpoints import read_checkpoint
 
 
 @dataclass(frozen=True)
@@ -70,13 +72,19 @@ class Weights:
         if not path.is_file():
             raise UserError(f"no checkpoint {path}")
         try:
-            saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            saved = read_checkpoint(path)
             state = saved[STATE_DICT]
             data = saved.get(DATA_MODULE, {})
             net = {name.removeprefix(NET_PREFIX): x for name, x in state.items() if name.startswith(NET_PREFIX)}
             average = saved.get(AVERAGE, {})
+            if SHARDED in saved:
+                from ranker.training.sharded_checkpoint import gathered  # late: few runs have sharded tables
+
+                net |= gathered(saved, path)
             net |= average
             step = int(saved[GLOBAL_STEP])
+        except UserError:  # its tables are missing
+            raise
         except Exception as error:  # torch raises many types of errors for an invalid file
             raise UserError(f"{path} is not a checkpoint of a run ({' '.join(str(error).split())[:120]})") from error
         known = data.get("dense_statistics")

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,8 +17,8 @@ from torch import Tensor, nn
 from ranker.data.batch import Batch
 from ranker.data.schema import Schema
 from ranker.errors import UserError
+from ranker.models.admission import INIT_RANGE, Admission, has_rule
 
-INIT_RANGE = 0.05
 _NARROW = 8
 """Maximum width of rows that are added element by element. 36,864 rows of 8: 0.20 ms instead of 0.54. Of 16: 0.35
 instead of 0.29."""
@@ -31,7 +34,32 @@ class _Run:
     last: int
 
 
-class EmbeddingTables(nn.Module):
+class Tables(nn.Module, ABC):
+    """The tables of a model, wherever their rows are.
+
+    Attributes:
+        output_width: sum of the embedding widths of all features.
+    """
+
+    output_width: int
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Embeddings of all features side by side, x_BD with D the sum of the embedding widths."""
+        pieces = self.pieces(batch)
+        if not pieces:
+            return batch.dense_BF.new_zeros(batch.dense_BF.shape[0], 0)
+        return torch.cat(pieces, dim=1)
+
+    @abstractmethod
+    def pieces(self, batch: Batch) -> list[Tensor]:
+        """The output in as few pieces as its order allows, for a caller that concatenates it with other tensors."""
+
+    @abstractmethod
+    def count(self) -> int:
+        """Number of weights of all tables, over all processes."""
+
+
+class EmbeddingTables(Tables):
     """One weight per embedding width. It contains all tables of that width, concatenated.
 
         e_f = W_D[start_f + id_f]                     one-hot feature f
@@ -44,6 +72,8 @@ class EmbeddingTables(nn.Module):
 
     Initial weights are uniform in [-0.05, 0.05], the default of a Keras embedding. The paper names no initialiser and
     its authors work in Keras. With this range, a row seen for the first time does not outweigh trained rows.
+
+    A table with ``admit_after`` or ``evict_after_days`` counts its rows, see :mod:`ranker.models.admission`.
 
     Args:
         schema: gives the features. The output has their embeddings side by side, in the schema's order.
@@ -59,7 +89,7 @@ class EmbeddingTables(nn.Module):
         self._ragged_names: dict[int, list[str]] = {}
         self._ragged_starts: dict[int, list[int]] = {}
 
-        start, rows = _place(schema)
+        start, rows = place(schema)
         _check_memory(schema)
         # Modules instead of parameters, because DDP reads from nn.Embedding whether its gradient is sparse.
         self.tables = nn.ModuleDict(
@@ -79,6 +109,7 @@ class EmbeddingTables(nn.Module):
             self._ragged_names[dim] = [f.name for f in ragged]
             self._ragged_starts[dim] = [start[schema.table_of(f).name] for f in ragged]
         self._runs = _runs(schema)
+        self.admission = Admission(schema, start) if any(map(has_rule, schema.categorical)) else None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -86,15 +117,12 @@ class EmbeddingTables(nn.Module):
         for weight in self.tables.parameters():
             nn.init.uniform_(weight, -INIT_RANGE, INIT_RANGE)
 
-    def forward(self, batch: Batch) -> Tensor:
-        """Embeddings of all features side by side, x_BD with D the sum of the embedding widths."""
-        pieces = self.pieces(batch)
-        if not pieces:
-            return batch.dense_BF.new_zeros(batch.dense_BF.shape[0], 0)
-        return torch.cat(pieces, dim=1)
+    def count(self) -> int:
+        """As in ``Tables``."""
+        return sum(weight.numel() for weight in self.tables.parameters())
 
     def pieces(self, batch: Batch) -> list[Tensor]:
-        """The output in as few pieces as its order allows, for a caller that concatenates it with other tensors."""
+        """As in ``Tables``."""
         return self.arranged({dim: self._look_up(batch, dim) for dim in self._ragged_names})
 
     def arranged(self, found: Mapping[int, tuple[Tensor, Tensor]]) -> list[Tensor]:
@@ -110,13 +138,29 @@ class EmbeddingTables(nn.Module):
             pieces.append(one_hot[..., columns] if run.one_hot else bags.select(-3, run.first))
         return pieces
 
+    def rows_of(self, batch: Batch, dim: int, columns: list[int], lists: list[str]) -> Tensor:
+        """The rows of some features' ids, admitted or not, one after another, int64 [N].
+
+        Args:
+            batch: the ids.
+            dim: width of the features.
+            columns: places of one-hot features among those of this width.
+            lists: names of features with lists.
+        """
+        starts = dict(zip(self._ragged_names[dim], self._ragged_starts[dim], strict=True))
+        one_hot = self._one_hot_rows(batch, dim)[:, columns].reshape(-1)
+        return torch.cat([one_hot, *(batch.ragged[name].values + starts[name] for name in lists)])
+
     def places(self, batch: Batch, dim: int) -> tuple[Tensor, Tensor, Tensor]:
         """The rows that a batch reads of the weight of one width, as ``by_gather`` takes them.
 
         Returns:
             One-hot rows [B, C_D]; rows of all lists [N]; offsets of the lists, [R_D * B + 1].
         """
-        return (self._one_hot_rows(batch, dim), *self._ragged_rows(batch, dim))
+        rows_BC = self._one_hot_rows(batch, dim)
+        if self.admission is not None:
+            rows_BC = self.admission.one_hot(rows_BC, self.get_buffer(f"starts_{dim}"), dim)
+        return (rows_BC, *self._ragged_rows(batch, dim))
 
     def _look_up(self, batch: Batch, dim: int) -> tuple[Tensor, Tensor]:
         """Embeddings of the features of one width: one-hot [B, C_D * D], ragged [R_D, B, D]."""
@@ -144,7 +188,39 @@ class EmbeddingTables(nn.Module):
             offsets.append(part.offsets[1:] + end)
             end += part.values.shape[0]
         values = [part.values + start for part, start in zip(lists, self._ragged_starts[dim], strict=True)]
+        if self.admission is not None:
+            places = zip(values, self._ragged_starts[dim], self._ragged_names[dim], strict=True)
+            values = [self.admission.ragged(rows, start, name, dim) for rows, start, name in places]
         return torch.cat(values), torch.cat(offsets)
+
+
+_MAKE: ContextVar[Callable[[Schema], Tables] | None] = ContextVar("_MAKE", default=None)
+
+
+@contextmanager
+def tables_made_by(make: Callable[[Schema], Tables]) -> Iterator[None]:
+    """Models that are built in this block get their tables from ``make``; no model needs an argument for it."""
+    token = _MAKE.set(make)
+    try:
+        yield
+    finally:
+        _MAKE.reset(token)
+
+
+def new_tables(schema: Schema, *, sparse: bool) -> Tables:
+    """The tables of a new model: those of ``tables_made_by``, or all of them in this process.
+
+    Raises:
+        UserError: the tables are others than ``EmbeddingTables``, and a feature has a rule of ``admission``.
+    """
+    make = _MAKE.get()
+    ruled = [feature.name for feature in schema.categorical if has_rule(feature)]
+    if make is not None and ruled:
+        raise UserError(
+            f"categorical feature '{ruled[0]}': admit_after and evict_after_days need embeddings=local; leave them out "
+            "for sharded tables"
+        )
+    return EmbeddingTables(schema, sparse=sparse) if make is None else make(schema)
 
 
 def _check_memory(schema: Schema) -> None:
@@ -160,7 +236,7 @@ def _check_memory(schema: Schema) -> None:
         )
 
 
-def _place(schema: Schema) -> tuple[dict[str, int], dict[int, int]]:
+def place(schema: Schema) -> tuple[dict[str, int], dict[int, int]]:
     """First row of each table within the weight of its width, and the rows of each weight."""
     start: dict[str, int] = {}
     rows: dict[int, int] = {}

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ranker.data.batch import Batch
 from ranker.data.schema import Schema
-from ranker.models.embeddings import EmbeddingTables
+from ranker.models.embeddings import new_tables
 from ranker.models.layers import MLP, dense_layer, fused_linear, joined
 
 
@@ -39,7 +39,7 @@ class Ranker(nn.Module, ABC):
     def __init__(self, schema: Schema, *, sparse_embeddings: bool = False) -> None:
         super().__init__()
         self.task_names = schema.task_names
-        self.embeddings = EmbeddingTables(schema, sparse=sparse_embeddings)
+        self.embeddings = new_tables(schema, sparse=sparse_embeddings)
         self.input_width = len(schema.dense) + self.embeddings.output_width
 
     def features(self, batch: Batch) -> Tensor:
@@ -83,8 +83,8 @@ class Ranker(nn.Module, ABC):
 
     def count_parameters(self) -> dict[str, int]:
         """Numbers of parameters: ``embedding``, and ``dense`` for all others, which the paper's Table 1 counts."""
-        embedding = sum(p.numel() for p in self.embeddings.parameters())
-        return {"embedding": embedding, "dense": sum(p.numel() for p in self.parameters()) - embedding}
+        local = sum(p.numel() for p in self.embeddings.parameters())
+        return {"embedding": self.embeddings.count(), "dense": sum(p.numel() for p in self.parameters()) - local}
 
 
 class Heads(nn.Module):

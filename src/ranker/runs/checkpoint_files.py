@@ -1,17 +1,25 @@
-"""The checkpoint files of a run: their names, which one is the newest, and whether a file is intact."""
+"""The checkpoint files of a run: their names, which one is the newest, and whether a file is intact.
+
+A run with sharded tables has a folder of each checkpoint beside the file, with the rows of all ranks.
+"""
 
 from __future__ import annotations
 
+import errno
 import json
 import zipfile
+import zlib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from ranker.atomic import write_text
 from ranker.errors import UserError
+from ranker.runs.table_files import copy_of
 
 BEST, BEST_RECORD = "best", "best.json"
+TABLES, TABLE_FILES = "tables", "files.json"  # the folder of sharded tables; size and CRC-32 of its files, by name
+_PIECE = 2**24  # bytes
 
 
 def path_of(folder: Path, step: int) -> Path:
@@ -30,18 +38,60 @@ def by_step(folder: Path) -> list[Path]:
     return sorted((path for path in folder.glob("step=*.ckpt") if step_of(path) >= 0), key=step_of)
 
 
+def tables_of(path: Path) -> Path:
+    """The folder with the sharded tables of a checkpoint; the best one shares that of its step."""
+    top = path.parent.parent if path.parent.name == BEST else path.parent
+    return top / TABLES / path.stem
+
+
+def checksum(path: Path) -> int:
+    """CRC-32 of a file."""
+    value = 0
+    with path.open("rb") as file:
+        while piece := file.read(_PIECE):
+            value = zlib.crc32(piece, value)
+    return value
+
+
+def damage_of_tables(folder: Path) -> str | None:
+    """Why sharded tables cannot be used; None if they are intact. Reads every file once."""
+    try:
+        listed = json.loads((folder / TABLE_FILES).read_text(encoding="utf-8"))
+        for name, (size, crc) in listed.items():
+            path = folder / name
+            if path.stat().st_size != size or checksum(path) != crc:
+                return f"damaged (the checksum of {TABLES}/{folder.name}/{name} is wrong)"
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        return f"without its tables ({TABLES}/{folder.name}: {' '.join(str(error).split())[:100]})"
+    return None
+
+
 def damage(path: Path) -> str | None:
     """Why a checkpoint cannot be used; None if it is intact.
 
     torch writes a zip archive whose records carry a CRC-32, and does not check it when it reads. A changed bit in a
-    weight would load without an error. Reads the whole file once.
+    weight would load without an error. Reads the whole file once, and the full copy of tables that it adds to.
     """
+    own = _damage(path)
+    copy = None if own else copy_of(path)
+    if copy is None:
+        return own
+    if not copy.is_file():
+        return f"incomplete: the full copy of its tables, {copy}, is missing"
+    reason = _damage(copy)
+    return None if reason is None else f"incomplete: the full copy of its tables, {copy}, is {reason}"
+
+
+def _damage(path: Path) -> str | None:
     try:
         with zipfile.ZipFile(path) as archive:
             broken = archive.testzip()
     except Exception as error:  # zipfile raises many types of errors for a damaged archive
         return f"truncated or not a checkpoint ({' '.join(str(error).split())[:100]})"
-    return None if broken is None else f"damaged (the checksum of {broken} is wrong)"
+    if broken is not None:
+        return f"damaged (the checksum of {broken} is wrong)"
+    folder = tables_of(path)
+    return damage_of_tables(folder) if folder.parent.is_dir() else None
 
 
 def newest_intact(folder: Path, say: Callable[[str], None]) -> Path:
@@ -100,3 +150,14 @@ class Best:
         for path in by_step(checkpoints / BEST):
             if path != self.path(checkpoints):
                 path.unlink(missing_ok=True)
+
+
+def full_disk(error: BaseException) -> str:
+    """Why a file could not be written, from the operating system's error below torch's."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError):
+            full = cause.errno in (errno.ENOSPC, errno.EDQUOT)
+            return f"{cause.strerror or cause}{'; free space, then resume the run' if full else ''}"
+        cause = cause.__cause__ or cause.__context__
+    return " ".join(str(error).split())[:200]

@@ -48,6 +48,7 @@ TRAIN_AUC_BY_RANK = "train_auc_by_rank"  # the same of each rank
 OPTIMIZER_SETTINGS = "optimizer_settings"  # hyperparameters of each group, as configured
 TRACKED = "tracked_rows"  # number of rows that W&B has
 AVERAGE = "average"  # moving average of the dense weights, by name within the net
+SHARDED = "sharded_tables"  # the tables that lie in a folder beside it, and how they were planned
 RECENT = "recent_steps"  # losses and AUCs of the last steps, which metrics.csv may not have
 
 

@@ -34,6 +34,7 @@ REFUSED = {
     "train.average_decay": (0, "averages whole weights"),
     "train.compile": (False, "is not tested with it"),
     "model.net.sparse_embeddings": (False, "makes gradients that cannot be sharded"),
+    "embeddings.name": ("local", "has tables that are sharded already"),
     "warm_start.path": (None, "takes over whole weights; one rank or trainer=ddp can do it"),
 }
 

@@ -25,6 +25,7 @@ from ranker.runs.run_folder import (
     read_summary,
 )
 from ranker.training.module import OptimizerFactory, RankingModule, settings_of
+from ranker.training.table_checkpoints import read_checkpoint
 
 # Hyperparameters that act only where an accumulator is made.
 ONLY_AT_THE_START = ("initial_accumulator_value",)
@@ -59,14 +60,14 @@ class Resumption:
             UserError: the file is no checkpoint of a run, or its weights or optimizer do not fit the configuration.
         """
         try:
-            saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            saved = read_checkpoint(path, light=True)
             weights, step, position = saved[STATE_DICT], int(saved[GLOBAL_STEP]), int(saved[DATA_MODULE]["position"])
         except Exception as error:  # torch raises many types of errors for an invalid file
             raise UserError(f"{path} is not a checkpoint of a run ({' '.join(str(error).split())[:120]})") from error
         _check_weights(path, weights, module.state_dict())
         rolled_back = saved.get(CALLBACKS, {}).get(STABILITY, {}).get("rollbacks")
         factory = other if other is not None and rolled_back else module.optimizer_factory
-        optimizer = factory(model_or_params=module.net, lr=module.lr)
+        optimizer = module.make_optimizer(factory)
         _check_settings(path, saved.get(OPTIMIZER_SETTINGS), settings_of(optimizer))
         _check_optimizer(path, saved, optimizer)
         return cls(path, step, position, saved.get(TRACKED))

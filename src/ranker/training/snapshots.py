@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -56,6 +57,8 @@ def restore(state: TrainingState, fit: Fit, detector: DivergenceDetector | None,
         skip_batches: number of batches to leave out from the state's position on.
     """
     _trained(fit, detector).restore(state)
+    if fit.module.tables is not None:
+        fit.module.tables.go_back(state.step)
     if state.process["precision"]:
         fit.trainer.precision_plugin.load_state_dict(copied(state.process["precision"]))
     if fit.module.average is not None:
@@ -114,9 +117,25 @@ class SnapshotRing:
         self._path = (
             None if self._folder is None else self._folder.path / "snapshots" / f"rank{fit.trainer.global_rank}"
         )
+        if self.every:
+            self._check_memory(fit)
         self._read_back(fit.step)
         if self.every and not self.snapshots:  # a resumed run should have the ring of an uninterrupted one
             self._take(fit, detector)
+
+    def _check_memory(self, fit: Fit) -> None:
+        """Refuses snapshots that cannot fit, before the system kills the process for them.
+
+        Counted are weights and one value of optimizer state for each, as Adagrad has, of the run and of each snapshot.
+        """
+        state = 2 * sum(p.nbytes for p in fit.module.net.parameters())
+        there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        if (1 + self._keep) * state > there:
+            raise UserError(
+                f"callbacks.snapshots: {self._keep} snapshots of {state / 2**30:,.1f} GiB do not fit beside the model "
+                f"into the {there / 2**30:,.0f} GiB of this machine: lower callbacks.snapshots.keep, or set "
+                "callbacks.snapshots.every=0 (then there is no rollback and no capsule)"
+            )
 
     def after_step(self, fit: Fit, detector: DivergenceDetector | None) -> None:
         """Takes a snapshot if one is due. The detector must have seen the step."""
@@ -145,6 +164,8 @@ class SnapshotRing:
         # One is dropped first, so that memory never holds one more.
         kept = thinned([s.step for s in self.snapshots], fit.step, every=self.every, keep=self._keep)
         self.snapshots = [s for s in self.snapshots if s.step in kept]
+        if fit.module.tables is not None:
+            fit.module.tables.mark(fit.step, keep=kept)
         snapshot = capture(fit, detector)
         self.snapshots = [*self.snapshots, snapshot]
         if self._disk and self._path is not None:
