@@ -22,6 +22,7 @@ from pytorch_lightning.loggers.logger import Logger
 from pytorch_lightning.plugins.environments import SLURMEnvironment
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
+from ranker import launched
 from ranker.config import base_lr, is_sweep
 from ranker.data.datamodule import RankingDataModule
 from ranker.data.log import Log, Selected
@@ -32,10 +33,11 @@ from ranker.metrics import Intervals, RowMetric, TaskMetrics
 from ranker.models import Ranker
 from ranker.runs import lineage, log_identity, objective
 from ranker.runs.config_identity import cell_hash
-from ranker.runs.run_folder import RunFolder
-from ranker.training import trackers
+from ranker.runs.run_folder import RUN_DIR_VARIABLE, RunFolder
+from ranker.training import lean_loop, trackers
 from ranker.training.bookkeeping import Bookkeeping
-from ranker.training.checkpoints import Checkpoints, DurableCheckpointIO
+from ranker.training.boundaries import Boundaries
+from ranker.training.checkpoints import Checkpoints
 from ranker.training.interruption import Interruption
 from ranker.training.lightning_private import leave_signals
 from ranker.training.module import RankingModule
@@ -44,12 +46,11 @@ from ranker.training.resumption import Resumption
 from ranker.training.sharpness_probe import SharpnessProbe
 from ranker.training.snapshots import is_healthy
 from ranker.training.stability_callback import Stability
+from ranker.training.table_checkpoints import DurableCheckpointIO
 from ranker.training.warm_start import Parent, WarmStart
 from ranker.training.warm_start import settings_of as warm_start_settings
 
 _LOGGER = logging.getLogger(__name__)
-
-RUN_DIR_VARIABLE = "EVENKEEL_RUN_DIR"  # tells the processes started by DDP their folder
 
 # Arguments of Lightning's Trainer that a run sets itself, and the options for what they do.
 INSTEAD = {
@@ -142,7 +143,7 @@ def build(cfg: DictConfig, folder: RunFolder, checkpoint: Path | None, parent: P
         module.tables.folder = folder.checkpoints
     _check_optimizer(module)
     bookkeeping, interruption = Bookkeeping(), Interruption()
-    stability, others = _configured_callbacks(cfg, folder, speed=bookkeeping.examples_per_second)
+    stability, others = _configured_callbacks(_what_works(cfg), folder, speed=bookkeeping.examples_per_second)
     other = stability.rollback.optim if stability.rollback else None
     resumption = None if checkpoint is None else Resumption.of(checkpoint, module, other=other)
     warm_start = None
@@ -153,9 +154,13 @@ def build(cfg: DictConfig, folder: RunFolder, checkpoint: Path | None, parent: P
         module.warm_start = warm_start
     datamodule = build_data(cfg, log, wrap_training=lambda loader: stability.overheard(bookkeeping.timed(loader)))
     tasks = {task.name: task.type for task in log.schema.tasks}
+    again = warm_start_settings(cfg)
+    if again.at_windows:
+        others = [Boundaries(again, stability), *others]
     checkpoints = Checkpoints(
         folder.checkpoints,
         every=cfg.train.checkpoint_every,
+        windows=again.at_windows,
         best_by=objective.chosen(cfg.objective, objective.metrics_of(tasks, more=module.holdout_metrics.names())),
         interruption=interruption,
         healthy=lambda: is_healthy(stability.detector),
@@ -221,6 +226,7 @@ def build_data(cfg: DictConfig, log: Log, **other: Any) -> RankingDataModule:
         "dense_statistics": cfg.data.dense_statistics,
         "passes": cfg.train.get("epochs", 1),  # missing in old runs
         "keep_groups": cfg.data.get("keep_groups"),  # likewise
+        "strips": cfg.data.get("strips", 1),  # likewise
         "windows_before": int((lineage.parent(cfg) or {}).get("windows", 0)),
     }
     return RankingDataModule(log, **(configured | other))
@@ -364,14 +370,45 @@ def _trainer(cfg: DictConfig, folder: RunFolder, callbacks: list[Callback], logg
         if name in cfg.trainer:
             raise UserError(f"trainer.{name} is set by this project; {INSTEAD.get(name, 'leave it out')}")
     try:
-        trainer: pl.Trainer = instantiate(cfg.trainer, **settings, _convert_="all")
+        trainer: pl.Trainer = instantiate(cfg.trainer, **settings, **_places(cfg), _convert_="all")
     except Exception as error:
         cause = error.__cause__ or error
         raise UserError(f"trainer: {' '.join(str(cause).split())}") from error
     if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # a user's own stays
-        trainer.strategy.checkpoint_io = DurableCheckpointIO()
+        trainer.strategy.checkpoint_io = DurableCheckpointIO(
+            rows_above=OmegaConf.select(cfg, "train.checkpoint_rows_above", default=0),  # missing in old runs
+            full_share=OmegaConf.select(cfg, "train.checkpoint_full_share", default=0.25),
+        )
     leave_signals(trainer)
+    lean_loop.use(trainer)
     return trainer
+
+
+def _places(cfg: DictConfig) -> dict[str, int]:
+    """Machines and processes of each, where torchrun or srun has started them.
+
+    Their numbers are the launcher's, so that a command need not repeat them, and a restart on fewer machines can do.
+
+    Raises:
+        UserError: the configuration says something else.
+    """
+    found = launched.launch()
+    if found is None or found.size == 1:
+        return {}
+    asked = {"devices": found.local_size, "num_nodes": found.nodes}
+    if cfg.trainer.get("strategy", "auto") == "auto":
+        raise UserError(
+            f"{found.program} has started {found.size} processes, and trainer.strategy=auto trains in one; "
+            "add trainer=ddp"
+        )
+    for name, value in asked.items():
+        given = cfg.trainer.get(name, "auto")
+        if given != value and given not in (("auto", -1) if name == "devices" else ("auto", 1)):
+            raise UserError(
+                f"trainer.{name} is {given}, but {found.program} has started {found.size} processes on {found.nodes} "
+                f"machines; leave it out, or set trainer.devices={found.local_size} trainer.num_nodes={found.nodes}"
+            )
+    return asked
 
 
 def _quiet_lightning() -> None:
@@ -384,6 +421,7 @@ def _quiet_lightning() -> None:
         # conf/trainer/ddp.yaml: each rank keeps its own statistics, and for that torch 2.13 has nothing else yet.
         ".*`broadcast_buffers` is deprecated.*",
         ".*does not have many workers.*",  # our loaders prefetch in threads
+        ".*FSDP2-wrapped module .* returned a view tensor.*",  # of the tables; they go into torch.cat at once
         ".*Checkpoint directory .* exists and is not empty.*",  # expected when a run resumes
     ):
         warnings.filterwarnings("ignore", message=message)
@@ -400,8 +438,31 @@ def _check_devices(cfg: DictConfig) -> None:
         raise UserError(
             f"trainer.devices is {asked}, but there is no GPU; add trainer.accelerator=cpu for {asked} CPU processes"
         )
+    found = launched.launch()
+    ranks = found.size if found is not None else gpus if asked in ("auto", -1) else asked
+    if accelerator != "cpu" and gpus and ranks > 1 and OmegaConf.select(cfg, "model.net.sparse_embeddings"):
+        raise UserError(
+            "model.net.sparse_embeddings=true: NCCL cannot exchange sparse gradients between GPUs; use false, or "
+            "sharded tables (docs/scale.md)"
+        )
     if isinstance(asked, int) and asked < 1 and asked != -1:
         raise UserError(f"trainer.devices must be 1 or more (or -1 or auto for all), got {asked}")
+
+
+def _what_works(cfg: DictConfig) -> DictConfig:
+    """The configuration of the callbacks: without what needs whole weights, where they are sharded. Says so once.
+
+    Raises:
+        UserError: something that was asked for does not work with the strategy.
+    """
+    if (OmegaConf.select(cfg, "trainer.strategy._target_", default="") or "").endswith(".WatchedFSDP"):
+        from ranker.training.fsdp import with_what_works  # imported late: it takes a second
+
+        reduced, off = with_what_works(cfg)
+        if off and getattr(rank_zero_only, "rank", 0) == 0:
+            print(f"trainer=fsdp: {', '.join(off)} switched off, which need whole weights", flush=True)
+        return reduced
+    return cfg
 
 
 def _check_optimizer(module: RankingModule) -> None:

@@ -32,6 +32,9 @@ class TrainSettings:
         progressive: score each window before it is trained on.
         checkpoint_every: write a checkpoint every so many steps, at the last step and where the hold-out is best;
             0 writes none but on interruption.
+        checkpoint_rows_above: megabytes, with its accumulators, above which a table with sparse gradients is saved by
+            the rows that moved since a full copy; 0 saves whole tables always.
+        checkpoint_full_share: share of the rows of such tables that a checkpoint may hold before the next full copy.
         log_every: write metrics every so many steps.
         warmup_steps: raise the learning rate linearly from 0 over so many steps; 0 for none.
         head_bias: where the heads' biases start: ``labels``, at the constant that fits the first window best; ``zero``.
@@ -45,6 +48,8 @@ class TrainSettings:
     eval_every: int = 50
     progressive: bool = True
     checkpoint_every: int = 100
+    checkpoint_rows_above: float = 256.0
+    checkpoint_full_share: float = 0.25
     log_every: int = 10
     warmup_steps: int = 0
     head_bias: str = "labels"
@@ -63,6 +68,8 @@ class WarmStartSettings:
         half_life_rows: of ``decay``, rows after which half of what was accumulated is forgotten.
         floor: of ``floor``, the least accumulator of a layer, as a share of the layer's median.
         warmup_steps: raise the learning rate linearly from 0 over so many steps of the new run; 0 for none.
+        at_windows: do the same to the accumulators and the rate at the end of each window of the run, and write a
+            checkpoint there; see ``ranker.training.boundaries``.
         parent: what the parent is; written by the run.
     """
 
@@ -71,6 +78,7 @@ class WarmStartSettings:
     half_life_rows: float | None = None
     floor: float = 0.1
     warmup_steps: int = 0
+    at_windows: bool = False
     parent: dict[str, Any] | None = None
 
 
@@ -182,6 +190,8 @@ def check(cfg: DictConfig) -> None:
         )
     if "warm_start" in cfg:  # missing in old runs
         _check_warm_start(cfg.warm_start)
+        if cfg.warm_start.get("at_windows") and cfg.trainer.accumulate_grad_batches != 1:
+            raise UserError("warm_start.at_windows needs trainer.accumulate_grad_batches=1: a step is of one window")
 
 
 def _check_warm_start(given: DictConfig) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from ranker import run_summary, stop_signals
+from ranker import meeting, run_summary, stop_signals
 from ranker.atomic import write_text
 from ranker.build import Run, build
 from ranker.data.start_report import start_report
@@ -56,6 +56,8 @@ def run(cfg: DictConfig, checkpoint: Path | None = None) -> float:
         parent = parent_of(cfg, folder, checkpoint)
         with own_process_environment(folder, checkpoint):
             parts = build(cfg, folder, checkpoint, parent)
+            if ranks := meeting.current():
+                ranks.announce(folder.path, checkpoint)
             with trackers.finishing(parts.loggers):
                 return _train(parts)
 
@@ -117,6 +119,8 @@ def _ended_early(run: Run, caught: BaseException, seconds: float) -> None:
             if number == signal.SIGUSR1 and job:  # SLURM's warning that the time is up
                 stop_signals.say(slurm.requeue(job))
         sys.exit(1 if number == signal.SIGINT else stop_signals.exit_status(number))
+    if isinstance(error, ddp.LostRankError) and error.spoken:
+        sys.exit(2)
     if error is not caught:
         raise error from None
 

@@ -14,7 +14,8 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
-from ranker.build import RUN_DIR_VARIABLE, Run, is_first_process
+from ranker import meeting
+from ranker.build import Run, is_first_process
 from ranker.config import check, is_sweep, outside_folder
 from ranker.config_overrides import resumed
 from ranker.errors import UserError
@@ -24,12 +25,10 @@ from ranker.installation import conf_folder
 from ranker.runs import lineage, run_lock, slurm
 from ranker.runs.checkpoint_files import by_step
 from ranker.runs.config_identity import config_hash
-from ranker.runs.run_folder import CONFIG, RunFolder
+from ranker.runs.run_folder import CHECKPOINT_VARIABLE, CONFIG, RUN_DIR_VARIABLE, RunFolder
 from ranker.training.metrics_csv import MetricsCsv
 from ranker.training.resumption import sound_checkpoint
 from ranker.training.warm_start import Parent
-
-CHECKPOINT_VARIABLE = "EVENKEEL_CHECKPOINT"  # tells the processes started by DDP the checkpoint of a sweep's job
 
 
 def run_folder(cfg: DictConfig) -> RunFolder:
@@ -46,8 +45,11 @@ def run_folder(cfg: DictConfig) -> RunFolder:
 
 @contextmanager
 def alone_in(folder: RunFolder) -> Iterator[None]:
-    """Holds the lock of the run folder, in the first process of the run."""
-    with run_lock.held(folder.path) if is_first_process() else nullcontext():
+    """Holds the lock of the run folder, in the first process of the run.
+
+    After a restart by torchrun it waits: on another machine the attempt before may still be ending.
+    """
+    with run_lock.held(folder.path, wait=_restarted(folder.path)) if is_first_process() else nullcontext():
         yield
 
 
@@ -66,7 +68,7 @@ def starting_point(cfg: DictConfig, folder: RunFolder, checkpoint: Path | None) 
     given = os.environ.get(CHECKPOINT_VARIABLE)  # in the other processes of the run
     checkpoint = checkpoint or (Path(given) if given else None)
     if cfg.resume is None:
-        again = checkpoint is None and _requeued(cfg, folder.path) == folder.path
+        again = checkpoint is None and (_restarted(folder.path) or _requeued(cfg, folder.path) == folder.path)
         if again and by_step(folder.checkpoints):
             checkpoint = folder.newest_checkpoint()
         if checkpoint is None and is_first_process():
@@ -77,6 +79,12 @@ def starting_point(cfg: DictConfig, folder: RunFolder, checkpoint: Path | None) 
     check(cfg)
     stops = OmegaConf.select(cfg, "callbacks.divergence.stop", default=False)
     return cfg, checkpoint or sound_checkpoint(folder, keep_lost=not stops, say=lambda line: print(line, flush=True))
+
+
+def _restarted(folder: Path) -> bool:
+    """Whether torchrun has started this run again after a failure."""
+    ranks = meeting.current()
+    return ranks is not None and ranks.earlier == folder
 
 
 def _requeued(cfg: DictConfig, folder: Path) -> Path | None:

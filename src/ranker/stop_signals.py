@@ -124,7 +124,9 @@ def _handle(number: int, _: FrameType | None) -> None:
 
 def _speaks() -> bool:
     """Whether this is the first process of a run; the others are started with their number in a variable."""
-    return all(os.environ.get(name, "0") == "0" for name in ("LOCAL_RANK", "SLURM_PROCID"))
+    # torchrun sets RANK, which counts over all machines; Lightning LOCAL_RANK alone; srun SLURM_PROCID.
+    given = [os.environ[name] for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID") if name in os.environ]
+    return not given or given[0] == "0"
 
 
 def _leave_terminal() -> None:

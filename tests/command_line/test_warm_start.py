@@ -203,6 +203,7 @@ def test_a_widened_layer_starts_fresh(command_line: Command, log: Path, tmp_path
         (["warm_start={run}", "warm_start.accumulators=decay"], "half_life_rows"),
         (["warm_start={run}", "warm_start.accumulators=kep"], "did you mean 'keep'"),
         (["warm_start={run}/config.yaml"], "not a checkpoint"),
+        (["warm_start.at_windows=true", "trainer.accumulate_grad_batches=2"], "trainer.accumulate_grad_batches=1"),
     ],
 )
 def test_what_does_not_fit_is_one_line(
@@ -278,3 +279,37 @@ def test_an_export_gives_its_weights(
         assert_equal(old["state_dict"][name], now["state_dict"][name], name)
     assert finished(today).summary["warm_start"]["kind"] == "export"
     assert now["lineage"]["windows"] == old["lineage"]["windows"] + 1
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("warm_start.accumulators=decay", "warm_start.half_life_rows=900", "train.warmup_steps=25"),
+        ("warm_start.accumulators=reset", "warm_start.warmup_steps=6", "optim=clippy_adam"),
+        pytest.param(("warm_start.accumulators=floor", "optim=gc"), marks=pytest.mark.slow),
+        pytest.param(("warm_start.accumulators=keep", "warm_start.warmup_steps=6"), marks=pytest.mark.slow),
+        pytest.param(("warm_start.accumulators=reset", "optim=adagrad"), marks=pytest.mark.slow),
+    ],
+    ids=["decay", "reset and warm-up, adam", "floor", "warm-up", "reset"],
+)
+def test_boundaries_inside_a_run_do_what_warm_starts_do_between_runs(
+    command_line: Command, log: Path, tmp_path: Path, words: Sequence[str]
+) -> None:
+    by_day = (*words, "data.window=24h")
+    parent = train(command_line, log, tmp_path / "0", 0, 0, *by_day)
+    for day in (1, 2):
+        parent = train(command_line, log, tmp_path / str(day), day, day, f"warm_start={parent}", *by_day)
+    inside = (*by_day, "warm_start.at_windows=true", "train.checkpoint_every=0")
+    whole = train(command_line, log, tmp_path / "whole", 0, 2, *inside)
+    half = train(command_line, log, tmp_path / "half", 0, 2, *inside, "train.max_steps=13")  # 10 steps are a day
+    command_line(f"resume={half}", "train.max_steps=-1")
+    steps = last_checkpoint(whole)["global_step"]
+    for folder in (whole, half):
+        got = last_checkpoint(folder)
+        assert got["global_step"] == steps == 30
+        assert_equal(last_checkpoint(parent)["state_dict"], got["state_dict"], folder.name)
+        assert_equal(state_of(last_checkpoint(parent)), state_of(got), folder.name)
+    assert finished(whole).summary["metrics"] == finished(parent).summary["metrics"]
+    rates = {int(row["step"]): float(row["lr"]) for row in metrics(whole) if row.get("lr")}
+    of_chain = {int(row["step"]) + 20: float(row["lr"]) for row in metrics(parent) if row.get("lr")}
+    assert of_chain.items() <= rates.items()

@@ -99,6 +99,12 @@ def _run(given: Given, jobs: Any) -> int:
         jobs=jobs or Processes(),
         say=lambda line: print(line, flush=True),
     )
+    if given.watch is not None and settings.complete == "later_rows":
+        print(
+            "note: a model is judged on what the day after has by then; daily.complete=marker or delay waits until it "
+            "is complete",
+            flush=True,
+        )
     with run_lock.held(folder):
         while True:
             try:
@@ -127,9 +133,10 @@ def _once(cycle: Any) -> int:
         cycle.folder / PAGE, render(Ledger(cycle.folder), served=Shelf(cycle.folder).served, waiting=waiting)
     )
     try:
-        decided = cycle.run(after_each=write)
+        decided, waiting = cycle.run(after_each=write)
         served = Shelf(cycle.folder).served
-        print(f"{decided} new days; served: {served or 'nothing yet'} ({cycle.folder / PAGE})", flush=True)
+        more = f"; waiting: {waiting}" if waiting else ""
+        print(f"{decided} new days; served: {served or 'nothing yet'} ({cycle.folder / PAGE}){more}", flush=True)
     except (JobFailedError, DriftStopError) as error:
         waiting, status = str(error), 1
         print(f"error: {error}", file=sys.stderr, flush=True)

@@ -5,11 +5,16 @@ from __future__ import annotations
 import argparse
 import datetime as dt
 import logging
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException
+from hydra.utils import instantiate
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -21,9 +26,10 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
-from ranker import atomic
+from ranker import atomic, config
 from ranker.cli import command
 from ranker.data.batch import Batch
+from ranker.data.collisions import collisions_of, lines_of, warnings_of
 from ranker.data.filesystem import open_root
 from ranker.data.inspection import broken_checksums, imprecise_columns, inspect_log, out_of_order
 from ranker.data.log_profile import LogProfiler
@@ -32,16 +38,20 @@ from ranker.data.parquet_log import ParquetLog
 from ranker.data.prepare import RECIPES, print_summary, steps
 from ranker.data.prepare import prepare as prepare_log
 from ranker.data.prepare.download import ARCHIVES, Archive, fetch, unpack
+from ranker.data.prepare.generated import write_generated
 from ranker.data.prepare.own import prepare_own
 from ranker.data.prepare.rewrite import rewrite
+from ranker.data.prepare.spark import Cluster, cluster
 from ranker.data.proposal import propose
 from ranker.data.proposal_text import as_yaml, next_commands
 from ranker.data.raw_log import RawLog, profiled
 from ranker.data.schema import Schema
+from ranker.data.synthetic import SyntheticLog
 from ranker.errors import UserError
-from ranker.installation import command_line
+from ranker.installation import command_line, conf_folder
 
-REWRITE = "rewrite"  # the kind of preparation that makes larger row groups of a log of one's own
+REWRITE = "rewrite"  # the kind of preparation that sorts Parquet of one's own and makes large row groups
+SYNTHETIC = "synthetic"  # the kind that writes the generated log of data=synthetic
 OWN = "log"  # the kind that converts a log of one's own, such as CSV
 
 
@@ -53,36 +63,97 @@ def prepare(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument(
         "kind",
-        choices=[*sorted(RECIPES), OWN, REWRITE],
-        help=f"the data set; {OWN}: CSV or Parquet of your own, with --schema; {REWRITE}: a log with a schema.yaml, in "
-        "order, whose row groups are small",
+        choices=[*sorted(RECIPES), OWN, REWRITE, SYNTHETIC],
+        help=f"the data set; {OWN}: CSV or Parquet of your own, with --schema; {REWRITE}: Parquet with a "
+        "schema.yaml, sorted by time, one file per day, large row groups; "
+        f"{SYNTHETIC}: the log that data=synthetic generates",
     )
-    parser.add_argument("source", metavar="SRC", help="folder with the published files, or with the log")
+    parser.add_argument(
+        "source",
+        metavar="SRC",
+        nargs="?",
+        help=f"folder with the published files, or with the log; {SYNTHETIC} has none",
+    )
     parser.add_argument("destination", metavar="DST", help="folder to create")
     parser.add_argument("--schema", type=Path, help=f"for {OWN}: the schema.yaml; inspect_data.py --propose writes one")
+    parser.add_argument(
+        "--set",
+        nargs="+",
+        default=[],
+        metavar="KEY=VALUE",
+        help=f"for {SYNTHETIC}: its options as for train.py, such as data.log.train_rows=100000000",
+    )
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    parser.add_argument(
+        "--engine",
+        choices=["polars", "spark"],
+        default="polars",
+        help="what does the work: polars on this machine, or spark on a cluster that sees SRC and DST (%(default)s)",
+    )
+    parser.add_argument(
+        "--master", metavar="URL", help="for --engine spark: the cluster (local[2], spark://HOST:7077, yarn, ...)"
+    )
+    parser.add_argument(
+        "--spark-conf", metavar="KEY=VALUE", nargs="+", default=[], help="for --engine spark: options of Spark"
+    )
     given = parser.parse_args(arguments)
+    if (given.source is None) != (given.kind == SYNTHETIC):
+        parser.error(f"{SYNTHETIC} takes DST alone, the other kinds take SRC and DST")
+    if given.set and given.kind != SYNTHETIC:
+        parser.error(f"--set belongs to {SYNTHETIC}")
+    if given.engine == "polars" and (given.master or given.spark_conf):
+        parser.error("--master and --spark-conf belong to --engine spark")
+    if wrong := [pair for pair in given.spark_conf if not re.match(r"[\w.]+=", pair)]:
+        parser.error(f"--spark-conf {wrong[0]}: write KEY=VALUE")
+    if given.engine == "spark" and given.kind in (REWRITE, SYNTHETIC):
+        parser.error(f"{given.kind} runs on this machine only: leave out --engine")
     if (given.schema is None) == (given.kind == OWN):
         propose = f"{command_line('inspect')} {given.source} --propose schema.yaml"
         parser.error(f"--schema belongs to {OWN}, and {OWN} needs it: {propose} proposes one")
-    if given.kind == OWN:
+    if given.engine == "spark":
+        with cluster(given.master, dict(pair.split("=", 1) for pair in given.spark_conf)) as spark:
+            _prepare(given, spark)
+        return 0
+    if given.kind == SYNTHETIC:
         with steps(visible=not given.quiet) as step:
-            manifest = prepare_own(given.source, given.destination, Schema.from_yaml(given.schema), step=step)
-        print_summary(manifest, where=given.destination)
+            manifest = write_generated(_synthetic(given.set), given.destination, settings=given.set, step=step)
+        print(f"{given.destination}: {manifest.rows:,} rows in {manifest.days} days")
         return 0
     if given.kind == REWRITE:
-        manifest = _rewrite(given.source, given.destination, progress=not given.quiet)
-        print(f"{given.destination}: {manifest.rows:,} rows in {len(manifest.files)} days")
+        with steps(visible=not given.quiet) as step:
+            manifest = rewrite(given.source, given.destination, step=step)
+        print(f"{given.destination}: {manifest.rows:,} rows in {manifest.days} days")
         return 0
-    manifest = prepare_log(given.kind, given.source, given.destination, progress=not given.quiet)
-    print_summary(manifest, where=given.destination)
+    _prepare(given, None)
     return 0
 
 
-def _rewrite(source: str, destination: str, *, progress: bool) -> Manifest:
-    with _row_progress(disable=not progress) as bar:
-        task = bar.add_task("rewriting rows", total=None)
-        return rewrite(source, destination, advance=lambda rows: bar.advance(task, rows))
+def _synthetic(settings: Sequence[str]) -> SyntheticLog:
+    """The log of ``data=synthetic`` with these options."""
+    for word in settings:
+        if not word.startswith("data.log."):
+            raise UserError(f"--set takes options of the generated log, data.log.NAME=VALUE; got {word}")
+    config.register()
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(conf_folder()), version_base="1.3"):
+        try:
+            cfg = compose("config", overrides=["data=synthetic", *settings])
+        except HydraException as error:
+            raise UserError(f"--set: {' '.join(str(error).split())}") from error
+    log: SyntheticLog = instantiate(cfg.data.log, _convert_="all")
+    return log
+
+
+def _prepare(given: argparse.Namespace, spark: Cluster | None) -> None:
+    """Prepares a public data set or a log of one's own, and says what is in it."""
+    progress = not given.quiet
+    if given.kind == OWN:
+        schema = Schema.from_yaml(given.schema)
+        with steps(visible=progress) as step:
+            manifest = prepare_own(given.source, given.destination, schema, step=step, cluster=spark)
+    else:
+        manifest = prepare_log(given.kind, given.source, given.destination, progress=progress, cluster=spark)
+    print_summary(manifest, where=given.destination)
 
 
 @command
@@ -212,7 +283,11 @@ def _looked_at(log: ParquetLog, before: Sequence[str], given: argparse.Namespace
 
         findings = inspect_log(log, look=look)
     _print_files(findings.files, title=f"{log.num_rows:,} rows, of which {findings.bad:,} cannot be used")
-    warnings = list(findings.warnings)
+    with _row_progress() as bar:
+        task = bar.add_task("reading ids", total=log.num_rows)
+        shared = collisions_of(log, advance=lambda rows: bar.advance(task, rows))
+    print(*lines_of(shared), sep="\n", end="\n" if shared else "")
+    warnings = [*findings.warnings, *warnings_of(shared)]
     if profiler is not None:
         from ranker.reports import log_page
 

@@ -15,10 +15,10 @@ from ranker.atomic import write_text
 from ranker.cli import command
 from ranker.errors import UserError, suggest
 from ranker.installation import clone
-from ranker.paper.jobs import DATA, LABELS, QUICK, Data, Setting, launch
+from ranker.paper.jobs import DATA, LABELS, QUICK, Data, Job, Setting, launch
 from ranker.paper.published import BY_NAME, STUDIES, differences, folder_of, load_found, publish, render
-from ranker.paper.store import unique
-from ranker.paper.study import Study
+from ranker.paper.store import find, unique
+from ranker.paper.study import Phase, Study
 
 TRAIN = Path(__file__).with_name("train.py")
 SLICE = "kuairand_pure_slice"
@@ -75,8 +75,12 @@ def reproduce(arguments: Sequence[str] | None = None) -> int:
         raise UserError("--publish writes the full results to results/; leave --quick and --results out")
     results = options.results or (_root() / "results" if options.publish else out / "results")
     setting = _setting(options)
-    wanted = list(STUDIES) if options.what == "all" else _with_needs(BY_NAME[options.what])
-    for study in wanted:
+    for study in list(STUDIES) if options.what == "all" else _with_needs(BY_NAME[options.what]):
+        if options.what not in ("all", study.name) and _is_made(
+            study, results / folder_of(study, setting.data, setting.scale)
+        ):
+            print(f"{options.what}: takes {study.name} from {results}; to renew it, make it first", flush=True)
+            continue
         make(
             study,
             setting,
@@ -110,12 +114,15 @@ def make(
     for need in study.needs:
         found |= load_found(BY_NAME[need], folder)
     for phase in study.phases:
-        jobs = phase.jobs(setting, found)
-        print(f"{study.name}: {phase.name}, {len(jobs)} runs", flush=True)
-        if jobs and run:
-            launch(TRAIN, sweep, unique(jobs), parallel=parallel, vectorize=vectorize)
-        # Runs of models that were asked for at another time stay in the results.
-        every = jobs if setting.quick else phase.jobs(replace(setting, models=tuple(LABELS)), found)
+        if phase.rounds is not None:
+            jobs = every = _rounds(study, phase, setting, sweep, parallel=parallel, run=run, vectorize=vectorize)
+        else:
+            jobs = phase.jobs(setting, found)
+            print(f"{study.name}: {phase.name}, {len(jobs)} runs", flush=True)
+            if jobs and run:
+                launch(TRAIN, sweep, unique(jobs), parallel=parallel, vectorize=vectorize)
+            # Runs of models that were asked for at another time stay in the results.
+            every = jobs if setting.quick else phase.jobs(replace(setting, models=tuple(LABELS)), found)
         runs, missing = phase.read(setting, sweep, every)
         missing = [job for job in missing if job in jobs]
         if missing:
@@ -135,6 +142,21 @@ def make(
     print(text, path, sep="\n", flush=True)
 
 
+def _rounds(
+    study: Study, phase: Phase, setting: Setting, sweep: Path, *, parallel: int, run: bool, vectorize: int
+) -> list[Job]:
+    """Launches a phase round by round; returns the jobs of all rounds."""
+    assert phase.rounds is not None
+    jobs: list[Job] = []
+    for made in phase.rounds(setting, sweep):
+        jobs += made.jobs
+        missing = find(made.folder, made.jobs)[1] if run else []
+        if missing:
+            print(f"{study.name}: {phase.name}, {made.folder.name}, {len(missing)} runs", flush=True)
+            launch(TRAIN, made.folder, unique(missing), parallel=parallel, vectorize=vectorize)
+    return jobs
+
+
 def _root() -> Path:
     """The clone, or the current folder where the package is installed without one."""
     return clone() or Path.cwd()
@@ -149,6 +171,11 @@ def _published_root() -> Path:
 
 def _with_needs(study: Study) -> list[Study]:
     return [*(needed for name in study.needs for needed in _with_needs(BY_NAME[name])), study]
+
+
+def _is_made(study: Study, folder: Path) -> bool:
+    """Whether all files of a study are there. Its search alone can take longer than the study that needs it."""
+    return all((folder / f"{phase.name}.csv").is_file() for phase in study.phases)
 
 
 def _setting(options: argparse.Namespace) -> Setting:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 
 import hydra
 from omegaconf import DictConfig
 
-from ranker import cli, config, deferred
-from ranker.config_overrides import resumed_words, warm_start_word
+from ranker import cli, config, deferred, launched, meeting
+from ranker.config_overrides import quoted, resumed_words, warm_start_word
+from ranker.errors import UserError
 from ranker.installation import conf_folder
+from ranker.runs.run_folder import CHECKPOINT_VARIABLE, RUN_DIR_VARIABLE
 
 config.register()
 
@@ -55,7 +58,58 @@ def train() -> None:
     with cli.one_line_errors(outermost=True):
         words = [warm_start_word(word) for word in sys.argv[1:]]
         sys.argv[1:] = resumed_words(words, conf=conf_folder())
-    cli.run(_main)
+        ranks = _met()
+    status = 1
+    try:
+        cli.run(_main)
+        status = 0
+    except SystemExit as ended:
+        status = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
+        raise
+    finally:
+        if ranks is not None:
+            ranks.end(status)
+
+
+def _met() -> meeting.Meeting | None:
+    """Lets the ranks that a launcher has started agree on the run folder, before Hydra makes one; adds it to sys.argv.
+
+    Ends a rank above 0 here, quietly, where rank 0 ends without a run.
+
+    Raises:
+        UserError: a sweep was asked for, or the ranks do not find each other.
+    """
+    found = launched.launch()
+    if found is None or RUN_DIR_VARIABLE in os.environ:
+        return None
+    if found.size > 1 and {"-m", "--multirun"} & set(sys.argv):
+        if found.rank:
+            sys.exit(2)
+        raise UserError(
+            f"{found.program} has started {found.size} processes of one run, and -m is a sweep of many runs; leave "
+            f"{found.program} out, or give each run its own {found.program}"
+        )
+    if found.rank:
+        deferred.defer()
+        import ranker.run  # noqa: F401  # while rank 0 reads the configuration
+    try:
+        ranks = meeting.meet()
+        assert ranks is not None
+        told = ranks.told() if found.rank else ranks.earlier
+    except UserError:
+        if found.rank > 1:  # rank 0 or 1 says it
+            sys.exit(2)
+        raise
+    if isinstance(told, int):
+        sys.exit(told)
+    if isinstance(told, meeting.Told):
+        os.environ[RUN_DIR_VARIABLE] = told.folder
+        if told.checkpoint is not None:
+            os.environ[CHECKPOINT_VARIABLE] = told.checkpoint
+    folder = told.folder if isinstance(told, meeting.Told) else told
+    if folder is not None:
+        sys.argv += [f"hydra.run.dir={quoted(str(folder))}", "hydra.output_subdir=null"]
+    return ranks
 
 
 def headroom() -> int:

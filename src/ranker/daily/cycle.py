@@ -17,7 +17,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from omegaconf import DictConfig
 
@@ -25,6 +25,7 @@ from ranker.atomic import write_text
 from ranker.build import open_log
 from ranker.daily import ledger as kinds
 from ranker.daily.attempts import Attempt, JobFailedError, Plan, Say, attempt, train_words
+from ranker.daily.complete import Completeness
 from ranker.daily.day_statistics import DayStatistics
 from ranker.daily.days import LogDays, checked_day
 from ranker.daily.drift import Drift, compare
@@ -39,6 +40,18 @@ from ranker.runs.run_folder import RunFolder
 from ranker.trust import targets
 
 RUNS, STATISTICS, VERDICT = "runs", "statistics", "verdict.json"
+
+
+class Outcome(NamedTuple):
+    """What a call came to.
+
+    Attributes:
+        decided: days that were decided.
+        waiting: what the next day waits for; empty if there is none.
+    """
+
+    decided: int
+    waiting: str
 
 
 class DriftStopError(Exception):
@@ -69,14 +82,14 @@ class Daily:
     jobs: Jobs
     say: Say
 
-    def run(self, *, after_each: Callable[[], None] = lambda: None) -> int:
+    def run(self, *, after_each: Callable[[], None] = lambda: None) -> Outcome:
         """Does what is missing. The caller holds the lock of the folder.
 
         Args:
             after_each: called when a day is decided.
 
         Returns:
-            Number of days that were decided.
+            How many days were decided, and what the next one waits for.
 
         Raises:
             UserError: the log or an option is wrong.
@@ -86,16 +99,30 @@ class Daily:
         self.folder.mkdir(parents=True, exist_ok=True)
         ledger, shelf, log = Ledger(self.folder), Shelf(self.folder), LogDays.open(self.cfg)
         self._report_late(ledger, log)
-        decided = 0
+        decided, complete = 0, Completeness(settings=self.settings, log=log)
         while (day := self._next_day(ledger, log)) is not None:
+            if lacking := self._lacking(day, ledger, log, complete):
+                return Outcome(decided, lacking)
             if gap := log.missing_around(day, since=list(ledger.days)[-1:]):
                 self.say(f"{day}: the log has no rows of {gap}; what comes for these days later may not be trained on")
             self._do(day, ledger, shelf, log)
             decided += 1
             after_each()
-        return decided
+        return Outcome(decided, "")
 
     # Which day.
+
+    def _lacking(self, day: str, ledger: Ledger, log: LogDays, complete: Completeness) -> str:
+        """What is missing of a day, of those of the first model, or of the day that it is judged on.
+
+        A day with a verdict goes on.
+        """
+        if (self.folder / RUNS / day / VERDICT).is_file():
+            return ""
+        after = log.after(day)
+        assert after is not None
+        first = day if ledger.good is not None else self._first_day(log)
+        return complete.lacking(*(name for name in log.names if first <= name <= after))
 
     def _next_day(self, ledger: Ledger, log: LogDays) -> str | None:
         """The first day after the last decided one that has a day after it."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,6 +10,8 @@ from typing import Any
 from ranker.config import ACCUMULATORS
 from ranker.data.columns import from_plain
 from ranker.errors import UserError, one_of
+
+COMPLETE = ("later_rows", "marker", "delay")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +73,9 @@ class DailySettings:
     bootstrap_days: int
     start_from: str | None
     keep: int
+    complete: str
+    marker: str
+    delay_hours: float
     retries: tuple[Retry, ...] = ()
     gate: str = "default"
     max_auc_drop: float
@@ -79,6 +85,11 @@ class DailySettings:
 
     def __post_init__(self) -> None:
         one_of(self.on_drift, ("warn", "stop"), "daily.on_drift")
+        one_of(self.complete, COMPLETE, "daily.complete")
+        if not self.marker.strip() or "/" in self.marker:
+            raise UserError(f"daily.marker is the name of a file, such as _SUCCESS, got '{self.marker}'")
+        if not (self.delay_hours >= 0 and math.isfinite(self.delay_hours)):
+            raise UserError(f"daily.delay_hours must be 0 or more, got {self.delay_hours}")
         for name in ("bootstrap_days", "keep"):
             if getattr(self, name) < 1:
                 raise UserError(f"daily.{name} must be 1 or more, got {getattr(self, name)}")

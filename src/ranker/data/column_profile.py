@@ -102,6 +102,23 @@ class ColumnProfile:
         else:
             self._add_numbers(counts["value"].cast(pl.Float64), counts["count"])
 
+    def merge(self, other: ColumnProfile) -> None:
+        """Adds the summary of other rows of the same column."""
+        if self.kind == "other":
+            self.kind, self.type = other.kind, other.type
+        for count in ("rows", "nulls", "nans", "numbers", "booleans", "grouped", "characters"):
+            setattr(self, count, getattr(self, count) + getattr(other, count))
+        self.low, self.high = min(self.low, other.low), max(self.high, other.high)
+        self.whole, self.longest = self.whole and other.whole, max(self.longest, other.longest)
+        if other.elements is None:
+            self.distinct.merge(other.distinct)
+            self.frequent.merge(other.frequent)
+            return
+        if self.elements is None:
+            self.elements = ColumnProfile(self.name)
+            self.distinct, self.frequent = self.elements.distinct, self.elements.frequent
+        self.elements.merge(other.elements)
+
     def _add_numbers(self, values: pl.Series, counts: pl.Series) -> None:
         if not len(values):
             return

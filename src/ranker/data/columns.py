@@ -63,6 +63,10 @@ class CategoricalFeature:
         embedding_dim: D, width of the embedding.
         max_length: a sequence keeps its last (most recent) max_length ids. 0 keeps all.
         table: name of another categorical feature whose table (and id mapping) this one shares.
+        admit_after: an id uses a row of its own from the time on that training sees this row for the k-th time, and row
+            0 before. 0: always.
+        evict_after_days: a row that training has not seen for so many days of the log's time starts anew when it occurs
+            again: weights, accumulators and count. 0: never.
     """
 
     name: str
@@ -74,6 +78,8 @@ class CategoricalFeature:
     embedding_dim: int = 8
     max_length: int = 0
     table: str = ""
+    admit_after: int = 0
+    evict_after_days: float = 0.0
 
     def __post_init__(self) -> None:
         where = f"categorical feature '{self.name}'"
@@ -88,6 +94,12 @@ class CategoricalFeature:
             raise UserError(f"{where}: give exactly one of num_embeddings, hash_buckets, vocabulary, table")
         if self.embedding_dim < 1:
             raise UserError(f"{where}: embedding_dim must be at least 1, got {self.embedding_dim}")
+        if not 0 <= self.admit_after <= 2**30:
+            raise UserError(f"{where}: admit_after must be a number from 0 (always) to 2^30, got {self.admit_after}")
+        if not 0 <= self.evict_after_days <= 100_000:
+            raise UserError(f"{where}: evict_after_days must be 0 (never) or more, got {self.evict_after_days}")
+        if self.table and (self.admit_after or self.evict_after_days):
+            raise UserError(f"{where}: admit_after and evict_after_days belong to '{self.table}', which owns the table")
         if self.max_length and self.kind == "one_hot":
             raise UserError(f"{where}: max_length is for lists; set kind: sequence or leave it out")
 
@@ -112,6 +124,8 @@ class Task:
         weight: weight of this task's loss in the sum.
         at_least: makes a number a binary label, 1 where the column is at least this (binary only).
         group: name of the group inside which a pairwise or listwise loss compares rows. Default: the schema's first.
+        negative_keep_rate: share q of the rows with label 0 that the log still has (binary only); 1: all. The model
+            learns the logit of the whole log: ``logit on the rows that were kept + log q``.
     """
 
     name: str
@@ -123,6 +137,7 @@ class Task:
     weight: float = 1.0
     at_least: float | None = None
     group: str = ""
+    negative_keep_rate: float = 1.0
 
     def __post_init__(self) -> None:
         where = f"task '{self.name}'"
@@ -138,6 +153,13 @@ class Task:
             raise UserError(f"{where}: weight must be above 0, got {self.weight}; leave the task out instead")
         if self.at_least is not None:
             _check_finite(self.at_least, f"{where}: at_least")
+        if not 0 < self.negative_keep_rate <= 1:
+            raise UserError(
+                f"{where}: negative_keep_rate is the share of the negatives that were kept, above 0 and at most 1, got "
+                f"{self.negative_keep_rate}"
+            )
+        if self.type == "regression" and self.negative_keep_rate != 1:
+            raise UserError(f"{where}: negative_keep_rate is for binary tasks; give rows a weight instead")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -48,6 +48,7 @@ class RankingDataModule(pl.LightningDataModule):
         passes: int = 1,
         keep_groups: str | None = None,
         windows_before: int = 0,
+        strips: int = 1,
         wrap_training: Callable[[Iterable[Batch]], Iterable[Batch]] = lambda loader: loader,
     ) -> None:
         """Reads nothing yet.
@@ -68,6 +69,8 @@ class RankingDataModule(pl.LightningDataModule):
             keep_groups: name of a group of the schema. Rows of one group in a window come side by side, so they are in
                 the same batch and on the same rank, but for the group that the border of a batch cuts.
             windows_before: number of windows of the runs that this one continues, see ``WindowPlan``.
+            strips: number of parts of a window that ranks share out for reading, see ``WindowPlan``. With 1 each rank
+                reads each window whole.
             wrap_training: wraps the training loader, for example to time it.
 
         Raises:
@@ -79,6 +82,7 @@ class RankingDataModule(pl.LightningDataModule):
             "batch_size": batch_size,
             "eval_batch_size": eval_batch_size,
             "eval_max_rows": eval_max_rows,
+            "data.strips": strips,
         }
         for name, value in sizes.items():
             if value is None:
@@ -90,18 +94,23 @@ class RankingDataModule(pl.LightningDataModule):
         if num_workers < 0:
             raise UserError(f"num_workers must be 0 or more, got {num_workers}")
         one_of(dense_statistics, MODES, "data.dense_statistics")
+        if strips > 1 and (dense_statistics != "none" or keep_groups is not None):
+            other = "keep_groups" if keep_groups is not None else f"dense_statistics={dense_statistics}"
+            raise UserError(
+                f"data.strips={strips}: data.{other} needs whole windows, which no rank reads; use strips=1"
+            )
         parse_window(window)
         if not (isinstance(log, Log) or callable(log)):
             raise UserError(f"data.log: {type(log).__name__} is not a log; make it a subclass of ranker.data.log.Log")
-        self._log, self._keep_groups = log, keep_groups
+        self._log, self._keep_groups, self._passes = log, keep_groups, passes
         if isinstance(log, Log):
-            self._check_group(log)
+            self._check_log(log)
         self._batch_size, self._eval_batch_size = batch_size, eval_batch_size or batch_size
         self._window, self._seed = window, seed
         self._num_workers, self._eval_max_rows = num_workers, eval_max_rows
         self._progressive = progressive
         self._pin_memory = pin_memory
-        self._passes, self._windows_before = passes, windows_before
+        self._windows_before, self._strips = windows_before, strips
         self._past = PastWindows() if dense_statistics == "past_windows" else None
         self._loader: WindowedLoader | None = None
         self.position = 0
@@ -113,13 +122,14 @@ class RankingDataModule(pl.LightningDataModule):
         if isinstance(self._log, Log):
             return self._log
         opened = self._log()
-        self._check_group(opened)
+        self._check_log(opened)
         return opened
 
     @cached_property
     def plan(self) -> WindowPlan:
         """The windows and batches of the whole run."""
-        return repeated_plan(replace(self._first_pass, windows_before=self._windows_before), self._passes)
+        first = replace(self._first_pass, windows_before=self._windows_before, strips=self._strips)
+        return repeated_plan(first, self._passes)
 
     @cached_property
     def _first_pass(self) -> WindowPlan:
@@ -156,8 +166,14 @@ class RankingDataModule(pl.LightningDataModule):
             self._loader.seek(self.position)
 
     def train_dataloader(self) -> Iterable[Batch]:
-        """Loader of the remaining training batches, from ``position`` on."""
+        """Loader of the remaining training batches, from ``position`` on.
+
+        Raises:
+            UserError: there are more ranks than strips.
+        """
         rank, world_size = self._place()
+        if 1 < self._strips < world_size:
+            raise UserError(f"data.strips={self._strips} is less than the {world_size} ranks; use a multiple of them")
         self._loader = WindowedLoader(
             self._trained(),
             plan=self.plan,
@@ -235,6 +251,11 @@ class RankingDataModule(pl.LightningDataModule):
         last_ms = self.log.time_at_row((stop - 1) % self.log.train_rows)
         return self._windows_before + window + 1, rows, last_ms
 
+    @property
+    def at_window_end(self) -> bool:
+        """Whether the batch before ``position`` was the last of its window."""
+        return self.position > 0 and self._window_of(self.position) > self._window_of(self.position - 1)
+
     def join_bad_rows(self) -> None:
         """Adds the bad rows that other ranks found in their parts of the hold-out. All ranks must call it."""
         if not (dist.is_available() and dist.is_initialized()):
@@ -277,10 +298,16 @@ class RankingDataModule(pl.LightningDataModule):
             keys = groups_BG[:, self.log.schema.group_names.index(self._keep_groups)].numpy()
         return self.plan.order(window, seed=self._seed, keys=keys)
 
-    def _check_group(self, log: Log) -> None:
+    def _check_log(self, log: Log) -> None:
         known = log.schema.group_names
         if self._keep_groups is not None and self._keep_groups not in known:
             raise UserError(f"data.keep_groups: no group '{self._keep_groups}'; {suggest(self._keep_groups, known)}")
+        evicting = [feature.name for feature in log.schema.categorical if feature.evict_after_days]
+        if evicting and self._passes > 1:
+            raise UserError(
+                f"evict_after_days of '{evicting[0]}' needs train.epochs=1: a second pass goes back in time, and every "
+                "row would look forgotten"
+            )
 
     def _eval_loader(self, *, max_rows: int | None, keep: bool) -> EvalLoader:
         rank, world_size = self._place()

@@ -11,6 +11,7 @@ from typing import TypeVar
 import pyarrow as pa
 from pyarrow import fs
 
+from ranker.data.table_formats import DELTA_LOG, files_of_table
 from ranker.errors import UserError
 
 T = TypeVar("T")
@@ -50,13 +51,14 @@ class Root:
         """Paths of the Parquet files in the folder and its subfolders, sorted, with forward slashes.
 
         Left out are hidden files and folders (``.x``, ``_x``, as in Spark and Hive), the folder ``quarantine``, and a
-        subfolder with a schema.yaml, which is a log of its own.
+        subfolder with a schema.yaml, which is a log of its own. Of a Delta table, only the files of its newest version
+        are read (``table_formats``).
 
         Returns:
             The files to read, and the files that look like data and are left out.
 
         Raises:
-            UserError: the folder does not exist or has no Parquet file.
+            UserError: the folder does not exist or has no Parquet file, or is a table that cannot be read by its files.
         """
         selector = fs.FileSelector(self.path, recursive=True, allow_not_found=True)
         infos = self.retried(lambda: self.filesystem.get_file_info(selector), what=f"listing {self.url}")
@@ -74,14 +76,22 @@ class Root:
                 and not path.startswith(others)
             ):
                 names.append(path)
-            elif path.lower().endswith(_DATA_ENDINGS):
+            elif path.lower().endswith(_DATA_ENDINGS) and not path.startswith(DELTA_LOG):
                 passed_over.append(path)
+        names = files_of_table(self.url, paths=paths, names=names)
         if not names:
             there = f" (passed over: {few(passed_over)})" if passed_over else ""
             raise UserError(
                 f"no Parquet files in {self.url}{there}: give a folder with schema.yaml and *.parquet files"
             )
         return names, passed_over
+
+    def has(self, name: str) -> bool:
+        """Whether there is a file of this name."""
+        path = self.join(name)
+        return self.retried(
+            lambda: bool(self.filesystem.get_file_info(path).is_file), what=f"reading {self.url}/{name}"
+        )
 
     def read_bytes(self, name: str) -> bytes | None:
         """The content of a small file. None if it does not exist."""

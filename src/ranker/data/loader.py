@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
@@ -31,12 +32,13 @@ _ROWS_AHEAD_IN_BATCHES = 16
 
 @dataclass(frozen=True)
 class _Window:
-    """A window's rows in time order, and the random order in which batches take them.
+    """The rows of a window that this rank reads in time order, and the random order in which batches take all rows.
 
     Where dense features are normalised, also their statistics before and after the window.
     """
 
     rows: Batch
+    first: int  # of the rows that are read, counted from the first of the window
     order: Tensor
     known: tuple[DenseStatistics, DenseStatistics] | None
 
@@ -49,7 +51,8 @@ class WindowedLoader:
 
     The rows of a batch depend only on the plan, the seed and the batch's number, not on the number of workers or on the
     batch at which the run started. Over all ranks, the batches with one number contain the same rows for any number of
-    ranks. Every rank draws ``num_batches`` batches. A rank's share of a small last batch may be empty.
+    ranks. Every rank draws ``num_batches`` batches. A rank's share of a small last batch may be empty. Where the plan
+    has several strips, a rank reads its own strips only.
 
     There is no ``__len__`` on purpose: Lightning would assume that the loader always starts at 0.
 
@@ -150,7 +153,9 @@ class WindowedLoader:
             yield window
 
     def _read_ahead(self, window: int, readers: Executor, previous: Future[_Window] | None) -> Future[_Window]:
-        start, stop = self._plan.rows(window)
+        low, high = self._part(window)
+        first = self._plan.rows(window)[0]
+        start, stop = first + low, first + max(high, low + 1)  # one row for its columns, where there is none
         pieces = max(1, min(self._num_workers, (stop - start) // self._plan.batch_size))
         bounds = [share(stop - start, rank=i, world_size=pieces) for i in range(pieces)]
         # The tasks that _join waits for (the pieces, the previous window) are submitted first, so this cannot deadlock.
@@ -160,15 +165,20 @@ class WindowedLoader:
     def _join(self, parts: list[Future[Batch]], window: int, previous: Future[_Window] | None) -> _Window:
         batches = [part.result() for part in parts]
         rows = Batch.concat(batches) if len(batches) > 1 else batches[0]
+        low, high = self._part(window)
+        rows = rows if len(rows) == high - low else rows.slice(0, high - low)
         order = torch.from_numpy(self._plan.order(window, seed=self._seed, keys=self._keys(rows)))
         if self._past is None:
-            return _Window(rows, order, None)
+            return _Window(rows, low, order, None)
         earlier = previous.result().known if previous is not None else None
         before = earlier[1] if earlier is not None else self._past.before(window)
         own = DenseStatistics.of(rows)
         if (window == 0 and not self._past.carried) or not before.rows:  # raw values here would jump afterwards
-            return _Window(own.normalise(rows), order, (own, own))
-        return _Window(before.normalise(rows), order, (before, before.joined(own)))
+            return _Window(own.normalise(rows), low, order, (own, own))
+        return _Window(before.normalise(rows), low, order, (before, before.joined(own)))
+
+    def _part(self, window: int) -> tuple[int, int]:
+        return self._plan.part(window, rank=self._rank, world_size=self._world_size)
 
     def _keys(self, rows: Batch) -> Positions | None:
         """Keys of the group whose rows stay together; None for none."""
@@ -181,6 +191,10 @@ class WindowedLoader:
         shares = []
         for begin in range(place * size, (place + count) * size, size):
             chosen = drawn.order[begin : begin + size]
+            if self._plan.strips > 1:
+                own = chosen - drawn.first
+                shares.append(own[(own >= 0) & (own < len(drawn.rows))])
+                continue
             low, high = share(len(chosen), **rank) if keys is None else share_of_groups(keys[chosen.numpy()], **rank)
             shares.append(chosen[low:high])
         rows = drawn.rows.take(joined(shares))
@@ -192,7 +206,8 @@ class WindowedLoader:
             for i, (low, high) in enumerate(pairwise(bounds))
         ]
         if self._opening and place == 0 and (self._new_windows is None or window < self._new_windows):
-            opening = drawn.rows.slice(*share(len(drawn.order), rank=self._rank, world_size=self._world_size))
+            part = (0, len(drawn.rows)) if self._plan.strips > 1 else share(len(drawn.order), **rank)
+            opening = drawn.rows.slice(*part)
             batches[0] = replace(batches[0], opening=replace(opening, window=window))
         return batches, drawn.known
 
@@ -200,8 +215,8 @@ class WindowedLoader:
 class EvalLoader:
     """One rank's share of a range of rows in time order, or of blocks spread evenly over it.
 
-    Global batches are blocks of ``batch_size`` consecutive rows. Each rank takes a contiguous part of each block, so
-    all ranks get the same number of batches.
+    The rows are blocks of ``batch_size`` consecutive rows. Each rank takes a contiguous part of all their rows, which
+    it reads alone, in as many batches as there are blocks.
     """
 
     def __init__(
@@ -239,6 +254,8 @@ class EvalLoader:
         chosen = blocks if max_rows is None else min(blocks, max(1, max_rows // batch_size))
         firsts = [start + (i * blocks // chosen) * batch_size for i in range(chosen)]
         self.blocks = [(first, min(first + batch_size, stop)) for first in firsts]
+        self._starts = list(accumulate((end - first for first, end in self.blocks), initial=0))
+        self._batch_size = batch_size
         self._log, self._rank, self._world_size = log, rank, world_size
         self._num_workers, self._keep, self._pin_memory = num_workers, keep, pin_memory
         self._statistics = statistics
@@ -255,7 +272,7 @@ class EvalLoader:
             yield from self._kept
             return
         kept = []
-        tasks: Iterator[Callable[[], Batch]] = (partial(self._read, *block) for block in self.blocks)
+        tasks: Iterator[Callable[[], Batch]] = (partial(self._read, number) for number in range(len(self.blocks)))
         for batch in in_order(tasks, workers=min(self._num_workers, 1), depth=_EVAL_BATCHES_AHEAD):
             if self._keep:
                 kept.append(batch)
@@ -263,11 +280,22 @@ class EvalLoader:
         if self._keep:
             self._kept = kept
 
-    def _read(self, start: int, stop: int) -> Batch:
-        low, high = share(stop - start, rank=self._rank, world_size=self._world_size)
+    def _read(self, number: int) -> Batch:
+        """Batch ``number`` of this rank: a range of its part of the blocks' rows, counted from the first block's."""
+        low, high = share(self._starts[-1], rank=self._rank, world_size=self._world_size)
+        size = -(-self._batch_size // self._world_size)
+        start, stop = (min(low + i * size, high) for i in (number, number + 1))
+        rows = stop - start
         # An empty share still needs the columns, so one row is read and cut off.
-        rows = self._log.read(start + low, start + max(high, low + 1)).slice(0, high - low)
-        return rows.pin_memory() if self._pin_memory else rows
+        start = start if rows else min(start, self._starts[-1] - 1)
+        parts, stop = [], max(stop, start + 1)
+        while start < stop:
+            block = bisect_right(self._starts, start) - 1
+            end, offset = min(stop, self._starts[block + 1]), self.blocks[block][0] - self._starts[block]
+            parts.append(self._log.read(start + offset, end + offset))
+            start = end
+        batch = (Batch.concat(parts) if len(parts) > 1 else parts[0]).slice(0, rows)
+        return batch.pin_memory() if self._pin_memory else batch
 
 
 class Inline(Executor):

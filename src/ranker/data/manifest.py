@@ -8,7 +8,8 @@ The manifest is written last, once all files are complete. A prepared folder is:
     day=2022-04-26.parquet
     ...
 
-There is one file per UTC day (a day without rows may be missing), so the order of names is time order.
+There is one file per UTC day (a day without rows may be missing), or a folder with several (``day=2022-04-25/
+part-00000.parquet``) that a cluster wrote. The order of names is time order.
 """
 
 from __future__ import annotations
@@ -70,6 +71,11 @@ class Manifest:
     def rows(self) -> int:
         """Number of rows of all files."""
         return sum(entry.rows for entry in self.files)
+
+    @property
+    def days(self) -> int:
+        """Number of days with a file, or several in one folder, of a prepared log."""
+        return len({entry.path.split("/")[0] for entry in self.files})
 
     def to_json(self) -> str:
         """The content of ``manifest.json``."""

@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ranker.data.arrow_types import is_number
+from ranker.data.arrow_types import is_number, plain, plain_schema
 from ranker.data.checks import check_columns, check_same_ids
 from ranker.data.filesystem import SCHEMA_FILE, Root, few, one_line, open_root
 from ranker.data.manifest import MANIFEST_FILE, Manifest
@@ -92,13 +92,17 @@ def read_group(
     added = [name for name in columns if name in from_folders]
     stored = [name for name in columns if name not in from_folders]
     rows = metadata.row_group(place.row_group).num_rows
-    leaves = (metadata.schema.column(i) for i in range(metadata.num_columns))
-    strings = [leaf.path for leaf in leaves if leaf.logical_type.type == "STRING" and leaf.path in stored]
+    strings = [name for name in dictionary_columns(metadata, place.row_group) if name in stored]
 
     def read() -> pa.Table:
         with root.filesystem.open_input_file(root.join(place.file)) as source:
             file = pq.ParquetFile(
-                source, metadata=metadata, pre_buffer=True, read_dictionary=strings, page_checksum_verification=True
+                source,
+                metadata=metadata,
+                pre_buffer=True,
+                read_dictionary=strings,
+                page_checksum_verification=True,
+                coerce_int96_timestamp_unit="us",  # in ns, the year 9999 would become 1816
             )
             return file.read_row_group(place.row_group, columns=stored, use_threads=False)
 
@@ -111,15 +115,28 @@ def read_group(
         raise place.error(stored[0], f"{one_line(error)}; if it is broken, write it again") from error
     if stored and table.num_rows != rows:
         raise place.error(stored[0], f"{table.num_rows} rows where the footer says {rows}; write the file again")
+    table = plain(table, where=f"{place.file}, row group {place.row_group}")
     return with_columns(table, from_folders, added, rows) if added else table
 
 
-def open_index(url: str, *, schema: Schema | None = None) -> ParquetIndex:
+def dictionary_columns(metadata: pq.FileMetaData, group: int) -> list[str]:
+    """Columns of strings that Arrow can read as dictionaries. It cannot where a writer chose a delta encoding."""
+    leaves = [metadata.schema.column(i) for i in range(metadata.num_columns)]
+    chunks = metadata.row_group(group)
+    return [
+        leaf.path
+        for i, leaf in enumerate(leaves)
+        if leaf.logical_type.type == "STRING" and not any("DELTA" in code for code in chunks.column(i).encodings)
+    ]
+
+
+def open_index(url: str, *, schema: Schema | None = None, ordered: bool = True) -> ParquetIndex:
     """The index of a folder.
 
     Args:
         url: a folder or URL, see ``filesystem.open_root``.
         schema: the schema. Default: ``schema.yaml`` in the folder.
+        ordered: as in ``build_index``.
 
     Raises:
         UserError: as ``build_index``, or there is no schema.
@@ -132,13 +149,19 @@ def open_index(url: str, *, schema: Schema | None = None) -> ParquetIndex:
         schema = Schema.from_text(text, source=f"{root.url}/{SCHEMA_FILE}")
     text = root.read_bytes(MANIFEST_FILE)
     manifest = Manifest.from_json(text, where=f"{root.url}/{MANIFEST_FILE}") if text is not None else None
-    return build_index(root, schema=schema, manifest=manifest)
+    return build_index(root, schema=schema, manifest=manifest, ordered=ordered)
 
 
-def build_index(root: Root, *, schema: Schema, manifest: Manifest | None) -> ParquetIndex:
+def build_index(root: Root, *, schema: Schema, manifest: Manifest | None, ordered: bool = True) -> ParquetIndex:
     """Reads the footers of all files in parallel and checks them against the schema and the manifest.
 
     The order of files is that of their times. Files of the same times are in the order of their names.
+
+    Args:
+        root: the folder.
+        schema: its schema.
+        manifest: its manifest, if it has one.
+        ordered: refuse row groups whose times overlap. Without it, the log can be read group by group and not by time.
 
     Raises:
         UserError: a file is broken or does not match the schema, the other files or the manifest, the times of two
@@ -153,7 +176,7 @@ def build_index(root: Root, *, schema: Schema, manifest: Manifest | None) -> Par
     from_folders: dict[str, dict[str, pa.Scalar]] = {}
     columns: dict[str, pa.Schema] = {}
     for name, footer in footers.items():
-        stored = footer.schema.to_arrow_schema()
+        stored = plain_schema(footer.schema.to_arrow_schema())
         from_folders[name] = folder_values(name, schema=schema, known=stored.names)
         added = [pa.field(key, value.type) for key, value in from_folders[name].items()]
         columns[name] = pa.schema([*stored, *added])
@@ -178,9 +201,10 @@ def build_index(root: Root, *, schema: Schema, manifest: Manifest | None) -> Par
         places=[place for place, number in zip(places, numbers, strict=True) if number],
         schema=schema,
     )
-    check_groups_in_order(time_min_ms, time_max_ms, places=places, schema=schema)
     sizes = [group.rows for group in groups]
-    _warn_of_small_groups(root, sizes)
+    if ordered:
+        check_groups_in_order(time_min_ms, time_max_ms, places=places, schema=schema, url=root.url)
+        _warn_of_small_groups(root, sizes)
     return ParquetIndex(
         root=root,
         schema=schema,
@@ -330,6 +354,8 @@ def _time_statistics(footer: pq.FileMetaData, group: int, name: str) -> pa.Array
         return None
     column, statistics = footer.schema.column(leaf), footer.row_group(group).column(leaf).statistics
     if statistics is None or not statistics.has_min_max or statistics.null_count:
+        return None
+    if column.logical_type.type == "DECIMAL":  # whose stored numbers lack the decimal point
         return None
     # The stored numbers, because pyarrow makes Python objects of timestamps in ns with pandas only.
     ends = [statistics.min_raw, statistics.max_raw]

@@ -188,7 +188,7 @@ class ParquetLog(Log):
         name, place = self.schema.time_column, self.index.places[group]
         column = self.index.read(group, [name])[name]
         times = np.concatenate([times_ms(chunk, self.schema, place) for chunk in column.chunks])
-        check_sorted(times, schema=self.schema, place=place)
+        check_sorted(times, schema=self.schema, place=place, url=self._root.url)
         with self._lock:
             self._times[group] = times
             if len(self._times) > _KEPT_GROUPS:
@@ -219,7 +219,7 @@ class ParquetLog(Log):
         table = self.index.read(group, self.schema.columns())
         first_row = int(self.index.starts[group]) - self._first
         batch, faults = decode(table, schema=self.schema, first_row=first_row, place=place)
-        check_sorted(batch.time_ms_B.numpy(), schema=self.schema, place=place)
+        check_sorted(batch.time_ms_B.numpy(), schema=self.schema, place=place, url=self._root.url)
         if faults:
             if self._on_bad_rows == "raise":
                 raise_first(faults, place)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import gzip
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,9 +13,11 @@ import pyarrow as pa
 import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 
+from ranker.data.arrow_types import plain
 from ranker.data.column_profile import ColumnProfile
 from ranker.data.filesystem import few, one_line
 from ranker.data.sketches import RowSample
+from ranker.data.table_formats import files_of_table
 from ranker.errors import UserError
 
 NULLS = ["", "NULL", "null", "Null", "NA", "N/A", "n/a", "NaN", "nan", "None", "none", "\\N", "-"]
@@ -23,6 +25,7 @@ SAMPLE = 65_536  # rows behind quantiles and the search for leaks
 BLOCK = 4 << 20  # bytes of a CSV file read at a time
 BATCH = 65_536  # rows of a Parquet file read at a time
 _PEEK = 65_536
+_TABLE_FOLDERS = ("_delta_log", ".hoodie", "metadata")  # what shows that a folder is a table
 _CSV, _PARQUET = (".csv", ".tsv", ".csv.gz", ".tsv.gz"), (".parquet", ".parq", ".pq")
 
 
@@ -93,21 +96,39 @@ class RawLog:
             raise UserError(f"{file}: column '{twice[0]}' is there {names.count(twice[0])} times; rename one")
         return names
 
-    def batches(self, file: Path) -> Iterator[pa.Table]:
-        """The rows of a file, in pieces.
+    def pieces(self, rows: int) -> list[tuple[Path, list[int] | None]]:
+        """The log in parts that can be read on their own: a CSV file, or row groups of about so many rows together.
+
+        Raises:
+            UserError: a file cannot be read.
+        """
+        found: list[tuple[Path, list[int] | None]] = []
+        for file in self.files:
+            if self.is_csv:
+                found.append((file, None))
+                continue
+            try:
+                footer = pq.read_metadata(file)
+            except (pa.ArrowException, OSError) as error:
+                raise UserError(f"{file} is no Parquet file: {one_line(error)}") from error
+            found += [(file, groups) for groups in row_groups(footer, rows)]
+        return found
+
+    def batches(self, file: Path, groups: list[int] | None = None) -> Iterator[pa.Table]:
+        """The rows of a file, or of some of its row groups, in parts.
 
         Raises:
             UserError: it cannot be read.
         """
         try:
-            yield from self._csv_batches(file) if self.is_csv else self._parquet_batches(file)
+            yield from self._csv_batches(file) if self.is_csv else self._parquet_batches(file, groups)
         except (pa.ArrowException, OSError, EOFError, UnicodeDecodeError) as error:
             raise UserError(f"{file} cannot be read: {one_line(error)[:160]}") from error
 
-    def _parquet_batches(self, file: Path) -> Iterator[pa.Table]:
-        with pq.ParquetFile(file) as stored:
-            for batch in stored.iter_batches(batch_size=BATCH):
-                yield pa.Table.from_batches([batch])
+    def _parquet_batches(self, file: Path, groups: list[int] | None) -> Iterator[pa.Table]:
+        with pq.ParquetFile(file, coerce_int96_timestamp_unit="us") as stored:
+            for batch in stored.iter_batches(batch_size=BATCH, row_groups=groups):
+                yield plain(pa.Table.from_batches([batch]), where=str(file))
 
     def _csv_batches(self, file: Path) -> Iterator[pa.Table]:
         names, delimiter, encoding = _dialect(file)
@@ -131,6 +152,20 @@ class RawLog:
                 yield pa.Table.from_batches([batch])
 
 
+def row_groups(footer: pq.FileMetaData, rows: int) -> list[list[int]]:
+    """Numbers of a file's row groups, as many together as have about so many rows."""
+    found: list[list[int]] = []
+    held = 0
+    for group in range(footer.num_row_groups):
+        here = footer.row_group(group).num_rows
+        if not found or held + here > rows:
+            found.append([])
+            held = 0
+        found[-1].append(group)
+        held += here
+    return found
+
+
 @dataclass(frozen=True, kw_only=True)
 class RawProfile:
     """What the rows of a raw log hold.
@@ -148,12 +183,20 @@ class RawProfile:
     unsorted: frozenset[str]
 
 
-def profiled(log: RawLog, *, advance: Callable[[int], object] = int) -> RawProfile:
+def profiled(
+    log: RawLog,
+    *,
+    advance: Callable[[int], object] = int,
+    groups: list[int] | None = None,
+    names: Sequence[str] | None = None,
+) -> RawProfile:
     """Reads a raw log once, in memory that does not grow with it.
 
     Args:
         log: the files.
         advance: called with the number of rows read since the last call.
+        groups: of a log of one Parquet file, the row groups to read. None: all.
+        names: the columns to look at. None: all.
 
     Raises:
         UserError: a file cannot be read, or there is no row.
@@ -163,7 +206,8 @@ def profiled(log: RawLog, *, advance: Callable[[int], object] = int) -> RawProfi
     log.skipped.clear()
     for file in log.files:
         last: dict[str, float] = {}
-        for table in log.batches(file):
+        for table in log.batches(file, groups):
+            table = table if names is None else table.select(names)
             for name in table.column_names:
                 columns.setdefault(name, ColumnProfile(name)).add(table[name])
                 if not log.is_csv and name not in unsorted and _falls(table[name], last, name):
@@ -199,7 +243,9 @@ def _files(path: Path) -> list[Path]:
     found = [file for file in found if not any(p.startswith((".", "_")) for p in file.relative_to(path).parts)]
     if not found:
         raise UserError(f"no CSV or Parquet files in {path}")
-    return found
+    names = {file.relative_to(path).as_posix(): file for file in found}
+    every = [file.relative_to(path).as_posix() for folder in _TABLE_FOLDERS for file in path.glob(f"{folder}/*")]
+    return [names[name] for name in files_of_table(str(path), paths=every, names=list(names))]
 
 
 def _dialect(file: Path) -> tuple[list[str], str, str]:

@@ -33,6 +33,10 @@ class Distinct:
         if len(hashes):
             self._smallest = np.unique(np.concatenate([self._smallest, hashes]))[:KEPT_HASHES]
 
+    def merge(self, other: Distinct) -> None:
+        """Adds the values of another part."""
+        self.add(other._smallest)
+
     @property
     def estimate(self) -> int:
         """The number of distinct values so far."""
@@ -73,6 +77,11 @@ class Frequent:
             least = counts["count"].min()
             counts = counts.with_columns(pl.col("count") - least).filter(pl.col("count") > 0)
         self._counts = counts
+
+    def merge(self, other: Frequent) -> None:
+        """Adds the values of another part."""
+        if other._counts is not None:
+            self.add(other._counts)
 
     def head(self, number: int) -> list[tuple[object, int]]:
         """The most frequent values, in descending order of their counts, then of the values."""

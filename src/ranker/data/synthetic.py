@@ -92,12 +92,14 @@ class SyntheticLog(Log):
     """A log whose rows are generated when they are read.
 
     Row i depends only on the arguments and on i. The training days come first, each with rows_per_day rows spread
-    evenly. The hold-out is the whole day after the last training day.
+    evenly. The hold-out is the whole day after the last training day. A log that begins on a later day has the rows,
+    times and hold-out that the whole stream has from there on; only their positions count from 0.
 
     Args:
         seed: seed of the world and of every row.
         num_users: number of users.
         num_items: number of items alive at a time.
+        first_day: days of the stream that are left out at its start.
         train_rows: number of training rows.
         eval_rows: rows of the last day.
         rows_per_day: rows of a training day. It determines how fast the stream drifts from row to row.
@@ -119,6 +121,7 @@ class SyntheticLog(Log):
         seed: int = 0,
         num_users: int = 20_000,
         num_items: int = 10_000,
+        first_day: int = 0,
         train_rows: int = 400_000,
         eval_rows: int = 50_000,
         rows_per_day: int = 50_000,
@@ -128,7 +131,8 @@ class SyntheticLog(Log):
         row_weights: float = 0.0,
         schema: Schema | None = None,
     ) -> None:
-        least = {"seed": 0, "num_users": 1, "num_items": 20, "train_rows": 1, "eval_rows": 1, "rows_per_day": 1}
+        least = {"seed": 0, "num_users": 1, "num_items": 20, "first_day": 0}
+        least |= dict.fromkeys(("train_rows", "eval_rows", "rows_per_day"), 1)
         given = locals()
         for name, minimum in least.items():
             if given[name] < minimum:
@@ -137,7 +141,8 @@ class SyntheticLog(Log):
             raise UserError(f"synthetic log: row_weights must be between 0 (none) and 5, got {row_weights}")
         self._seed, self._row_weights = seed, row_weights
         self._train_rows, self._eval_rows, self._rows_per_day = train_rows, eval_rows, rows_per_day
-        self._eval_start_ms = START_MS + -(-train_rows // rows_per_day) * DAY_MS
+        self._start_ms, self._first_row = START_MS + first_day * DAY_MS, first_day * rows_per_day
+        self._eval_start_ms = self._start_ms + -(-train_rows // rows_per_day) * DAY_MS
         self.schema = schema or synthetic_schema(
             num_users=num_users,
             num_items=num_items,
@@ -174,7 +179,7 @@ class SyntheticLog(Log):
         if time_ms > self.time_at_row(self._train_rows - 1):
             position = -(-(time_ms - self._eval_start_ms) * self._eval_rows // DAY_MS)
             return self._train_rows + min(max(position, 0), self._eval_rows)
-        return max(-(-(time_ms - START_MS) * self._rows_per_day // DAY_MS), 0)
+        return max(-(-(time_ms - self._start_ms) * self._rows_per_day // DAY_MS), 0)
 
     def read(self, start: int, stop: int) -> Batch:
         """Rows start .. stop-1 in time order.
@@ -185,14 +190,29 @@ class SyntheticLog(Log):
         if not 0 <= start < stop <= self.num_rows:
             raise UserError(f"synthetic log: rows {start} to {stop} are not within 0 to {self.num_rows}")
         parts = []
+        start, stop = start + self._first_row, stop + self._first_row  # as the whole stream counts
         for number in range(start // BLOCK, (stop - 1) // BLOCK + 1):
             first = number * BLOCK
             part = self._block(number)
             parts.append(part.slice(max(start - first, 0), min(stop - first, BLOCK)))
         return Batch.concat(parts)
 
+    def raw(self, start: int, stop: int) -> tuple[NDArray[np.int64], Block]:
+        """Times and raw columns of rows of one block, before transforms and hashing: what a file of the log holds.
+
+        Args:
+            start: first row.
+            stop: the row after the last, at most at the end of the block of ``start``.
+        """
+        number = start // BLOCK
+        row_B = np.arange(number * BLOCK, (number + 1) * BLOCK, dtype=np.int64)
+        time_B = self._times(row_B)
+        block = self._world.block(number, (time_B - START_MS) / DAY_MS)
+        rows = slice(start - number * BLOCK, stop - number * BLOCK)
+        return time_B[rows], block.rows(rows)
+
     def _times(self, row_B: NDArray[np.int64]) -> NDArray[np.int64]:
-        train = START_MS + row_B * DAY_MS // self._rows_per_day
+        train = self._start_ms + row_B * DAY_MS // self._rows_per_day
         held_out = self._eval_start_ms + (row_B - self._train_rows) * DAY_MS // self._eval_rows
         return np.where(row_B < self._train_rows, train, held_out)
 
@@ -204,7 +224,7 @@ class SyntheticLog(Log):
         return last[2]
 
     def _generate(self, number: int) -> Batch:
-        row_B = np.arange(number * BLOCK, (number + 1) * BLOCK, dtype=np.int64)
+        row_B = np.arange(number * BLOCK, (number + 1) * BLOCK, dtype=np.int64) - self._first_row
         time_B = self._times(row_B)
         block = self._world.block(number, (time_B - START_MS) / DAY_MS)
         weight_B = None

@@ -76,6 +76,20 @@ class Block:
     labels: dict[str, Floats]
     rating_observed: NDArray[np.bool_]
 
+    def rows(self, which: slice) -> Block:
+        """Some of the rows."""
+        ragged = {}
+        for name, (values, offsets) in self.ragged.items():
+            kept = offsets[which.start : which.stop + 1]
+            ragged[name] = values[kept[0] : kept[-1]], kept - kept[0]
+        return Block(
+            {name: values[which] for name, values in self.one_hot.items()},
+            ragged,
+            {name: values[which] for name, values in self.dense.items()},
+            {name: values[which] for name, values in self.labels.items()},
+            self.rating_observed[which],
+        )
+
 
 def product(x_BK: Floats, y_KF: Floats) -> Floats:
     """``x @ y`` in pieces too small for BLAS to use several threads, whose number would change the last bits."""

@@ -17,6 +17,7 @@ from ranker.data.arrow_types import is_number, is_string
 from ranker.data.row_faults import Place
 from ranker.data.schema import TIME_UNITS, Schema
 from ranker.errors import UserError
+from ranker.installation import command_line
 
 Ints = npt.NDArray[np.int64]
 
@@ -159,8 +160,8 @@ def _is_written_date(number: int) -> bool:
         return False
 
 
-def check_sorted(time_ms_B: Ints, *, schema: Schema, place: Place) -> None:
-    """Checks that the rows of a row group are in time order.
+def check_sorted(time_ms_B: Ints, *, schema: Schema, place: Place, url: str) -> None:
+    """Checks that the rows of a row group are in time order. ``url`` is the log's folder, for the error.
 
     Raises:
         UserError: a row is earlier than the one before it. The line names the first such row.
@@ -169,12 +170,20 @@ def check_sorted(time_ms_B: Ints, *, schema: Schema, place: Place) -> None:
     if len(earlier):
         row = int(earlier[0]) + 1
         raise place.error(
-            schema.time_column, f"row {row} is earlier than the row before it; sort the log by '{schema.time_column}'"
+            schema.time_column,
+            f"row {row} is earlier than the row before it; sort the log by '{schema.time_column}': {sorting(url)}",
         )
 
 
-def check_groups_in_order(time_min_ms: Ints, time_max_ms: Ints, *, places: list[Place], schema: Schema) -> None:
-    """Checks that no row group begins before the previous one ends, over all files.
+def sorting(url: str) -> str:
+    """The command that sorts a log."""
+    return f"{command_line('prepare')} rewrite {url} NEW_FOLDER"
+
+
+def check_groups_in_order(
+    time_min_ms: Ints, time_max_ms: Ints, *, places: list[Place], schema: Schema, url: str
+) -> None:
+    """Checks that no row group begins before the previous one ends, over all files of the folder ``url``.
 
     Raises:
         UserError: one does.
@@ -185,7 +194,7 @@ def check_groups_in_order(time_min_ms: Ints, time_max_ms: Ints, *, places: list[
         raise here.error(
             schema.time_column,
             f"begins before row group {before.row_group} of {before.file} ends; sort the log by "
-            f"'{schema.time_column}' over all files, so that their times do not overlap",
+            f"'{schema.time_column}' over all files, so that their times do not overlap: {sorting(url)}",
         )
 
 

@@ -39,11 +39,15 @@ class WindowPlan:
         batch_size: rows of a full global batch.
         windows_before: number of windows of the runs that this one continues. Orders go on from there, so that a run
             of one day draws the batches that a run of all days would.
+        strips: number of parts of equal size into which a window is cut in time order. Every batch has an equal share
+            of its rows from each strip, in the order of the strips, so that a rank needs to read some strips only.
+            Which rows a batch has depends on the number of strips, and not on that of ranks.
     """
 
     starts: Positions
     batch_size: int
     windows_before: int = 0
+    strips: int = 1
 
     @cached_property
     def _first_batch(self) -> Positions:
@@ -79,7 +83,16 @@ class WindowPlan:
     def order(self, window: int, *, seed: int, keys: Positions | None = None) -> Positions:
         """The random order of a window's rows, int64 [rows]; of its groups where keys are given."""
         start, stop = self.rows(window)
-        return permutation(seed=seed, window=self.windows_before + window, rows=stop - start, keys=keys)
+        order = permutation(seed=seed, window=self.windows_before + window, rows=stop - start, keys=keys)
+        return order if self.strips == 1 else in_strips(order, strips=self.strips, batch_size=self.batch_size)
+
+    def part(self, window: int, *, rank: int, world_size: int) -> tuple[int, int]:
+        """The rows of a window that a rank reads, counted from its first: its strips, or all if there is one strip."""
+        start, stop = self.rows(window)
+        if self.strips == 1:
+            return 0, stop - start
+        low, high = share(self.strips, rank=rank, world_size=world_size)
+        return tuple((stop - start) * strip // self.strips for strip in (low, high))  # type: ignore[return-value]
 
     def batches(self, window: int) -> int:
         """Number of global batches of a window."""
@@ -155,6 +168,29 @@ def permutation(*, seed: int, window: int, rows: int, keys: Positions | None = N
     group[alone] = len(known) + np.arange(len(alone))
     place = random.permutation(len(known) + len(alone))
     return np.lexsort((order, place[group]))
+
+
+def in_strips(order: Positions, *, strips: int, batch_size: int) -> Positions:
+    """A random order in which every batch has an equal share of its rows from each strip of the window.
+
+    Each strip's rows come in the random order in which the given one has them. The j-th of the n rows of a strip gets
+    the place (j + 1/2) / n, and the rows of all strips are merged by place. So the first k rows have k/rows of each
+    strip, to within one row. Inside a batch, rows are put in the order of the strips.
+
+    Args:
+        order: a random order of the window's rows.
+        strips: number of strips; strip s has rows rows * s // strips .. rows * (s + 1) // strips - 1.
+        batch_size: rows of a batch.
+    """
+    rows = len(order)
+    bounds = rows * np.arange(strips + 1, dtype=np.int64) // strips
+    strip = np.searchsorted(bounds, order, side="right") - 1
+    by_strip = np.argsort(strip, kind="stable")
+    number = np.empty(rows, dtype=np.int64)  # of each row within its strip
+    number[by_strip] = np.arange(rows) - bounds[strip[by_strip]]
+    merged = np.lexsort((strip, (number + 0.5) / np.diff(bounds)[strip]))
+    batch = np.arange(rows) // batch_size
+    return order[merged[np.lexsort((strip[merged], batch))]]
 
 
 def share(rows: int, *, rank: int, world_size: int) -> tuple[int, int]:

@@ -146,6 +146,8 @@ def _ids(feature: CategoricalFeature, schema: Schema) -> dict[str, Any]:
 def _task(task: Task) -> dict[str, Any]:
     if task.type == "binary":
         score = "probability, sigmoid(logit)"
+        if task.negative_keep_rate != 1:
+            score += f"; of the whole log, of whose negatives {task.negative_keep_rate:g} were kept"
     else:
         inverse = "sign(logit) * expm1(|logit|)" if task.transform == "log1p" else "logit"
         score = f"in the unit of column '{task.column}', {inverse}" + (

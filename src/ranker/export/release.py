@@ -41,6 +41,7 @@ from ranker.runs.run_folder import (
 )
 from ranker.runs.run_folder import METRICS as CURVES
 from ranker.stability.gate import Evidence, GateSettings, Verdict, judge
+from ranker.training.table_checkpoints import read_checkpoint
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ class Weights:
         if not path.is_file():
             raise UserError(f"no checkpoint {path}")
         try:
-            saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            saved = read_checkpoint(path)
             state = saved[STATE_DICT]
             data = saved.get(DATA_MODULE, {})
             net = {name.removeprefix(NET_PREFIX): x for name, x in state.items() if name.startswith(NET_PREFIX)}

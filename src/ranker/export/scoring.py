@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ranker.atomic import replacing
+from ranker.data.arrow_types import plain, plain_schema
 from ranker.data.batch import Batch
 from ranker.data.checks import check_feature_columns, check_id_types
 from ranker.data.decode import decode
@@ -82,7 +83,7 @@ class ParquetRows:
         self._path, self._schema = path, schema
         self._piece_rows, self._on_bad_rows, self._unseen_ids = piece_rows, on_bad_rows, unseen_ids
         try:
-            columns = pq.read_schema(path)
+            columns = plain_schema(pq.read_schema(path))
             check_feature_columns(columns, schema=schema, file=str(path))
             check_id_types(columns, id_types or {}, schema=schema, file=str(path))
             self._names = schema.feature_columns()
@@ -127,7 +128,7 @@ class ParquetRows:
                 for records in self._file.iter_batches(
                     batch_size=self._piece_rows, row_groups=[group], columns=self._names, use_threads=False
                 ):
-                    table = pa.Table.from_batches([records])
+                    table = plain(pa.Table.from_batches([records]), where=str(self._path))
                     yield self._piece(table, first_row=first_row, within=within, place=place)
                     first_row += table.num_rows
                     within += table.num_rows

@@ -61,7 +61,8 @@ def best_constants(schema: Schema, labels_BT: Tensor, mask_BT: Tensor, weight_B:
         regression   sum over observed b of y_b / n
 
     One label of each kind is added, so that a task without positives keeps finite log odds. A task without labels
-    gets 0. With weights, n_1, n_0, n and the sum are weighted, with the weights scaled to a mean of 1.
+    gets 0. With weights, n_1, n_0, n and the sum are weighted, with the weights scaled to a mean of 1. Where a share q
+    of the negatives was kept, log q is added.
 
     Args:
         schema: gives each task's type.
@@ -78,13 +79,33 @@ def best_constants(schema: Schema, labels_BT: Tensor, mask_BT: Tensor, weight_B:
     log_odds_T = torch.log((sum_T + 1.0) / (count_T - sum_T + 1.0))
     mean_T = sum_T / count_T.clamp(min=1)
     binary_T = torch.tensor([task.type == "binary" for task in schema.tasks], device=labels_BT.device)
-    return torch.where(binary_T, log_odds_T, mean_T).float()
+    found_T = torch.where(binary_T, log_odds_T, mean_T).float()
+    offset_T = sampling_offsets(schema)
+    return found_T if offset_T is None else found_T - offset_T.to(found_T.device)
+
+
+def sampling_offsets(schema: Schema) -> Tensor | None:
+    """What is added to a logit of the whole log to get that of the rows that were kept, -log q [T]; None for all 0.
+
+    Of a log that keeps each negative row with probability q and each positive one,
+
+        P(1 | x, kept) = p / (p + (1 - p) q),    so    logit(P) = logit(p) - log q
+
+    With this offset in the loss, the model learns logit(p) itself. The usual correction p = P / (P + (1 - P) / q) of
+    the scores gives the same p, but has to be made wherever a score is used.
+
+    Source: He et al., Practical Lessons from Predicting Clicks on Ads at Facebook (ADKDD 2014), section 6.3; King and
+        Zeng, Logistic Regression in Rare Events Data (Political Analysis, 2001).
+    """
+    rates = [task.negative_keep_rate for task in schema.tasks]
+    return None if all(rate == 1 for rate in rates) else -torch.tensor(rates).double().log().float()
 
 
 class MultitaskLoss(nn.Module):
     """Log loss for binary tasks, squared error for regressions.
 
-        l_bt   = log(1 + exp(z)) - y z   or   (z - y)^2           z logit, y label
+        l_bt   = log(1 + exp(z)) - y z   or   (z - y)^2           z logit (plus -log q, if a share q of the negatives
+                                                                  was kept), y label
         loss_t = sum over observed b of w_b l_bt / n_t            w row weight (1 without), n_t = sum of w over the
                                                                   observed labels of task t of all ranks
         total  = sum over t of weight_t * loss_t
@@ -112,6 +133,7 @@ class MultitaskLoss(nn.Module):
     order: Tensor
     weight_T: Tensor
     ranked_T: Tensor
+    offset_T: Tensor | None
 
     def __init__(self, schema: Schema, ranking: RankingLoss | None = None) -> None:
         super().__init__()
@@ -126,6 +148,7 @@ class MultitaskLoss(nn.Module):
         is_ranked = [at in self._ranked for at in range(len(schema.tasks))]
         self.register_buffer("ranked_T", torch.tensor(is_ranked), persistent=False)
         self.register_buffer("order", torch.argsort(place), persistent=False)
+        self.register_buffer("offset_T", sampling_offsets(schema), persistent=False)
         self.register_buffer("weight_T", torch.tensor([task.weight for task in schema.tasks]), persistent=False)
 
     def forward(
@@ -192,7 +215,7 @@ class MultitaskLoss(nn.Module):
     ) -> Loss:
         """The same without communication: the counts over all ranks and the number of ranks are given."""
         # Unobserved values are replaced by 0 first, because 0 * inf is nan, in the backward pass too.
-        z = torch.where(mask_BT, logits_BT.float(), 0.0)
+        z = torch.where(mask_BT, self.of_kept_rows(logits_BT.float()), 0.0)
         y = torch.where(mask_BT, labels_BT.float(), 0.0)
         log_loss = F.binary_cross_entropy_with_logits(
             z.index_select(1, self.binary_at), y.index_select(1, self.binary_at), reduction="none"
@@ -210,6 +233,10 @@ class MultitaskLoss(nn.Module):
         ranking_T = self._ranking(z, labels_BT, mask_BT, weight_B, groups_BG, factor_T)
         total_T = self.combined(task_T, ranking_T)
         return Loss(total=(total_T * self.weight_T).sum(), task_T=task_T.detach(), ranking_T=ranking_T.detach())
+
+    def of_kept_rows(self, logits_BT: Tensor) -> Tensor:
+        """The logits on the rows that were kept, from those of the whole log; see ``sampling_offsets``."""
+        return logits_BT if self.offset_T is None else logits_BT + self.offset_T
 
     def combined(self, task_T: Tensor, ranking_T: Tensor) -> Tensor:
         """What is minimised of each task, before task weights: pointwise * loss_t + factor * ranking_t, or loss_t."""

@@ -73,7 +73,12 @@ class State(Metric):
         self.register_buffer("binary_at", torch.tensor(binary_at, dtype=torch.int64), persistent=False)
         regression_at = [i for i, b in enumerate(is_binary) if not b]
         self.register_buffer("regression_at", torch.tensor(regression_at, dtype=torch.int64), persistent=False)
-        for name in (*self.SUMS, *(["weight"] if kept.weights else [])):
+        # A negative that was kept with probability q stands for 1 / q rows.
+        self.corrected = any(task.negative_keep_rate != 1 for task in tasks)
+        negative_T = torch.tensor([1 / task.negative_keep_rate for task in tasks], dtype=torch.float64)
+        self.register_buffer("negative_T", negative_T, persistent=False)
+        self.weighted = kept.weights or self.corrected
+        for name in (*self.SUMS, *(["weight"] if self.weighted else [])):
             self.add_state(name, torch.zeros(len(is_binary), dtype=torch.float64), dist_reduce_fx="sum")
         for name in self.columns():
             self.add_state(name, [], dist_reduce_fx="cat")
@@ -101,12 +106,15 @@ class State(Metric):
         binary_T: Tensor = self.get_buffer("binary_T")
         log_loss, error = F.softplus(z_used) - y_used * z_used, (z_used - y_used).square()
         counted: Tensor = usable
-        if self.kept.weights:
-            assert weight_B is not None
-            counted = usable * weight_B.double()[:, None]
+        if self.weighted:
+            if self.kept.weights:
+                assert weight_B is not None
+                counted = usable * weight_B.double()[:, None]
+                self.weights.append(weight_B.detach().float())
+            if self.corrected:
+                counted = counted * torch.where(binary_T & (y_used < 0.5), self.get_buffer("negative_T"), 1.0)
             y_used, square = y_used * counted, y_used.square() * counted
             self.weight = self.weight + counted.sum(0)
-            self.weights.append(weight_B.detach().float())
         else:
             square = y_used.square()
         # New tensors, because a state created in inference mode must not be changed in place outside of it.
@@ -135,7 +143,7 @@ class State(Metric):
         """
         columns = {name: dim_zero_cat(getattr(self, name)) for name in self.columns()}
         sums = torch.stack([getattr(self, name) for name in self.SUMS]).tolist()
-        totals = self.weight.tolist() if self.kept.weights else sums[0]
+        totals = self.weight.tolist() if self.weighted else sums[0]
         logits, labels, weights = columns["logits"], columns["labels"], columns.get("weights")
         values: dict[str, float] = {}
         notes: dict[str, str] = {}

@@ -48,7 +48,8 @@ class TaskMetrics(nn.Module):
     returns the same values on every rank. Every rank must call it, even without rows.
 
     Where the schema has row weights, every metric is weighted: a row of weight w counts like w equal rows. ``observed``
-    is the number of rows all the same.
+    is the number of rows all the same. Where a share q of a task's negatives was kept, each of them has weight 1 / q,
+    so that metrics are those of the whole log, up to chance.
 
     Memory on each rank, per row of all ranks: 5 bytes for each binary task. Other metrics add 8 bytes for each group
     and each regression that they need, 4 for each feature, and weights add 4. While one task is computed, there are
@@ -220,11 +221,14 @@ class TaskMetrics(nn.Module):
         else:
             z_N, y_N = columns["values"][:, place], columns["targets"][:, place]
             seen = np.flatnonzero(~np.isnan(y_N))
+        w_N = columns["weights"][seen].astype(np.float64) if kept.weights else np.ones(len(seen))
+        if task.negative_keep_rate != 1:
+            w_N = np.where(y_N[seen] < 0.5, w_N / task.negative_keep_rate, w_N)
         return TaskRows(
             task=task,
             z_N=z_N[seen],
             y_N=y_N[seen].astype(np.float32),
-            w_N=columns["weights"][seen].astype(np.float64) if kept.weights else np.ones(len(seen)),
+            w_N=w_N,
             keys={name: columns["keys"][seen, i] for i, name in enumerate(kept.groups)},
             features={name: columns["ids"][seen, i].astype(np.int64) for i, name in enumerate(kept.features)},
         )

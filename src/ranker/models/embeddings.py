@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from ranker.data.batch import Batch
 from ranker.data.schema import Schema
 from ranker.errors import UserError
+from ranker.models.admission import INIT_RANGE, Admission, has_rule
 
-INIT_RANGE = 0.05
 _NARROW = 8
 """Maximum width of rows that are added element by element. 36,864 rows of 8: 0.20 ms instead of 0.54. Of 16: 0.35
 instead of 0.29."""
@@ -73,6 +73,8 @@ class EmbeddingTables(Tables):
     Initial weights are uniform in [-0.05, 0.05], the default of a Keras embedding. The paper names no initialiser and
     its authors work in Keras. With this range, a row seen for the first time does not outweigh trained rows.
 
+    A table with ``admit_after`` or ``evict_after_days`` counts its rows, see :mod:`ranker.models.admission`.
+
     Args:
         schema: gives the features. The output has their embeddings side by side, in the schema's order.
         sparse: use sparse gradients, which contain only the rows used. Useful for tables far larger than a batch.
@@ -107,6 +109,7 @@ class EmbeddingTables(Tables):
             self._ragged_names[dim] = [f.name for f in ragged]
             self._ragged_starts[dim] = [start[schema.table_of(f).name] for f in ragged]
         self._runs = _runs(schema)
+        self.admission = Admission(schema, start) if any(map(has_rule, schema.categorical)) else None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -135,13 +138,29 @@ class EmbeddingTables(Tables):
             pieces.append(one_hot[..., columns] if run.one_hot else bags.select(-3, run.first))
         return pieces
 
+    def rows_of(self, batch: Batch, dim: int, columns: list[int], lists: list[str]) -> Tensor:
+        """The rows of some features' ids, admitted or not, one after another, int64 [N].
+
+        Args:
+            batch: the ids.
+            dim: width of the features.
+            columns: places of one-hot features among those of this width.
+            lists: names of features with lists.
+        """
+        starts = dict(zip(self._ragged_names[dim], self._ragged_starts[dim], strict=True))
+        one_hot = self._one_hot_rows(batch, dim)[:, columns].reshape(-1)
+        return torch.cat([one_hot, *(batch.ragged[name].values + starts[name] for name in lists)])
+
     def places(self, batch: Batch, dim: int) -> tuple[Tensor, Tensor, Tensor]:
         """The rows that a batch reads of the weight of one width, as ``by_gather`` takes them.
 
         Returns:
             One-hot rows [B, C_D]; rows of all lists [N]; offsets of the lists, [R_D * B + 1].
         """
-        return (self._one_hot_rows(batch, dim), *self._ragged_rows(batch, dim))
+        rows_BC = self._one_hot_rows(batch, dim)
+        if self.admission is not None:
+            rows_BC = self.admission.one_hot(rows_BC, self.get_buffer(f"starts_{dim}"), dim)
+        return (rows_BC, *self._ragged_rows(batch, dim))
 
     def _look_up(self, batch: Batch, dim: int) -> tuple[Tensor, Tensor]:
         """Embeddings of the features of one width: one-hot [B, C_D * D], ragged [R_D, B, D]."""
@@ -169,6 +188,9 @@ class EmbeddingTables(Tables):
             offsets.append(part.offsets[1:] + end)
             end += part.values.shape[0]
         values = [part.values + start for part, start in zip(lists, self._ragged_starts[dim], strict=True)]
+        if self.admission is not None:
+            places = zip(values, self._ragged_starts[dim], self._ragged_names[dim], strict=True)
+            values = [self.admission.ragged(rows, start, name, dim) for rows, start, name in places]
         return torch.cat(values), torch.cat(offsets)
 
 
@@ -186,8 +208,18 @@ def tables_made_by(make: Callable[[Schema], Tables]) -> Iterator[None]:
 
 
 def new_tables(schema: Schema, *, sparse: bool) -> Tables:
-    """The tables of a new model: those of ``tables_made_by``, or all of them in this process."""
+    """The tables of a new model: those of ``tables_made_by``, or all of them in this process.
+
+    Raises:
+        UserError: the tables are others than ``EmbeddingTables``, and a feature has a rule of ``admission``.
+    """
     make = _MAKE.get()
+    ruled = [feature.name for feature in schema.categorical if has_rule(feature)]
+    if make is not None and ruled:
+        raise UserError(
+            f"categorical feature '{ruled[0]}': admit_after and evict_after_days need embeddings=local; leave them out "
+            "for sharded tables"
+        )
     return EmbeddingTables(schema, sparse=sparse) if make is None else make(schema)
 
 

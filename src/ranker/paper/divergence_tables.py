@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import polars as pl
+from omegaconf import OmegaConf
 
+from ranker.installation import conf_folder
 from ranker.paper.jobs import LABELS, METHODS, Data, Job, Setting, grid
 from ranker.paper.rendering import cell, lost_at, spread
 from ranker.paper.store import matching
@@ -95,6 +97,19 @@ def condition_jobs(setting: Setting, key: str, values: tuple[int, ...]) -> list[
         axes[key] = values[::2] if setting.quick else values
         jobs += grid(setting.bare, {**axes, "seed": setting.seed_list})
     return jobs
+
+
+def batch_jobs(setting: Setting) -> list[Job]:
+    """Each batch size, with a warm-up over the same number of rows; a warm-up of the same steps could last all day."""
+    files = ("_base", setting.data.name)
+    regime = OmegaConf.merge(*(OmegaConf.load(conf_folder() / "data" / f"{name}.yaml") for name in files))
+    rows = regime.batch_size[setting.scale] * regime.warmup_steps[setting.scale]
+    jobs = condition_jobs(setting, "scale.batch_size", BATCHES)
+    return [(*job, f"train.warmup_steps={round(rows / _batch_of(job))}") for job in jobs]
+
+
+def _batch_of(job: Job) -> int:
+    return int(next(override for override in job if override.startswith("scale.batch_size=")).split("=")[1])
 
 
 def condition_sections(data: Data, runs: pl.DataFrame, key: str, label: str) -> Sections:
@@ -219,7 +234,7 @@ TABLE3 = Study(
 BATCH = Study(
     name="batch",
     title="Whether divergence moves with the batch size, over the same rows",
-    phases=(Phase("batch", lambda setting, _: condition_jobs(setting, "scale.batch_size", BATCHES)),),
+    phases=(Phase("batch", lambda setting, _: batch_jobs(setting)),),
     sections=lambda data, found: condition_sections(data, found["batch"], "scale.batch_size", "rows a step"),
 )
 WINDOW = Study(

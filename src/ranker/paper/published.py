@@ -13,6 +13,7 @@ from ranker.paper import (
     analytic_studies,
     calibration,
     curve_figures,
+    daily_study,
     divergence_figures,
     divergence_tables,
     midrun_figure,
@@ -50,6 +51,7 @@ STUDIES: tuple[Study, ...] = (
     divergence_tables.MITIGATION,
     table2.SOFT_SHARING,
     ways_out.WAYS_OUT,
+    daily_study.DAILY,
 )
 BY_NAME = {study.name: study for study in STUDIES}
 QUOTING = ("README.md", "docs/*.md", "results/README.md")  # pages that may hold blocks of results

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,18 +21,29 @@ Reader = Callable[[Setting, Path, Sequence[Job]], tuple[pl.DataFrame, list[Job]]
 
 
 @dataclass(frozen=True)
+class Round:
+    """Jobs that can run together, and their sweep folder."""
+
+    folder: Path
+    jobs: Sequence[Job]
+
+
+@dataclass(frozen=True)
 class Phase:
-    """One sweep of a study.
+    """One sweep of a study, or several where jobs depend on the runs of others.
 
     Attributes:
         name: of its CSV file, unique among all studies.
         jobs: the jobs to run, given the results of earlier phases.
         read: reads the sweep folder; returns the rows of the CSV and the jobs without a run.
+        rounds: instead of jobs, where they depend on the runs of earlier ones: given the sweep folder, round after
+            round, each asked for when the one before was launched.
     """
 
     name: str
     jobs: Callable[[Setting, Found], list[Job]]
     read: Reader = lambda setting, folder, jobs: collect(folder, jobs)  # noqa: ARG005
+    rounds: Callable[[Setting, Path], Iterator[Round]] | None = None
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from ranker.capsules.training_state import Trained, TrainingState
 from ranker.data.batch import Batch
 from ranker.losses import Loss, MultitaskLoss
+from ranker.models.admission import observe
 from ranker.replay.trajectory import Trajectory
 from ranker.stability import DivergenceDetector, Event
 from ranker.stability.detector_interface import row_width, unpack
@@ -183,7 +184,7 @@ class Engine:
         schema, found = self.module.schema, []
         binary_T = torch.tensor([task.type == "binary" for task in schema.tasks], device=self.device)
         for part in (part.to(self.device) for part in parts):
-            z_BT = torch.where(part.mask_BT, self.module.net(part).float(), 0.0)
+            z_BT = torch.where(part.mask_BT, self.module.loss.of_kept_rows(self.module.net(part).float()), 0.0)
             y_BT = torch.where(part.mask_BT, part.labels_BT, 0.0)
             log_loss_BT = F.binary_cross_entropy_with_logits(z_BT, y_BT, reduction="none")
             losses_BT = torch.where(binary_T, log_loss_BT, (z_BT - y_BT).square()) * part.mask_BT
@@ -194,6 +195,11 @@ class Engine:
 
     def _train(self, parts: Sequence[Batch], changes: Sequence[Change], *, update: bool) -> Tensor:
         """Trains on one batch, with an update if it completes a step; its signals, a row of ``pack``."""
+        edited = parts
+        for change in changes:
+            if change.edit is not None:
+                edited = [change.edit(part) for part in edited]
+        observe(self.module.net, self.optimizer, [part.to(self.device) for part in edited])
         signals = self._backward(parts, changes)
         if not update:
             return signals.packed()

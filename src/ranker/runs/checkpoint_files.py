@@ -5,6 +5,7 @@ A run with sharded tables has a folder of each checkpoint beside the file, with 
 
 from __future__ import annotations
 
+import errno
 import json
 import zipfile
 import zlib
@@ -14,6 +15,7 @@ from pathlib import Path
 
 from ranker.atomic import write_text
 from ranker.errors import UserError
+from ranker.runs.table_files import copy_of
 
 BEST, BEST_RECORD = "best", "best.json"
 TABLES, TABLE_FILES = "tables", "files.json"  # the folder of sharded tables; size and CRC-32 of its files, by name
@@ -68,8 +70,19 @@ def damage(path: Path) -> str | None:
     """Why a checkpoint cannot be used; None if it is intact.
 
     torch writes a zip archive whose records carry a CRC-32, and does not check it when it reads. A changed bit in a
-    weight would load without an error. Reads the whole file once.
+    weight would load without an error. Reads the whole file once, and the full copy of tables that it adds to.
     """
+    own = _damage(path)
+    copy = None if own else copy_of(path)
+    if copy is None:
+        return own
+    if not copy.is_file():
+        return f"incomplete: the full copy of its tables, {copy}, is missing"
+    reason = _damage(copy)
+    return None if reason is None else f"incomplete: the full copy of its tables, {copy}, is {reason}"
+
+
+def _damage(path: Path) -> str | None:
     try:
         with zipfile.ZipFile(path) as archive:
             broken = archive.testzip()
@@ -137,3 +150,14 @@ class Best:
         for path in by_step(checkpoints / BEST):
             if path != self.path(checkpoints):
                 path.unlink(missing_ok=True)
+
+
+def full_disk(error: BaseException) -> str:
+    """Why a file could not be written, from the operating system's error below torch's."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError):
+            full = cause.errno in (errno.ENOSPC, errno.EDQUOT)
+            return f"{cause.strerror or cause}{'; free space, then resume the run' if full else ''}"
+        cause = cause.__cause__ or cause.__context__
+    return " ".join(str(error).split())[:200]

@@ -33,6 +33,8 @@ NOT_IDENTIFYING = (
     "metrics",  # what is computed from the predictions on the hold-out
     "train.log_every",
     "train.checkpoint_every",
+    "train.checkpoint_rows_above",
+    "train.checkpoint_full_share",
     # The machine's share in a run, not the experiment's. The number of threads changes sums by rounding, as another
     # machine does (summary.json names it); a sweep continued elsewhere or with more parallel jobs is the same sweep.
     "train.threads",
@@ -50,7 +52,10 @@ ADDED = {
     "train.epochs": 1,
     "train.average_decay": 0,
     "data.log.row_weights": 0,
+    "data.log.first_day": 0,
     "data.keep_groups": None,
+    "warm_start.at_windows": False,
+    "data.strips": 1,
     "loss": {"name": "pointwise"},
     "embeddings": {"name": "local"},
 }
@@ -107,7 +112,8 @@ def _identifying(cfg: DictConfig) -> dict[str, Any]:
     callbacks = plain.get("callbacks")
     if isinstance(callbacks, dict) and not (callbacks.get("early_stop") or {}).get("patience", 0):
         callbacks.pop("early_stop", None)  # switched off: as in runs from before there was the option
-    if isinstance(start := plain.get("warm_start"), dict) and start.get("path") is None:
+    start = plain.get("warm_start")
+    if isinstance(start, dict) and start.get("path") is None and "at_windows" not in start:
         del plain["warm_start"]  # as in runs from before there was the option
     data = plain.get("data")
     if isinstance(data, dict) and "root" in data:  # the former name of data.source: a run has one hash by either

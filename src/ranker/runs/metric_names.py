@@ -2,15 +2,15 @@
 
 A name is a path. ``train/loss``, ``train/<task>/<metric>``, ``val/<task>/<metric>``, ``test/<task>/<metric>``,
 ``progressive/<task>/<metric>``, ``signs/<role>/<sign>``, ``sigma/<parameter>``, ``sharpness/<quantity>``,
-``divergence/<kind>``, and ``lr`` and ``window`` alone. A metric by groups has the group in its name, as in
-``gauc.<group>``.
+``divergence/<kind>``, ``ids/<table>/<quantity>``, and ``lr`` and ``window`` alone. A metric by groups has the group in
+its name, as in ``gauc.<group>``.
 """
 
 from __future__ import annotations
 
 TRAIN, VAL, TEST, PROGRESSIVE = "train", "val", "test", "progressive"
 TRAIN_LOSS, LEARNING_RATE, WINDOW = "train/loss", "lr", "window"
-SIGNS, SIGMA, SHARPNESS, DIVERGENCE = "signs/", "sigma/", "sharpness/", "divergence/"
+SIGNS, SIGMA, SHARPNESS, DIVERGENCE, IDS = "signs/", "sigma/", "sharpness/", "divergence/", "ids/"
 COMMON = ("auc", "logloss", "ne", "calibration", "rmse", "r2", "observed", "nonfinite")  # metrics that every run has
 TASK_NORM, TASK_COSINE = "signs/task_norm/", "signs/task_cosine/"
 
@@ -33,6 +33,11 @@ def sigma(parameter: str) -> str:
 def sharpness(quantity: str) -> str:
     """Name of a quantity that the sharpness probe measures."""
     return f"{SHARPNESS}{quantity}"
+
+
+def ids(quantity: str) -> str:
+    """Name of a quantity of a table that counts its ids, such as ``user/admitted``."""
+    return f"{IDS}{quantity}"
 
 
 def divergence(kind: str) -> str:

@@ -68,6 +68,7 @@ def card_of(
             "reason": summary.get("reason", ""),
             "data": {"name": log.schema.name, **span_of(log), "rows_trained_on": summary.get("examples")},
             "tasks": {task.name: task.type for task in log.schema.tasks},
+            "negatives_kept": {t.name: t.negative_keep_rate for t in log.schema.tasks if t.negative_keep_rate != 1},
             "features": {"dense": len(log.schema.dense), "categorical": len(log.schema.categorical)},
             "metrics": dict(metrics),
             "gate": gate,
@@ -110,6 +111,7 @@ def as_markdown(card: Mapping[str, Any]) -> str:
         _table(["", "rows", "from", "to"], [_span_row(name, data[name]) for name in ("training", "hold_out")]),
         f"Rows trained on: {_number(data['rows_trained_on'])}. Features: "
         f"{card['features']['categorical']} categorical, {card['features']['dense']} dense.\n",
+        *_sampled(card.get("negatives_kept") or {}),
         "## Metrics on the hold-out\n",
         _metrics(card["metrics"], card["tasks"]),
         "## Quality gate\n",
@@ -122,6 +124,15 @@ def as_markdown(card: Mapping[str, Any]) -> str:
         _table(["", ""], [[k, _short(v)] for k, v in _origin(card)]),
     ]
     return "\n".join(parts)
+
+
+def _sampled(kept: Mapping[str, float]) -> list[str]:
+    if not kept:
+        return []
+    rates = ", ".join(f"{_text(name)} {rate:g}" for name, rate in kept.items())
+    return [
+        f"Share of the negatives in the log: {rates}. Scores and metrics are those of the log with all negatives.\n"
+    ]
 
 
 def _parent(cfg: DictConfig) -> Any:

@@ -31,6 +31,8 @@ CONFIG, SUMMARY, EVENTS, METRICS, CHECKPOINTS = (
 SKIPPED_ROWS, CAPSULES, SNAPSHOTS = "skipped_rows.csv", "capsules", "snapshots"
 SCHEMA, FINGERPRINT = "schema.yaml", "log.json"  # what the run was trained on
 TRACKER = "tracker.json"  # id of the run in W&B
+# Environment variables that tell the other processes of a run its folder, and the checkpoint that it goes on from.
+RUN_DIR_VARIABLE, CHECKPOINT_VARIABLE = "EVENKEEL_RUN_DIR", "EVENKEEL_CHECKPOINT"
 # What a run leaves; a new run in the same folder must not mix with it.
 LEFT_BY_A_RUN = (CONFIG, SUMMARY, EVENTS, METRICS, CHECKPOINTS, CAPSULES, SNAPSHOTS)
 WRITTEN_BESIDE = (SKIPPED_ROWS, SCHEMA, FINGERPRINT, TRACKER)

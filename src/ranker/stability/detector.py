@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -102,6 +102,15 @@ class DivergenceDetector:
         if self._device is not None:
             losses_T = losses_T.to(self._device, non_blocking=True)
         row = pack(losses_T, auc_T, spread_T, nonfinite, batch_auc_T, positives_T, labels_T, variance_T, step_cut_3)
+        self.update_late(step, lambda: row)
+
+    def update_late(self, step: int, row: Callable[[], Tensor]) -> None:
+        """Adds the signals of a step that are computed when they are first read.
+
+        Args:
+            step: number of the step, increasing.
+            row: gives them in the order of ``pack``, already reduced over the ranks, on the detector's device.
+        """
         self._buffer.add(step, row)
         if len(self._buffer) >= _MAX_UNREAD_STEPS:
             self._unreported += self._classify(wait=False)
@@ -202,7 +211,7 @@ class DivergenceDetector:
 class _SignalBuffer:
     """Rows of signals on the device that are read without waiting for it.
 
-    ``add`` keeps a reference to the row. ``take`` stacks the rows in one kernel. On a CPU it returns them. On a GPU it
+    ``add`` keeps what gives the row. ``take`` stacks the rows in one kernel. On a CPU it returns them. On a GPU it
     starts a copy to pinned memory and returns the rows of the previous call, whose copy is complete by then. Which rows
     a call returns depends only on the sequence of calls, not on timing, so ranks that make the same calls get the same
     rows.
@@ -210,14 +219,14 @@ class _SignalBuffer:
 
     def __init__(self) -> None:
         self._steps: list[int] = []
-        self._rows: list[Tensor] = []
+        self._rows: list[Callable[[], Tensor]] = []
         self._copying: tuple[list[int], Tensor, torch.cuda.Event] | None = None
 
     def __len__(self) -> int:
         return len(self._rows)
 
-    def add(self, step: int, row: Tensor) -> None:
-        """Adds the row of a step."""
+    def add(self, step: int, row: Callable[[], Tensor]) -> None:
+        """Adds what gives the row of a step."""
         self._steps.append(step)
         self._rows.append(row)
 
@@ -225,7 +234,7 @@ class _SignalBuffer:
         """Steps and rows, in order; all of them with ``wait``."""
         taken = self._finish_copy()
         if self._rows:
-            steps, rows = self._steps, torch.stack(self._rows)
+            steps, rows = self._steps, torch.stack([row() for row in self._rows])
             self._steps, self._rows = [], []
             if rows.is_cuda:
                 host = torch.empty(rows.shape, dtype=rows.dtype, pin_memory=True)

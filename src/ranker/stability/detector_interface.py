@@ -82,7 +82,7 @@ class StepValues:
         )
 
 
-_PER_TASK, _OTHERS = 7, 4  # numbers in a row of signals: per task, and beside
+_PER_TASK, _OTHERS, _CUT = 7, 4, 3  # numbers in a row of signals: per task, beside, and of the step cut among them
 
 
 class Signals(TypedDict):
@@ -178,17 +178,24 @@ def pack(
     variance_T: Tensor | None = None,
     step_cut_3: Tensor | None = None,
 ) -> Tensor:
-    """The signals as one float32 row on the device of the losses; nan for missing signals.
+    """The signals as one float32 row on the device of the losses; nan for missing signals. Several steps: rows.
 
     In this order: losses, running AUCs, spreads, AUCs of the batch, positives, labels, variances (T numbers each),
     whether not finite (1), the step cut (3).
     """
     losses_T = losses_T.detach().float()
     unknown_T = losses_T.new_full(losses_T.shape, torch.nan)
-    flag = losses_T.new_zeros(1) if nonfinite is None else nonfinite.detach().to(losses_T).reshape(1)
-    cut_3 = losses_T.new_full((3,), torch.nan) if step_cut_3 is None else step_cut_3.detach().to(losses_T)
+    steps = losses_T.shape[:-1]
+    flag = losses_T.new_zeros(*steps, 1) if nonfinite is None else nonfinite.detach().to(losses_T).reshape(*steps, 1)
+    cut_3 = losses_T.new_full((*steps, 3), torch.nan) if step_cut_3 is None else step_cut_3.detach().to(losses_T)
     by_task = (auc_T, spread_T, batch_auc_T, positives_T, labels_T, variance_T)
-    return torch.cat([losses_T, *(unknown_T if x is None else x.detach().to(losses_T) for x in by_task), flag, cut_3])
+    rows = [losses_T, *(unknown_T if x is None else x.detach().to(losses_T) for x in by_task), flag, cut_3]
+    return torch.cat(rows, dim=-1)
+
+
+def with_step_cut(row: Tensor, step_cut_3: Tensor) -> Tensor:
+    """A row of ``pack`` with another step cut."""
+    return torch.cat([row[:-_CUT], step_cut_3.to(row)])
 
 
 def unpack(row: Tensor) -> Signals:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from typing import Any
 
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import Callback
 
 from ranker.data.batch import Batch
+from ranker.errors import UserError
 from ranker.runs.run_folder import TRACKED
 from ranker.training import trackers
 from ranker.training.lightning_private import with_more_batches
@@ -98,6 +100,7 @@ class Bookkeeping(Callback):
         """Keeps the books of one batch."""
         fit = Fit(trainer)
         fit.data.advance(batch)
+        fit.module.collect_rows()
         fit.module.update_average()
         fit.module.record_step()
         rows = fit.data.plan.size(batch.number)  # of all ranks, whose shares may differ by one
@@ -109,6 +112,11 @@ class Bookkeeping(Callback):
             self._first = (self._rows, self._seconds, self._waited)
             self._rows, self._seconds, self._waited = 0, 0.0, 0.0
         self._resume_clock()
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Sends the last rows, also of a batch that did not end. A disk that is full has said so already."""
+        with suppress(UserError):
+            Fit(trainer).module.send_rows()
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Stops the clock while the hold-out is evaluated."""
@@ -122,6 +130,7 @@ class Bookkeeping(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Has the loggers write what they hold: a resumed run continues after the checkpoint's step."""
+        Fit(trainer).module.send_rows(keep_on=True)
         for logger in trainer.loggers:
             logger.save()
         checkpoint[TRACKED] = trackers.position(trainer.loggers)

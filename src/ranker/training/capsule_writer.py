@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -22,10 +22,10 @@ from ranker.installation import command_line
 from ranker.runs.provenance import arithmetic
 from ranker.runs.run_folder import RunFolder, versions
 from ranker.stability import DivergenceDetector, Event
+from ranker.training.deferred_signals import LateSignals
 from ranker.training.module import Fit
 from ranker.training.progress import Say, say_in_log
 from ranker.training.snapshots import SnapshotRing, capture
-from ranker.training.training_step import StepSignals
 
 CAPSULES = "capsules"
 EVENTS = ("full", "micro", "both")
@@ -42,13 +42,13 @@ class Entry:
     Attributes:
         step: the optimizer step it belongs to.
         batch: this rank's rows, in host memory.
-        signals: in the order of ``ranker.stability.pack``, on the device of the run.
+        signals: gives them in the order of ``ranker.stability.pack``, on the device of the run.
         size: bytes of the batch.
     """
 
     step: int
     batch: Batch
-    signals: Tensor
+    signals: Callable[[], Tensor]
     size: int
 
 
@@ -67,8 +67,9 @@ class Recorder:
         self._entries: list[Entry] = []
         self._bytes = 0
         self._held: list[tuple[int, int]] = []
+        self._forgotten = -1  # up to this step only held batches are left
 
-    def add(self, step: int, batch: Batch, signals: Tensor) -> None:
+    def add(self, step: int, batch: Batch, signals: Callable[[], Tensor]) -> None:
         """Adds the batch just trained on."""
         batch = replace(batch, opening=None)  # it would keep the whole window alive
         self._entries.append(Entry(step, batch, signals, files.num_bytes(batch)))
@@ -79,17 +80,18 @@ class Recorder:
 
     def hold(self, ranges: Iterable[tuple[int, int]]) -> None:
         """Holds the batches of steps after + 1 .. until of each range (after, until), and no others."""
-        self._held = list(ranges)
+        self._held, self._forgotten = list(ranges), -1
 
     def forget(self, until: int) -> None:
         """Drops batches up to a step, but for the held ones."""
-        if self._entries and self._entries[0].step <= until:
+        if until > self._forgotten:
+            self._forgotten = until
             self._entries = [entry for entry in self._entries if entry.step > until or self._is_held(entry)]
             self._bytes = sum(entry.size for entry in self._entries)
 
     def clear(self) -> None:
         """Drops everything, and holds nothing."""
-        self._entries, self._bytes, self._held = [], 0, []
+        self._entries, self._bytes, self._held, self._forgotten = [], 0, [], -1
 
     def covers_after(self, until: int) -> int:
         """The smallest step s such that all batches of steps s + 1 .. until are kept; ``until`` if none is."""
@@ -205,7 +207,7 @@ class CapsuleWriter:
         self,
         fit: Fit,
         batch: Batch,
-        signals: StepSignals,
+        signals: LateSignals,
         *,
         step: int,
         events: list[Event],
@@ -224,7 +226,7 @@ class CapsuleWriter:
             ring: the snapshots, after this batch.
         """
         self._step, self._number = fit.step, batch.number
-        self._recorder.add(step, self._host.pop(batch.number, batch), signals.packed())
+        self._recorder.add(step, self._host.pop(batch.number, batch), signals.packed)
         there = ring.snapshots if ring is not None else []
         newest = self._past[-1].step if self._past else self._turn - 1
         self._past += [s for s in there if s.step > newest]
@@ -336,7 +338,7 @@ class CapsuleWriter:
             )
         elif state.step >= event.step - self._before and state.step > 0:
             note = f"begins {event.step - state.step} steps before the event: what came before was no longer there"
-        signals_SN = torch.stack([entry.signals for entry in entries]).cpu()
+        signals_SN = torch.stack([entry.signals() for entry in entries]).cpu()
         files.write_state(folder / files.SNAPSHOT, state)
         (folder / files.CONFIG).write_text(OmegaConf.to_yaml(self._cfg, resolve=True), encoding="utf-8")
         fit.module.schema.to_yaml(folder / SCHEMA_FILE)

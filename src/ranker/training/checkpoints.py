@@ -3,49 +3,28 @@
 from __future__ import annotations
 
 import copy
-import errno
 import math
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
-import torch
-from lightning_fabric.plugins import TorchCheckpointIO
 from pytorch_lightning.callbacks import Checkpoint
+from torch.optim import Optimizer
 
 from ranker.atomic import replacing
 from ranker.errors import UserError
 from ranker.runs import objective
 from ranker.runs.checkpoint_files import BEST, Best, by_step, path_of, step_of
+from ranker.runs.table_files import TABLES
 from ranker.stop_signals import Stopped
 from ranker.training.interruption import Interruption
 from ranker.training.module import Fit
+from ranker.training.table_checkpoints import DurableCheckpointIO
 
 KEPT = 2
-
-
-class DurableCheckpointIO(TorchCheckpointIO):
-    """Writes a checkpoint beside its final name, flushes it to the disk, and renames it.
-
-    Lightning writes to ``TMPDIR`` first and then moves the file. Where that is another file system, as on most
-    clusters, the move copies, and a process killed meanwhile leaves half a file under the final name.
-    """
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
-        """Writes a file.
-
-        Raises:
-            UserError: it cannot be written, for example because the disk is full. Nothing else has changed.
-        """
-        target = Path(path)
-        try:
-            # To an open file: torch would put the name of the temporary file into the archive.
-            with replacing(target, durable=True) as temporary, temporary.open("wb") as file:
-                torch.save(checkpoint, file)
-        except (OSError, RuntimeError) as error:  # torch wraps the operating system's error
-            raise UserError(f"{target} cannot be written: {_reason(error)}") from error
 
 
 class Checkpoints(Checkpoint):
@@ -58,6 +37,7 @@ class Checkpoints(Checkpoint):
     Args:
         folder: where they go, named after their step.
         every: steps between two checkpoints; 0 writes one only when the run is interrupted.
+        windows: also write one at the end of each window.
         best_by: metric of the hold-out, such as ``test/click/auc``, that decides which is the best; None keeps none.
         interruption: says whether the run ends because of a request.
         healthy: says whether the divergence detector objects to nothing. The newest checkpoint of a healthy step is
@@ -69,11 +49,13 @@ class Checkpoints(Checkpoint):
         folder: Path,
         *,
         every: int,
+        windows: bool = False,
         best_by: str | None = None,
         interruption: Interruption | None = None,
         healthy: Callable[[], bool] = lambda: True,
     ) -> None:
         self._folder, self._every, self._interruption, self._healthy = folder, every, interruption, healthy
+        self._windows = windows
         self._best_by = objective.while_training(best_by) if best_by else None
         self.best: Best | None = None
         self._ended = 0  # optimizer steps at the end of the last batch
@@ -94,11 +76,24 @@ class Checkpoints(Checkpoint):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Removes what a killed process left: half-written files, and checkpoints of steps that will come again."""
         if trainer.is_global_zero:
-            for path in (*self._folder.glob(".*.tmp"), *(self._folder / BEST).glob(".*.tmp")):
-                path.unlink(missing_ok=True)
+            for folder in (self._folder, self._folder / BEST, self._folder / TABLES):
+                for path in folder.glob(".*.tmp"):
+                    path.unlink(missing_ok=True)
             for path in (*by_step(self._folder), *by_step(self._folder / BEST)):
                 if step_of(path) > self._written:
                     path.unlink(missing_ok=True)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Begins to follow the rows of very large tables."""
+        if trainer.is_global_zero and self._every and (writer := _writer(trainer)):
+            writer.watch(Fit(trainer).module.net, trainer.optimizers[0], self._folder)
+
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
+    ) -> None:
+        """Marks the rows of very large tables that the step moves. A hook of torch's optimizer would come too early."""
+        if trainer.is_global_zero and (writer := _writer(trainer)):
+            writer.before_step()
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -109,9 +104,12 @@ class Checkpoints(Checkpoint):
         self._ended = step
         if step == before:  # a batch whose gradients are accumulated for a later step
             return
+        if writer := _writer(trainer):
+            writer.after_step(trainer.optimizers[0], step)
         last = trainer.should_stop or step == trainer.max_steps or fit.data.position >= fit.data.num_batches
         asked = self._interruption is not None and self._interruption.stopped
-        if asked or (self._every and (last or step % self._every == 0)):
+        ended = self._windows and fit.data.at_window_end
+        if asked or ended or (self._every and (last or step % self._every == 0)):
             self._write(trainer, step)
         elif last or fit.data.position % (trainer.val_check_batch or math.inf) == 0:  # an evaluation follows
             self._loops = copy.deepcopy(trainer.fit_loop.state_dict())
@@ -120,6 +118,13 @@ class Checkpoints(Checkpoint):
         """Writes the last checkpoint of a run that ended in another way, such as a callback that stops it."""
         if self._every and trainer.global_step > self._written:
             self._write(trainer, trainer.global_step)
+        self._settle(trainer)
+        self._prune(trainer)
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Waits for a file that is being written, also when the run fails. The first failure is the one to show."""
+        with suppress(UserError):
+            self._settle(trainer)
 
     def on_validation_batch_end(self, trainer: pl.Trainer, *args: Any, **options: Any) -> None:
         """Ends the evaluation if a signal asks for it."""
@@ -148,11 +153,13 @@ class Checkpoints(Checkpoint):
             return
         self.best = Best(self._best_by, step, value)
         target = self.best.path(self._folder)
+        self._settle(trainer)
         if step == self._written:
             if trainer.is_global_zero:
                 _link(path_of(self._folder, step), target)
         else:
             trainer.save_checkpoint(target)
+            self._settle(trainer)
         if trainer.is_global_zero:
             self.best.write(self._folder)
 
@@ -167,17 +174,41 @@ class Checkpoints(Checkpoint):
         self._leaving = True
         if trainer.global_step > self._written:
             self._write(trainer, trainer.global_step)
+        self._settle(trainer)
         raise Stopped
 
     def _write(self, trainer: pl.Trainer, step: int) -> None:
+        self._settle(trainer)
         trainer.save_checkpoint(path_of(self._folder, step))
         self._written = step
         if self._healthy():
             self._sound = path_of(self._folder, step)
-        if trainer.is_global_zero:
-            for path in by_step(self._folder)[:-KEPT]:
-                if path != self._sound:
-                    path.unlink(missing_ok=True)
+        self._prune(trainer)
+
+    def _settle(self, trainer: pl.Trainer) -> None:
+        """Waits until the last checkpoint is on the disk, which with very large tables a thread writes.
+
+        Raises:
+            UserError: it cannot be written.
+        """
+        if trainer.is_global_zero and (writer := _writer(trainer)):
+            writer.settle()
+
+    def _prune(self, trainer: pl.Trainer) -> None:
+        """Removes all but the newest checkpoints; one that a thread is writing does not count yet."""
+        if not trainer.is_global_zero:
+            return
+        for path in by_step(self._folder)[:-KEPT]:
+            if path != self._sound:
+                path.unlink(missing_ok=True)
+        if writer := _writer(trainer):
+            writer.prune([*by_step(self._folder), *by_step(self._folder / BEST)])
+
+
+def _writer(trainer: pl.Trainer) -> DurableCheckpointIO | None:
+    """What writes the files; None where a user's own does."""
+    writer = trainer.strategy.checkpoint_io
+    return writer if isinstance(writer, DurableCheckpointIO) else None
 
 
 def _link(source: Path, target: Path) -> None:
@@ -188,14 +219,3 @@ def _link(source: Path, target: Path) -> None:
             os.link(source, temporary)
         except OSError:
             temporary.write_bytes(source.read_bytes())
-
-
-def _reason(error: BaseException) -> str:
-    """Why a file could not be written, from the operating system's error below torch's."""
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, OSError):
-            full = cause.errno in (errno.ENOSPC, errno.EDQUOT)
-            return f"{cause.strerror or cause}{'; free space, then resume the run' if full else ''}"
-        cause = cause.__cause__ or cause.__context__
-    return " ".join(str(error).split())[:200]

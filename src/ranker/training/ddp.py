@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.strategies import DDPStrategy
+from pytorch_lightning.strategies import DDPStrategy, ParallelStrategy
 
 from ranker.errors import UserError
 from ranker.training.lightning_private import without_observer
@@ -21,15 +22,21 @@ TO_START = 300.0  # seconds that ranks have to start and meet, whatever the time
 
 
 class LostRankError(UserError):
-    """A rank has ended or stopped, and the run with it."""
+    """A rank has ended or stopped, and the run with it.
+
+    Attributes:
+        spoken: another rank says the line.
+    """
+
+    spoken = False
 
 
-class WatchedDDP(DDPStrategy):
-    """Lightning's DDP strategy with a watch over the ranks.
+class Watched(ParallelStrategy):
+    """What the strategies of this project add to Lightning's: a watch over the ranks.
 
     Args:
         timeout_seconds: silence after which a rank is given up, and about the longest wait in a collective call.
-        options: of Lightning's DDPStrategy.
+        options: of Lightning's strategy.
 
     Attributes:
         advice: says how to go on with the run; the end of the line about a lost rank.
@@ -41,7 +48,7 @@ class WatchedDDP(DDPStrategy):
     def __init__(self, *, timeout_seconds: float = 600.0, **options: Any) -> None:
         if not timeout_seconds > 0:
             raise UserError(f"trainer.strategy.timeout_seconds must be above 0, got {timeout_seconds}")
-        super().__init__(timeout=timedelta(seconds=max(timeout_seconds + LATER, TO_START)), **options)
+        super().__init__(timeout=timedelta(seconds=max(timeout_seconds + LATER, TO_START)), **options)  # type: ignore[call-arg]
         self.advice: Callable[[], str] = str
         self._timeout_seconds = timeout_seconds
         self._watch: RankWatch | None = None
@@ -52,25 +59,34 @@ class WatchedDDP(DDPStrategy):
         os.environ[PARENT_VARIABLE] = str(os.getpid())
         without_observer(self)
 
-    def setup_distributed(self) -> None:
-        """Joins the process group and starts the watch."""
-        self.set_world_ranks()
-        self._watch = watch = RankWatch(
+    def _start_watch(self) -> None:
+        """Looks after the processes of this machine, while the ranks meet."""
+        self._watch = RankWatch(
             self.global_rank,
             timeout=self._timeout_seconds,
             children=getattr(self.launcher, "procs", ()),
             parent=int(self._started) if self._started and self.local_rank else None,
             advice=self.advice,
         )
-        watch.start()
-        super().setup_distributed()
+        self._watch.start()
+
+    def _join_watch(self) -> None:
+        """Connects the watches of all ranks, which have met."""
+        assert self._watch is not None
         assert self.cluster_environment is not None
-        watch.connect((self.cluster_environment.main_address, self.broadcast(watch.port)))
+        port, token = self.broadcast((self._watch.port, self._watch.token))
+        self._watch.connect((self.cluster_environment.main_address, port), token=token)
 
     def teardown(self) -> None:
-        """Ends the watch: what follows until the next evaluation is no collective work."""
+        """Ends the watch: what follows until the next evaluation is no collective work.
+
+        After an error it goes on, until ``explained`` has found out whose error it is.
+        """
         if self._watch is not None:
-            self._watch.end()
+            if isinstance(sys.exception(), Exception):
+                self._watch.alive()
+            else:
+                self._watch.end()
         super().teardown()
 
     def explained(self, error: BaseException) -> BaseException:
@@ -78,12 +94,21 @@ class WatchedDDP(DDPStrategy):
 
         Does not return in a rank that rank 0 will end.
         """
-        if self._watch is None or not _of_connection(error):
+        watch = self._watch
+        if watch is None:
             return error
-        lost = self._watch.wait()
+        if not _of_connection(error):
+            watch.end(f"failed {error}" if isinstance(error, Exception) else "bye")
+            return error
+        watch.alive()
+        lost = watch.wait()
         if lost is None:
             lost = f"the ranks lost each other ({' '.join(str(error).split())[:160]})"
-        return LostRankError(f"{lost}; go on with: {self.advice()}")
+            watch.end(f"failed {lost}")
+        watch.end()
+        told = LostRankError(f"{lost}; go on with: {self.advice()}")
+        told.spoken = not watch.speaks
+        return told
 
     def end_others(self) -> None:
         """Kills the ranks that this one has started. They would wait for it in a collective call."""
@@ -91,9 +116,20 @@ class WatchedDDP(DDPStrategy):
             self._watch.end_children()
 
 
-def watched(trainer: pl.Trainer) -> WatchedDDP | None:
+class WatchedDDP(Watched, DDPStrategy):
+    """Lightning's DDP strategy with a watch over the ranks. Arguments as of ``Watched``."""
+
+    def setup_distributed(self) -> None:
+        """Joins the process group and starts the watch."""
+        self.set_world_ranks()
+        self._start_watch()
+        super().setup_distributed()
+        self._join_watch()
+
+
+def watched(trainer: pl.Trainer) -> Watched | None:
     """The strategy of a trainer, if it watches its ranks."""
-    return trainer.strategy if isinstance(trainer.strategy, WatchedDDP) else None
+    return trainer.strategy if isinstance(trainer.strategy, Watched) else None
 
 
 def _of_connection(error: BaseException) -> bool:

@@ -12,7 +12,7 @@ from typing import Any
 import pytorch_lightning as pl
 from lightning_fabric.utilities.distributed import _set_num_threads_if_needed
 from pytorch_lightning.loggers import WandbLogger
-from pytorch_lightning.strategies import DDPStrategy
+from pytorch_lightning.strategies import ParallelStrategy
 from pytorch_lightning.strategies.launchers import _SubprocessScriptLauncher
 from torch import nn
 
@@ -59,7 +59,7 @@ class _Launcher(_SubprocessScriptLauncher):
         return function(*args, **options)
 
 
-def without_observer(strategy: DDPStrategy) -> None:
+def without_observer(strategy: ParallelStrategy) -> None:
     """Gives a strategy a launcher without the thread that kills all ranks, the first one too, when one has failed.
 
     Private, because Lightning has no option for it. The run would end without a line, a summary or the others' reason.

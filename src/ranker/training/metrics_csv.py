@@ -19,9 +19,12 @@ from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
 from ranker.atomic import replacing
 from ranker.errors import UserError
+from ranker.runs.metric_names import DIVERGENCE
+from ranker.training.row_thinning import Thinning
 
 FLUSH_SECONDS = 5.0
 OPEN_ROWS = 64  # newest rows, which may still get values
+LEAST_THINNED = 1000  # a file with fewer rows is not thinned before the run ends
 
 
 class MetricsCsv(Logger):
@@ -36,13 +39,21 @@ class MetricsCsv(Logger):
     Lightning's CSVLogger starts a new file when a run resumes. This one keeps the rows up to the step that the run
     resumes from and drops later ones, so that no step occurs twice.
 
+    Old rows are thinned whenever the file has twice as many rows as were left the last time, and when the run ends. So
+    a long run has a file of bounded size, and a row costs the same at its end as at its beginning.
+
     Args:
         path: the file.
+        thinning: which rows stay.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, thinning: Thinning = Thinning()) -> None:  # noqa: B008  # it is immutable
         super().__init__()
-        self.path = path
+        self.path, self._thinning = path, thinning
+        self._events: set[int] = set()  # steps that an event names
+        self._closed_rows = 0  # rows of the file before the open ones
+        self._left = 0  # rows that the last thinning left
+        self._newest, self._thinned_at = -1, -1  # newest step, and that of the last thinning
         self._columns: dict[str, None] = {"step": None}  # in order
         self._in_header = 0  # columns that the file has
         self._rows: dict[int, dict[str, Any]] = {}  # open rows by step
@@ -67,6 +78,8 @@ class MetricsCsv(Logger):
             return
         with self.path.open(newline="", encoding="utf-8") as file:
             self._columns = dict.fromkeys(next(csv.reader(file), ["step"]))
+        for row in self._in_file(step):
+            self._remember(int(row["step"]), row)
         self._rebuild(until=step)
 
     @rank_zero_only
@@ -77,6 +90,7 @@ class MetricsCsv(Logger):
             self.save()  # between two steps, so that the last row is complete and can be appended
         self._rows.setdefault(step, {"step": step}).update(metrics)
         self._columns.update(dict.fromkeys(metrics))
+        self._remember(step, metrics)
 
     @rank_zero_only
     def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
@@ -89,12 +103,16 @@ class MetricsCsv(Logger):
         Raises:
             UserError: it cannot be written, for example because the disk is full. The rows are kept for the next call.
         """
+        self._save(thin=len(self._rows) + self._closed_rows >= 2 * max(self._left, LEAST_THINNED))
+
+    def _save(self, *, thin: bool) -> None:
         if not self._rows and self.path.is_file():
             return
+        thin = thin and 0 < self._thinning.keep_steps < self._newest and self._thinned_at != self._newest
         late = any(step <= self._closed_step for step in self._rows)
         try:
-            if late or len(self._columns) != self._in_header or not self.path.is_file():
-                self._rebuild()
+            if thin or late or len(self._columns) != self._in_header or not self.path.is_file():
+                self._rebuild(thin=thin)
             else:
                 self._extend()
         except OSError as error:
@@ -107,11 +125,16 @@ class MetricsCsv(Logger):
     def finalize(self, status: str) -> None:
         """Writes what is left. After a failure, a second one is only said: the first is the reason that is shown."""
         try:
-            self.save()
+            self._save(thin=True)
         except UserError as error:
             if status == "success":
                 raise
             print(error, file=sys.stderr, flush=True)
+
+    def _remember(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Keeps the newest step, and the steps that events name."""
+        self._newest = max(self._newest, step)
+        self._events.update(int(float(value)) for name, value in metrics.items() if name.startswith(DIVERGENCE))
 
     def _extend(self) -> None:
         """Appends what the file has not; copies it if an open row has changed."""
@@ -129,19 +152,27 @@ class MetricsCsv(Logger):
                 file.write(lines)
         self._keep_open(rows)
 
-    def _rebuild(self, until: int | None = None) -> None:
+    def _rebuild(self, until: int | None = None, *, thin: bool = False) -> None:
         """Writes the file anew from its own rows (up to a step) and the open ones, with all columns."""
+        rows: Iterator[Mapping[str, Any]]
+        rows = _merged(self._in_file(until), [row for _, row in sorted(self._rows.items())])
+        if thin:
+            rows = self._thinning.kept(rows, newest=self._newest, events=self._events)
+        written = 0
         newest: deque[tuple[dict[str, Any], bytes]] = deque()
         with replacing(self.path) as temporary, temporary.open("wb") as file:
             size, step = file.write(self._line(dict(zip(self._columns, self._columns, strict=True)))), -1
-            for row in _merged(self._in_file(until), [row for _, row in sorted(self._rows.items())]):
-                newest.append((row, self._line(row)))
+            for row in rows:
+                written += 1
+                newest.append((dict(row), self._line(row)))
                 file.write(newest[-1][1])
                 if len(newest) > OPEN_ROWS:
                     closed, line = newest.popleft()
                     size, step = size + len(line), int(closed["step"])
         self._in_header = len(self._columns)
-        self._closed_bytes, self._closed_step = size, step
+        self._closed_bytes, self._closed_step, self._closed_rows = size, step, written - len(newest)
+        if thin:
+            self._left, self._thinned_at = written, self._newest
         self._keep_open(list(newest))
 
     def _keep_open(self, rows: list[tuple[dict[str, Any], bytes]]) -> None:
@@ -150,6 +181,7 @@ class MetricsCsv(Logger):
         if closed:
             self._closed_bytes += sum(len(line) for _, line in closed)
             self._closed_step = int(closed[-1][0]["step"])
+            self._closed_rows += len(closed)
         self._rows = {int(row["step"]): row for row, _ in newest}
         self._written = b"".join(line for _, line in newest)
 

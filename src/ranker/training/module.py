@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import pytorch_lightning as pl
 import torch
@@ -22,6 +22,7 @@ from ranker.errors import one_of
 from ranker.losses import MultitaskLoss, best_constants
 from ranker.metrics import StreamingAUC, Table, TaskMetrics
 from ranker.models import Ranker
+from ranker.models.admission import admission_of, observe
 from ranker.runs import metric_names as names
 from ranker.runs.lineage import LINEAGE, totals
 from ranker.runs.run_folder import (
@@ -34,7 +35,8 @@ from ranker.runs.run_folder import (
     TRAIN_AUC,
     TRAIN_AUC_BY_RANK,
 )
-from ranker.training.training_step import StepSignals, clip_gradients, forward_loss, step_signals
+from ranker.training.deferred_signals import DeferredSignals, LateSignals
+from ranker.training.training_step import Seen, clip_gradients, forward_loss
 from ranker.training.weight_average import WeightAverage
 
 if TYPE_CHECKING:
@@ -106,6 +108,7 @@ class RankingModule(pl.LightningModule):
         self.lr = lr
         self.optimizer_factory = optimizer
         self._warmup_steps, self._rewarm_steps = warmup_steps, rewarm_steps
+        self.rewarm_from = 0  # the step whose rate is the lowest of the newest warm-up
         self._before = before
         self.warm_start: Callable[[Fit], None] | None = None
         self.average_decay = average_decay
@@ -124,10 +127,11 @@ class RankingModule(pl.LightningModule):
         make_metrics = metrics or (lambda: TaskMetrics(schema))
         self.holdout_metrics, self.progressive_metrics = make_metrics(), make_metrics()
         self.last_progressive: tuple[int, Mapping[str, float]] | None = None  # window that was scored last, metrics
-        self.signals: StepSignals | None = None
-        # Step, losses, AUCs and learning rate, unread on the device. A verdict comes some hundred steps after the first
-        # step of its event.
-        self._unrecorded: deque[tuple[int, Tensor, Tensor, float]] = deque(maxlen=KEPT_SIGNALS)
+        self._late = DeferredSignals(self)
+        self.signals: LateSignals | None = None  # of the last batch
+        # Steps, their signals and learning rates. A verdict comes some hundred steps after the first step of its event.
+        self._unrecorded: deque[tuple[int, LateSignals | Recent, float]] = deque(maxlen=KEPT_SIGNALS)
+        self._rows: dict[int, dict[str, float]] | None = None  # to be sent, by step
         self.holdout: dict[str, float] = {}
         self.holdout_notes: dict[str, str] = {}
         self.holdout_intervals: dict[str, tuple[float, float]] = {}
@@ -139,6 +143,13 @@ class RankingModule(pl.LightningModule):
     def forward(self, batch: Batch) -> Tensor:
         """Logits, shape [B, T]."""
         return self.net(batch)
+
+    def configure_model(self) -> None:
+        """Shards the net over the ranks, where the strategy has made a mesh for it."""
+        if self.device_mesh is not None:
+            from ranker.training.fsdp import shard  # imported late: it takes a second
+
+            shard(self.net, self.device_mesh["data_parallel"])
 
     def setup(self, stage: str) -> None:
         """Shards the tables, where they are to be sharded: the processes know each other by now."""
@@ -180,16 +191,19 @@ class RankingModule(pl.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Forward pass and loss; keeps the signals that the divergence detector and the progress bar read."""
+        observe(self.net, self.trainer.optimizers[0], [batch])
         logits_BT, loss = forward_loss(self, batch)
         reduce = self.trainer.strategy.reduce  # each rank has the share of its rows
-        self.signals = step_signals(
-            self,
-            logits_BT,
-            batch.labels_BT,
-            batch.mask_BT,
-            losses_T=cast(Tensor, reduce(loss.task_T, reduce_op="mean")),
-            weight_B=batch.weight_B,
-            ranking_T=None if loss.ranking_T is None else cast(Tensor, reduce(loss.ranking_T, reduce_op="mean")),
+        ranking_T = None if loss.ranking_T is None else cast(Tensor, reduce(loss.ranking_T, reduce_op="mean"))
+        self.signals = self._late.add(
+            Seen(
+                logits_BT=logits_BT.detach(),
+                labels_BT=batch.labels_BT,
+                mask_BT=batch.mask_BT,
+                losses_T=cast(Tensor, reduce(loss.task_T, reduce_op="mean")).detach(),
+                weight_B=batch.weight_B,
+                ranking_T=ranking_T,
+            )
         )
         return loss.total
 
@@ -205,18 +219,23 @@ class RankingModule(pl.LightningModule):
         self.last_progressive = batch.window, values
         self.record(over_time(names.PROGRESSIVE, values) | {names.WINDOW: float(batch.window)})
 
+    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
+        """Sends what the callbacks have recorded, which were all called before."""
+        self.send_rows()
+
     def record_step(self) -> None:
         """Writes the numbers of the last step every ``log_every`` steps; reading them waits for the device."""
         if self.signals is None:
             return
-        lr = self.optimizers().param_groups[0]["lr"]  # type: ignore[union-attr]
-        losses, ranking_T = self.signals.losses_T, self.signals.ranking_T
-        losses = losses if ranking_T is None else torch.stack([losses, ranking_T])
-        last = (self.global_step, losses, self.signals.auc_T, float(lr))
+        lr = self.trainer.optimizers[0].param_groups[0]["lr"]
+        last = (self.global_step, self.signals, float(lr))
         if self.global_step % self.log_every:
             self._unrecorded.append(last)
             return
         self._record_signals(*last)
+        admission = admission_of(self.net)
+        if admission is not None:
+            self.record({names.ids(name): value for name, value in admission.values().items()})
 
     def record_event(self, step: int) -> None:
         """Writes the numbers of a recent step, whatever ``log_every``: an event has its point in every curve."""
@@ -224,10 +243,10 @@ class RankingModule(pl.LightningModule):
             if numbers[0] == step:
                 self._record_signals(*numbers)
 
-    def _record_signals(self, step: int, losses: Tensor, auc_T: Tensor, lr: float) -> None:
-        """Writes a step's numbers; ``losses`` is [T], or [2, T] with the ranking losses."""
-        losses_T, ranking_T = losses if losses.dim() == 2 else (losses, None)
-        values = step_values(self.schema, losses_T.tolist(), auc_T.tolist(), lr)
+    def _record_signals(self, step: int, signals: LateSignals | Recent, lr: float) -> None:
+        """Writes a step's numbers."""
+        losses_T, ranking_T = signals.losses_T, signals.ranking_T
+        values = step_values(self.schema, losses_T.tolist(), signals.auc_T.tolist(), lr)
         if ranking_T is not None and self.loss.ranking is not None:
             trained_T = self.loss.combined(losses_T, ranking_T.to(losses_T)).tolist()
             values[names.TRAIN_LOSS] = sum(t.weight * x for t, x in zip(self.schema.tasks, trained_T, strict=True))
@@ -274,12 +293,26 @@ class RankingModule(pl.LightningModule):
         self._settings = settings_of(optimizer)
         if not (self._warmup_steps or self._rewarm_steps):
             return optimizer
+        schedule = LambdaLR(optimizer, lambda step: self._rate(step))  # noqa: PLW0108  the schedule saves any other callable
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def _rate(self, step: int) -> float:
+        """Factor of the learning rate at a step, from 0: the warm-up of all runs so far, times the newest one."""
         steps, again = self._warmup_steps or 1, self._rewarm_steps or 1
         earlier = int((self._before or {}).get("steps", 0))
-        schedule = LambdaLR(
-            optimizer, lambda step: min(1.0, (earlier + step + 1) / steps) * min(1.0, (step + 1) / again)
-        )
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        since = step - self.rewarm_from
+        # A rollback may have gone back to before the newest warm-up, which then comes again.
+        return min(1.0, (earlier + step + 1) / steps) * (min(1.0, (since + 1) / again) if since >= 0 else 1.0)
+
+    def rewarm(self) -> None:
+        """Lets the learning rate rise from 0 again over ``rewarm_steps``, from the next step on."""
+        if not self._rewarm_steps:
+            return
+        self.rewarm_from = self.trainer.global_step
+        for config in self.trainer.lr_scheduler_configs:
+            schedule = cast(LambdaLR, config.scheduler)
+            for group, base in zip(schedule.optimizer.param_groups, schedule.base_lrs, strict=True):
+                group["lr"] = base * self._rate(schedule.last_epoch)
 
     def make_optimizer(self, factory: OptimizerFactory | None = None) -> Optimizer:
         """A new optimizer over all parameters, by another factory than the run's if one is given."""
@@ -337,12 +370,12 @@ class RankingModule(pl.LightningModule):
             "schema": self.schema.to_dict(),
         }
         if self._unrecorded:
-            steps, losses, aucs, rates = zip(*self._unrecorded, strict=True)
+            steps, signals, rates = zip(*self._unrecorded, strict=True)
             checkpoint[RECENT] = {
                 "steps": list(steps),
                 "lr": list(rates),
-                "losses": torch.stack(losses).cpu(),
-                "auc": torch.stack(aucs).cpu(),
+                "losses": torch.stack([_losses(x) for x in signals]).cpu(),
+                "auc": torch.stack([x.auc_T for x in signals]).cpu(),
             }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -352,8 +385,9 @@ class RankingModule(pl.LightningModule):
         self._saved_settings = checkpoint.get(OPTIMIZER_SETTINGS)
         self._saved_average = checkpoint.get(AVERAGE)
         if recent := checkpoint.get(RECENT):  # missing in older checkpoints
-            rows = zip(recent["steps"], recent["losses"], recent["auc"], recent["lr"], strict=True)
-            self._unrecorded.extend(rows)
+            for step, losses, auc_T, lr in zip(*(recent[key] for key in ("steps", "losses", "auc", "lr")), strict=True):
+                losses_T, ranking_T = losses if losses.dim() == 2 else (losses, None)
+                self._unrecorded.append((step, Recent(losses_T, auc_T, ranking_T), lr))
         by_rank = checkpoint.get(TRAIN_AUC_BY_RANK)
         if by_rank is None:
             return
@@ -366,7 +400,9 @@ class RankingModule(pl.LightningModule):
         """Adds the predictions for rows to metrics, without training on them."""
         self.net.eval()
         pieces = -(-len(rows) // self._score_rows)
-        if self.tables is not None:  # a lookup is collective, and shares may differ by a row
+        if (
+            self.tables is not None or self.device_mesh is not None
+        ):  # a forward pass is collective, and shares may differ
             pieces = Fit(self.trainer).largest(pieces)
         for part in _pieces(rows, self._score_rows, pieces):
             part = part.to(self.device, non_blocking=True)
@@ -374,9 +410,29 @@ class RankingModule(pl.LightningModule):
         self.net.train()
 
     def record(self, values: Mapping[str, float], *, step: int | None = None) -> None:
-        """Sends numbers to every tracker under the step they belong to; None for the last step."""
+        """Sends numbers to every tracker under the step they belong to; None for the last step.
+
+        While a batch ends, all numbers of a step are collected, and sent as one row: W&B hands each row to a thread.
+        """
+        step = self.global_step if step is None else step
+        if self._rows is None:
+            self._send(step, values)
+        else:
+            self._rows.setdefault(step, {}).update(values)
+
+    def collect_rows(self) -> None:
+        """Keeps what is recorded from now on until ``send_rows``."""
+        self._rows = {}
+
+    def send_rows(self, *, keep_on: bool = False) -> None:
+        """Sends what was kept. ``keep_on``: and keeps what is recorded afterwards."""
+        rows, self._rows = self._rows, {} if keep_on and self._rows is not None else None
+        for step, values in (rows or {}).items():
+            self._send(step, values)
+
+    def _send(self, step: int, values: Mapping[str, float]) -> None:
         for logger in self.trainer.loggers:
-            logger.log_metrics(dict(values), step=self.global_step if step is None else step)
+            logger.log_metrics(dict(values), step=step)
 
     def _own_weights(self) -> None:
         """Gives the net its own weights back after an evaluation of the average."""
@@ -391,6 +447,14 @@ class RankingModule(pl.LightningModule):
         self.holdout_metrics.reset()
         self.holdout = {f"{phase}/{name}": value for name, value in values.items()}
         self.record(over_time(phase, values), step=self.holdout_step)
+
+
+class Recent(NamedTuple):
+    """What a checkpoint keeps of the signals of a recent step; see ``StepSignals``."""
+
+    losses_T: Tensor
+    auc_T: Tensor
+    ranking_T: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -479,6 +543,12 @@ def scale_lr(trainer: pl.Trainer, factor: float, *, group: int | None = None) ->
             config.scheduler.base_lrs[number] = config.scheduler.base_lrs[number] * factor
 
 
+def _losses(signals: LateSignals | Recent) -> Tensor:
+    """The losses of a step, [T], or [2, T] with the ranking losses."""
+    both = signals.losses_T, signals.ranking_T
+    return both[0] if both[1] is None else torch.stack([both[0], both[1]])
+
+
 def _is_plain(value: Any) -> bool:
     if isinstance(value, (list, tuple)):
         return all(map(_is_plain, value))
@@ -491,5 +561,6 @@ def over_time(phase: str, values: Mapping[str, float]) -> dict[str, float]:
 
 
 def _pieces(rows: Batch, size: int, count: int) -> Iterator[Batch]:
+    """Rows in a number of pieces of a size; the last ones may be empty."""
     for start in range(0, count * size, size):
         yield rows.slice(min(start, len(rows)), min(start + size, len(rows)))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import secrets
+import selectors
 import signal
 import socket
 import subprocess
@@ -11,22 +13,40 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import dataclass, field
 
 BEAT_SECONDS = 1.0
 GRACE_SECONDS = 5.0  # for the main thread to end by itself, which writes the summary
+_CONNECT_SECONDS = 10.0
+_PATIENCE = 12  # times the grace, for a main thread that is ending
+_LONGEST_LINE = 4096  # of what another process sends
 
 Address = tuple[str, int]
 
 
-class RankWatch:
-    """A thread of each rank. Ranks send beats to rank 0 by UDP, and rank 0 answers them.
+@dataclass
+class _Peer:
+    """A connection to another rank. Rank 0 has one to each, the others have one to rank 0."""
 
-    A rank that was heard of and is silent for too long is lost: its process is stopped, or its machine is gone. Rank 0
-    looks after the processes that it has started too, and these look whether rank 0 lives, which takes a second. A rank
-    that is lost is kept in ``lost``. If the main thread does not end by itself, which it cannot while it waits in a
-    collective call for a rank that is stopped, the watch says a line and ends the process with status 1.
+    socket: socket.socket
+    rank: int | None = None  # not known before its first line
+    host: str = ""
+    heard: float = field(default_factory=time.monotonic)
+    unread: bytes = b""
+
+
+class RankWatch:
+    """A thread of each rank. Ranks hold a TCP connection to rank 0, on which both sides send a beat every second.
+
+    A rank that is silent for too long is lost: its process is stopped, or its machine is gone. A rank whose connection
+    ends without a farewell is lost at once: the operating system closes the connections of a process that dies. Rank 0
+    looks after the processes that it has started too, and these look whether rank 0 lives.
+    Which rank is lost, and how, is kept in ``lost``, and rank 0 tells the others. If the main thread does not end by
+    itself, which it cannot while it waits in a collective call, the watch says a line and ends the process with
+    status 1.
 
     The suspension of a whole run, as by Ctrl-Z, is no silence: a thread that was itself suspended starts to wait anew.
+    A rank that never had a connection is not watched.
 
     Args:
         rank: number of this process.
@@ -38,6 +58,7 @@ class RankWatch:
     Attributes:
         lost: which rank is lost, and how; None while none is.
         port: where this rank listens.
+        token: what a connection must begin with; a secret of this run.
     """
 
     def __init__(
@@ -52,34 +73,64 @@ class RankWatch:
         self.lost: str | None = None
         self._rank, self._timeout, self._children, self._parent = rank, timeout, children, parent
         self._advice = advice
-        self._heard: dict[int, float] = {}  # when, by rank
         self._beat = min(BEAT_SECONDS, timeout / 10)
-        self._done = threading.Event()
-        self._socket = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-        self._socket.bind(("", 0))
-        self.port = int(self._socket.getsockname()[1])
-        self._first: Address | None = None
+        self._told = False  # by rank 0, which speaks
+        self._done, self._alive = threading.Event(), threading.Event()
+        self._selector = selectors.DefaultSelector()
+        dual = socket.has_dualstack_ipv6()
+        self._server = socket.create_server(
+            ("", 0), family=socket.AF_INET6 if dual else socket.AF_INET, dualstack_ipv6=dual, backlog=1024
+        )
+        self._server.setblocking(False)
+        self._selector.register(self._server, selectors.EVENT_READ)
+        self.port, self.token = int(self._server.getsockname()[1]), secrets.token_hex(8)
+        self._peers: list[_Peer] = []
+        self._lock = threading.Lock()  # of the peers
+        self._thread = threading.Thread(target=self._run, daemon=True, name="rank-watch")
+
+    @property
+    def speaks(self) -> bool:
+        """Whether this rank says the line: rank 0, or rank 1 if rank 0 is lost, which the others are not told of."""
+        return self._rank == 0 or (self._rank == 1 and not self._told)
 
     def start(self) -> None:
         """Starts the thread. It looks after processes of this machine until ``connect``."""
-        threading.Thread(target=self._run, daemon=True, name="rank-watch").start()
+        self._thread.start()
 
-    def connect(self, first: Address) -> None:
-        """Begins to send beats, the first one now: a rank that stops before it was heard of is not watched.
+    def connect(self, first: Address, *, token: str) -> None:
+        """Connects to rank 0. Where that fails, as behind a firewall, this rank is not watched.
 
         Args:
             first: where rank 0 listens.
+            token: rank 0's.
         """
-        self._first = first
+        if self._rank == 0:
+            return
         with suppress(OSError):
-            self._send()
+            connection = socket.create_connection(first, timeout=_CONNECT_SECONDS)
+            connection.sendall(f"{token} {self._rank} {socket.gethostname()}\n".encode())
+            connection.setblocking(False)
+            with self._lock:
+                self._peers.append(_Peer(connection, rank=0, host=first[0]))
+                self._selector.register(connection, selectors.EVENT_READ, self._peers[-1])
 
-    def end(self) -> None:
-        """Ends the thread: the collective work is over."""
+    def end(self, farewell: str = "bye") -> None:
+        """Ends the thread: the collective work is over.
+
+        Args:
+            farewell: what the others are told. ``bye``, or ``failed REASON`` in a rank that ends because of an error.
+        """
+        self._say(f"lost {self.lost}" if self.lost is not None and self._rank == 0 else farewell)
         self._done.set()
+        if not self._thread.is_alive():
+            self._close()
+
+    def alive(self) -> None:
+        """Says that the main thread is about to end by itself, so that the watch does not end the process."""
+        self._alive.set()
 
     def wait(self) -> str | None:
-        """What was lost, if that is found out within some seconds. Other ranks wait to be ended by rank 0."""
+        """What was lost, if that is found out within some seconds. Other ranks wait to be told by rank 0."""
         deadline = time.monotonic() + (6 if self._rank else 2) * GRACE_SECONDS
         while self.lost is None and time.monotonic() < deadline:
             time.sleep(0.1)
@@ -95,53 +146,129 @@ class RankWatch:
     def _run(self) -> None:
         last = time.monotonic()
         while not self._done.is_set() and self.lost is None:
-            with suppress(OSError):
-                self._exchange()
+            self._say("beat")
+            self._listen()
             now = time.monotonic()
+            with self._lock:
+                peers = list(self._peers)
             if now - last > 5 * self._beat:  # this process was suspended
-                self._heard = dict.fromkeys(self._heard, now)
+                for peer in peers:
+                    peer.heard = now
             last = now
-            self.lost = self._ended_process() or self._silent(now)
-        self._socket.close()
-        if not self._done.wait(GRACE_SECONDS):
+            self.lost = self._ended_process() or self.lost or self._silent(peers, now)
+        if self.lost is not None and self._rank == 0:
+            self._say(f"lost {self.lost}")
+        lost_at = time.monotonic()
+        while not self._done.wait(min(self._beat, GRACE_SECONDS)):
+            if time.monotonic() - lost_at > GRACE_SECONDS * (_PATIENCE if self._alive.is_set() else 1):
+                break
+        self._close()
+        if not self._done.is_set():
             self._end()
 
-    def _exchange(self) -> None:
-        """Sends a beat, and takes those of others for the time of one."""
-        self._send()
+    def _close(self) -> None:
+        with self._lock:
+            if self._selector.get_map() is None:
+                return
+            for key in list(self._selector.get_map().values()):
+                key.fileobj.close()  # type: ignore[union-attr]
+            self._selector.close()
+            self._peers.clear()
+
+    def _say(self, line: str) -> None:
+        """Sends a line to all peers. One whose buffer is full is stopped: it will be silent."""
+        with self._lock:
+            for peer in self._peers:
+                with suppress(OSError):
+                    peer.socket.send(" ".join(line.split()).encode()[: _LONGEST_LINE - 1] + b"\n")
+
+    def _listen(self) -> None:
+        """Takes connections and lines for the time of one beat, or until a rank is lost."""
         until = time.monotonic() + self._beat
-        while (left := until - time.monotonic()) > 0:
-            self._socket.settimeout(left)
-            content, sender = self._socket.recvfrom(16)
-            self._heard[int(content)] = time.monotonic()
-            if not self._rank:
-                self._socket.sendto(b"0", sender)
+        while (left := until - time.monotonic()) > 0 and self.lost is None and not self._done.is_set():
+            for key, _ in self._selector.select(left):
+                if key.data is None:
+                    self._accept()
+                else:
+                    self._read(key.data)
 
-    def _send(self) -> None:
-        if self._rank and self._first:
-            self._socket.sendto(str(self._rank).encode(), self._first)
+    def _accept(self) -> None:
+        with suppress(OSError):
+            connection, _ = self._server.accept()
+            connection.setblocking(False)
+            self._selector.register(connection, selectors.EVENT_READ, _Peer(connection))
 
-    def _silent(self, now: float) -> str | None:
-        for rank, heard in self._heard.items():
-            if now - heard > self._timeout:
+    def _read(self, peer: _Peer) -> None:
+        try:
+            content = peer.socket.recv(_LONGEST_LINE)
+        except BlockingIOError:
+            return
+        except OSError:  # the connection was reset
+            content = b""
+        *lines, peer.unread = (peer.unread + content).split(b"\n")
+        for line in lines:
+            self._take(peer, line.decode(errors="replace"))
+        if not content or len(peer.unread) > _LONGEST_LINE:
+            if peer in self._peers:  # no farewell
+                self.lost = (
+                    self.lost or self._ended_process(wait=True) or f"{_name(peer)} was killed, or its machine failed"
+                )
+            self._drop(peer)
+
+    def _take(self, peer: _Peer, line: str) -> None:
+        peer.heard = time.monotonic()
+        word, _, rest = line.partition(" ")
+        if peer.rank is None:
+            number, _, peer.host = rest.partition(" ")
+            if secrets.compare_digest(word.encode(), self.token.encode()) and number.isdecimal():
+                peer.rank = int(number)
+                with self._lock:
+                    self._peers.append(peer)
+            else:  # not a rank of this run
+                self._drop(peer)
+        elif word == "bye":
+            self._drop(peer)
+        elif word == "failed":
+            self.lost = self.lost or f"{_name(peer)} failed: {rest}"
+            self._drop(peer)
+        elif word == "lost" and peer.rank == 0:
+            self._told, self.lost = True, self.lost or rest
+
+    def _drop(self, peer: _Peer) -> None:
+        with suppress(KeyError, ValueError):
+            self._selector.unregister(peer.socket)
+        peer.socket.close()
+        with self._lock, suppress(ValueError):
+            self._peers.remove(peer)
+
+    def _silent(self, peers: Sequence[_Peer], now: float) -> str | None:
+        for peer in peers:
+            if now - peer.heard > self._timeout:
                 return (
-                    f"rank {rank} has not answered for {self._timeout:g} seconds: its process is stopped, or its "
+                    f"rank {peer.rank} has not answered for {self._timeout:g} seconds: its process is stopped, or its "
                     "machine cannot be reached"
                 )
         return None
 
-    def _ended_process(self) -> str | None:
-        for rank, child in enumerate(self._children, start=1):
-            status = child.poll()
-            if status:
-                how = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
-                return f"rank {rank} {how}"
-        if self._parent is not None and os.getppid() != self._parent:
-            return "rank 0 ended"
-        return None
+    def _ended_process(self, *, wait: bool = False) -> str | None:
+        """A process of this machine that has ended. ``wait`` gives the system a moment to say so."""
+        deadline = time.monotonic() + (self._beat if wait and self._children else 0)
+        while True:
+            for rank, child in enumerate(self._children, start=1):
+                status = child.poll()
+                if status:
+                    how = (
+                        f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
+                    )
+                    return f"rank {rank} {how}"
+            if self._parent is not None and os.getppid() != self._parent:
+                return "rank 0 ended"
+            if time.monotonic() >= deadline:
+                return None
+            time.sleep(0.02)
 
     def _end(self) -> None:
-        if self._rank <= 1:  # rank 0 speaks; if it is lost, which the others are told of alone, rank 1
+        if self.speaks:
             with suppress(OSError, ValueError):
                 print(f"error: {self.lost}; go on with: {self._advice()}", file=sys.stderr, flush=True)
         self.end_children()
@@ -149,3 +276,8 @@ class RankWatch:
             with suppress(OSError):
                 os.kill(self._parent, signal.SIGKILL)
         os._exit(1)
+
+
+def _name(peer: _Peer) -> str:
+    where = f" (on {peer.host})" if peer.host and peer.rank else ""
+    return f"rank {peer.rank}{where}"

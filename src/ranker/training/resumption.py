@@ -25,6 +25,7 @@ from ranker.runs.run_folder import (
     read_summary,
 )
 from ranker.training.module import OptimizerFactory, RankingModule, settings_of
+from ranker.training.table_checkpoints import read_checkpoint
 
 # Hyperparameters that act only where an accumulator is made.
 ONLY_AT_THE_START = ("initial_accumulator_value",)
@@ -59,7 +60,7 @@ class Resumption:
             UserError: the file is no checkpoint of a run, or its weights or optimizer do not fit the configuration.
         """
         try:
-            saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            saved = read_checkpoint(path, light=True)
             weights, step, position = saved[STATE_DICT], int(saved[GLOBAL_STEP]), int(saved[DATA_MODULE]["position"])
         except Exception as error:  # torch raises many types of errors for an invalid file
             raise UserError(f"{path} is not a checkpoint of a run ({' '.join(str(error).split())[:120]})") from error

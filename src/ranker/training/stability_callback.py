@@ -196,8 +196,11 @@ class Stability(Callback):
             self.rollback.after_step(fit)
         if self.divergence and detector:
             if completed:
-                signals = signals.after_step(detector.step_cut)
-            detector.update(step, **reduce_signals(**signals.as_dict()))
+                signals.after_step(detector.step_cut)
+            if signals.is_known:
+                detector.update(step, **reduce_signals(**signals.values().as_dict()))
+            else:
+                detector.update_late(step, signals.packed)
             self._record_step_cut(fit, detector)
             if completed and step % self.divergence.poll_every == 0:
                 events = self._poll(fit, detector)
@@ -292,7 +295,8 @@ class Stability(Callback):
         """Writes by how much each layer's step size was cut, when metrics are written; reading it waits."""
         if detector.step_cut is None or fit.step % fit.module.log_every or not fit.trainer.is_global_zero:
             return
-        for values in step_cut_values(detector.step_cut):
+        values = {name: x for layer in step_cut_values(detector.step_cut) for name, x in layer.items()}
+        if values:
             fit.module.record(values)
 
     def _rolled_back(self, fit: Fit, events: list[Event], detector: DivergenceDetector) -> bool:

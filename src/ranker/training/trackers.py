@@ -19,15 +19,22 @@ from ranker.runs.checkpoint_files import Best, by_step, step_of
 from ranker.runs.run_folder import CAPSULES, FINISHED, METRICS, RunFolder
 from ranker.training import mlflow_tracker, tensorboard_tracker, wandb_tracker
 from ranker.training.metrics_csv import MetricsCsv
+from ranker.training.row_thinning import Thinning
 from ranker.training.tracker import PAGE, Artifact, Histogram, Tracked, Tracker, known_ids
 from ranker.training.wandb_tracker import wandb_mode
 
 __all__ = ["Artifact", "Tracked", "wandb_mode"]
 
 
-def metrics_csv(run: Tracked) -> Logger:
-    """``metrics.csv`` in the run folder."""
-    return MetricsCsv(run.folder.path / METRICS)
+def metrics_csv(run: Tracked, *, keep_steps: int = 10_000, stretches: int = 512) -> Logger:
+    """``metrics.csv`` in the run folder.
+
+    Args:
+        run: the run.
+        keep_steps: newest steps of which every row is kept; older rows are thinned (``Thinning``). 0 keeps every row.
+        stretches: of old rows, how many stretches are told apart each time that their age doubles.
+    """
+    return MetricsCsv(run.folder.path / METRICS, Thinning(keep_steps, stretches))
 
 
 def weights_and_biases(

@@ -6,7 +6,7 @@ Lightning runs the rest of the step (backward, accumulation, optimizer, learning
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, cast
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ranker.data.batch import Batch
 from ranker.data.schema import Schema
 from ranker.losses import Loss, MultitaskLoss
-from ranker.metrics import StreamingAUC
+from ranker.metrics import StreamingAUC, StreamingStats
 from ranker.stability import pack
 from ranker.stability.detector_interface import Signals
 from ranker.stability.step_cut import StepCut, shared_weights
@@ -74,6 +74,23 @@ class StepSignals:
     def packed(self) -> Tensor:
         """One row, in the order of ``pack``."""
         return pack(**self.as_dict())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Seen:
+    """What a batch leaves for its signals, without a graph. Arguments of ``step_signals``."""
+
+    logits_BT: Tensor
+    labels_BT: Tensor
+    mask_BT: Tensor
+    losses_T: Tensor
+    weight_B: Tensor | None = None
+    ranking_T: Tensor | None = None
+
+    @property
+    def kind(self) -> tuple[object, ...]:
+        """Equal for batches that can be stacked."""
+        return self.logits_BT.shape, self.logits_BT.dtype, self.weight_B is None, self.ranking_T is None
 
 
 def forward_loss(
@@ -136,13 +153,37 @@ def step_signals(
             of a known baseline, and of this one only whether it is finite.
     """
     trained.train_auc.update(logits_BT.detach(), labels_BT, mask_BT, weight_B)
-    stats = trained.train_auc.stats()
-    nonfinite = stats.nonfinite_T.sum() > 0
+    return _signals(trained.train_auc.stats(), losses_T, ranking_T)
+
+
+@torch.no_grad()
+def several_signals(trained: Trainable, seen: Sequence[Seen]) -> tuple[StepSignals, Tensor]:
+    """The signals of S batches of the same size, as ``step_signals`` would give them one after another on one rank.
+
+    Returns:
+        The signals with a leading dimension of S, and their rows [S, N], in the order of ``pack``.
+    """
+    weight_SB = [x.weight_B for x in seen if x.weight_B is not None]
+    ranking_ST = [x.ranking_T for x in seen if x.ranking_T is not None]
+    stats = trained.train_auc.update_all(
+        torch.stack([x.logits_BT for x in seen]),
+        torch.stack([x.labels_BT for x in seen]),
+        torch.stack([x.mask_BT for x in seen]),
+        torch.stack(weight_SB) if weight_SB else None,
+    )
+    losses_ST = torch.stack([x.losses_T for x in seen])
+    together = _signals(stats, losses_ST, torch.stack(ranking_ST) if ranking_ST else None)
+    return together, together.packed()
+
+
+def _signals(stats: StreamingStats, losses_T: Tensor, ranking_T: Tensor | None) -> StepSignals:
+    """From what was measured; of one step, or of several with a leading dimension."""
+    nonfinite = stats.nonfinite_T.sum(-1) > 0
     return StepSignals(
         losses_T=losses_T,
         auc_T=stats.auc_T,
         spread_T=stats.spread_T,
-        nonfinite=nonfinite if ranking_T is None else nonfinite | ~ranking_T.isfinite().all(),
+        nonfinite=nonfinite if ranking_T is None else nonfinite | ~ranking_T.isfinite().all(-1),
         batch_auc_T=stats.batch_auc_T,
         positives_T=stats.positives_T,
         labels_T=stats.labels_T,

@@ -16,6 +16,7 @@ from ranker.data.datamodule import RankingDataModule
 from ranker.data.dense_statistics import NOTHING, DenseStatistics
 from ranker.data.schema import Schema
 from ranker.errors import UserError
+from ranker.models.admission import admission_of
 from ranker.runs.checkpoint_files import damage
 from ranker.runs.config_identity import config_hash
 from ranker.runs.lineage import LINEAGE, iso
@@ -40,6 +41,7 @@ from ranker.training.module import Fit, RankingModule
 from ranker.training.optimizer_transfer import StateByName
 from ranker.training.resumption import sound_checkpoint
 from ranker.training.stability_callback import Stability
+from ranker.training.table_checkpoints import read_checkpoint
 from ranker.trust import read_config
 
 
@@ -91,7 +93,7 @@ class Parent:
         if reason := damage(path):
             raise UserError(f"warm_start: {path} is {reason}; give another one")
         try:
-            saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            saved = read_checkpoint(path)
             state, step, data = saved[STATE_DICT], int(saved[GLOBAL_STEP]), saved[DATA_MODULE]
             optimizer = saved["optimizer_states"][0]
         except Exception as error:  # torch raises many types of errors for an invalid file
@@ -213,6 +215,9 @@ class WarmStart:
         state = module.net.state_dict()
         for name, move in self._plan.moves.items():
             move.copy(state[name], self.parent.net[move.source])
+        admission = admission_of(module.net)
+        if admission is not None and not admission.counts_in(self._plan.moves):
+            admission.admit_all()  # the parent used every row
         if self._settings.accumulators != "reset" and self.parent.optimizer is not None:
             old = accumulators.changed(
                 self.parent.optimizer, self.parent.groups, self._settings, rows=self.parent.own_rows

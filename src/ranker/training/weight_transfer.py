@@ -13,7 +13,8 @@ from ranker.data.schema import CategoricalFeature, Schema
 from ranker.models import Ranker
 from ranker.models.ranker_base import head_key
 
-_TABLE = re.compile(r"^embeddings\.tables\.dim_(\d+)\.weight$")
+# The weight of a width, and what was seen of its rows.
+_TABLE = re.compile(r"^embeddings\.(?:tables\.dim_|admission\.(?:seen|last)_)(\d+)(?:\.weight)?$")
 
 Places = tuple[Tensor, Tensor]
 """Places along an axis of the new tensor, and the places of the earlier one that they are copied from, int64 [N]."""

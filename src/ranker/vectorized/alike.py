@@ -78,14 +78,14 @@ def _of_training(cfg: DictConfig) -> Iterator[str]:
         yield "resume"
     if OmegaConf.select(cfg, "warm_start.path") is not None or OmegaConf.select(cfg, "warm_start.parent") is not None:
         yield "warm_start"
+    if OmegaConf.select(cfg, "warm_start.at_windows"):
+        yield "warm_start.at_windows"
     if OmegaConf.select(cfg, "loss.name", default="pointwise") != "pointwise":
         yield f"loss={cfg.loss.name}"
     if OmegaConf.select(cfg, "embeddings.name", default="local") != "local":
         yield f"embeddings={cfg.embeddings.name}"
     if cfg.train.get("average_decay"):
         yield f"train.average_decay={cfg.train.average_decay}"
-    if cfg.train.progressive:
-        yield "train.progressive=true"
     if cfg.train.checkpoint_every:
         yield f"train.checkpoint_every={cfg.train.checkpoint_every}"
     if cfg.train.compile:

@@ -18,6 +18,7 @@ from ranker.data.schema import Schema
 from ranker.errors import UserError
 from ranker.losses import MultitaskLoss
 from ranker.metrics import StreamingAUC
+from ranker.models.admission import admission_of
 from ranker.models.embeddings import EmbeddingTables
 from ranker.runs import lineage
 from ranker.runs.metric_names import TEST, VAL
@@ -107,6 +108,8 @@ class _Group:
         start = time.perf_counter()
         if self.taken == 0:
             self._check(batches)
+        for k, replica in enumerate(self.replicas):
+            replica.before_step(batches[k if len(batches) > 1 else 0], self.taken)
         self._update(batches)
         self._seconds += time.perf_counter() - start
         lost = [k for k, replica in enumerate(self.replicas) if replica.lost]
@@ -163,6 +166,8 @@ class _Group:
         for replica in self.replicas:
             if why := unlike(replica.net):
                 raise CannotStackError(why)
+            if admission_of(replica.net) is not None:
+                raise CannotStackError("a table counts its ids (admit_after or evict_after_days)")
             tables: dict[int, Tensor] = {table.shape[1]: table for table in replica.net.embeddings.parameters()}
             found = table_starts(replica.own_optimizer, tables)
             if isinstance(found, str):

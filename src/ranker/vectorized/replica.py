@@ -29,6 +29,7 @@ from ranker.stability import DivergenceDetector, Event
 from ranker.stability.detector_interface import Signals
 from ranker.training.metrics_csv import MetricsCsv
 from ranker.training.module import KEPT_SIGNALS, over_time, step_values
+from ranker.training.row_thinning import Thinning
 from ranker.training.stability_callback import DivergenceWatch, step_cut_values
 
 
@@ -75,7 +76,7 @@ class Replica:
         node = job.cfg.callbacks.get("divergence")
         self._watch: DivergenceWatch | None = None if node is None else instantiate(node, _convert_="all")
         self.detector: DivergenceDetector | None = None
-        self._csv = MetricsCsv(self.folder.path / METRICS) if any(job.cfg.logger.values()) else None
+        self._csv = _metrics_csv(job.cfg.logger, self.folder)
         # Of the last steps that are not in metrics.csv: an event has its point in every curve.
         self._recent: deque[tuple[int, Tensor, Tensor, float]] = deque(maxlen=KEPT_SIGNALS)
         self.lost = False
@@ -96,6 +97,21 @@ class Replica:
         log_identity.write(self.folder.path, log)
         if self._watch:
             self.detector = self._watch.make(self.module, optimizer)
+
+    def before_step(self, batch: Batch, step: int) -> None:
+        """Scores a window on its first batch, before any of its rows is trained on, as a run alone does.
+
+        Args:
+            batch: of this replica; it opens a window only with ``train.progressive``.
+            step: steps taken.
+        """
+        if batch.opening is None:
+            return
+        module = self.module
+        module.score(batch.opening, module.progressive_metrics)
+        values = module.progressive_metrics.compute()
+        module.progressive_metrics.reset()
+        self._record(over_time(names.PROGRESSIVE, values) | {names.WINDOW: float(batch.window)}, step)
 
     def after_step(self, step: int, signals: Signals, lr: float) -> None:
         """Records a step and asks the detector, in the order of a run alone.
@@ -182,6 +198,15 @@ class Replica:
     def _record(self, values: Mapping[str, float], step: int) -> None:
         if self._csv:
             self._csv.log_metrics(values, step)
+
+
+def _metrics_csv(settings: DictConfig, folder: RunFolder) -> MetricsCsv | None:
+    """The file of a run alone; no other logger is in a group."""
+    node = next((node for node in settings.values() if node), None)
+    if node is None:
+        return None
+    options = {name: value for name, value in node.items() if not str(name).startswith("_")}
+    return MetricsCsv(folder.path / METRICS, Thinning(**options))
 
 
 @torch.no_grad()

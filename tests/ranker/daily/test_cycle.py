@@ -31,24 +31,7 @@ def state(folder: Path, day: int) -> dict[str, Any]:
     return torch.load(by_step(folder / "daily" / "states" / name_of(day) / "checkpoints")[-1], weights_only=True)
 
 
-@pytest.fixture(autouse=True)
-def easy_gate(monkeypatch: pytest.MonkeyPatch) -> None:
-    """So few rows teach little, and an export takes seconds: the gate passes everything, and no program is traced."""
-    import ranker.daily.judge as judge
-    from ranker.export.bundle import new_folder
-    from ranker.runs.model_card import write_card
-    from ranker.stability.gate import Verdict
-
-    def quick(
-        candidate: Any, evidence: Any, settings: Any, *, destination: Path, about: Any, card: Any, **_: Any
-    ) -> Verdict:
-        with new_folder(destination, replace=True) as draft:
-            (draft / "export.json").write_text(json.dumps({"run": about["run"], "step": about["step"]}))
-            write_card(draft, card)
-        return Verdict(())
-
-    monkeypatch.setattr(judge, "judge", lambda *_: Verdict(()))
-    monkeypatch.setattr(judge, "write_export", quick)
+pytestmark = pytest.mark.usefixtures("easy_gate")
 
 
 def test_each_new_day_is_trained_from_yesterdays_model_and_nothing_twice(
@@ -203,6 +186,27 @@ def test_late_files_are_reported_once_and_not_trained_on(
     assert [x["verdict"] for x in lines(tmp_path)] == ["promoted", "promoted", "late"]
     assert len(jobs.trained) == 2
     assert "Late files" in (tmp_path / "daily" / "index.html").read_text()
+
+
+def test_half_a_day_is_neither_trained_on_nor_judged_on(
+    call: Call, jobs: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log = write_log(tmp_path / "log", 0)
+    for day in range(3):
+        half = (lambda rows: rows.head(300)) if day == 1 else (lambda rows: rows)
+        write_day(log, day, half, name=f"day={name_of(day)}/part-0.parquet")
+        if day != 1:
+            (log / f"day={name_of(day)}" / "_SUCCESS").touch()
+    assert call("daily.complete=marker") == 0
+    assert jobs.trained == []
+    said = capsys.readouterr().out
+    assert f"0 new days; served: nothing yet ({tmp_path}/daily/index.html)" in said
+    assert f"waiting: {name_of(1)}: no day={name_of(1)}/_SUCCESS yet" in said
+    write_day(log, 1, lambda rows: rows.tail(300), name=f"day={name_of(1)}/part-1.parquet")
+    (log / f"day={name_of(1)}" / "_SUCCESS").touch()
+    assert call("daily.complete=marker") == 0
+    assert [x["verdict"] for x in lines(tmp_path)] == ["promoted", "promoted"]
+    assert len(lines(tmp_path)[1]["files"]) == 2, "the whole day"
 
 
 def test_the_second_of_two_at_once_says_so_and_ends(

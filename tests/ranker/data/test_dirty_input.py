@@ -68,7 +68,7 @@ def test_a_missing_column_is_named_with_the_nearest(write_log):
     ("column", "values", "wanted"),
     [
         ("price", ["cheap"] * 25, "dense feature 'price' is a number"),
-        ("t", [b"now"] * 25, "a time is a number, a timestamp, a date or an ISO string"),
+        ("t", [True] * 25, "a time is a number, a timestamp, a date or an ISO string"),
         ("t", np.full(25, 1e9, np.float32), "its digits do not suffice for a time, write it as int64 or float64"),
         ("id", ["x"] * 25, "a row id is an integer"),
         ("user", [1.5] * 25, "ids of 'user' are integers or strings"),

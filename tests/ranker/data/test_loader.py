@@ -172,7 +172,7 @@ def test_evaluation_sees_every_row_once_in_time_order(array_log, world_size, wor
     ]
     ranks = [rows_of(each) for each in loaders]
     assert {len(each) for each in loaders} == {len(batches) for batches in ranks} == {4}
-    assert flat(joined(ranks)) == list(range(10, 31))
+    assert [row for batches in ranks for row in flat(batches)] == list(range(10, 31))
 
 
 def test_a_part_of_the_evaluation_is_spread_evenly(array_log):

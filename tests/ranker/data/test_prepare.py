@@ -3,6 +3,7 @@ from __future__ import annotations
 import errno
 import importlib.util
 import os
+import sys
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -10,9 +11,11 @@ from pathlib import Path
 import polars as pl
 import pytest
 
+from ranker.commands.data_commands import prepare as prepare_command
 from ranker.data import prepare as package
 from ranker.data.manifest import Manifest, sha256_of
-from ranker.data.prepare import days, prepare, prepare_cached
+from ranker.data.prepare import buckets, days, prepare, prepare_cached
+from ranker.data.prepare.spark import file_names
 from ranker.data.schema import Schema
 from ranker.errors import UserError
 
@@ -77,8 +80,8 @@ def test_the_same_rows_in_another_order_give_the_same_files(tmp_path: Path) -> N
 def test_many_small_buckets_give_the_same_rows_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = ratings(tmp_path / "src", rows=500)
     prepare("movielens", source, tmp_path / "one")
-    monkeypatch.setattr(days, "BUCKET_ROWS", 100)
-    monkeypatch.setattr(days, "DEALT_ROWS", 64)
+    monkeypatch.setattr(buckets, "BUCKET_ROWS", 100)
+    monkeypatch.setattr(buckets, "DEALT_ROWS", 64)
     many = prepare("movielens", source, tmp_path / "many")
     assert len(many.files) == 3
     for one, other in zip(Manifest.read(tmp_path / "one").files, many.files, strict=True):  # type: ignore[union-attr]
@@ -89,8 +92,8 @@ def test_many_small_buckets_give_the_same_rows_as_one(tmp_path: Path, monkeypatc
 
 
 def test_a_bucket_holds_whole_minutes_up_to_its_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(days, "BUCKET_ROWS", 10)
-    assert days._bucket_starts({1: 4, 2: 6, 3: 1, 7: 30, 8: 9, 9: 1}) == [1, 3, 7, 8]
+    monkeypatch.setattr(buckets, "BUCKET_ROWS", 10)
+    assert buckets.bucket_starts({1: 4, 2: 6, 3: 1, 7: 30, 8: 9, 9: 1}) == [1, 3, 7, 8]
 
 
 def test_a_second_run_changes_nothing_and_a_changed_source_is_prepared_anew(tmp_path: Path) -> None:
@@ -165,7 +168,7 @@ def test_a_disk_that_fills_up_while_polars_writes_is_said_too(tmp_path: Path, mo
 
 
 def test_preparing_shows_how_far_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
-    monkeypatch.setattr(days, "BUCKET_ROWS", 100)
+    monkeypatch.setattr(buckets, "BUCKET_ROWS", 100)
     prepare("movielens", ratings(tmp_path / "src", rows=500), tmp_path / "dst", progress=True)
     shown = capsys.readouterr().err.splitlines()
     for words, count in (
@@ -280,3 +283,39 @@ def test_the_script_prints_a_summary_and_turns_a_mistake_into_one_line(
     assert "five_stars" in told
     assert script.main(["kuairand", str(source), str(target)]) == 2
     assert capsys.readouterr().err.startswith("error: the log is missing: no log_standard_*.csv in")
+
+
+@pytest.mark.parametrize(
+    ("options", "wanted"),
+    [
+        (["movielens", "SRC", "DST", "--master", "local[2]"], "belong to --engine spark"),
+        (["movielens", "SRC", "DST", "--engine", "spark", "--spark-conf", "memory"], "write KEY=VALUE"),
+        (["rewrite", "SRC", "DST", "--engine", "spark"], "rewrite runs on this machine only"),
+    ],
+)
+def test_options_of_spark_that_make_no_sense_are_refused(
+    capsys: pytest.CaptureFixture[str], options: list[str], wanted: str
+) -> None:
+    with pytest.raises(SystemExit):
+        prepare_command(options)
+    assert wanted in capsys.readouterr().err
+
+
+def test_without_pyspark_the_command_says_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "pyspark.errors", None)
+    assert prepare_command(["movielens", str(tmp_path), str(tmp_path / "dst"), "--engine", "spark"]) == 2
+    assert "pip install 'evenkeel-ranker[spark]', and Java 17" in capsys.readouterr().err
+
+
+def test_names_of_a_clusters_files_are_in_the_order_of_their_times() -> None:
+    day = 19_107 * 1440  # slots of 2022-04-25
+    assert [str(name) for name in file_names([day - 1, day, day + 700, day + 1440])] == [
+        "day=2022-04-24/part-00000.parquet",
+        "day=2022-04-25/part-00000.parquet",
+        "day=2022-04-25/part-00001.parquet",
+        "day=2022-04-26/part-00000.parquet",
+    ]
+    counts = {day - 1: 1, day: 1, day + 700: 5, day + 701: 5, day + 1440: 1}
+    assert buckets.bucket_starts(counts, rows=8, within_days=True) == [day - 1, day, day + 701, day + 1440]

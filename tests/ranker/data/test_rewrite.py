@@ -65,15 +65,17 @@ def test_a_file_that_spans_midnight_is_cut_into_days(write_log, tmp_path):
     assert_equal(rows(root), rows(tmp_path / "new"))
 
 
-def test_a_full_destination_and_an_unsorted_log_are_refused(write_log, tmp_path, capsys):
+def test_a_full_destination_is_refused_and_an_unsorted_log_sorted(write_log, tmp_path, capsys):
     root = write_log({0: 30, 1: 30})
     assert prepare(["rewrite", str(root), str(root), "--quiet"]) == 2
     assert "exists and is not empty; name a new folder" in capsys.readouterr().err
-    times = pq.read_table(root / "day=2022-04-26.parquet")
-    pq.write_table(times.take(pa.array([1, 0, *range(2, 30)])), root / "day=2022-04-26.parquet")
-    assert prepare(["rewrite", str(root), str(tmp_path / "new"), "--quiet"]) == 2
-    assert "row 1 is earlier than the row before it" in capsys.readouterr().err
-    assert not (tmp_path / "new").exists()
+    expected, file = rows(root), root / "day=2022-04-26.parquet"
+    pq.write_table(pq.read_table(file).take(pa.array([1, 0, *range(2, 30)])), file)
+    with pytest.raises(UserError, match=f"row 1 is earlier than the row before it.*rewrite {root} NEW_FOLDER"):
+        rows(root)
+    assert prepare(["rewrite", str(root), str(tmp_path / "new"), "--quiet"]) == 0
+    assert_equal(expected, rows(tmp_path / "new"))
+    assert Manifest.read(tmp_path / "new").source["sorted"]
 
 
 def test_a_flipped_bit_in_a_page_with_a_checksum_is_found(write_log):

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import os
 import pickle
 import subprocess
@@ -266,3 +267,18 @@ def test_rows_do_not_depend_on_the_number_of_threads():
         command = [sys.executable, "-c", ROWS_OF_A_STREAM]
         seen.add(subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout)
     assert len(seen) == 1
+
+
+@pytest.mark.parametrize("first_day", [1, 2])
+def test_a_log_that_begins_on_a_later_day_is_the_stream_from_there_on(first_day: int) -> None:
+    whole = small(train_rows=30_000, eval_rows=10_000)
+    later = small(train_rows=30_000 - first_day * 10_000, eval_rows=10_000, first_day=first_day)
+    at = first_day * 10_000
+    there, here = whole.read(at, 40_000), later.read(0, later.num_rows)
+    assert same(dataclasses.replace(there, row_B=there.row_B - at), here)
+    for row in (0, 1, 9_999, 10_000, later.num_rows - 1):
+        assert later.time_at_row(row) == whole.time_at_row(at + row)
+        assert later.row_at_time(later.time_at_row(row)) == row
+    assert later.row_at_time(START_MS) == 0
+    with pytest.raises(UserError, match="first_day must be at least 0"):
+        small(first_day=-1)

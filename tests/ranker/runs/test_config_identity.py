@@ -49,13 +49,14 @@ def test_a_configuration_from_before_there_were_groups_has_the_hash_of_one_that_
     cfg = composed()
     older = OmegaConf.create({key: value for key, value in OmegaConf.to_container(cfg).items() if key != "loss"})
     del older["data"]["keep_groups"]
-    del older["data"]["log"]["row_weights"]
+    del older["data"]["log"]["row_weights"], older["data"]["log"]["first_day"]
+    del older["warm_start"]["at_windows"]
     assert config_hash(older) == config_hash(cfg)
 
 
 def test_what_decides_the_numbers_changes_the_hash() -> None:
     hashes = {
-        config_hash(composed(override))
+        config_hash(composed(*override.split()))
         for override in (
             "seed=0",
             "seed=1",
@@ -66,6 +67,9 @@ def test_what_decides_the_numbers_changes_the_hash() -> None:
             "model.widths.small.laptop=[8]",
             "train.max_steps=7",
             "data.window=1",
+            "data.log.first_day=1",
+            "warm_start.at_windows=true",
+            "warm_start.at_windows=true warm_start.accumulators=reset",
             "callbacks.divergence.stop=false",
             "callbacks.divergence.settings.patience=30",
             "callbacks.snapshots.keep=2",
@@ -77,7 +81,7 @@ def test_what_decides_the_numbers_changes_the_hash() -> None:
         )
     }
 
-    assert len(hashes) == 17
+    assert len(hashes) == 20
 
 
 def test_a_saved_configuration_has_the_hash_of_the_one_it_was_saved_from(tmp_path: Path) -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import resource
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -26,14 +27,24 @@ def fit() -> Callable[..., pl.Trainer]:
     """Fits with Clippy and a warm-up on dense features normalised by past windows; 48 steps of 128 rows."""
 
     def call(
-        callbacks: Sequence[Callback] = (), *, stability: Stability | None = None, num_workers: int = 1, **trainer: Any
+        callbacks: Sequence[Callback] = (),
+        *,
+        stability: Stability | None = None,
+        num_workers: int = 1,
+        sparse: bool = False,
+        ckpt_path: str | None = None,
+        ids: Mapping[str, float] | None = None,
+        **trainer: Any,
     ) -> pl.Trainer:
         pl.seed_everything(0, verbose=False)
         log = SyntheticLog(
             train_rows=6144, eval_rows=1024, rows_per_day=2048, num_users=300, num_items=100, embedding_dim=4
         )
+        if ids:  # rules for the rows of tables
+            ruled = tuple(f if f.table else replace(f, **ids) for f in log.schema.categorical)
+            log.schema = replace(log.schema, categorical=ruled)
         module = RankingModule(
-            SharedBottom(log.schema, hidden=[16, 16]),
+            SharedBottom(log.schema, hidden=[16, 16], sparse_embeddings=sparse),
             schema=log.schema,
             optimizer=lambda model_or_params, lr: build_optimizer("clippy", model_or_params, lr=lr),
             lr=0.1,
@@ -58,7 +69,7 @@ def fit() -> Callable[..., pl.Trainer]:
             callbacks=[Bookkeeping(), stability or Stability(divergence=DivergenceWatch()), *callbacks],
             **trainer,
         )
-        fitting.fit(module, datamodule=datamodule)
+        fitting.fit(module, datamodule=datamodule, ckpt_path=ckpt_path)
         return fitting
 
     return call

@@ -19,8 +19,9 @@ from pytorch_lightning.callbacks import Callback
 from ranker import stop_signals
 from ranker.errors import UserError
 from ranker.runs.checkpoint_files import by_step
-from ranker.training.checkpoints import Checkpoints, DurableCheckpointIO
+from ranker.training.checkpoints import Checkpoints
 from ranker.training.interruption import Interruption
+from ranker.training.table_checkpoints import DurableCheckpointIO
 
 Fit = Callable[..., pl.Trainer]
 

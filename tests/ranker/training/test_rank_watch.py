@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 
 import pytest
 
@@ -29,7 +32,7 @@ def pair(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[RankWatch, RankWatch
     watches = RankWatch(0, timeout=TIMEOUT), RankWatch(1, timeout=TIMEOUT)
     for watch in watches:
         watch.start()
-        watch.connect(("127.0.0.1", watches[0].port))
+        watch.connect(("127.0.0.1", watches[0].port), token=watches[0].token)
     yield watches
     for watch in watches:
         watch.end()
@@ -42,15 +45,109 @@ def test_ranks_that_hear_each_other_lose_nobody(pair: tuple[RankWatch, RankWatch
     assert second.lost is None
 
 
-@pytest.mark.parametrize("silent", [0, 1])
-def test_a_silent_rank_is_named_by_the_other(pair: tuple[RankWatch, RankWatch], silent: int) -> None:
-    time.sleep(0.5)  # they must have heard of each other
-    pair[silent].end()
+def said_by(rank: int, watch: RankWatch) -> socket.socket:
+    """A connection to rank 0 that a program opens, in place of a rank's watch."""
+    connection = socket.create_connection(("127.0.0.1", watch.port))
+    connection.sendall(f"{watch.token} {rank} elsewhere\n".encode())
+    return connection
 
-    lost = until_lost(pair[1 - silent], 10 * TIMEOUT)
+
+@pytest.fixture
+def first(monkeypatch: pytest.MonkeyPatch) -> Iterator[RankWatch]:
+    """The watch of rank 0, which would give up a silent rank after ten minutes."""
+    monkeypatch.setattr(rank_watch, "GRACE_SECONDS", 1e6)
+    watch = RankWatch(0, timeout=600)
+    watch.start()
+    yield watch
+    watch.end()
+
+
+def test_a_silent_rank_is_named_by_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rank_watch, "GRACE_SECONDS", 1e6)
+    watch = RankWatch(0, timeout=TIMEOUT)
+    watch.start()
+    try:
+        with said_by(1, watch):
+            lost = until_lost(watch, 10 * TIMEOUT)
+    finally:
+        watch.end()
 
     assert lost is not None
-    assert lost.startswith(f"rank {silent} has not answered for 1 seconds")
+    assert lost.startswith("rank 1 has not answered for 1 seconds")
+
+
+def test_a_silent_first_rank_is_named_by_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rank_watch, "GRACE_SECONDS", 1e6)
+    watch = RankWatch(1, timeout=TIMEOUT)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        watch.start()
+        watch.connect(server.getsockname(), token="t")
+        accepted, _ = server.accept()
+        try:
+            with accepted:
+                lost = until_lost(watch, 10 * TIMEOUT)
+        finally:
+            watch.end()
+
+    assert lost is not None
+    assert lost.startswith("rank 0 has not answered for 1 seconds")
+
+
+def test_a_rank_whose_process_dies_on_another_machine_is_lost_at_once_and_the_others_are_told(first: RankWatch) -> None:
+    third = RankWatch(2, timeout=600)
+    third.start()
+    third.connect(("127.0.0.1", first.port), token=first.token)
+    try:
+        start = time.monotonic()
+        said_by(1, first).close()
+
+        assert until_lost(first, 20) == "rank 1 (on elsewhere) was killed, or its machine failed"
+        assert until_lost(third, 20) == "rank 1 (on elsewhere) was killed, or its machine failed"
+        assert time.monotonic() - start < 20
+        assert first.speaks
+        assert not third.speaks
+    finally:
+        third.end()
+
+
+def test_the_death_of_the_first_rank_is_said_by_the_second(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rank_watch, "GRACE_SECONDS", 1e6)
+    watches = [RankWatch(rank, timeout=600) for rank in (1, 2)]
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        for watch in watches:
+            watch.start()
+            watch.connect(server.getsockname(), token="t")
+            server.accept()[0].close()
+    try:
+        assert [until_lost(watch, 20) for watch in watches] == ["rank 0 was killed, or its machine failed"] * 2
+        assert [watch.speaks for watch in watches] == [True, False]
+    finally:
+        for watch in watches:
+            watch.end()
+
+
+def test_a_farewell_is_no_loss_and_an_error_is_one_with_its_reason(first: RankWatch) -> None:
+    second, third = RankWatch(1, timeout=600), RankWatch(2, timeout=600)
+    for watch in (second, third):
+        watch.start()
+        watch.connect(("127.0.0.1", first.port), token=first.token)
+    time.sleep(0.3)
+    second.end()
+    assert until_lost(first, 1.5) is None
+
+    third.end("failed no room on\nthe disk")
+
+    lost = until_lost(first, 20)
+    assert lost is not None
+    assert re.fullmatch(r"rank 2 \(on .+\) failed: no room on the disk", lost)
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe\n", b"wrong 1 elsewhere\n", b"x" * 10_000])
+def test_a_stranger_who_connects_is_not_heard(first: RankWatch, content: bytes) -> None:
+    with socket.create_connection(("127.0.0.1", first.port)) as stranger:
+        with suppress(OSError):
+            stranger.sendall(content + b"failed for no reason\n")
+        assert until_lost(first, 1.5) is None
 
 
 def test_a_rank_that_stops_right_after_it_has_connected_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -58,13 +155,12 @@ def test_a_rank_that_stops_right_after_it_has_connected_is_named(monkeypatch: py
     first, second = RankWatch(0, timeout=TIMEOUT), RankWatch(1, timeout=TIMEOUT)
     first.start()
     try:
-        second.connect(("127.0.0.1", first.port))  # its thread does not run
+        second.connect(("127.0.0.1", first.port), token=first.token)  # its thread does not run
 
         lost = until_lost(first, 10 * TIMEOUT)
     finally:
         first.end()
         second.end()
-        second.start()  # closes its socket
 
     assert lost is not None
     assert lost.startswith("rank 1 has not answered for 1 seconds")

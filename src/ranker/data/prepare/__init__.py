@@ -14,10 +14,12 @@ from rich.table import Table
 
 from ranker.atomic import locked, replacing_folder
 from ranker.data.manifest import MANIFEST_FILE, Manifest
-from ranker.data.prepare.days import Step, write_days
+from ranker.data.prepare.buckets import Step
+from ranker.data.prepare.days import write_days
 from ranker.data.prepare.kuairand import kuairand_files, kuairand_recipe
 from ranker.data.prepare.movielens import movielens_files, movielens_recipe
 from ranker.data.prepare.recipe import CODE_VERSION, Recipe, fingerprint
+from ranker.data.prepare.spark import Cluster
 from ranker.data.schema import SCHEMA_FILE
 from ranker.errors import UserError, suggest
 
@@ -30,7 +32,14 @@ RECIPES: Mapping[str, tuple[Callable[[str | Path], list[Path]], Callable[[Sequen
 }
 
 
-def prepare(kind: str, source: str | Path, destination: str | Path, *, progress: bool = False) -> Manifest:
+def prepare(
+    kind: str,
+    source: str | Path,
+    destination: str | Path,
+    *,
+    progress: bool = False,
+    cluster: Cluster | None = None,
+) -> Manifest:
     """Prepares a data set, atomically. If it has already been prepared from the same files, it is kept.
 
     Args:
@@ -38,13 +47,17 @@ def prepare(kind: str, source: str | Path, destination: str | Path, *, progress:
         source: the folder with the published files.
         destination: the folder to write. Other prepared data in it are replaced at the end.
         progress: show a progress bar.
+        cluster: Spark, which does the work and writes several files per day. None: this machine.
 
     Raises:
         UserError: the kind is unknown, a file is missing or broken, the disk is full, or the destination contains
             something other than prepared data.
     """
     files = _files(kind, source)
-    return _prepare(kind, files, fingerprint(kind, files), Path(destination).expanduser(), progress=progress)
+    target = Path(destination).expanduser()
+    if cluster is not None:  # whose tasks may run elsewhere
+        files, target = [file.absolute() for file in files], target.absolute()
+    return _prepare(kind, files, fingerprint(kind, files), target, progress=progress, cluster=cluster)
 
 
 def prepare_cached(kind: str, source: str | Path, cache_dir: str | Path, *, progress: bool = True) -> Path:
@@ -75,7 +88,9 @@ def _files(kind: str, source: str | Path) -> list[Path]:
     return RECIPES[kind][0](source)
 
 
-def _prepare(kind: str, files: Sequence[Path], key: str, root: Path, *, progress: bool) -> Manifest:
+def _prepare(
+    kind: str, files: Sequence[Path], key: str, root: Path, *, progress: bool, cluster: Cluster | None = None
+) -> Manifest:
     existing = _existing(root, key)
     if existing is not None:
         return existing
@@ -88,7 +103,8 @@ def _prepare(kind: str, files: Sequence[Path], key: str, root: Path, *, progress
         recipe = RECIPES[kind][1](files)
         with replacing_folder(root) as draft, steps(visible=progress) as step:
             with tempfile.TemporaryDirectory(dir=draft, prefix="staging-") as staging:
-                written = write_days(recipe, draft, staging=Path(staging), step=step)
+                write = write_days if cluster is None else cluster.write_days
+                written = write(recipe, draft, staging=Path(staging), step=step)
             recipe.schema.to_yaml(draft / SCHEMA_FILE)
             manifest = Manifest(
                 files=written.entries,
@@ -152,7 +168,7 @@ def print_summary(manifest: Manifest, *, where: str, console: Console | None = N
     """
     console = console or Console(soft_wrap=True)
     source: Mapping[str, Any] = manifest.source
-    console.print(f"{where}: {manifest.rows:,} rows in {len(manifest.files)} days")
+    console.print(f"{where}: {manifest.rows:,} rows in {manifest.days} days")
     console.print(f"read {source['rows_read']:,} rows, dropped {source['duplicates_dropped']:,} exact duplicates")
     table = Table("task", "mean label", title="labels (rate of positives, or mean after the transform)")
     for task in manifest.files[0].label_rates:

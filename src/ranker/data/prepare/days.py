@@ -7,8 +7,7 @@ buckets of whole minutes, and each bucket is deduplicated, sorted, finished and 
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -19,20 +18,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ranker.data.manifest import FileEntry, day_file, sha256_of
+from ranker.data.prepare.buckets import SLOT_MS, Step, bucket_starts, deal
 from ranker.data.prepare.recipe import TIME, Recipe
 from ranker.data.schema import Schema, Task
+from ranker.data.times import DAY_MS
 from ranker.errors import UserError
 
-DAY_MS = 86_400_000
 ROW_GROUP = 65_536
-SLOT_MS = 60_000  # exact duplicates have the same time, so any cut by time keeps them together
-BUCKET_ROWS = 262_144
-DEALT_ROWS = 262_144  # rows distributed at a time
 FIRST_TIME_MS = 100_000_000_000  # 1973; a log that starts earlier has times in seconds
-
-# ``step(words, total=None)``: a context manager around one step of a progress bar. It yields a function to call with
-# the number of rows done since the last call.
-Step = Callable[..., AbstractContextManager[Callable[[int], None]]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,52 +53,84 @@ def write_days(recipe: Recipe, root: Path, *, staging: Path, step: Step) -> Writ
     Raises:
         UserError: a source file cannot be parsed, there are no rows, or their times are not plausible.
     """
-    raw = _stage(recipe, staging, step)
-    counts = _rows_by_slot(raw)
-    starts, total = _bucket_starts(counts), sum(counts.values())
-    buckets = [raw] if len(starts) == 1 else _deal(raw, starts, staging, total=total, step=step)
-    with step("sorting and writing", total) as advance, _DayFiles(root, recipe.schema) as files:
+    raw = _stage_all(recipe, staging, step)
+    counts = rows_by_slot(slots_of(raw))
+    starts, total = bucket_starts(counts), sum(counts.values())
+    buckets = deal(raw, starts, staging, time=TIME, total=total, step=step)
+    with step("sorting and writing", total) as advance, DayFiles(root, recipe.schema) as files:
         for bucket in buckets:
             frame = pl.read_parquet(bucket)
             rows = len(frame)
             for path in bucket:
                 path.unlink()
-            # Sorting by all columns makes the order of rows of the same time a property of the data.
-            frame = frame.unique(maintain_order=False).sort([TIME, *sorted(c for c in frame.columns if c != TIME)])
-            files.add(recipe.finish(frame))
+            files.add(recipe.finish(in_order(frame)))
             advance(rows)
     return Written(entries=tuple(files.entries), rows_read=total)
 
 
-def _stage(recipe: Recipe, staging: Path, step: Step) -> list[Path]:
-    """Converts each source file to Parquet, with its columns and rows as they are."""
+def in_order(rows: pl.DataFrame) -> pl.DataFrame:
+    """The rows without exact duplicates, in time order.
+
+    Sorting by all columns makes the order of rows of the same time a property of the data.
+    """
+    return rows.unique(maintain_order=False).sort([TIME, *sorted(c for c in rows.columns if c != TIME)])
+
+
+def stage(file: Path, frame: pl.LazyFrame | Path, path: Path) -> Path:
+    """A source file as Parquet, with its columns and rows as they are.
+
+    Args:
+        file: the source, for errors.
+        frame: its rows, or Parquet that holds them already.
+        path: the file to write.
+
+    Raises:
+        UserError: the source cannot be parsed.
+    """
+    if isinstance(frame, Path):
+        return frame
+    try:
+        frame.sink_parquet(path, compression="lz4")
+    except pl.exceptions.PolarsError as error:
+        if "os error 28" in str(error):
+            # Polars wraps the system's error in its own, but the caller expects the system's.
+            raise OSError(errno.ENOSPC, "no space left", str(path.parent)) from error
+        raise UserError(f"{file} cannot be read: {str(error).splitlines()[0]}; fetch it again") from error
+    return path
+
+
+def _stage_all(recipe: Recipe, staging: Path, step: Step) -> list[Path]:
+    """Each source file as Parquet."""
     staged = []
     for i, (file, frame) in enumerate(recipe.logs.items()):
         if isinstance(frame, Path):
             staged.append(frame)
             continue
-        path = staging / f"raw-{i}.parquet"
         with step(f"reading {file.name}"):
-            try:
-                frame.sink_parquet(path, compression="lz4")
-            except pl.exceptions.PolarsError as error:
-                if "os error 28" in str(error):
-                    # Polars wraps the system's error in its own, but the caller expects the system's.
-                    raise OSError(errno.ENOSPC, "no space left", str(staging)) from error
-                raise UserError(f"{file} cannot be read: {str(error).splitlines()[0]}; fetch it again") from error
-        staged.append(path)
+            staged.append(stage(file, frame, staging / f"raw-{i}.parquet"))
     return staged
 
 
-def _rows_by_slot(raw: Sequence[Path]) -> dict[int, int]:
-    """Number of rows of each nonempty slot of SLOT_MS, ascending. Slots are counted from 1970-01-01."""
-    table = (
+def slots_of(raw: Sequence[Path]) -> pl.DataFrame:
+    """Number of rows (``len``) and first time of each nonempty slot of SLOT_MS, counted from 1970-01-01."""
+    return (
         pl.scan_parquet(list(raw))
         .group_by(pl.col(TIME).floordiv(SLOT_MS).alias("slot"))
         .agg(pl.len(), pl.col(TIME).min())
         .collect(engine="streaming")
-        .sort("slot", nulls_last=False)
     )
+
+
+def rows_by_slot(slots: pl.DataFrame) -> dict[int, int]:
+    """Number of rows of each nonempty slot, ascending.
+
+    Args:
+        slots: from ``slots_of``; a slot may occur several times.
+
+    Raises:
+        UserError: there are no rows, or their times are not plausible.
+    """
+    table = slots.group_by("slot").agg(pl.col("len").sum(), pl.col(TIME).min()).sort("slot", nulls_last=False)
     if len(table) == 0:
         raise UserError("the log has no rows, so there is nothing to prepare; look at the source files")
     if table["slot"][0] is None:
@@ -115,40 +140,16 @@ def _rows_by_slot(raw: Sequence[Path]) -> dict[int, int]:
     return dict(zip(table["slot"].to_list(), table["len"].to_list(), strict=True))
 
 
-def _bucket_starts(counts: Mapping[int, int]) -> list[int]:
-    """First slots of buckets of at most BUCKET_ROWS rows each, unless a single slot has more."""
-    starts: list[int] = []
-    held = 0
-    for slot, rows in counts.items():
-        if not starts or held + rows > BUCKET_ROWS:
-            starts.append(slot)
-            held = 0
-        held += rows
-    return starts
+def write_part(rows: pl.DataFrame, path: Path, schema: Schema) -> FileEntry:
+    """Writes finished rows of one day, in ascending time, as a file of its own. Returns its manifest entry."""
+    table = _with_basic_types(rows.select(schema.columns()).to_arrow())
+    day = _Day(path, table.schema, schema)
+    with day.writer:
+        day.add(rows, table)
+    return day.entry()
 
 
-def _deal(raw: Sequence[Path], starts: Sequence[int], staging: Path, *, total: int, step: Step) -> list[list[Path]]:
-    """Writes each row into the file of its bucket, a piece of the sources at a time."""
-    paths = [staging / f"bucket-{i}.parquet" for i in range(len(starts))]
-    with ExitStack() as stack, step("dealing out by time", total) as advance:
-        writers: dict[int, pq.ParquetWriter] = {}
-        for source in raw:
-            for piece in pq.ParquetFile(source).iter_batches(batch_size=DEALT_ROWS):
-                frame = pl.DataFrame(pl.from_arrow(piece))
-                cuts = pl.Series([start * SLOT_MS for start in starts])
-                number = cuts.search_sorted(frame[TIME], side="right") - 1
-                for (bucket,), part in frame.group_by(number.alias("bucket")):
-                    table = pa.table(part.to_arrow())
-                    if bucket not in writers:
-                        writer = pq.ParquetWriter(paths[bucket], table.schema, compression="lz4")
-                        writers[bucket] = stack.enter_context(writer)
-                    writers[bucket].write_table(table)
-                advance(len(frame))
-            source.unlink()
-    return [[path] for path in paths]
-
-
-class _DayFiles:
+class DayFiles:
     """Cuts finished rows in ascending time by UTC day and writes one file per day. A context manager.
 
     Args:
@@ -164,7 +165,7 @@ class _DayFiles:
         self._root, self._schema = root, schema
         self._day: _Day | None = None
 
-    def __enter__(self) -> _DayFiles:
+    def __enter__(self) -> DayFiles:
         return self
 
     def __exit__(

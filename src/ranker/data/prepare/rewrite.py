@@ -1,27 +1,37 @@
-"""Rewrites a log of Parquet files as one file per UTC day with large row groups, a schema and a manifest."""
+"""Rewrites a log of Parquet files, in any order, as one file per UTC day with large row groups and a manifest.
+
+Rows that are not in time order are sorted with memory for BUCKET_ROWS rows, as in ``days``: written to one file, dealt
+out into buckets of whole minutes, and sorted bucket by bucket.
+"""
 
 from __future__ import annotations
 
 import datetime as dt
-from collections.abc import Callable
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ranker.atomic import locked, replacing_folder
-from ranker.data.arrow_types import value_type
+from ranker.data.arrow_types import plain_schema, value_type
 from ranker.data.filesystem import one_line
 from ranker.data.manifest import FileEntry, Manifest, day_file, sha256_of
 from ranker.data.parquet_index import ParquetIndex, open_index
+from ranker.data.prepare.buckets import Step, bucket_starts, count_slots, deal
 from ranker.data.prepare.days import ROW_GROUP
 from ranker.data.schema import SCHEMA_FILE
-from ranker.data.times import DAY_MS, Ints, check_sorted, times_ms
+from ranker.data.times import DAY_MS, Ints, times_ms
 from ranker.errors import UserError
 
+POSITION, MOMENT = "__position", "__time_ms"  # columns of the staged rows beside those of the log
 
-def rewrite(source: str, destination: str | Path, *, advance: Callable[[int], object] = int) -> Manifest:
-    """Writes the rows of a log, in their order, into a new folder.
+
+def rewrite(source: str, destination: str | Path, *, step: Step) -> Manifest:
+    """Writes the rows of a log in time order into a new folder. Rows of the same time keep their order.
 
     Only the columns of the schema are kept. Columns that stand in folder names become columns of the files. Where the
     types of files differ, the widest is used. The times become timestamps in ms, UTC, unless they are a feature too.
@@ -29,41 +39,97 @@ def rewrite(source: str, destination: str | Path, *, advance: Callable[[int], ob
     Args:
         source: folder or URL of the log.
         destination: folder to create.
-        advance: called with the number of rows written since the last call. The default does nothing.
+        step: progress bar, as of :func:`write_days`.
 
     Raises:
         UserError: the log cannot be read, its types cannot be joined, or the destination is not empty.
     """
-    index = open_index(source)
+    index = open_index(source, ordered=False)
     target = Path(destination).expanduser()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"{target} exists and is not empty; name a new folder")
     columns = _common_columns(index)
     with locked(target), replacing_folder(target) as draft, _Days(draft, columns) as days:
-        for group, place in enumerate(index.places):
-            table = index.read(group, index.schema.columns())
-            column = table[index.schema.time_column].combine_chunks()
-            column = pa.concat_arrays(column.chunks) if isinstance(column, pa.ChunkedArray) else column
-            times = times_ms(column, index.schema, place)
-            check_sorted(times, schema=index.schema, place=place)
-            if index.schema.time_column not in index.schema.feature_columns():
-                number = table.column_names.index(index.schema.time_column)
-                moments = pa.array(times).cast(columns.field(index.schema.time_column).type)
-                table = table.set_column(number, index.schema.time_column, moments)
-            days.add(table.select(columns.names).cast(columns), times)
-            advance(table.num_rows)
+        with step("reading times", index.rows) as advance:
+            counts, in_order = _times(index, advance)
+        if in_order:
+            with step("writing", index.rows) as advance:
+                for table, times in _groups(index, columns, advance):
+                    days.add(table, times)
+        else:
+            with tempfile.TemporaryDirectory(dir=draft, prefix="staging-") as staging:
+                for table, times in _sorted(index, columns, counts, Path(staging), step):
+                    days.add(table, times)
         days.close()
         index.schema.to_yaml(draft / SCHEMA_FILE)
-        manifest = Manifest(files=tuple(days.entries), source={"kind": "rewrite", "source": str(source)})
+        manifest = Manifest(
+            files=tuple(days.entries), source={"kind": "rewrite", "source": str(source), "sorted": not in_order}
+        )
         manifest.write(draft)
     return manifest
+
+
+def _times(index: ParquetIndex, advance: Callable[[int], object]) -> tuple[dict[int, int], bool]:
+    """Rows of each slot, ascending, and whether the rows are in time order already. Reads the time column alone."""
+    counts: Counter[int] = Counter()
+    in_order, last = True, -(2**63)
+    for group in range(len(index.places)):
+        times = _times_of(index, group, index.read(group, [index.schema.time_column]))
+        in_order = in_order and last <= times[0] and bool((times[1:] >= times[:-1]).all())
+        last = int(times[-1])
+        count_slots(times, counts)
+        advance(len(times))
+    return dict(sorted(counts.items())), in_order
+
+
+def _times_of(index: ParquetIndex, group: int, table: pa.Table) -> Ints:
+    column = table[index.schema.time_column].combine_chunks()
+    column = pa.concat_arrays(column.chunks) if isinstance(column, pa.ChunkedArray) else column
+    return times_ms(column, index.schema, index.places[group])
+
+
+def _groups(
+    index: ParquetIndex, columns: pa.Schema, advance: Callable[[int], object]
+) -> Iterator[tuple[pa.Table, Ints]]:
+    """The rows of each row group with the columns of the new files, and their times."""
+    name = index.schema.time_column
+    for group in range(len(index.places)):
+        table = index.read(group, index.schema.columns())
+        times = _times_of(index, group, table)
+        if name not in index.schema.feature_columns():
+            moments = pa.array(times).cast(columns.field(name).type)
+            table = table.set_column(table.column_names.index(name), name, moments)
+        yield table.select(columns.names).cast(columns), times
+        advance(table.num_rows)
+
+
+def _sorted(
+    index: ParquetIndex, columns: pa.Schema, counts: Mapping[int, int], staging: Path, step: Step
+) -> Iterator[tuple[pa.Table, Ints]]:
+    """All rows in time order, a bucket at a time."""
+    raw, position = staging / "raw.parquet", 0
+    extra = [pa.field(MOMENT, pa.int64()), pa.field(POSITION, pa.int64())]
+    with step("reading", index.rows) as advance, pq.ParquetWriter(raw, pa.schema([*columns, *extra])) as writer:
+        for table, times in _groups(index, columns, advance):
+            positions = pa.array(np.arange(position, position + len(times)))
+            writer.write_table(table.append_column(extra[0], pa.array(times)).append_column(extra[1], positions))
+            position += len(times)
+    buckets = deal([raw], bucket_starts(counts), staging, time=MOMENT, total=index.rows, step=step)
+    with step("sorting and writing", index.rows) as advance:
+        for files in buckets:
+            table = pa.concat_tables(pq.read_table(file) for file in files)
+            table = table.sort_by([(MOMENT, "ascending"), (POSITION, "ascending")])
+            for file in files:
+                file.unlink()
+            yield table.select(columns.names), table[MOMENT].to_numpy()
+            advance(table.num_rows)
 
 
 def _common_columns(index: ParquetIndex) -> pa.Schema:
     """The columns of the schema with types that hold the values of all files."""
     schema, files = index.schema, []
     for file, footer in index.metadata.items():
-        stored = footer.schema.to_arrow_schema()
+        stored = plain_schema(footer.schema.to_arrow_schema())
         added = index.from_folders[file]
         kinds = {name: added[name].type if name in added else stored.field(name).type for name in schema.columns()}
         if schema.time_column not in schema.feature_columns():
