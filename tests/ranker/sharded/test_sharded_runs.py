@@ -83,7 +83,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(straight: Path, killed: Path, tmp
         assert torch.equal(weights(folder)[name], values), name
     assert finished(folder).summary["status"] == "completed"
     kept = {path.stem for path in by_step(folder / "checkpoints")}
-    there = {path.name for path in (folder / "checkpoints" / "tables").iterdir()}
+    there = {path.name for path in (folder / "checkpoints" / "shards").iterdir()}
     assert kept <= there
     assert len(there) <= 5  # three by step, the best, and the one that is removed next
 
@@ -101,7 +101,7 @@ def test_it_goes_on_on_another_number_of_ranks_under_another_plan(
 
 def test_damaged_tables_are_passed_over(killed: Path, tmp_path: Path, command_line: Any, capsys: Any) -> None:
     folder = shutil.copytree(killed, tmp_path / "run")
-    part = next((folder / "checkpoints" / "tables" / "step=10").glob("*.distcp"))
+    part = next((folder / "checkpoints" / "shards" / "step=10").glob("*.distcp"))
     part.write_bytes(part.read_bytes()[:-1])
 
     with pytest.raises(SystemExit):
