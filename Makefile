@@ -10,7 +10,7 @@ TORCHREC := build/torchrec
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-slow test-attack test-examples test-spark setup-torchrec test-torchrec check docs results-check wheel-check format lock clean
+.PHONY: help setup train test test-slow test-attack test-gpu test-examples test-spark setup-torchrec test-torchrec check docs results-check wheel-check format lock clean
 
 help:  ## show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-13s %s\n", $$1, $$2}'
@@ -38,6 +38,9 @@ test-slow: $(STAMP)  ## run the long tests too
 test-attack: $(STAMP)  ## attack running jobs and their files, as docs/reliability.md says (up to an hour on 2 cores)
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -q -m attack $(ARGS)
 
+test-gpu: $(STAMP)  ## run what only a GPU shows; two GPUs for NCCL
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -q -m gpu $(ARGS)
+
 test-examples: $(STAMP)  ## run the examples for Hugging Face and torchrec too, in build/examples, an environment of their own
 	@test -x $(EXAMPLES)/bin/python || $(PY) -m venv $(EXAMPLES)
 	@# it sees the packages of .venv behind its own; in .venv, torchmetrics would import transformers at each start
@@ -55,7 +58,7 @@ test-spark: $(STAMP)  ## run the tests of prepare_data.py --engine spark in buil
 
 setup-torchrec: $(STAMP)  ## make build/torchrec, an environment with torchrec for embeddings=torchrec (CPU)
 	@test -x $(TORCHREC)/bin/python || $(PY) -m venv $(TORCHREC)
-	@# it sees the packages of .venv behind its own; torchrec must fit torch exactly, so no extra installs it
+	@# it sees the packages of .venv behind its own; pip would install another torch with torchrec
 	@$(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
 	  > $$($(TORCHREC)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/project.pth
 	@$(TORCHREC)/bin/python -m pip install --quiet --no-deps -r examples/requirements-torchrec.txt

@@ -15,7 +15,6 @@ from ranker.installation import conf_folder
 from support import TINY
 
 GROUPABLE = (
-    "train.progressive=false",
     "train.checkpoint_every=0",
     "callbacks.early_signs.every=0",
     "callbacks.capsules=null",

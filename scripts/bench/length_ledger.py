@@ -24,6 +24,7 @@ class Ledger(pl.Callback):
     def __init__(self, path: str, every: int, batch_size: int) -> None:
         self._path, self._every, self._rows = Path(path), every, batch_size
         self._aside = 0.0  # CPU seconds of evaluations and checkpoints
+        self._thread_aside = 0.0  # and those of this thread alone
         self._began: float | None = None
         self._first = True
 
@@ -32,11 +33,13 @@ class Ledger(pl.Callback):
         save = trainer.save_checkpoint
 
         def measured(*args: Any, **options: Any) -> None:
-            cpu, wall = time.process_time(), time.perf_counter()
+            cpu, thread, wall = time.process_time(), time.thread_time(), time.perf_counter()
             save(*args, **options)
-            spent = time.process_time() - cpu
+            spent, own = time.process_time() - cpu, time.thread_time() - thread
             self._aside += spent
-            self._write(checkpoint=trainer.global_step, cpu=spent, seconds=time.perf_counter() - wall)
+            self._thread_aside += own
+            seconds = time.perf_counter() - wall
+            self._write(checkpoint=trainer.global_step, cpu=spent, thread=own, seconds=seconds)
 
         trainer.save_checkpoint = measured  # type: ignore[method-assign]
 
@@ -52,8 +55,14 @@ class Ledger(pl.Callback):
         """Writes a line if one is due."""
         step = trainer.global_step
         if step % self._every == 0:
-            cpu = time.process_time() - self._aside
-            self._write(step=step, rows=step * self._rows, cpu=cpu, wall=time.time(), megabytes=anonymous_megabytes())
+            self._write(
+                step=step,
+                rows=step * self._rows,
+                cpu=time.process_time() - self._aside,
+                thread=time.thread_time() - self._thread_aside,
+                wall=time.time(),
+                megabytes=anonymous_megabytes(),
+            )
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """An evaluation begins."""

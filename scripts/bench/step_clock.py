@@ -1,19 +1,16 @@
-"""Times of steps inside a run, for bench_step.py: wall time, CPU time of the training thread and of the process."""
+"""Times of steps inside a process that takes turns with another one, for bench_step.py."""
 
 from __future__ import annotations
 
 import json
-import statistics
+import socket
 import time
-from collections.abc import Sequence
-from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 from pytorch_lightning.callbacks import Callback
 
+CLOCKS = ("wall", "thread", "process")
 Reading = tuple[float, float, float]
-CLOCKS = ("wall_ms", "thread_ms", "process_ms")
 
 
 def read() -> Reading:
@@ -21,40 +18,43 @@ def read() -> Reading:
     return time.perf_counter(), time.thread_time(), time.process_time()
 
 
-def per_step(readings: Sequence[Reading], *, block: int) -> dict[str, float]:
-    """Milliseconds of a step by clock: the mean of a block of steps, and the median of these over blocks.
-
-    A block is long enough to have its share of what comes once in many steps, such as a snapshot. The median leaves
-    blocks out in which other work of the machine came between.
+class Turns:
+    """Measures blocks of steps. Before each it waits for its turn, and after each it says how long the block took.
 
     Args:
-        readings: at the beginning of each step.
-        block: steps of a block; fewer where there are not so many.
+        fd: a socket to bench_step.py.
+        skip: first steps that are left out.
+        block: steps in a block.
     """
-    block = min(block, len(readings) - 1)
-    ends = readings[::block]
-    means = [[1e3 * (b - a) / block for a, b in zip(first, then, strict=True)] for first, then in pairwise(ends)]
-    return {name: statistics.median(values) for name, values in zip(CLOCKS, zip(*means, strict=True), strict=True)}
+
+    def __init__(self, *, fd: int, skip: int, block: int) -> None:
+        self._socket = socket.socket(fileno=fd)
+        self._skip, self._block = skip, block
+        self._step = -skip
+        self._began: Reading | None = None
+
+    def before_step(self) -> None:
+        """Call it where a step begins."""
+        if self._step >= 0 and self._step % self._block == 0:
+            took: list[float] = []
+            if self._began is not None:
+                took = [(now - then) / self._block for now, then in zip(read(), self._began, strict=True)]
+            self._socket.sendall(json.dumps(took).encode() + b"\n")
+            self._socket.recv(1)
+            self._began = read()
+        self._step += 1
 
 
 class StepClock(Callback):
-    """Writes the times of a run's steps to a file, when training ends.
+    """``Turns`` of a run.
 
     Args:
-        path: the file.
-        skip: first steps that are left out.
-        block: see ``per_step``.
+        turns: arguments of ``Turns``.
     """
 
-    def __init__(self, *, path: str, skip: int, block: int) -> None:
-        self._path, self._skip, self._block = Path(path), skip, block
-        self._readings: list[Reading] = []
+    def __init__(self, **turns: int) -> None:
+        self._turns = Turns(**turns)
 
     def on_train_batch_start(self, *_: Any) -> None:
-        """Reads the clocks."""
-        self._readings.append(read())
-
-    def on_train_end(self, *_: Any) -> None:
-        """Writes the file."""
-        found = per_step(self._readings[self._skip :], block=self._block)
-        self._path.write_text(json.dumps(found), encoding="utf-8")
+        """The beginning of a step."""
+        self._turns.before_step()

@@ -143,7 +143,7 @@ def build(cfg: DictConfig, folder: RunFolder, checkpoint: Path | None, parent: P
         module.tables.folder = folder.checkpoints
     _check_optimizer(module)
     bookkeeping, interruption = Bookkeeping(), Interruption()
-    stability, others = _configured_callbacks(cfg, folder, speed=bookkeeping.examples_per_second)
+    stability, others = _configured_callbacks(_what_works(cfg, module), folder, speed=bookkeeping.examples_per_second)
     other = stability.rollback.optim if stability.rollback else None
     resumption = None if checkpoint is None else Resumption.of(checkpoint, module, other=other)
     warm_start = None
@@ -421,6 +421,7 @@ def _quiet_lightning() -> None:
         # conf/trainer/ddp.yaml: each rank keeps its own statistics, and for that torch 2.13 has nothing else yet.
         ".*`broadcast_buffers` is deprecated.*",
         ".*does not have many workers.*",  # our loaders prefetch in threads
+        ".*FSDP2-wrapped module .* returned a view tensor.*",  # of the tables; they go into torch.cat at once
         ".*Checkpoint directory .* exists and is not empty.*",  # expected when a run resumes
     ):
         warnings.filterwarnings("ignore", message=message)
@@ -437,8 +438,31 @@ def _check_devices(cfg: DictConfig) -> None:
         raise UserError(
             f"trainer.devices is {asked}, but there is no GPU; add trainer.accelerator=cpu for {asked} CPU processes"
         )
+    found = launched.launch()
+    ranks = found.size if found is not None else gpus if asked in ("auto", -1) else asked
+    if accelerator != "cpu" and gpus and ranks > 1 and OmegaConf.select(cfg, "model.net.sparse_embeddings"):
+        raise UserError(
+            "model.net.sparse_embeddings=true: NCCL cannot exchange sparse gradients between GPUs; use false, or "
+            "sharded tables (docs/scale.md)"
+        )
     if isinstance(asked, int) and asked < 1 and asked != -1:
         raise UserError(f"trainer.devices must be 1 or more (or -1 or auto for all), got {asked}")
+
+
+def _what_works(cfg: DictConfig, module: RankingModule) -> DictConfig:
+    """The configuration of the callbacks: without what needs whole weights, where they are sharded. Says so once.
+
+    Raises:
+        UserError: something that was asked for does not work with the strategy.
+    """
+    if (OmegaConf.select(cfg, "trainer.strategy._target_", default="") or "").endswith(".WatchedFSDP"):
+        from ranker.training.fsdp import with_what_works  # imported late: it takes a second
+
+        reduced, off = with_what_works(cfg, module.net)
+        if off and getattr(rank_zero_only, "rank", 0) == 0:
+            print(f"trainer=fsdp: {', '.join(off)} switched off, which need whole weights", flush=True)
+        return reduced
+    return cfg
 
 
 def _check_optimizer(module: RankingModule) -> None:

@@ -45,6 +45,7 @@ TARGETS = frozenset(
         "ranker.metrics.XAUC",
         "ranker.training.capsule_writer.CapsuleWriter",
         "ranker.training.ddp.WatchedDDP",
+        "ranker.training.fsdp.WatchedFSDP",
         "ranker.training.early_signs_callback.EarlySigns",
         "ranker.training.early_stop.EarlyStop",
         "ranker.training.progress.TrainingProgress",

@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+import daily_log
 from ranker.commands.export_commands import export, score
 from ranker.data.parquet_log import ParquetLog
 from ranker.models import SharedBottom
@@ -120,6 +121,7 @@ def test_a_run_that_goes_on_from_a_checkpoint_ends_with_the_same_bits(
     assert ids(tmp_path) == ids(whole.folder)
 
 
+@pytest.mark.slow
 def test_two_ranks_decide_as_one(whole: Finished, log: Path, tmp_path: Path) -> None:
     process = train_process(*SETTINGS, *TWO_RANKS, f"data.source={log}", f"hydra.run.dir={tmp_path}")
     _, errors = process.communicate(timeout=200)
@@ -135,17 +137,21 @@ def test_two_ranks_decide_as_one(whole: Finished, log: Path, tmp_path: Path) -> 
 
 
 @pytest.mark.slow
-def test_days_in_runs_of_their_own_end_as_one_run(
-    command_line: Command, whole: Finished, log: Path, tmp_path: Path
-) -> None:
-    first, second = tmp_path / "first", tmp_path / "second"
-    shared = (*SETTINGS, f"data.source={log}", "data.window=64")
-    command_line(*shared, "data.days=[2023-11-14,2023-11-17]", f"hydra.run.dir={first}", "data.hold_out=1h")
-    command_line(*shared, f"warm_start={first}", "data.days=[2023-11-17,2023-11-18]", f"hydra.run.dir={second}")
-    before, after = (newest_checkpoint(folder)["state_dict"] for folder in (first, second))
-    name = "net.embeddings.admission.totals"
-    assert after[name][0, 0] >= before[name][0, 0] > 50
-    assert (after["net.embeddings.admission.seen_4"] >= 3).sum() > 50
+def test_days_in_runs_of_their_own_end_with_the_bits_of_one_run(command_line: Command, tmp_path: Path) -> None:
+    root = daily_log.write_log(tmp_path / "log", 4)
+    rule = "num_embeddings: 100, admit_after: 9, evict_after_days: 0.6"
+    (root / "schema.yaml").write_text(daily_log.SCHEMA.replace("num_embeddings: 100", rule))
+    name, folder = daily_log.name_of, tmp_path / "endless"
+    shared = (*daily_log.SETTINGS, f"data.source={root}")
+    command_line(*shared, f"data.days=[{name(0)},{name(3)}]", f"hydra.run.dir={folder}")
+    expected, more = newest_checkpoint(folder), ()
+    for day in range(3):
+        folder = tmp_path / str(day)
+        command_line(*shared, f"data.days=[{name(day)},{name(day + 1)}]", f"hydra.run.dir={folder}", *more)
+        more = (f"warm_start={folder}",)
+    got = newest_checkpoint(folder)
+    assert_equal(expected["state_dict"], got["state_dict"])
+    assert expected["state_dict"]["net.embeddings.admission.totals"][0, 2] > 5, "rows that were evicted"
 
 
 @pytest.mark.slow

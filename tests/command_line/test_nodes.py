@@ -10,16 +10,21 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
+from hydra import compose, initialize_config_dir
 
+from ranker import build, config
+from ranker.errors import UserError
 from support import ROOT, TINY, TWO_RANKS, Finished, assert_equal, finished, metrics, newest_checkpoint, wait_for
 
 LONGER = ("data.log.train_rows=15360", "train.checkpoint_every=7", "train.eval_every=20", "train.log_every=1")
 ON_CPU = ("trainer=ddp", "trainer.accelerator=cpu")
-SECONDS = 30  # after a death: 10 are promised on an idle machine
+SECONDS = 60  # after a death: 10 are promised on an idle machine
 
 
 def free_port() -> int:
@@ -56,8 +61,12 @@ def on_two_nodes(
     ]
 
 
-def end_of(nodes: list[subprocess.Popen[str]], seconds: float = 250) -> Ended:
-    said = [node.communicate(timeout=seconds) for node in nodes]
+def end_of(nodes: list[subprocess.Popen[str]], seconds: float = 600) -> Ended:
+    try:
+        said = [node.communicate(timeout=seconds) for node in nodes]
+    finally:
+        for node in nodes:
+            node.terminate()  # an agent of torchrun ends its workers
     return Ended(*("".join(texts) for texts in zip(*said, strict=True)), tuple(node.returncode for node in nodes))
 
 
@@ -216,3 +225,16 @@ def test_a_mistake_is_said_once_on_all_nodes(tmp_path: Path, overrides: tuple[st
     assert all(ended.status)
     (line,) = ended.errors_of_ours()
     assert re.search(said, line)
+
+
+@pytest.mark.parametrize(("accelerator", "refused"), [("auto", True), ("cpu", False)])
+def test_sparse_gradients_between_gpus_are_refused(
+    monkeypatch: pytest.MonkeyPatch, accelerator: str, refused: bool
+) -> None:
+    config.register()
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        overrides = ["trainer=ddp", f"trainer.accelerator={accelerator}", "model.net.sparse_embeddings=true"]
+        cfg = compose("config", overrides=[*overrides, "trainer.devices=2"])
+    with pytest.raises(UserError, match="NCCL cannot exchange sparse") if refused else nullcontext():
+        build._check_devices(cfg)

@@ -29,6 +29,7 @@ from rich.progress import (
 from ranker import atomic, config
 from ranker.cli import command
 from ranker.data.batch import Batch
+from ranker.data.collisions import collisions_of, lines_of, warnings_of
 from ranker.data.filesystem import open_root
 from ranker.data.inspection import broken_checksums, imprecise_columns, inspect_log, out_of_order
 from ranker.data.log_profile import LogProfiler
@@ -282,7 +283,11 @@ def _looked_at(log: ParquetLog, before: Sequence[str], given: argparse.Namespace
 
         findings = inspect_log(log, look=look)
     _print_files(findings.files, title=f"{log.num_rows:,} rows, of which {findings.bad:,} cannot be used")
-    warnings = list(findings.warnings)
+    with _row_progress() as bar:
+        task = bar.add_task("reading ids", total=log.num_rows)
+        shared = collisions_of(log, advance=lambda rows: bar.advance(task, rows))
+    print(*lines_of(shared), sep="\n", end="\n" if shared else "")
+    warnings = [*findings.warnings, *warnings_of(shared)]
     if profiler is not None:
         from ranker.reports import log_page
 

@@ -168,6 +168,15 @@ def embedding_rows_of_strings(strings: pa.Array, owner: CategoricalFeature) -> I
     return rows
 
 
+def hashes_of(ids: pa.Array) -> npt.NDArray[np.uint64]:
+    """The 64-bit hashes of which ``hash_buckets`` takes the remainder.
+
+    Args:
+        ids: integers, booleans or strings, without nulls.
+    """
+    return _hashes(ids) if is_string(ids.type) else splitmix64(_int64(ids, "ids", Place(file="", row_group=0), fill=0))
+
+
 def ragged_rows(
     column: pa.Array, feature: CategoricalFeature, owner: CategoricalFeature, faults: list[Fault], place: Place
 ) -> Ragged:

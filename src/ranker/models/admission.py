@@ -12,7 +12,7 @@ depends on the batch and not on the table, because a row is looked at only when 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
@@ -53,6 +53,7 @@ class Admission(nn.Module):
 
     Attributes:
         names: the tables with a rule.
+        on_reset: called with the weight and the rows that were reset, for whoever follows which rows move.
     """
 
     totals: Tensor
@@ -60,6 +61,7 @@ class Admission(nn.Module):
 
     def __init__(self, schema: Schema, start: Mapping[str, int]) -> None:
         super().__init__()
+        self.on_reset: list[Callable[[Tensor, Tensor], None]] = []
         self._tables: dict[int, list[_Table]] = {}
         for feature in schema.categorical:
             if has_rule(feature):
@@ -149,7 +151,10 @@ class Admission(nn.Module):
             patience = torch.tensor([table.evict_after for table in kinds], device=rows.device)[kind]
             there = last[rows]  # 0: nothing is known of the time
             stale = (patience > 0) & (there > 0) & (before > 0) & (there + patience < self.clock)
-            _reset(tables.tables.get_parameter(f"dim_{dim}.weight"), rows[stale], optimizer)
+            weight = tables.tables.get_parameter(f"dim_{dim}.weight")
+            _reset(weight, rows[stale], optimizer)
+            for tell in self.on_reset:
+                tell(weight, rows[stale])
             last[rows] = self.clock.int()
         start = before.masked_fill(stale, 0)
         after = (start + counts).clamp(max=_LARGEST_COUNT)

@@ -208,8 +208,18 @@ def tables_made_by(make: Callable[[Schema], Tables]) -> Iterator[None]:
 
 
 def new_tables(schema: Schema, *, sparse: bool) -> Tables:
-    """The tables of a new model: those of ``tables_made_by``, or all of them in this process."""
+    """The tables of a new model: those of ``tables_made_by``, or all of them in this process.
+
+    Raises:
+        UserError: the tables are others than ``EmbeddingTables``, and a feature has a rule of ``admission``.
+    """
     make = _MAKE.get()
+    ruled = [feature.name for feature in schema.categorical if has_rule(feature)]
+    if make is not None and ruled:
+        raise UserError(
+            f"categorical feature '{ruled[0]}': admit_after and evict_after_days need embeddings=local; leave them out "
+            "for sharded tables"
+        )
     return EmbeddingTables(schema, sparse=sparse) if make is None else make(schema)
 
 

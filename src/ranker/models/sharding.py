@@ -9,7 +9,8 @@ from __future__ import annotations
 import importlib
 import logging
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
@@ -108,9 +109,9 @@ def require(name: str = "torchrec") -> ModuleType:
     logging.getLogger("torchrec").setLevel(logging.WARNING)
     # torchrec calls collectives by their former names, in the backward pass too.
     warnings.filterwarnings("ignore", message=".*`torch.distributed.*` is deprecated.*", category=FutureWarning)
+    warnings.filterwarnings("ignore", message=".*deprecating ShardedTensor.*", category=FutureWarning)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with _quiet():
             importlib.import_module("fbgemm_gpu")
             return importlib.import_module(name)
     except (ImportError, OSError) as error:
@@ -119,6 +120,19 @@ def require(name: str = "torchrec") -> ModuleType:
             f"({' '.join(str(error).split())[:120]}); make setup-torchrec installs them into build/torchrec, see "
             "docs/sharded-tables.md"
         ) from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silences torchrec and fbgemm, which log a page per table at level INFO, and warn of their own code."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
 
 
 class ShardedCollection:
@@ -184,8 +198,7 @@ class ShardedCollection:
         plan = _plan(holder, sharder, kinds_of, widths, settings, group=group, device=device)
         self.plan = _described(plan.plan["ebc"], self._names)
         env = require("torchrec.distributed.types").ShardingEnv.from_process_group(group)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with _quiet():
             self._module: Any = sharder.shard(holder.ebc, plan.plan["ebc"], env, device=device)
         self._kernels = [kernel for lookup in self._module._lookups for kernel in lookup._emb_modules]
         self.shards = [shard for kernel in self._kernels for shard in _shards(kernel, self._names)]
@@ -289,8 +302,7 @@ def _plan(
         for name, kind in kinds.items()
     }
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with _quiet():
             return planner.EmbeddingShardingPlanner(
                 topology=planner.Topology(world_size=size, compute_device=device.type, **capacity),
                 constraints=constraints,

@@ -144,6 +144,13 @@ class RankingModule(pl.LightningModule):
         """Logits, shape [B, T]."""
         return self.net(batch)
 
+    def configure_model(self) -> None:
+        """Shards the net over the ranks, where the strategy has made a mesh for it."""
+        if self.device_mesh is not None:
+            from ranker.training.fsdp import shard  # imported late: it takes a second
+
+            shard(self.net, self.device_mesh["data_parallel"])
+
     def setup(self, stage: str) -> None:
         """Shards the tables, where they are to be sharded: the processes know each other by now."""
         if self.tables is not None:
@@ -393,7 +400,9 @@ class RankingModule(pl.LightningModule):
         """Adds the predictions for rows to metrics, without training on them."""
         self.net.eval()
         pieces = -(-len(rows) // self._score_rows)
-        if self.tables is not None:  # a lookup is collective, and shares may differ by a row
+        if (
+            self.tables is not None or self.device_mesh is not None
+        ):  # a forward pass is collective, and shares may differ
             pieces = Fit(self.trainer).largest(pieces)
         for part in _pieces(rows, self._score_rows, pieces):
             part = part.to(self.device, non_blocking=True)
@@ -552,5 +561,6 @@ def over_time(phase: str, values: Mapping[str, float]) -> dict[str, float]:
 
 
 def _pieces(rows: Batch, size: int, count: int) -> Iterator[Batch]:
+    """Rows in a number of pieces of a size; the last ones may be empty."""
     for start in range(0, count * size, size):
         yield rows.slice(min(start, len(rows)), min(start + size, len(rows)))

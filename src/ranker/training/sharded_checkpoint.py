@@ -110,12 +110,11 @@ def load(state: Mapping[str, Any], folder: Path, group: dist.ProcessGroup) -> No
     Raises:
         UserError: the folder is missing or damaged, or holds other tables.
     """
-    reader = Reader(folder)
-    known = reader.read_metadata().state_dict_metadata
+    known = Reader(folder).read_metadata().state_dict_metadata
     for key, tensor in state.items():
-        there = getattr(known.get(key), "size", None)
-        if there != tensor.size():
-            shapes = f"{list(there)} there and {list(tensor.size())} here" if there else "not there"
+        here, there = tensor.metadata().size, getattr(known.get(key), "size", None)
+        if there != here:
+            shapes = f"{list(there)} there and {list(here)} here" if there else "not there"
             hint = (
                 "; accumulators of row-wise Adagrad on column-wise shards need the number of shards that wrote them"
                 if there and key.endswith(ACCUMULATOR)

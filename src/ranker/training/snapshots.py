@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -116,9 +117,25 @@ class SnapshotRing:
         self._path = (
             None if self._folder is None else self._folder.path / "snapshots" / f"rank{fit.trainer.global_rank}"
         )
+        if self.every:
+            self._check_memory(fit)
         self._read_back(fit.step)
         if self.every and not self.snapshots:  # a resumed run should have the ring of an uninterrupted one
             self._take(fit, detector)
+
+    def _check_memory(self, fit: Fit) -> None:
+        """Refuses snapshots that cannot fit, before the system kills the process for them.
+
+        Counted are weights and one value of optimizer state for each, as Adagrad has, of the run and of each snapshot.
+        """
+        state = 2 * sum(p.nbytes for p in fit.module.net.parameters())
+        there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        if (1 + self._keep) * state > there:
+            raise UserError(
+                f"callbacks.snapshots: {self._keep} snapshots of {state / 2**30:,.1f} GiB do not fit beside the model "
+                f"into the {there / 2**30:,.0f} GiB of this machine: lower callbacks.snapshots.keep, or set "
+                "callbacks.snapshots.every=0 (then there is no rollback and no capsule)"
+            )
 
     def after_step(self, fit: Fit, detector: DivergenceDetector | None) -> None:
         """Takes a snapshot if one is due. The detector must have seen the step."""

@@ -86,8 +86,6 @@ def _of_training(cfg: DictConfig) -> Iterator[str]:
         yield f"embeddings={cfg.embeddings.name}"
     if cfg.train.get("average_decay"):
         yield f"train.average_decay={cfg.train.average_decay}"
-    if cfg.train.progressive:
-        yield "train.progressive=true"
     if cfg.train.checkpoint_every:
         yield f"train.checkpoint_every={cfg.train.checkpoint_every}"
     if cfg.train.compile:

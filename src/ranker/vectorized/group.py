@@ -108,6 +108,8 @@ class _Group:
         start = time.perf_counter()
         if self.taken == 0:
             self._check(batches)
+        for k, replica in enumerate(self.replicas):
+            replica.before_step(batches[k if len(batches) > 1 else 0], self.taken)
         self._update(batches)
         self._seconds += time.perf_counter() - start
         lost = [k for k, replica in enumerate(self.replicas) if replica.lost]

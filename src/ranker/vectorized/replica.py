@@ -98,6 +98,21 @@ class Replica:
         if self._watch:
             self.detector = self._watch.make(self.module, optimizer)
 
+    def before_step(self, batch: Batch, step: int) -> None:
+        """Scores a window on its first batch, before any of its rows is trained on, as a run alone does.
+
+        Args:
+            batch: of this replica; it opens a window only with ``train.progressive``.
+            step: steps taken.
+        """
+        if batch.opening is None:
+            return
+        module = self.module
+        module.score(batch.opening, module.progressive_metrics)
+        values = module.progressive_metrics.compute()
+        module.progressive_metrics.reset()
+        self._record(over_time(names.PROGRESSIVE, values) | {names.WINDOW: float(batch.window)}, step)
+
     def after_step(self, step: int, signals: Signals, lr: float) -> None:
         """Records a step and asks the detector, in the order of a run alone.
 

@@ -218,6 +218,22 @@ def test_unsorted_files_are_refused_with_the_command_that_sorts_them(tmp_path, c
     ]
 
 
+def test_a_column_in_folder_names_is_put_into_the_files_by_rewrite_alone(tmp_path, capsys):
+    root = write(tmp_path / "log", lambda columns: columns.pop("c"))
+    for number, folder in enumerate(sorted(root.glob("date=*"))):
+        (root / f"c={'ab'[number % 2]}").mkdir(exist_ok=True)
+        folder.rename(root / f"c={'ab'[number % 2]}" / folder.name)
+    schema = root / "schema.yaml"
+    raw = tmp_path / "schema.yaml"
+    raw.write_bytes(schema.read_bytes())
+    assert prepare(["log", str(root), str(tmp_path / "new"), "--schema", str(raw), "--quiet"]) == 2
+    assert f"column 'c' stands in the names of folders; put the schema into {root} and use" in capsys.readouterr().err
+    expected = whole(root)
+    assert prepare(["rewrite", str(root), str(tmp_path / "new"), "--quiet"]) == 0
+    assert_equal(expected, whole(tmp_path / "new"))
+    assert pq.read_table(tmp_path / "new" / "day=2026-01-02.parquet")["c"].unique().to_pylist() == ["b"]
+
+
 def test_rows_of_one_time_keep_their_order_when_a_log_is_sorted(tmp_path):
     root = write(tmp_path / "log", lambda c: c.update(t=pa.array(c["t"].to_numpy() // 5000 * 5000)))
     expected = whole(root)

@@ -15,8 +15,7 @@ import optim
 from ranker.data.windows import share
 from ranker.models.embeddings import EmbeddingTables, Tables, place
 from ranker.models.sharded_embeddings import ShardedTables
-from ranker.models.sharding import ShardingSettings
-from sharded_support import SCHEMA, on_ranks, rows
+from sharded_support import SCHEMA, made, on_ranks, rows, whole
 
 pytest.importorskip("torchrec", reason="make test-torchrec installs it and runs this")
 
@@ -24,24 +23,9 @@ SIZES = (24, 24, 3, 1, 24)  # rows of the batches over all ranks: with two ranks
 LR, EPS, G_0 = 0.3, 1e-8, 1e-3
 
 
-def whole(tables: ShardedTables, part: str) -> dict[str, Tensor]:
-    """The tables of all ranks, or their accumulators, put together by the places that the shards say they have."""
-    parts: list[Any] = [None] * dist.get_world_size()
-    own = [(s.table, s.row, s.column, getattr(s, part).clone()) for s in tables.collection.shards]
-    dist.all_gather_object(parts, own)
-    sizes = {t.name: (t.rows, t.dim) for t in tables.tables}
-    found = {name: torch.full(size, torch.nan) for name, size in sizes.items()}
-    for name, row, column, values in (shard for shards in parts for shard in shards):
-        height, width = values.shape if values.dim() == 2 else (len(values), found[name].shape[1])
-        place_in = found[name][row : row + height, column : column + width]
-        place_in.copy_(values if values.dim() == 2 else values[:, None].expand(height, width))
-    return found
-
-
 def train(plan: dict[str, Any]) -> dict[str, Any]:
     torch.manual_seed(5)
-    settings = ShardingSettings(initial_accumulator_value=G_0, eps=EPS, **plan)
-    tables = ShardedTables(SCHEMA, settings, seed=5, lr=LR)
+    tables = made(lr=LR, initial_accumulator_value=G_0, eps=EPS, **plan)
     layer = nn.Linear(1 + tables.output_width, 2)
     tables.shard(dist.group.WORLD, torch.device("cpu"))
     rank, world = dist.get_rank(), dist.get_world_size()
@@ -126,3 +110,43 @@ def test_they_train_as_local_ones(tmp_path: Path, plan: str, world: int) -> None
     user = sorted(shape for name, *_, shape in places if name == "user")
     wanted = {"table_wise": [(61, 8)], "row_wise": [(30, 8), (31, 8)], "column_wise": [(61, 4)] * 2}
     assert user == (wanted["row_wise" if plan == "mixed" else plan] if world == 2 else [(61, 8)])
+
+
+def rowwise(plan: str) -> dict[str, Any]:
+    torch.manual_seed(5)
+    tables = made(lr=LR, initial_accumulator_value=G_0, eps=EPS, optimizer="rowwise_adagrad", plan=plan)
+    tables.shard(dist.group.WORLD, torch.device("cpu"))
+    before = whole(tables, "weight")["user"]
+    rank, world = dist.get_rank(), dist.get_world_size()
+    batch = rows(24, 0).slice(*share(24, rank=rank, world_size=world))
+    tables(batch).pow(3).sum().backward()
+    return {"before": before, "weight": whole(tables, "weight")["user"], "sum": whole(tables, "accumulator")["user"]}
+
+
+@pytest.mark.parametrize("plan", ["table_wise", "row_wise"])
+def test_row_wise_adagrad_has_one_accumulator_a_row(tmp_path: Path, plan: str) -> None:
+    found = on_ranks(rowwise, 2, tmp_path, plan)[0]
+
+    ids, before = rows(24, 0).onehot_BC[:, 0], found["before"].clone().requires_grad_()
+    F.embedding(ids, before).pow(3).sum().div(2).backward()  # divided by the ranks, as DDP does
+    total = G_0 + before.grad.square().mean(1, keepdim=True)
+    torch.testing.assert_close(found["sum"], total.expand_as(before))
+    torch.testing.assert_close(found["weight"], before.detach() - LR * before.grad / (total.sqrt() + EPS))
+
+
+def blocks() -> dict[str, Tensor]:
+    torch.manual_seed(5)
+    tables = made(init="by_block", plan="row_wise")
+    after = torch.rand(1)
+    tables.shard(dist.group.WORLD, torch.device("cpu"))
+    return whole(tables, "weight") | {"after": after}
+
+
+def test_weights_drawn_by_block_are_the_same_on_any_number_of_ranks(tmp_path: Path) -> None:
+    (one,), two = on_ranks(blocks, 1, tmp_path), on_ranks(blocks, 2, tmp_path)
+
+    torch.manual_seed(5)
+    assert torch.equal(one.pop("after"), torch.rand(1))  # the layers' numbers do not depend on the tables
+    for name, values in one.items():
+        assert torch.equal(two[0][name], values)
+        assert 0.04 < values.abs().max() <= 0.05 or len(values) < 3

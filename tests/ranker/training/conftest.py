@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import resource
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -32,12 +33,16 @@ def fit() -> Callable[..., pl.Trainer]:
         num_workers: int = 1,
         sparse: bool = False,
         ckpt_path: str | None = None,
+        ids: Mapping[str, float] | None = None,
         **trainer: Any,
     ) -> pl.Trainer:
         pl.seed_everything(0, verbose=False)
         log = SyntheticLog(
             train_rows=6144, eval_rows=1024, rows_per_day=2048, num_users=300, num_items=100, embedding_dim=4
         )
+        if ids:  # rules for the rows of tables
+            ruled = tuple(f if f.table else replace(f, **ids) for f in log.schema.categorical)
+            log.schema = replace(log.schema, categorical=ruled)
         module = RankingModule(
             SharedBottom(log.schema, hidden=[16, 16], sparse_embeddings=sparse),
             schema=log.schema,

@@ -142,6 +142,13 @@ def test_numbers_out_of_range_are_refused():
         SnapshotRing(keep=2, disk=3)
 
 
+def test_snapshots_that_cannot_fit_are_refused_before_the_first_step(fit):
+    many = 10**9  # of a tiny model, more than any machine has
+    with pytest.raises(UserError, match=rf"{many} snapshots of .* do not fit"):
+        fit(stability=Stability(divergence=DivergenceWatch(), snapshots=SnapshotRing(keep=many)))
+    fit(stability=Stability(divergence=DivergenceWatch(), snapshots=SnapshotRing(every=0, keep=many)), max_steps=1)
+
+
 def test_a_full_disk_ends_the_snapshots_on_it_and_not_the_run(fit, tmp_path, monkeypatch, caplog):
     save = torch.save
 

@@ -60,8 +60,8 @@ def _frames(log: SyntheticLog) -> Iterator[pl.DataFrame]:
     for start in range(0, log.num_rows, BLOCK):
         times, block = log.raw(start, min(start + BLOCK, log.num_rows))
         columns: dict[str, pl.Series] = {"time_ms": pl.Series(times)}
-        for name, values in {**block.one_hot, **block.dense, **block.labels}.items():
-            columns[name] = pl.Series(values)
+        columns |= {name: pl.Series(values) for name, values in block.one_hot.items()}
+        columns |= {name: pl.Series(values) for name, values in (block.dense | block.labels).items()}
         columns["rating_observed"] = pl.Series(block.rating_observed)
         for name, (values, offsets) in block.ragged.items():
             columns[name] = pl.Series(name, pa.LargeListArray.from_arrays(offsets, values))

@@ -25,6 +25,7 @@ from ranker.data.raw_log import SAMPLE, RawLog, RawProfile, profiled
 from ranker.data.raw_values import as_time_ms, converted
 from ranker.data.schema import SCHEMA_FILE, Schema
 from ranker.errors import UserError, suggest
+from ranker.installation import command_line
 
 
 def prepare_own(
@@ -50,6 +51,11 @@ def prepare_own(
         raise UserError(f"{target} exists and is not empty; name a new folder")
     there = log.columns(log.files[0])
     for name in schema.columns():
+        if name not in there and any(f"/{name}=" in file.as_posix() for file in log.files):
+            raise UserError(
+                f"{source}: column '{name}' stands in the names of folders; put the schema into {source} and use "
+                f"{command_line('prepare')} rewrite {source} {destination}"
+            )
         if name not in there:
             raise UserError(f"{source} has no column '{name}' of schema '{schema.name}'; {suggest(name, there)}")
     if cluster is not None:  # whose tasks may run elsewhere
