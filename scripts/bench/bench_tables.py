@@ -105,7 +105,7 @@ def lines_of(name: str, found: Sequence[dict[str, Any]], run: Path, every: int) 
     stopped = statistics.median(entry["thread"] for entry in stops)
     waited = statistics.median(entry["seconds"] for entry in stops)
     newest = max((run / "checkpoints").glob("step=*.ckpt"), key=lambda path: path.stat().st_mtime)
-    copies = list((run / "checkpoints" / "tables").glob("*.zip"))
+    copies = list((run / "checkpoints" / "full_copies").glob("*.zip"))
     return [
         Line(f"{name}: a step", 1000 * a_step, "CPU ms"),
         Line(f"{name}: a checkpoint stops training", 1000 * stopped, "CPU ms"),

@@ -14,6 +14,7 @@ from pathlib import Path
 from ranker.atomic import replacing_folder
 from ranker.runs.checkpoint_files import path_of, step_of
 from ranker.runs.run_folder import CAPSULES, CHECKPOINTS, CONFIG, FINGERPRINT, SCHEMA, SNAPSHOTS, SUMMARY
+from ranker.runs.table_files import COPIES, copy_of
 
 SERVING, MODELS, STATES = "serving", "models", "states"
 
@@ -50,12 +51,16 @@ class Shelf:
             for name in (CONFIG, SCHEMA, FINGERPRINT, SUMMARY):
                 if (run / name).is_file():
                     shutil.copyfile(run / name, draft / name)
-            (draft / CHECKPOINTS).mkdir()
-            target = path_of(draft / CHECKPOINTS, step_of(checkpoint))
-            try:
-                os.link(checkpoint, target)
-            except OSError:
-                shutil.copyfile(checkpoint, target)
+            folder = draft / CHECKPOINTS
+            files = {checkpoint: path_of(folder, step_of(checkpoint))}
+            if (copy := copy_of(checkpoint)) is not None:
+                files[copy] = folder / COPIES / copy.name
+            for source, target in files.items():
+                target.parent.mkdir(exist_ok=True)
+                try:
+                    os.link(source, target)
+                except OSError:
+                    shutil.copyfile(source, target)
 
     def serve(self, day: str) -> None:
         """Lets ``serving`` point to the model of a day. Whoever opens it finds the old model or the new one."""

@@ -19,7 +19,7 @@ from ranker.errors import UserError
 if TYPE_CHECKING:
     from torch import Tensor
 
-TABLES = "tables"  # the folder of full copies, in that of the checkpoints
+COPIES = "full_copies"  # the folder of full copies, in that of the checkpoints
 CONTENTS = "tables.json"  # entry of a full copy: its tensors
 ADDS_TO = "archive/full_copy"  # entry of a checkpoint: the full copy that it adds to. torch has all in archive/
 PIECE_BYTES = 1 << 24
@@ -80,7 +80,7 @@ def note_copy(checkpoint: Path, copy: str) -> None:
 def copy_of(checkpoint: Path) -> Path | None:
     """The full copy that a checkpoint adds to, which may be missing; None for a checkpoint that holds everything.
 
-    It is in the folder ``tables`` beside the checkpoint, or one folder up for the best one.
+    It is in the folder ``full_copies`` beside the checkpoint, or one folder up for the best one.
     """
     try:
         with zipfile.ZipFile(checkpoint) as archive:
@@ -89,7 +89,7 @@ def copy_of(checkpoint: Path) -> Path | None:
             name = archive.read(ADDS_TO).decode()
     except (OSError, ValueError, zipfile.BadZipFile):  # damaged, which whoever reads it says
         return None
-    beside, above = (folder / TABLES / name for folder in (checkpoint.parent, checkpoint.parent.parent))
+    beside, above = (folder / COPIES / name for folder in (checkpoint.parent, checkpoint.parent.parent))
     return above if above.is_file() and not beside.is_file() else beside
 
 

@@ -18,7 +18,7 @@ from ranker.atomic import replacing
 from ranker.errors import UserError
 from ranker.runs import objective
 from ranker.runs.checkpoint_files import BEST, Best, by_step, path_of, step_of
-from ranker.runs.table_files import TABLES
+from ranker.runs.table_files import COPIES
 from ranker.stop_signals import Stopped
 from ranker.training.interruption import Interruption
 from ranker.training.module import Fit
@@ -76,7 +76,7 @@ class Checkpoints(Checkpoint):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Removes what a killed process left: half-written files, and checkpoints of steps that will come again."""
         if trainer.is_global_zero:
-            for folder in (self._folder, self._folder / BEST, self._folder / TABLES):
+            for folder in (self._folder, self._folder / BEST, self._folder / COPIES):
                 for path in folder.glob(".*.tmp"):
                     path.unlink(missing_ok=True)
             for path in (*by_step(self._folder), *by_step(self._folder / BEST)):

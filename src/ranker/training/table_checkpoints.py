@@ -4,7 +4,8 @@
 
 A full copy is written in a thread while training goes on, and takes no memory. It begins after the first step, and
 again once a checkpoint holds more than a share of all rows. It is used by the checkpoints after its end. For a
-checkpoint, training waits while the touched rows and the other tensors are copied. A thread writes the file.
+checkpoint, training waits while the rows that moved since the last checkpoint, and the other tensors, are copied. The
+copies are kept in memory until the next full copy is there. A thread joins them and writes the file.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ from ranker.errors import UserError
 from ranker.models.admission import admission_of
 from ranker.runs.checkpoint_files import full_disk
 from ranker.runs.run_folder import STATE_DICT
-from ranker.runs.table_files import TABLES, copy_of, note_copy, read_copy, write_copy
-from ranker.training.touched_rows import TouchedRows, row_state, sparse_tables
+from ranker.runs.table_files import COPIES, copy_of, note_copy, read_copy, write_copy
+from ranker.training.touched_rows import Piece, Rows, TouchedRows, joined_rows, row_state, sparse_tables
 
 TABLE_ROWS = "table_rows"  # key in a checkpoint: what replaces rows of the full copy
 WEIGHT = "weight"
@@ -72,7 +73,7 @@ def completed(saved: dict[str, Any], path: Path, *, light: bool = False) -> dict
 def _full_copy(path: Path) -> dict[str, Tensor]:
     copy = copy_of(path)
     if copy is None or not copy.is_file():
-        raise UserError(f"{path} adds to the full copy {copy}, which is missing; copy the folder {TABLES} with it")
+        raise UserError(f"{path} adds to the full copy {copy}, which is missing; copy the folder {COPIES} with it")
     return read_copy(copy)
 
 
@@ -91,7 +92,7 @@ class DurableCheckpointIO(TorchCheckpointIO):
     def __init__(self, *, rows_above: float = 0.0, full_share: float = 0.25) -> None:
         self._rows_above, self._full_share = rows_above, full_share
         self._tables: _Tables | None = None
-        self._resumed: tuple[Path, dict[str, Tensor]] | None = None  # full copy, and the rows that moved since
+        self._resumed: tuple[Path, Piece] | None = None  # full copy, and the rows that moved since
         self._pool = ThreadPoolExecutor(1, "checkpoint")
         self._writing: tuple[Path, Future[None]] | None = None
 
@@ -110,7 +111,7 @@ class DurableCheckpointIO(TorchCheckpointIO):
             for name, x in sparse_tables(net).items()
             if kept and 2 * x.nbytes > kept
         }
-        self._tables = _Tables(large, net, optimizer, folder / TABLES, self._full_share) if large else None
+        self._tables = _Tables(large, net, optimizer, folder / COPIES, self._full_share) if large else None
         if self._tables and self._resumed:
             self._tables.resume(*self._resumed)
         self._resumed = None
@@ -138,7 +139,7 @@ class DurableCheckpointIO(TorchCheckpointIO):
             return
         self.settle()
         taken, copy = self._tables.taken(checkpoint)
-        self._writing = target, self._pool.submit(_write, taken, target, copy)
+        self._writing = target, self._pool.submit(_write_rows, taken, target, copy)
 
     def settle(self) -> None:
         """Waits until the last checkpoint is on the disk.
@@ -161,7 +162,7 @@ class DurableCheckpointIO(TorchCheckpointIO):
         about = saved.get(TABLE_ROWS)
         if about is not None:
             copy = copy_of(Path(path))
-            rows = {name: table["rows"].long() for name, table in about["tables"].items()}
+            rows = {name: Rows(table["rows"], table["tensors"]) for name, table in about["tables"].items()}
             self._resumed = None if copy is None else (copy, rows)
         return completed(saved, Path(path))
 
@@ -178,13 +179,32 @@ def _write(checkpoint: Mapping[str, Any], target: Path, copy: str = "") -> None:
         raise UserError(f"{target} cannot be written: {full_disk(error)}") from error
 
 
+def _write_rows(checkpoint: dict[str, Any], target: Path, copy: _Copy) -> None:
+    for name, rows in copy.joined().items():
+        checkpoint[TABLE_ROWS]["tables"][name] |= {"rows": rows.rows, "tensors": rows.tensors}
+    _write(checkpoint, target, copy.path.name)
+
+
 @dataclass
 class _Copy:
-    """A full copy, and the rows that have moved since it began."""
+    """A full copy, and the rows that have moved since it began, as they were at the last checkpoint.
+
+    Attributes:
+        path: the file.
+        pieces: rows of one or several checkpoints; of a row that is in several the last one counts.
+        written: None where the file is on the disk.
+    """
 
     path: Path
-    touched: TouchedRows
-    written: Future[None] | None = None  # None: it is on the disk
+    pieces: list[Piece]
+    written: Future[None] | None = None
+
+    def joined(self) -> Piece:
+        """All pieces as one, which replaces them. For one thread at a time; others may add pieces meanwhile."""
+        pieces = list(self.pieces)
+        one = {name: joined_rows([piece[name] for piece in pieces]) for name in pieces[0]}
+        self.pieces[: len(pieces)] = [one]
+        return one
 
 
 class _Tables:
@@ -203,6 +223,7 @@ class _Tables:
     ) -> None:
         self._tables, self._folder, self._full_share = tables, folder, full_share
         self._pool = ThreadPoolExecutor(1, "tables")
+        self._touched = TouchedRows(tables)  # since the last checkpoint
         self._current: _Copy | None = None
         self._coming: _Copy | None = None
         self._wanted = True  # a full copy is to begin after the next step
@@ -214,20 +235,16 @@ class _Tables:
             admission.on_reset.append(self._note_reset)
         self._follow(optimizer)
 
-    def resume(self, copy: Path, rows: Mapping[str, Tensor]) -> None:
+    def resume(self, copy: Path, rows: Piece) -> None:
         """Goes on from a full copy that an earlier attempt has written, and the rows that had moved since."""
         if copy.parent != self._folder or rows.keys() != self._tables.keys():
             return
         self._wanted = False
-        self._current = _Copy(copy, TouchedRows(self._tables))
-        for name, moved in rows.items():
-            self._current.touched.note(name, moved)
+        self._current = _Copy(copy, [dict(rows)])
 
     def before_step(self) -> None:
         """Marks the rows that the step is about to move."""
-        for copy in (self._current, self._coming):
-            if copy is not None:
-                copy.touched.note_gradients()
+        self._touched.note_gradients()
 
     def after_step(self, optimizer: Optimizer, step: int) -> None:
         """Follows the optimizer in use, and begins a full copy if one is wanted."""
@@ -237,38 +254,46 @@ class _Tables:
         if self._wanted:
             self._begin(step)
 
-    def taken(self, checkpoint: dict[str, Any]) -> tuple[dict[str, Any], str]:
-        """What the file of a checkpoint holds, copied, and the name of the full copy that it adds to.
+    def taken(self, checkpoint: dict[str, Any]) -> tuple[dict[str, Any], _Copy]:
+        """What the file of a checkpoint holds, copied but for the tables, and the full copy that it adds to.
 
         Raises:
             UserError: the full copy cannot be written.
         """
         copy = self._usable(int(checkpoint["global_step"]))
+        piece = self._moved()
+        for each in (self._current, self._coming):
+            if each is not None:
+                each.pieces.append(piece)
         states = dict(checkpoint[STATE_DICT])
         optimizer = dict(checkpoint["optimizer_states"][0])
         optimizer["state"] = {index: dict(state) for index, state in optimizer["state"].items()}
         order = [id(param) for group in self._optimizer.param_groups for param in group["params"]]
         keys = {value.data_ptr(): key for key, value in states.items() if isinstance(value, Tensor)}
-        tables, moved = {}, 0
+        tables = {}
         for name, table in self._tables.items():
-            rows, index = copy.touched.rows(name), order.index(id(table))
-            tensors = {WEIGHT: table.detach(), **row_state(self._optimizer, table)}
-            tables[name] = {
-                "key": keys[table.data_ptr()],
-                "index": index,
-                "shape": list(table.shape),
-                "rows": rows.to("cpu", torch.int32 if len(table) < 2**31 else torch.int64),
-                "tensors": {key: tensor.index_select(0, rows).cpu() for key, tensor in tensors.items()},
-            }
-            moved += len(rows)
-            del states[keys[table.data_ptr()]]
-            for key in tensors.keys() - {WEIGHT}:
-                del optimizer["state"][index][key]
+            key, index = keys[table.data_ptr()], order.index(id(table))
+            tables[name] = {"key": key, "index": index, "shape": list(table.shape)}
+            del states[key]
+            for kept in row_state(self._optimizer, table):
+                del optimizer["state"][index][kept]
+        # What the last checkpoint held: its thread has joined it, so no row counts twice.
+        moved = sum(len(rows.rows) for rows in copy.pieces[0].values()) if len(copy.pieces) > 1 else 0
         # It begins after the next step, so that none does at the end of a run.
         self._wanted = self._coming is None and moved > self._full_share * sum(map(len, self._tables.values()))
         rest = {key: value for key, value in checkpoint.items() if key not in (STATE_DICT, "optimizer_states")}
         small = copied({**rest, STATE_DICT: states, "optimizer_states": [optimizer]})
-        return {**small, TABLE_ROWS: {"tables": tables}}, copy.path.name
+        return {**small, TABLE_ROWS: {"tables": tables}}, copy
+
+    def _moved(self) -> Piece:
+        """The rows that moved since the last call, copied."""
+        piece = {}
+        for name, table in self._tables.items():
+            rows = self._touched.taken(name)
+            tensors = {WEIGHT: table.detach(), **row_state(self._optimizer, table)}
+            values = {key: tensor.index_select(0, rows).cpu() for key, tensor in tensors.items()}
+            piece[name] = Rows(rows.to("cpu", torch.int32 if len(table) < 2**31 else torch.int64), values)
+        return piece
 
     def prune(self, checkpoints: Iterable[Path]) -> None:
         """Removes full copies that none of these checkpoints, nor the next one, adds to."""
@@ -285,9 +310,8 @@ class _Tables:
     def _note_reset(self, weight: Tensor, rows: Tensor) -> None:
         """Marks rows that were forgotten and start anew. They may have no gradient in the step that resets them."""
         for name, table in self._tables.items():
-            for copy in (self._current, self._coming):
-                if table is weight and copy is not None:
-                    copy.touched.note(name, rows)
+            if table is weight:
+                self._touched.note(name, rows)
 
     def _invalidate(self, *_: Any) -> None:
         """Rows have moved in another way than by a step: neither full copy can be added to."""
@@ -302,7 +326,8 @@ class _Tables:
             for key, tensor in {WEIGHT: table.detach(), **row_state(self._optimizer, table)}.items()
         }
         self._wanted = False
-        self._coming = _Copy(path, TouchedRows(self._tables), self._pool.submit(write_copy, path, tensors))
+        # A piece of the next checkpoint has every row that moved since the last one, and so since now.
+        self._coming = _Copy(path, [], self._pool.submit(write_copy, path, tensors))
 
     def _usable(self, step: int) -> _Copy:
         """The newest full copy that is on the disk; waits for one where there is none.
@@ -319,6 +344,6 @@ class _Tables:
                 coming.written.result()
             except OSError as error:
                 raise UserError(f"{coming.path} cannot be written: {full_disk(error)}") from error
-            self._current = _Copy(coming.path, coming.touched)
+            self._current = _Copy(coming.path, coming.pieces)
         assert self._current is not None
         return self._current

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,8 +26,37 @@ def row_state(optimizer: Optimizer, table: Tensor) -> dict[str, Tensor]:
     return {key: x for key, x in state.items() if isinstance(x, Tensor) and x.shape == table.shape}
 
 
+@dataclass(frozen=True)
+class Rows:
+    """Rows of a table at some moment, on the CPU.
+
+    Attributes:
+        rows: their numbers [N]; a row may occur twice, with the same values.
+        tensors: weights and state of the optimizer by name, each [N, D].
+    """
+
+    rows: Tensor
+    tensors: dict[str, Tensor]
+
+
+Piece = dict[str, Rows]
+"""Rows of several tables, by the tables' names."""
+
+
+def joined_rows(parts: Sequence[Rows]) -> Rows:
+    """The rows of several moments, in the order of their numbers; of a row that is in several parts, the last one."""
+    rows = torch.cat([part.rows for part in parts])
+    order = torch.argsort(rows, stable=True)
+    found = rows[order]
+    last = torch.ones(len(found), dtype=torch.bool)
+    last[:-1] = found[1:] != found[:-1]
+    kept = order[last]
+    tensors = {key: torch.cat([part.tensors[key] for part in parts])[kept] for key in parts[0].tensors}
+    return Rows(rows[kept], tensors)
+
+
 class TouchedRows:
-    """Marks the rows of tables that steps move. A step costs time for its own rows alone.
+    """Collects the rows of tables that steps move, each once. A step costs time for its own rows alone.
 
     Args:
         tables: by name.
@@ -35,21 +65,28 @@ class TouchedRows:
     def __init__(self, tables: Mapping[str, Tensor]) -> None:
         self._tables = dict(tables)
         self._marks = {name: torch.zeros(len(x), dtype=torch.bool, device=x.device) for name, x in tables.items()}
+        self._found: dict[str, list[Tensor]] = {name: [] for name in tables}
 
     def note_gradients(self) -> None:
-        """Marks the rows of the gradients, just before a step. A dense gradient marks every row."""
+        """Adds the rows of the gradients, just before a step. A dense gradient adds every row."""
         for name, table in self._tables.items():
             if table.grad is None:
                 continue
             if table.grad.is_sparse:
                 self.note(name, table.grad._indices()[0])  # with repetitions: the step adds them up
             else:
-                self._marks[name].fill_(True)
+                self.note(name, torch.arange(len(table), device=table.device))
 
     def note(self, name: str, rows: Tensor) -> None:
-        """Marks rows of a table."""
-        self._marks[name][rows.to(self._marks[name].device)] = True
+        """Adds rows of a table."""
+        marks = self._marks[name]
+        new = rows[~marks[rows]]
+        marks[new] = True
+        self._found[name].append(new)
 
-    def rows(self, name: str) -> Tensor:
-        """The marked rows of a table, ascending, on its device."""
-        return self._marks[name].nonzero().view(-1)
+    def taken(self, name: str) -> Tensor:
+        """The rows that were added since the last call, on the table's device; those of one step may repeat."""
+        found, self._found[name] = self._found[name], []
+        rows = torch.cat(found) if found else self._marks[name].new_zeros(0, dtype=torch.int64)
+        self._marks[name][rows] = False
+        return rows

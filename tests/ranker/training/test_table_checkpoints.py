@@ -20,7 +20,7 @@ from ranker.errors import UserError
 from ranker.export.release import Weights
 from ranker.runs import table_files
 from ranker.runs.checkpoint_files import by_step, damage, newest_intact
-from ranker.runs.table_files import TABLES, copy_of, read_copy, write_copy
+from ranker.runs.table_files import COPIES, copy_of, read_copy, write_copy
 from ranker.training import table_checkpoints
 from ranker.training.checkpoints import Checkpoints
 from ranker.training.resumption import Resumption
@@ -73,7 +73,7 @@ def test_they_are_the_checkpoints_that_hold_everything(fit: Fit, tmp_path: Path,
 
     assert_same(tmp_path / "rows", tmp_path / "whole")
     copies = {copy_of(path) for path in by_step(tmp_path / "rows")}
-    assert {path for path in (tmp_path / "rows" / TABLES).iterdir() if path not in copies} == set()
+    assert {path for path in (tmp_path / "rows" / COPIES).iterdir() if path not in copies} == set()
     begun = {int(path.name.split("-")[0].removeprefix("from=")) for path in copies if path}
     assert begun == {1} if full_share == 0.9 else min(begun) > 1, "how often a full copy is made"
 
@@ -117,7 +117,7 @@ def test_a_resumed_run_goes_on_from_the_full_copy_and_ends_with_the_same_bits(fi
 
     assert same(again.lightning_module.net.state_dict(), whole.lightning_module.net.state_dict())
     assert_same(folder, tmp_path / "whole")
-    assert len(list((folder / TABLES).iterdir())) == 1, "one full copy for all attempts"
+    assert len(list((folder / COPIES).iterdir())) == 1, "one full copy for all attempts"
 
 
 def test_after_weights_were_put_back_a_new_full_copy_is_made(fit: Fit, tmp_path: Path) -> None:
@@ -131,13 +131,13 @@ def test_tables_with_dense_gradients_or_below_the_limit_are_saved_whole(fit: Fit
     fit([Checkpoints(tmp_path / "small", every=24)], sparse=True, plugins=[DurableCheckpointIO(rows_above=1.0)])
     for folder in (tmp_path / "dense", tmp_path / "small"):
         assert TABLE in torch.load(by_step(folder)[-1], weights_only=True)["state_dict"]
-        assert not (folder / TABLES).exists()
+        assert not (folder / COPIES).exists()
 
 
 def test_a_missing_or_damaged_full_copy_is_found_before_it_is_used(fit: Fit, tmp_path: Path) -> None:
     trainer = fit([Checkpoints(tmp_path, every=24)], sparse=True, plugins=[by_rows(0.9)])
     newest = by_step(tmp_path)[-1]
-    (copy,) = (tmp_path / TABLES).iterdir()
+    (copy,) = (tmp_path / COPIES).iterdir()
     assert damage(newest) is None
     assert newest_intact(tmp_path, say=print) == newest
     module = trainer.lightning_module
@@ -198,8 +198,8 @@ def test_a_full_disk_is_said_in_one_line_and_earlier_checkpoints_stay(
 
 
 def test_what_a_killed_process_left_is_removed(fit: Fit, tmp_path: Path) -> None:
-    (tmp_path / TABLES).mkdir()
-    left = [tmp_path / TABLES / ".from=3-00000000.zip.99.tmp", tmp_path / TABLES / "from=3-00000000.zip"]
+    (tmp_path / COPIES).mkdir()
+    left = [tmp_path / COPIES / ".from=3-00000000.zip.99.tmp", tmp_path / COPIES / "from=3-00000000.zip"]
     for path in left:
         path.write_bytes(b"half")
     fit([Checkpoints(tmp_path, every=24)], sparse=True, plugins=[by_rows(0.9)])
