@@ -146,7 +146,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--rows", type=int, default=1024, help="rows a step and process")
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--json", type=Path, help="write the rows here")
-    given, given.overrides = parser.parse_known_args(arguments)
+    given, others = parser.parse_known_args(arguments)
+    given.overrides = others
     if given.steps < 30:
         parser.error("--steps must be 30 or more: 10 of them are counted, after a warm-up")
     return report(measure(given), given.json, title=f"{given.rows} rows a process")

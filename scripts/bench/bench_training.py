@@ -188,7 +188,8 @@ def check_installed(library: str, python: str) -> None:
         RuntimeError: the interpreter, or the library in its environment, is missing.
     """
     try:
-        run([python, "-c", f"from importlib.metadata import version; version({library!r})"], threads=1)
+        package = {"evenkeel": "evenkeel-ranker"}.get(library, library)  # as it is called where it is installed
+        run([python, "-c", f"from importlib.metadata import version; version({package!r})"], threads=1)
     except (RuntimeError, OSError) as error:
         option = f"--{library.removesuffix('-torch').removeprefix('torch-')}-python"
         raise RuntimeError(f"no {library} for {python}: install it there, or name another with {option}") from error

@@ -143,7 +143,7 @@ def build(cfg: DictConfig, folder: RunFolder, checkpoint: Path | None, parent: P
         module.tables.folder = folder.checkpoints
     _check_optimizer(module)
     bookkeeping, interruption = Bookkeeping(), Interruption()
-    stability, others = _configured_callbacks(_what_works(cfg), folder, speed=bookkeeping.examples_per_second)
+    stability, others = _configured_callbacks(_what_works(cfg, module), folder, speed=bookkeeping.examples_per_second)
     other = stability.rollback.optim if stability.rollback else None
     resumption = None if checkpoint is None else Resumption.of(checkpoint, module, other=other)
     warm_start = None
@@ -449,7 +449,7 @@ def _check_devices(cfg: DictConfig) -> None:
         raise UserError(f"trainer.devices must be 1 or more (or -1 or auto for all), got {asked}")
 
 
-def _what_works(cfg: DictConfig) -> DictConfig:
+def _what_works(cfg: DictConfig, module: RankingModule) -> DictConfig:
     """The configuration of the callbacks: without what needs whole weights, where they are sharded. Says so once.
 
     Raises:
@@ -458,7 +458,7 @@ def _what_works(cfg: DictConfig) -> DictConfig:
     if (OmegaConf.select(cfg, "trainer.strategy._target_", default="") or "").endswith(".WatchedFSDP"):
         from ranker.training.fsdp import with_what_works  # imported late: it takes a second
 
-        reduced, off = with_what_works(cfg)
+        reduced, off = with_what_works(cfg, module.net)
         if off and getattr(rank_zero_only, "rank", 0) == 0:
             print(f"trainer=fsdp: {', '.join(off)} switched off, which need whole weights", flush=True)
         return reduced

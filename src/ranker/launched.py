@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+_NO_STEP = 0xFFFFFFF0  # from here on SLURM numbers what is no step of srun, such as the batch script
+
 
 @dataclass(frozen=True)
 class Launch:
@@ -49,7 +51,8 @@ def launch(environment: Mapping[str, str] = os.environ) -> Launch | None:
         )
     size = int(environment.get("SLURM_NTASKS", 1))
     interactive = environment.get("SLURM_JOB_NAME") in ("bash", "interactive")
-    if size > 1 and not interactive and {"SLURM_STEP_ID", "SLURM_STEPID"} & environment.keys():
+    step = environment.get("SLURM_STEP_ID", environment.get("SLURM_STEPID", ""))
+    if size > 1 and not interactive and step.isdecimal() and int(step) < _NO_STEP:
         nodes = int(environment.get("SLURM_NNODES", 1))
         return Launch("srun", rank=int(environment["SLURM_PROCID"]), size=size, local_size=max(1, size // nodes))
     return None

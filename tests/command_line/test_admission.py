@@ -121,6 +121,7 @@ def test_a_run_that_goes_on_from_a_checkpoint_ends_with_the_same_bits(
     assert ids(tmp_path) == ids(whole.folder)
 
 
+@pytest.mark.slow
 def test_two_ranks_decide_as_one(whole: Finished, log: Path, tmp_path: Path) -> None:
     process = train_process(*SETTINGS, *TWO_RANKS, f"data.source={log}", f"hydra.run.dir={tmp_path}")
     _, errors = process.communicate(timeout=200)

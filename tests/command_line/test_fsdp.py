@@ -5,14 +5,19 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
+from torch import nn
 
 from ranker import config
+from ranker.data.synthetic import synthetic_schema
 from ranker.errors import UserError
+from ranker.models.embeddings import EmbeddingTables
 from ranker.training.fsdp import with_what_works
 from support import (
     ROOT,
@@ -116,6 +121,7 @@ def test_a_run_that_was_killed_ends_as_if_it_had_not_been_and_goes_on_anywhere(
         ("train.average_decay=0.99", r"train\.average_decay=0\.99 averages"),
         ("model.net.sparse_embeddings=true", "makes gradients that cannot be sharded"),
         ("callbacks.sharpness.every=10", "multiplies with a Hessian"),
+        ("embeddings=torchrec", "has tables that are sharded already"),
         ("warm_start.path=runs/x", "takes over whole weights"),
         ("trainer.precision=16-mixed", "precision=16-mixed is not tested"),
     ],
@@ -130,3 +136,17 @@ def test_what_needs_whole_weights_is_refused(override: str, said: str) -> None:
     assert (reduced.callbacks.capsules, plain.callbacks.early_signs.every) == (None, 20)
     with pytest.raises(UserError, match=said):
         with_what_works(cfg)
+
+
+def test_tables_that_admit_ids_by_count_are_refused() -> None:
+    config.register()
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        cfg = compose("config", overrides=["trainer=fsdp"])
+    plain = synthetic_schema(num_users=20, num_items=20, signals=0, embedding_dim=4)
+    first, *others = plain.categorical
+    counted = replace(plain, categorical=(replace(first, admit_after=2), *others))
+    for schema, refused in ((plain, False), (counted, True)):
+        net = nn.Module()
+        net.embeddings = EmbeddingTables(schema)
+        with pytest.raises(UserError, match="admits ids by count") if refused else nullcontext():
+            with_what_works(cfg, net)

@@ -24,7 +24,7 @@ from support import ROOT, TINY, TWO_RANKS, Finished, assert_equal, finished, met
 
 LONGER = ("data.log.train_rows=15360", "train.checkpoint_every=7", "train.eval_every=20", "train.log_every=1")
 ON_CPU = ("trainer=ddp", "trainer.accelerator=cpu")
-SECONDS = 30  # after a death: 10 are promised on an idle machine
+SECONDS = 60  # after a death: 10 are promised on an idle machine
 
 
 def free_port() -> int:
@@ -61,8 +61,12 @@ def on_two_nodes(
     ]
 
 
-def end_of(nodes: list[subprocess.Popen[str]], seconds: float = 250) -> Ended:
-    said = [node.communicate(timeout=seconds) for node in nodes]
+def end_of(nodes: list[subprocess.Popen[str]], seconds: float = 600) -> Ended:
+    try:
+        said = [node.communicate(timeout=seconds) for node in nodes]
+    finally:
+        for node in nodes:
+            node.terminate()  # an agent of torchrun ends its workers
     return Ended(*("".join(texts) for texts in zip(*said, strict=True)), tuple(node.returncode for node in nodes))
 
 

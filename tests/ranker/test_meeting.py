@@ -55,7 +55,8 @@ def met(entrance: TCPStore, known: list[str]) -> tuple[list[TCPStore], list[str]
         (SRUN, Launch("srun", rank=3, size=8, local_size=2)),
         (SRUN | {"SLURM_NTASKS": "1"}, None),
         (SRUN | {"SLURM_JOB_NAME": "interactive"}, None),
-        ({name: value for name, value in SRUN.items() if name != "SLURM_STEP_ID"}, None),  # the batch script itself
+        (SRUN | {"SLURM_STEP_ID": "4294967291"}, None),  # the batch script itself
+        ({name: value for name, value in SRUN.items() if name != "SLURM_STEP_ID"}, None),
     ],
 )
 def test_a_process_knows_who_started_it(environment: dict[str, str], expected: Launch | None) -> None:

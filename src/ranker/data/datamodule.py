@@ -105,6 +105,10 @@ class RankingDataModule(pl.LightningDataModule):
         self._log, self._keep_groups, self._passes = log, keep_groups, passes
         if isinstance(log, Log):
             self._check_log(log)
+        if strips > 1 and batch_size < 4 * strips:
+            raise UserError(
+                f"data.strips={strips} needs batches of {4 * strips} rows or more, scale.batch_size is {batch_size}"
+            )
         self._batch_size, self._eval_batch_size = batch_size, eval_batch_size or batch_size
         self._window, self._seed = window, seed
         self._num_workers, self._eval_max_rows = num_workers, eval_max_rows

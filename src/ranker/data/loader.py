@@ -38,8 +38,8 @@ class _Window:
     """
 
     rows: Batch
-    first: int  # of the rows that are read, counted from the first of the window
-    order: Tensor
+    order: Tensor  # of all rows of the window; with several strips of this rank's rows, counted from its first
+    ends: list[int]  # with several strips: how many of this rank's rows the first k batches have
     known: tuple[DenseStatistics, DenseStatistics] | None
 
 
@@ -167,15 +167,21 @@ class WindowedLoader:
         rows = Batch.concat(batches) if len(batches) > 1 else batches[0]
         low, high = self._part(window)
         rows = rows if len(rows) == high - low else rows.slice(0, high - low)
-        order = torch.from_numpy(self._plan.order(window, seed=self._seed, keys=self._keys(rows)))
+        ends: list[int] = []
+        if self._plan.strips > 1:
+            place = {"rank": self._rank, "world_size": self._world_size}
+            mine, counts = self._plan.order_in_strips(window, seed=self._seed, **place)
+            order, ends = torch.from_numpy(mine - low), counts.tolist()
+        else:
+            order = torch.from_numpy(self._plan.order(window, seed=self._seed, keys=self._keys(rows)))
         if self._past is None:
-            return _Window(rows, low, order, None)
+            return _Window(rows, order, ends, None)
         earlier = previous.result().known if previous is not None else None
         before = earlier[1] if earlier is not None else self._past.before(window)
         own = DenseStatistics.of(rows)
         if (window == 0 and not self._past.carried) or not before.rows:  # raw values here would jump afterwards
-            return _Window(own.normalise(rows), low, order, (own, own))
-        return _Window(before.normalise(rows), low, order, (before, before.joined(own)))
+            return _Window(own.normalise(rows), order, ends, (own, own))
+        return _Window(before.normalise(rows), order, ends, (before, before.joined(own)))
 
     def _part(self, window: int) -> tuple[int, int]:
         return self._plan.part(window, rank=self._rank, world_size=self._world_size)
@@ -190,11 +196,10 @@ class WindowedLoader:
         keys, rank = self._keys(drawn.rows), {"rank": self._rank, "world_size": self._world_size}
         shares = []
         for begin in range(place * size, (place + count) * size, size):
-            chosen = drawn.order[begin : begin + size]
-            if self._plan.strips > 1:
-                own = chosen - drawn.first
-                shares.append(own[(own >= 0) & (own < len(drawn.rows))])
+            if drawn.ends:
+                shares.append(drawn.order[drawn.ends[begin // size] : drawn.ends[begin // size + 1]])
                 continue
+            chosen = drawn.order[begin : begin + size]
             low, high = share(len(chosen), **rank) if keys is None else share_of_groups(keys[chosen.numpy()], **rank)
             shares.append(chosen[low:high])
         rows = drawn.rows.take(joined(shares))
@@ -206,7 +211,7 @@ class WindowedLoader:
             for i, (low, high) in enumerate(pairwise(bounds))
         ]
         if self._opening and place == 0 and (self._new_windows is None or window < self._new_windows):
-            part = (0, len(drawn.rows)) if self._plan.strips > 1 else share(len(drawn.order), **rank)
+            part = (0, len(drawn.rows)) if drawn.ends else share(len(drawn.order), **rank)
             opening = drawn.rows.slice(*part)
             batches[0] = replace(batches[0], opening=replace(opening, window=window))
         return batches, drawn.known

@@ -13,6 +13,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -82,9 +83,36 @@ class WindowPlan:
 
     def order(self, window: int, *, seed: int, keys: Positions | None = None) -> Positions:
         """The random order of a window's rows, int64 [rows]; of its groups where keys are given."""
+        if self.strips > 1:
+            return self.order_in_strips(window, seed=seed)[0]
         start, stop = self.rows(window)
-        order = permutation(seed=seed, window=self.windows_before + window, rows=stop - start, keys=keys)
-        return order if self.strips == 1 else in_strips(order, strips=self.strips, batch_size=self.batch_size)
+        return permutation(seed=seed, window=self.windows_before + window, rows=stop - start, keys=keys)
+
+    def order_in_strips(
+        self, window: int, *, seed: int, rank: int = 0, world_size: int = 1
+    ) -> tuple[Positions, Positions]:
+        """The random order in which batches take the rows of a rank's strips.
+
+        The first k batches have k B of the N rows of the window. Of the strips up to s, which have b_s rows, they have
+        floor(b_s k B / N). So the counts of all strips add up to the size of each batch, each strip is taken in
+        proportion to within a row, and no rank needs to see another one's rows.
+
+        Returns:
+            The rows in order, int64, counted from the window's first. How many of them the first k batches have,
+            int64 [batches + 1].
+        """
+        start, stop = self.rows(window)
+        low, high = share(self.strips, rank=rank, world_size=world_size)
+        bounds = (stop - start) * np.arange(low, high + 1, dtype=np.int64) // self.strips
+        drawn = np.minimum(np.arange(self.batches(window) + 1, dtype=np.int64) * self.batch_size, stop - start)
+        taken = np.diff(bounds * drawn[:, None] // (stop - start), axis=1)  # [batches + 1, strips]
+        orders, batches = [np.zeros(0, dtype=np.int64)], [np.zeros(0, dtype=np.int64)]
+        for number, (first, after) in enumerate(pairwise(bounds.tolist())):
+            key = {"seed": seed, "window": self.windows_before + window, "strip": low + number}
+            orders.append(first + in_strip(**key, rows=after - first))
+            batches.append(np.repeat(np.arange(len(drawn) - 1), np.diff(taken[:, number])))
+        by_batch = np.argsort(np.concatenate(batches), kind="stable")  # inside a batch in the order of the strips
+        return np.concatenate(orders)[by_batch], taken.sum(axis=1)
 
     def part(self, window: int, *, rank: int, world_size: int) -> tuple[int, int]:
         """The rows of a window that a rank reads, counted from its first: its strips, or all if there is one strip."""
@@ -92,7 +120,7 @@ class WindowPlan:
         if self.strips == 1:
             return 0, stop - start
         low, high = share(self.strips, rank=rank, world_size=world_size)
-        return tuple((stop - start) * strip // self.strips for strip in (low, high))  # type: ignore[return-value]
+        return (stop - start) * low // self.strips, (stop - start) * high // self.strips
 
     def batches(self, window: int) -> int:
         """Number of global batches of a window."""
@@ -170,27 +198,11 @@ def permutation(*, seed: int, window: int, rows: int, keys: Positions | None = N
     return np.lexsort((order, place[group]))
 
 
-def in_strips(order: Positions, *, strips: int, batch_size: int) -> Positions:
-    """A random order in which every batch has an equal share of its rows from each strip of the window.
-
-    Each strip's rows come in the random order in which the given one has them. The j-th of the n rows of a strip gets
-    the place (j + 1/2) / n, and the rows of all strips are merged by place. So the first k rows have k/rows of each
-    strip, to within one row. Inside a batch, rows are put in the order of the strips.
-
-    Args:
-        order: a random order of the window's rows.
-        strips: number of strips; strip s has rows rows * s // strips .. rows * (s + 1) // strips - 1.
-        batch_size: rows of a batch.
-    """
-    rows = len(order)
-    bounds = rows * np.arange(strips + 1, dtype=np.int64) // strips
-    strip = np.searchsorted(bounds, order, side="right") - 1
-    by_strip = np.argsort(strip, kind="stable")
-    number = np.empty(rows, dtype=np.int64)  # of each row within its strip
-    number[by_strip] = np.arange(rows) - bounds[strip[by_strip]]
-    merged = np.lexsort((strip, (number + 0.5) / np.diff(bounds)[strip]))
-    batch = np.arange(rows) // batch_size
-    return order[merged[np.lexsort((strip[merged], batch))]]
+def in_strip(*, seed: int, window: int, strip: int, rows: int) -> Positions:
+    """A random order of the rows of a strip, int64 [rows]. As ``permutation``, with a stream for each strip."""
+    key = np.array([seed % 2**64, window], dtype=np.uint64)
+    counter = np.array([0, 0, 0, strip + 1], dtype=np.uint64)  # streams are 2^192 draws apart
+    return np.random.RandomState(np.random.Philox(key=key, counter=counter)).permutation(rows)
 
 
 def share(rows: int, *, rank: int, world_size: int) -> tuple[int, int]:

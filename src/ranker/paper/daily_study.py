@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import polars as pl
 
@@ -33,6 +34,7 @@ BETWEEN = {
     "floor": "accumulators floored",
 }
 COLOURS = {"keep": "#1f4e79", "reset": "#c0392b", "decay": "#e08e0b", "floor": "#3a7d44"}
+SAME_AUC = 0.001  # differences up to this are none
 SOON = 10  # steps after midnight in which a divergence counts as one of the boundary
 
 
@@ -47,7 +49,7 @@ def daily_sections(data: Data, found: Found) -> Sections:
         "losses": _losses(runs),
         "midnight": _midnight(runs),
         "scratch": _scratch(data, runs),
-        "recommendation": _recommendation(runs),
+        "recommendation": _recommendation(data, runs),
     }
 
 
@@ -92,8 +94,6 @@ def _quality(data: Data, runs: pl.DataFrame) -> str:
             found = chains(runs, optim, way)
             if not found:
                 continue
-            days = sum(part.height for part in found)
-            lost = sum(part.filter(pl.col("status") == "lost").height for part in found)
             hurt = sum(bool(lost_days(part)) for part in found)
             kept = [part for part in found if way != ENDLESS or not lost_days(part)]
             aucs, nes = ([late(part, data)[name].mean() for part in kept] for name in ("auc", "ne"))
@@ -102,7 +102,7 @@ def _quality(data: Data, runs: pl.DataFrame) -> str:
                     NAMES[optim],
                     "one endless run" if way == ENDLESS else BETWEEN[way],
                     f"{hurt} of {len(found)}",
-                    "-" if way == ENDLESS else f"{lost} of {days}",
+                    "-" if way == ENDLESS else _lost(found),
                     spread(aucs, percent=True) or "-",  # type: ignore[arg-type]
                     spread(nes) or "-",  # type: ignore[arg-type]
                 ]
@@ -194,42 +194,41 @@ def _scratch(data: Data, runs: pl.DataFrame) -> str:
     return as_markdown([*head, "of the chain, accumulators kept"], rows)
 
 
-def _recommendation(runs: pl.DataFrame) -> str:
-    """Which way loses fewest days for each optimizer and, among those, serves the best AUC."""
-    lines: list[str] = []
-    resets: list[str] = []
-    counts: list[tuple[int, int]] = []
+def _recommendation(data: Data, runs: pl.DataFrame) -> str:
+    """Which way serves the best AUC for each optimizer, and when resets are lost."""
+    lines, after = [], []
     for optim in METHODS:
-        ranked = []
-        for order, way in enumerate(WAYS):
-            found = chains(runs, optim, way)
-            if found:
-                lost = sum(part.filter(pl.col("status") == "lost").height for part in found)
-                days = sum(part.height for part in found)
-                aucs = pl.Series([part["auc"].mean() for part in found], dtype=pl.Float64).drop_nulls()
-                auc = aucs.mean() if aucs.len() else math.nan
-                assert isinstance(auc, float)
-                ranked.append(((lost / days, -auc, order), BETWEEN[way], f"{lost} of {days}", _percent(auc)))
-        if not ranked:
+        found = {way: parts for way in WAYS if (parts := chains(runs, optim, way))}
+        if not found:
             continue
-        ranked.sort()
-        _, best, lost_of, auc_of = ranked[0]
-        others = "; ".join(f"{words}: {share}, {auc}" for _, words, share, auc in ranked[1:])
-        lines.append(
-            f"- {NAMES[optim]}: **{best}**, {lost_of} days lost, mean AUC of what was served {auc_of} ({others})."
-        )
-        events = runs.filter(pl.col("optim") == optim, pl.col("way") == "reset").drop_nulls("event_step")["event_step"]
-        resets.append(NAMES[optim])
-        counts.append((int((events <= SOON).sum()), events.len()))
-    soon, every = (sum(row[at] for row in counts) for at in (0, 1))
-    if every:
-        parts = ", ".join(f"{name} {n} of {total}" for name, (n, total) in zip(resets, counts, strict=True) if total)
-        lines.append(
-            f"\nAfter a reset, {soon} of {every} divergences begin in the first {SOON} steps of the day ({parts})."
-        )
-    else:
-        lines.append("\nNo model was lost after a reset.")
-    return "\n".join(lines) + "\n"
+        # A model that was lost costs the AUC of the days on which an older one is served, so the AUC counts it already.
+        aucs = {way: _mean([late(part, data)["auc"].mean() for part in parts]) for way, parts in found.items()}
+        known = {way: auc for way, auc in aucs.items() if auc is not None}
+        best = max(known, key=lambda way: known[way], default=None)
+        if best is None:
+            continue
+        chosen = KEEP if known.get(KEEP, -math.inf) >= known[best] - SAME_AUC else best
+        why = "" if chosen == best else f" (nothing is more than {100 * SAME_AUC:g} AUC points better)"
+        served = [
+            f"{BETWEEN[way].removeprefix('accumulators ')} {_percent(aucs[way])}, {_lost(found[way])} days lost"
+            for way in found
+        ]
+        lines.append(f"- {NAMES[optim]}: **{BETWEEN[chosen]}**{why}. AUC served: {'; '.join(served)}.")
+        steps = runs.filter(pl.col("optim") == optim, pl.col("way") == "reset").drop_nulls("event_step")["event_step"]
+        if steps.len():
+            after.append(f"{NAMES[optim]} {int((steps <= SOON).sum())} of {steps.len()}")
+    said = f"Divergences in the first {SOON} steps after a reset: {', '.join(after)}." if after else ""
+    return "\n".join([*lines, "", said or "No model was lost after a reset."]) + "\n"
+
+
+def _lost(parts: list[pl.DataFrame]) -> str:
+    """Days lost of days seen."""
+    return f"{sum(part.filter(pl.col('status') == 'lost').height for part in parts)} of {sum(p.height for p in parts)}"
+
+
+def _mean(values: list[Any]) -> float | None:
+    known = [float(value) for value in values if value is not None]
+    return sum(known) / len(known) if known else None
 
 
 def draw_daily(data: Data, found: Found, destination: Path) -> None:
@@ -238,13 +237,10 @@ def draw_daily(data: Data, found: Found, destination: Path) -> None:
     if runs.is_empty():
         return
     shown = [optim for optim in METHODS if any(chains(runs, optim, way) for way in WAYS)]
-    picture, axes = figure(
-        rows=len(shown), width=7.5, height=2.3 * len(shown) + 0.5, sharex=True, sharey=True, squeeze=False
-    )
-    seen = list(runs["auc"].drop_nulls())
-    low, high = (min(seen), max(seen)) if seen else (0.5, 1.0)
-    gap = 0.06 * (high - low)
-    for here, optim in zip(axes[:, 0], shown, strict=True):
+    picture, axes = figure(rows=len(shown), width=7.5, height=2.3 * len(shown) + 0.5, sharex=True, squeeze=False)
+    for here, optim in zip(axes[:, 0], shown, strict=True):  # each on its own scale: only naive Adagrad falls to 0.5
+        aucs = runs.filter(pl.col("optim") == optim)["auc"].drop_nulls().to_list() or [0.5, 1.0]
+        low, gap = min(aucs), 0.07 * (max(aucs) - min(aucs))
         for place, way in enumerate(WAYS):
             parts = chains(runs, optim, way)
             if not parts:
@@ -276,8 +272,8 @@ def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.3g}"
 
 
-def _percent(value: float) -> str:
-    return f"{100 * value:.2f}" if math.isfinite(value) else "-"
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.2f}"
 
 
 def _no_jobs(*_: object) -> list[tuple[str, ...]]:

@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
 from ranker.errors import UserError
+from ranker.models.admission import admission_of
 from ranker.training.ddp import Watched
 
 LEAST = 65_536  # parameters of a linear layer that is gathered alone; smaller ones come together
@@ -34,6 +35,7 @@ REFUSED = {
     "train.average_decay": (0, "averages whole weights"),
     "train.compile": (False, "is not tested with it"),
     "model.net.sparse_embeddings": (False, "makes gradients that cannot be sharded"),
+    "embeddings.name": ("local", "has tables that are sharded already"),
     "warm_start.path": (None, "takes over whole weights; one rank or trainer=ddp can do it"),
 }
 
@@ -140,8 +142,12 @@ def _as(value: Any, own: Any) -> Any:
     return value
 
 
-def with_what_works(cfg: DictConfig) -> tuple[DictConfig, list[str]]:
+def with_what_works(cfg: DictConfig, net: nn.Module | None = None) -> tuple[DictConfig, list[str]]:
     """A configuration without what looks at whole weights, for the callbacks of a run with sharded ones.
+
+    Args:
+        cfg: the configuration.
+        net: the model, before it is sharded.
 
     Returns:
         The configuration, and the options that were switched off.
@@ -153,6 +159,8 @@ def with_what_works(cfg: DictConfig) -> tuple[DictConfig, list[str]]:
         given = OmegaConf.select(cfg, name, default=None)
         if given is not None and given != needed:
             raise UserError(f"{name}={given} {why}, which trainer=fsdp does not have; leave it out, or use trainer=ddp")
+    if net is not None and admission_of(net) is not None:
+        raise UserError("the schema admits ids by count, which changes rows of whole tables; use trainer=ddp")
     if str(cfg.trainer.precision) not in ("32", "32-true", "bf16-mixed"):
         raise UserError(f"trainer.precision={cfg.trainer.precision} is not tested with trainer=fsdp; use bf16-mixed")
     reduced, names = cfg.copy(), []

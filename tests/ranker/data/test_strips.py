@@ -8,7 +8,7 @@ import pytest
 from ranker.data.datamodule import RankingDataModule
 from ranker.data.loader import EvalLoader, WindowedLoader
 from ranker.data.parquet_log import ParquetLog
-from ranker.data.windows import WindowPlan, in_strips, permutation
+from ranker.data.windows import WindowPlan
 from ranker.errors import UserError
 
 GROUP, BATCH = 25, 40  # rows of a row group and of a batch
@@ -63,19 +63,25 @@ def test_any_number_of_ranks_draws_the_same_batches(log, world_size, window):
     assert sorted(row for batch in alone for row in batch.row_B.tolist()) == list(range(ROWS // window * window))
 
 
-def test_a_batch_has_the_same_share_of_each_strip_at_random():
-    order = in_strips(permutation(seed=0, window=0, rows=1000), strips=8, batch_size=64)
+@pytest.mark.parametrize("rows", [1000, 999, 65, 3])
+def test_a_batch_has_the_same_share_of_each_strip_at_random(rows):
+    def order(seed):
+        return WindowPlan(starts=np.array([0, rows]), batch_size=64, strips=8).order(0, seed=seed)
 
-    assert sorted(order) == list(range(1000))
-    for start in range(0, 1000, 64):
-        batch = order[start : start + 64]
-        counts = np.bincount(batch // 125, minlength=8)
-        assert abs(counts - len(batch) / 8).max() <= 1
-        assert (np.diff(batch // 125) >= 0).all(), "in the order of the strips"
-    first = [in_strips(permutation(seed=s, window=0, rows=16), strips=4, batch_size=4)[:4] for s in range(400)]
-    drawn = np.bincount(np.concatenate(first), minlength=16)
-    assert drawn.min() > 60
-    assert drawn.max() < 140
+    assert sorted(order(0)) == list(range(rows))
+    bounds = rows * np.arange(9) // 8
+    for start in range(0, rows, 64):
+        batch = order(0)[start : start + 64]
+        strips = np.searchsorted(bounds, batch, side="right") - 1
+        assert abs(np.bincount(strips, minlength=8) - len(batch) * np.diff(bounds) / rows).max() < 2
+        assert (np.diff(strips) >= 0).all(), "in the order of the strips"
+    if rows == 1000:
+        drawn = np.bincount(np.concatenate([order(seed)[:64] for seed in range(300)]), minlength=rows)
+        assert drawn.sum() == 300 * 64
+        assert abs(drawn - 19.2).max() < 6 * 19.2**0.5, "any row may be in the first batch"
+        assert (order(1) != order(2)).any()
+        later = WindowPlan(starts=np.array([0, rows]), batch_size=64, strips=8, windows_before=1).order(0, seed=0)
+        assert (later != order(0)).any(), "each window has an order of its own"
 
 
 def test_the_opening_of_a_window_is_scored_once_over_all_ranks(log):
@@ -108,6 +114,7 @@ def test_a_rank_evaluates_a_contiguous_part_of_the_hold_out(log, decoded, world_
         ({"strips": 0}, r"data\.strips must be at least 1"),
         ({"strips": 1.5}, r"data\.strips must be a whole number"),
         ({"strips": 2, "dense_statistics": "past_windows"}, r"data\.dense_statistics=past_windows needs"),
+        ({"strips": 11}, r"data\.strips=11 needs batches of 44 rows or more, scale\.batch_size is 40"),
         ({"strips": 2, "keep_groups": "user"}, r"data\.keep_groups needs"),
     ],
 )

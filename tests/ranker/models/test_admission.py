@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 from collections import Counter
 
 import numpy as np
@@ -13,7 +14,7 @@ from optim import build_optimizer
 from ranker.data.batch import Batch, Ragged
 from ranker.data.schema import CategoricalFeature, Schema, Task
 from ranker.errors import UserError
-from ranker.models import SharedBottom
+from ranker.models import SharedBottom, admission
 from ranker.models.admission import INIT_RANGE, MINUTE_MS, admission_of, fresh_rows, observe
 from ranker.models.embeddings import tables_made_by
 from support import assert_equal
@@ -188,6 +189,50 @@ def test_shares_in_any_order_and_a_restored_state_give_the_same_bits(method):
         observe(*whole, [found])
         observe(*joined, [found.slice(3, 4), found.slice(0, 3)])
     assert_equal(dict(admission_of(whole[0]).state_dict()), dict(admission_of(joined[0]).state_dict()))
+
+
+class Ranks:
+    """torch.distributed for threads: each is a rank."""
+
+    def __init__(self, world):
+        self._world, self._barrier, self._given = world, threading.Barrier(world), [None] * world
+
+    is_available = is_initialized = staticmethod(lambda: True)
+
+    def get_world_size(self):
+        return self._world
+
+    def all_gather(self, found, own):
+        self._given[int(threading.current_thread().name)] = own
+        self._barrier.wait(10)
+        for place, given in zip(found, self._given, strict=True):
+            place.copy_(given)
+        self._barrier.wait(10)
+
+
+def test_ranks_with_shares_of_their_own_decide_as_one(monkeypatch):
+    """test_two_ranks_decide_as_one does the same with processes."""
+    batches, shares = stream(steps=40, rows=5), [(0, 3), (3, 5)]
+    alone, optimizer = made()
+    for found in batches:
+        observe(alone, optimizer, [found])
+    nets = [made() for _ in shares]
+    ranks = Ranks(2)
+    monkeypatch.setattr(admission, "dist", ranks)
+
+    def train(number):
+        for k, found in enumerate(batches):
+            low, high = shares[number] if k % 7 else ((0, 5), (5, 5))[number]  # a rank may have no row
+            observe(*nets[number], [found.slice(low, high)])
+
+    threads = [threading.Thread(target=train, args=(number,), name=str(number)) for number in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    for net, _ in nets:
+        assert_equal(dict(alone.state_dict()), dict(net.state_dict()))
+    assert admission_of(alone).values()["shop/evicted"] > 0
 
 
 def test_an_evaluation_counts_nothing_and_a_share_may_be_empty():

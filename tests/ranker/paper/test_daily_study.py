@@ -146,11 +146,12 @@ def test_the_tables_and_the_figure(launched: Path, tmp_path: Path) -> None:
     assert "| naive Adagrad | accumulators reset | 1 | 1 of 1 | 3 | 2 |" in made["losses"]
     assert "| Clippy | accumulators floored | 4 | 4 | 2 | 0.5 | 1 |" in made["midnight"]
     assert "| GC | 1 to 4 | 0 of 1 | 63.00 | 63.00 |" in made["scratch"]
-    assert "naive Adagrad: **accumulators kept**, 0 of 4 days lost" in made["recommendation"]
     assert (
-        "After a reset, 1 of 1 divergences begin in the first 10 steps of the day (naive Adagrad 1 of 1)."
+        "- naive Adagrad: **accumulators reset**. AUC served: kept 62.50, 0 of 4 days lost; reset 63.00, 2 of 4 days"
         in made["recommendation"]
     )
+    assert "- GC: **accumulators kept**. AUC served" in made["recommendation"]
+    assert "Divergences in the first 10 steps after a reset: naive Adagrad 1 of 1." in made["recommendation"]
     draw_daily(SETTING.data, found, tmp_path / "daily")
     assert (tmp_path / "daily.svg").stat().st_size > 5000
 

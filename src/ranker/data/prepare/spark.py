@@ -108,6 +108,8 @@ class Cluster:
             rows = _outcome(parts.groupBy("bucket").applyInArrow(write, "entry binary").collect)
         entries = sorted((pickle.loads(row.entry) for row in rows), key=lambda entry: entry.path)
         assert [entry.path for entry in entries] == sorted(map(str, names))
+        for left in root.glob("day=*/.part-*"):  # of tasks that died while they wrote
+            left.unlink(missing_ok=True)
         return Written(entries=tuple(entries), rows_read=total)
 
 
