@@ -288,7 +288,7 @@ def metrics_factory(cfg: DictConfig, schema: Schema) -> Callable[[], TaskMetrics
         for name, metric in extra.items()
         if not any(metric.names(schema, task) for task in schema.tasks if task.type in metric.types)
     ]
-    if idle and is_first_process():
+    if idle and getattr(rank_zero_only, "rank", 0) == 0:
         _LOGGER.warning(
             "metrics.extra: %s compute nothing: schema '%s' has %s",
             ", ".join(idle),

@@ -45,6 +45,13 @@ def test_the_summary_has_metrics_intervals_and_tables(full: Finished) -> None:
     assert sum(row[1] for row in tables["click", "ne.hour"]["rows"]) == found["test/click/observed"]
 
 
+def test_metrics_that_have_no_task_are_named_when_the_run_starts(
+    train_tiny: Callable[..., Finished], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    train_tiny(tmp_path, "metrics=ranking", "data.tasks=[watch_time]", "train.max_steps=2", "train.eval_every=0")
+    assert "metrics.extra: gauc, ndcg, recall, mrr compute nothing" in "".join(capfd.readouterr())
+
+
 def test_curves_have_the_ranking_loss_and_the_metrics_while_training(full: Finished) -> None:
     rows = metrics(full.folder)
     last = [row for row in rows if "train/click/softmax" in row][-1]
