@@ -188,9 +188,10 @@ def check_installed(library: str, python: str) -> None:
         RuntimeError: the interpreter, or the library in its environment, is missing.
     """
     try:
-        run([python, "-c", f"from importlib.metadata import version; version({library!r})"], threads=1)
+        package = {"evenkeel": "evenkeel-ranker"}.get(library, library)  # as it is called where it is installed
+        run([python, "-c", f"from importlib.metadata import version; version({package!r})"], threads=1)
     except (RuntimeError, OSError) as error:
-        option = f"--{library.removesuffix('-torch').removeprefix('torch-').removesuffix('-ranker')}-python"
+        option = f"--{library.removesuffix('-torch').removeprefix('torch-')}-python"
         raise RuntimeError(f"no {library} for {python}: install it there, or name another with {option}") from error
 
 
@@ -227,7 +228,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     peers = {"deepctr-torch": given.deepctr_python, "torch-rechub": given.rechub_python}
     lines: list[Line] = []
     try:
-        for library, python in {"evenkeel-ranker": given.evenkeel_python, **peers}.items():
+        for library, python in {"evenkeel": given.evenkeel_python, **peers}.items():
             check_installed(library, python)
         with prepared(given.source, given.rows) as root:
             for model in given.models:

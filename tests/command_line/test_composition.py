@@ -28,6 +28,7 @@ GROUPS = (
     "callbacks",
     "logger",
     "mitigation",
+    "embeddings",
     "experiment",
     "hparams_search",
 )

@@ -52,6 +52,11 @@ def assert_close(got: Path, expected: Path) -> None:
             )
 
 
+def without_step_cut(folder: Path) -> list[dict[str, str]]:
+    """The rows of metrics.csv without a sign that begins anew when a run with shards resumes."""
+    return [{name: value for name, value in row.items() if "step_cut" not in name} for row in metrics(folder)]
+
+
 @pytest.mark.parametrize(
     ("optim", "model"),
     [
@@ -101,7 +106,7 @@ def test_a_run_that_was_killed_ends_as_if_it_had_not_been_and_goes_on_anywhere(
     _, errors = again.communicate(timeout=250)
 
     assert again.returncode == 0, errors
-    assert metrics(tmp_path / "killed") == metrics(tmp_path / "whole")
+    assert without_step_cut(tmp_path / "killed") == without_step_cut(tmp_path / "whole")
     for part in ("global_step", "state_dict", "optimizer_states", "train_auc_by_rank"):
         expected, got = (newest_checkpoint(tmp_path / name)[part] for name in ("whole", "killed"))
         assert_equal(expected, got, part)

@@ -75,13 +75,13 @@ def test_every_way_out_acts_on_a_verdict_and_is_recorded(
             return [event(15, 20)]
         return events
 
-    update = DivergenceDetector.update
+    update = DivergenceDetector.update_late
 
-    def noted(self, step, *given, **signals):
+    def noted(self, step, row):
         self.buffered_until = step
-        update(self, step, *given, **signals)
+        update(self, step, row)
 
-    monkeypatch.setattr(DivergenceDetector, "update", noted)
+    monkeypatch.setattr(DivergenceDetector, "update_late", noted)
     monkeypatch.setattr(DivergenceDetector, "poll", lost_at_20)
     settings = ("optim=adagrad", "lr_mult=0.1", "train.eval_every=0", "data.log.train_rows=12288")
 

@@ -18,7 +18,7 @@ from ranker.errors import UserError
 from ranker.runs.table_files import copy_of
 
 BEST, BEST_RECORD = "best", "best.json"
-TABLES, TABLE_FILES = "tables", "files.json"  # the folder of sharded tables; size and CRC-32 of its files, by name
+SHARDS, SHARD_FILES = "shards", "files.json"  # the folder of sharded tables; size and CRC-32 of its files, by name
 _PIECE = 2**24  # bytes
 
 
@@ -38,10 +38,10 @@ def by_step(folder: Path) -> list[Path]:
     return sorted((path for path in folder.glob("step=*.ckpt") if step_of(path) >= 0), key=step_of)
 
 
-def tables_of(path: Path) -> Path:
+def shards_of(path: Path) -> Path:
     """The folder with the sharded tables of a checkpoint; the best one shares that of its step."""
     top = path.parent.parent if path.parent.name == BEST else path.parent
-    return top / TABLES / path.stem
+    return top / SHARDS / path.stem
 
 
 def checksum(path: Path) -> int:
@@ -53,16 +53,16 @@ def checksum(path: Path) -> int:
     return value
 
 
-def damage_of_tables(folder: Path) -> str | None:
+def damage_of_shards(folder: Path) -> str | None:
     """Why sharded tables cannot be used; None if they are intact. Reads every file once."""
     try:
-        listed = json.loads((folder / TABLE_FILES).read_text(encoding="utf-8"))
+        listed = json.loads((folder / SHARD_FILES).read_text(encoding="utf-8"))
         for name, (size, crc) in listed.items():
             path = folder / name
             if path.stat().st_size != size or checksum(path) != crc:
-                return f"damaged (the checksum of {TABLES}/{folder.name}/{name} is wrong)"
+                return f"damaged (the checksum of {SHARDS}/{folder.name}/{name} is wrong)"
     except (OSError, ValueError, TypeError, AttributeError) as error:
-        return f"without its tables ({TABLES}/{folder.name}: {' '.join(str(error).split())[:100]})"
+        return f"without its tables ({SHARDS}/{folder.name}: {' '.join(str(error).split())[:100]})"
     return None
 
 
@@ -90,8 +90,8 @@ def _damage(path: Path) -> str | None:
         return f"truncated or not a checkpoint ({' '.join(str(error).split())[:100]})"
     if broken is not None:
         return f"damaged (the checksum of {broken} is wrong)"
-    folder = tables_of(path)
-    return damage_of_tables(folder) if folder.parent.is_dir() else None
+    folder = shards_of(path)
+    return damage_of_shards(folder) if folder.parent.is_dir() else None
 
 
 def newest_intact(folder: Path, say: Callable[[str], None]) -> Path:

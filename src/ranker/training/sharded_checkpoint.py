@@ -23,7 +23,7 @@ from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 
 from ranker.atomic import write_text
 from ranker.errors import UserError
-from ranker.runs.checkpoint_files import TABLE_FILES, checksum, tables_of
+from ranker.runs.checkpoint_files import SHARD_FILES, checksum, shards_of
 from ranker.runs.run_folder import SHARDED
 
 WEIGHT, ACCUMULATOR = "weight", "accumulator"
@@ -99,7 +99,7 @@ def save(state: Mapping[str, Any], folder: Path, group: dist.ProcessGroup) -> No
         files = {index.name: [index.stat().st_size, checksum(index)]}
         for part in parts:
             files |= part
-        write_text(draft / TABLE_FILES, json.dumps(files))
+        write_text(draft / SHARD_FILES, json.dumps(files))
         os.replace(draft, folder)
     dist.barrier(group)
 
@@ -142,7 +142,7 @@ def gathered(saved: Mapping[str, Any], path: Path) -> dict[str, Tensor]:
     if SHARDED not in saved:
         return {}
     tables = [(str(name), int(rows), int(dim)) for name, rows, dim in saved[SHARDED]["tables"]]
-    return _whole(tables_of(path), tables)
+    return _whole(shards_of(path), tables)
 
 
 def _whole(folder: Path, tables: list[tuple[str, int, int]]) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from ranker.errors import UserError
 from ranker.models.sharded_embeddings import ShardedTables
-from ranker.runs.checkpoint_files import BEST, TABLES, by_step, path_of, step_of, tables_of
+from ranker.runs.checkpoint_files import BEST, SHARDS, by_step, path_of, shards_of, step_of
 from ranker.runs.run_folder import SHARDED
 from ranker.training import sharded_checkpoint
 from ranker.training.row_journal import RowJournal
@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 class TablesOfRun:
     """What the Lightning module does with sharded tables, which are no parameters of it.
 
-    Checkpoints go into ``checkpoints/tables/step=N``, written before the checkpoint that needs them. Folders that no
+    Checkpoints go into ``checkpoints/shards/step=N``, written before the checkpoint that needs them. Folders that no
     checkpoint needs any more are removed when the next one is written.
 
     Args:
@@ -99,7 +99,7 @@ class TablesOfRun:
         if step != self._step_on_disk:
             if dist.get_rank(self._processes) == 0:
                 self._tidy()
-            target = tables_of(path_of(self.folder, step))
+            target = shards_of(path_of(self.folder, step))
             sharded_checkpoint.save(self.tables.collection.sharded_state(), target, self._processes)
             self._step_on_disk = step
         return {"tables": [[t.name, t.rows, t.dim] for t in self.tables.tables], "plan": self.tables.collection.plan}
@@ -113,16 +113,16 @@ class TablesOfRun:
         assert self._processes is not None
         if SHARDED not in checkpoint:
             raise UserError(f"{path} is of a run with embeddings=local; a resumed run keeps its tables where they are")
-        sharded_checkpoint.load(self.tables.collection.sharded_state(), tables_of(path), self._processes)
-        if self.folder is not None and tables_of(path).parent == self.folder / TABLES:
+        sharded_checkpoint.load(self.tables.collection.sharded_state(), shards_of(path), self._processes)
+        if self.folder is not None and shards_of(path).parent == self.folder / SHARDS:
             self._step_on_disk = step_of(path)
 
     def _tidy(self) -> None:
         """Removes the folders of checkpoints that are gone, and what a killed process left."""
         assert self.folder is not None
         needed = {path.stem for path in (*by_step(self.folder), *by_step(self.folder / BEST))}
-        for folder in (self.folder / TABLES).glob("*"):
+        for folder in (self.folder / SHARDS).glob("*"):
             if folder.name not in needed:
                 shutil.rmtree(folder, ignore_errors=True)
-        for folder in (self.folder / TABLES).glob(".*.draft"):
+        for folder in (self.folder / SHARDS).glob(".*.draft"):
             shutil.rmtree(folder, ignore_errors=True)

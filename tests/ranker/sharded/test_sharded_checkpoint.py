@@ -15,7 +15,7 @@ from torch import Tensor
 from ranker.data.windows import share
 from ranker.errors import UserError
 from ranker.models.embeddings import EmbeddingTables
-from ranker.runs.checkpoint_files import TABLE_FILES, damage, damage_of_tables
+from ranker.runs.checkpoint_files import SHARD_FILES, damage, damage_of_shards
 from ranker.runs.run_folder import SHARDED
 from ranker.training import sharded_checkpoint
 from sharded_support import SCHEMA, made, on_ranks, rows, whole
@@ -62,7 +62,7 @@ PLANS = ("row_wise", "table_wise", "column_wise")
 
 
 def test_other_ranks_and_plans_read_the_same_rows(tmp_path: Path) -> None:
-    folder = str(tmp_path / "tables" / "step=1")
+    folder = str(tmp_path / "shards" / "step=1")
     plans = [{"plan": plan} for plan in PLANS]
 
     (before, there), _ = on_ranks(write_and_read, 2, tmp_path, folder, {"plan": "row_wise"}, plans)
@@ -89,7 +89,7 @@ def test_accumulators_of_column_wise_parts_need_as_many_parts(tmp_path: Path) ->
 def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any], Whole]:
     """A checkpoint file with sharded tables beside it, what it says, and what the tables hold."""
     top = tmp_path_factory.mktemp("saved")
-    before, _ = on_ranks(write_and_read, 2, top, str(top / "tables" / "step=7"), {"plan": "row_wise"}, [])[0]
+    before, _ = on_ranks(write_and_read, 2, top, str(top / "shards" / "step=7"), {"plan": "row_wise"}, [])[0]
     owners = [[f.name, f.rows, f.embedding_dim] for f in SCHEMA.categorical if not f.table]
     torch.save({SHARDED: {"tables": owners}}, top / "step=7.ckpt")
     return top / "step=7.ckpt", {SHARDED: {"tables": owners}}, before
@@ -112,8 +112,8 @@ def test_one_process_gathers_what_local_tables_hold(saved: tuple[Path, dict[str,
 def test_a_damaged_folder_is_found_before_it_is_read(saved: tuple[Path, dict[str, Any], Whole], tmp_path: Path) -> None:
     path, _, _ = saved
     assert damage(path) is None
-    folder = path.parent / "tables" / "step=7"
-    name = next(name for name in json.loads((folder / TABLE_FILES).read_text()) if name.endswith(".distcp"))
+    folder = path.parent / "shards" / "step=7"
+    name = next(name for name in json.loads((folder / SHARD_FILES).read_text()) if name.endswith(".distcp"))
     good = (folder / name).read_bytes()
     try:
         (folder / name).write_bytes(good[:-100] + bytes([good[-100] ^ 1]) + good[-99:])
@@ -122,7 +122,7 @@ def test_a_damaged_folder_is_found_before_it_is_read(saved: tuple[Path, dict[str
         assert "without its tables" in str(damage(path))
     finally:
         (folder / name).write_bytes(good)
-    assert "No such file" in str(damage_of_tables(tmp_path / "none"))
+    assert "No such file" in str(damage_of_shards(tmp_path / "none"))
 
 
 class Evil:

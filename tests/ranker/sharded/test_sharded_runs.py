@@ -83,7 +83,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(straight: Path, killed: Path, tmp
         assert torch.equal(weights(folder)[name], values), name
     assert finished(folder).summary["status"] == "completed"
     kept = {path.stem for path in by_step(folder / "checkpoints")}
-    there = {path.name for path in (folder / "checkpoints" / "tables").iterdir()}
+    there = {path.name for path in (folder / "checkpoints" / "shards").iterdir()}
     assert kept <= there
     assert len(there) <= 5  # three by step, the best, and the one that is removed next
 
@@ -101,17 +101,17 @@ def test_it_goes_on_on_another_number_of_ranks_under_another_plan(
 
 def test_damaged_tables_are_passed_over(killed: Path, tmp_path: Path, command_line: Any, capsys: Any) -> None:
     folder = shutil.copytree(killed, tmp_path / "run")
-    part = next((folder / "checkpoints" / "tables" / "step=10").glob("*.distcp"))
+    part = next((folder / "checkpoints" / "shards" / "step=10").glob("*.distcp"))
     part.write_bytes(part.read_bytes()[:-1])
 
     with pytest.raises(SystemExit):
         command_line(f"resume={folder}", "embeddings.optimizer=rowwise_adagrad")
-    assert "embeddings.optimizer" in capsys.readouterr().err
+    assert "embeddings.optimizer is adagrad and cannot change" in capsys.readouterr().err
     command_line(f"resume={folder}", "trainer.devices=1", "trainer.strategy=auto", "train.max_steps=7")
 
-    said = capsys.readouterr().out
-    assert "step=10.ckpt is damaged" in said
-    assert "goes on after step 5" in said
+    said = capsys.readouterr()
+    assert "step=10.ckpt is damaged" in said.out + said.err
+    assert "goes on after step 5" in said.out
 
 
 def test_a_rollback_takes_the_tables_along(tmp_path: Path) -> None:
@@ -143,7 +143,7 @@ def test_an_export_gathers_the_tables_and_scores_as_the_run(straight: Path) -> N
     names = [name for name in found if name.endswith(("/auc", "/ne", "/rmse"))]
     assert len(names) > 6
     for name in names:
-        assert found[name] == pytest.approx(wanted[name], rel=1e-5), name
+        assert found[name] == pytest.approx(wanted[f"test/{name}"], rel=1e-5), name
 
 
 @pytest.mark.parametrize(
@@ -158,7 +158,7 @@ def test_an_export_gathers_the_tables_and_scores_as_the_run(straight: Path) -> N
         ("callbacks.snapshots.disk=1", "set callbacks.snapshots.disk=0"),
         ("train.compile=true", "train.compile=true is not supported"),
         ("embeddings.plan=rowwise", "embeddings.plan"),
-        ("embeddings.tables={nobody: row_wise}", "no table 'nobody'; tables: user_id, item_id"),
+        ("+embeddings.tables.nobody=row_wise", "no table 'nobody'; tables: user_id, item_id"),
         ("embeddings.memory_gib=1e-6", "torchrec finds no plan for 8 tables on 1 processes"),
     ],
 )
