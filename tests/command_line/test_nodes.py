@@ -18,7 +18,7 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 
-from ranker import build, config
+from ranker import config, trainer
 from ranker.errors import UserError
 from support import ROOT, TINY, TWO_RANKS, Finished, assert_equal, finished, metrics, newest_checkpoint, wait_for
 
@@ -237,4 +237,4 @@ def test_sparse_gradients_between_gpus_are_refused(
         overrides = ["trainer=ddp", f"trainer.accelerator={accelerator}", "model.net.sparse_embeddings=true"]
         cfg = compose("config", overrides=[*overrides, "trainer.devices=2"])
     with pytest.raises(UserError, match="NCCL cannot exchange sparse") if refused else nullcontext():
-        build._check_devices(cfg)
+        trainer.check_devices(cfg)
