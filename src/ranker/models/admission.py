@@ -3,7 +3,9 @@
 With ``admit_after: k`` in the schema a row of the table stands for its id from the k-th time on that the id occurs in
 training. Before, the id uses row 0, which it shares with unknown ids, so row 0 learns what a rare id is like. With
 ``evict_after_days: d`` a row that training has not seen for d days of the log's time is reset when it occurs again:
-weights, accumulators and count. A hash bucket that an old id has left is then as new for the next one.
+weights, accumulators and count. A hash bucket that an old id has left is then as new for the next one. The rows of a
+window come in any order, so the days are counted to the time at which the window of the batch begins, from the latest
+time at which the row can have been seen. A row may stay for the length of a window more, and no row goes too early.
 
 The loader knows nothing of this. What was seen is a buffer of the model, so it is part of checkpoints, snapshots and
 exports, and goes back with a rollback. All ranks count the rows of all ranks and decide alike. The cost of a step
@@ -57,7 +59,9 @@ class Admission(nn.Module):
     """
 
     totals: Tensor
-    clock: Tensor
+    clock: Tensor  # minutes; the latest time of a row that was seen
+    window: Tensor  # number of the window of the last batch
+    opened: Tensor  # minutes; the clock when that window began
 
     def __init__(self, schema: Schema, start: Mapping[str, int]) -> None:
         super().__init__()
@@ -86,7 +90,8 @@ class Admission(nn.Module):
                 self.register_buffer(f"last_{dim}", torch.zeros(sizes[dim], dtype=torch.int32))
         self._limit = {f.name: schema.table_of(f).admit_after for f in schema.ragged}
         self.register_buffer("totals", torch.zeros(len(self.names), 3, dtype=torch.int64))
-        self.register_buffer("clock", torch.zeros((), dtype=torch.int64))
+        for name, value in (("clock", 0), ("window", -1), ("opened", 0)):
+            self.register_buffer(name, torch.tensor(value, dtype=torch.int64))
 
     def one_hot(self, rows_BC: Tensor, starts_C: Tensor, dim: int) -> Tensor:
         """The rows that stand for some ids: their own where they are admitted, else the first row of the table."""
@@ -120,6 +125,10 @@ class Admission(nn.Module):
             optimizer: its state of a row is reset with the row.
             batches: this rank's rows; a replay of several ranks gives all shares.
         """
+        window = max(batch.window for batch in batches)
+        if window != int(self.window):
+            self.opened.copy_(self.clock)
+            self.window.fill_(window)
         now = max((int(b.time_ms_B.max()) // MINUTE_MS for b in batches if len(b.time_ms_B)), default=0)
         for dim, kinds in self._tables.items():
             columns, lists = self._places[dim]
@@ -150,7 +159,7 @@ class Admission(nn.Module):
             last = self.get_buffer(f"last_{dim}")
             patience = torch.tensor([table.evict_after for table in kinds], device=rows.device)[kind]
             there = last[rows]  # 0: nothing is known of the time
-            stale = (patience > 0) & (there > 0) & (before > 0) & (there + patience < self.clock)
+            stale = (patience > 0) & (there > 0) & (before > 0) & (there + patience < self.opened)
             weight = tables.tables.get_parameter(f"dim_{dim}.weight")
             _reset(weight, rows[stale], optimizer)
             for tell in self.on_reset:

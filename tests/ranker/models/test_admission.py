@@ -39,7 +39,7 @@ WIDTH = {"plain": 4, "item": 4, "shop": 4, "user": 2}
 RULES = {"item": (3, 2), "user": (2, 0), "shop": (0, 1)}
 
 
-def batch(random, rows, day):
+def batch(random, rows, day, window=0):
     ids = [torch.from_numpy(random.integers(0, SIZES[name], rows)) for name in ("plain", "item", "user", "shop")]
 
     def lists(size):
@@ -55,13 +55,14 @@ def batch(random, rows, day):
         mask_BT=torch.ones(rows, 1, dtype=torch.bool),
         time_ms_B=torch.from_numpy(19_700 * DAY_MS + int(day * DAY_MS) + random.integers(0, 3_600_000, rows)),
         row_B=torch.arange(rows),
+        window=window,
     )
 
 
 def stream(seed=0, steps=30, rows=3):
     random = np.random.default_rng(seed)
-    days = np.cumsum(random.choice([0.05, 0.6], steps, p=[0.7, 0.3]))
-    return [batch(random, rows, day) for day in days]
+    days = np.cumsum(random.choice([0.05, 1.5], steps, p=[0.5, 0.5]))
+    return [batch(random, rows, day, window=number // 2) for number, day in enumerate(days)]
 
 
 def made(method="adagrad"):
@@ -82,10 +83,14 @@ class Record:
     """Counts and times by table and row, the slow way."""
 
     def __init__(self):
-        self.count, self.last, self.evicted, self.clock = Counter(), {}, Counter(), 0
+        self.count, self.last, self.evicted = Counter(), {}, Counter()
+        self.clock = self.opened = 0
+        self.window = -1
 
     def see(self, found):
         """Returns the rows to reset."""
+        if found.window != self.window:
+            self.window, self.opened = found.window, self.clock
         self.clock = max(self.clock, int(found.time_ms_B.max()) // MINUTE_MS)
         rows = Counter()
         for name, column in zip(("plain", "item", "user", "shop"), found.onehot_BC.T.tolist(), strict=True):
@@ -96,7 +101,7 @@ class Record:
             if name not in RULES or row == 0:
                 continue
             patience = RULES[name][1] * 1440
-            if patience and (name, row) in self.last and self.last[name, row] + patience < self.clock:
+            if patience and (name, row) in self.last and self.last[name, row] + patience < self.opened:
                 self.count[name, row] = 0
                 self.evicted[name] += 1
                 reset.append((name, row))
@@ -107,6 +112,16 @@ class Record:
     def place(self, name, row):
         """The row that is used."""
         return STARTS[name] + (row if self.count[name, row] >= RULES.get(name, (0, 0))[0] else 0)
+
+
+def test_an_id_of_every_day_is_never_reset_however_long_a_window_is():
+    net, optimizer = made()
+    random = np.random.default_rng(0)
+    for window in range(4):
+        for day in random.permutation(np.arange(3 * window, 3 * window + 3, 0.25)):  # evict_after_days is 1 and 2
+            observe(net, optimizer, [batch(random, 200, day, window)])
+    values = admission_of(net).values()
+    assert [values[f"{name}/evicted"] for name in RULES] == [0, 0, 0]
 
 
 def test_rows_are_counted_admitted_and_reset_as_a_record_per_row_says():
