@@ -29,6 +29,9 @@ REPLAYABLE = (
     "callbacks.rollback",
 )
 
+# What trainer=NAME changes in a resumed run: where it runs, and how its processes work together.
+WHERE = ("accelerator", "devices", "num_nodes", "strategy")
+
 # What can change when a run resumes. Anything else would make it another run: other batches, another model.
 RESUMABLE = (
     "lr_mult",
@@ -138,6 +141,10 @@ def resumed(cfg: DictConfig, saved: DictConfig, overrides: list[str], *, conf: P
             continue
         if key in ("logger", "metrics"):
             merged[key] = OmegaConf.to_container(cfg[key], resolve=True)
+            continue
+        if key == "trainer":  # the rest of a trainer, such as its precision, can be given by itself
+            for name in WHERE:
+                merged.trainer[name] = _plain(cfg.trainer[name])
             continue
         if (conf / key).is_dir():
             name = OmegaConf.select(saved, f"{key}.name")

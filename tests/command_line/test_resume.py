@@ -12,9 +12,12 @@ import polars as pl
 import pytest
 import torch
 import yaml
+from hydra import compose, initialize_config_dir
 
+from ranker import config
+from ranker.config_overrides import resumed
 from ranker.runs.checkpoint_files import by_step
-from support import Finished, assert_equal, finished, metrics
+from support import ROOT, Finished, assert_equal, finished, metrics
 
 Command = Callable[..., None]
 
@@ -222,6 +225,18 @@ def test_what_can_change_is_applied_and_recorded_also_for_the_next_resume(
     assert [rates[step] for step in (7, 8, 9, 13)] == [0.1, 0.1, 0.05, 0.05]
     tables, rest = last_checkpoint(cut)["optimizer_states"][0]["param_groups"]  # type: ignore[index]
     assert (tables["lr"], rest["lr"], rest["lambda_rel"]) == (0.05, 0.05, 0.25)
+
+
+def test_another_trainer_changes_where_a_run_goes_on_and_not_what_a_step_is() -> None:
+    config.register()
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        saved = compose("config", overrides=["trainer=ddp", "trainer.devices=2", "trainer.accumulate_grad_batches=3"])
+        cfg = compose("config", overrides=["resume=runs/x", "trainer=cpu"])
+
+    found = resumed(cfg, saved, ["resume=runs/x", "trainer=cpu"], conf=ROOT / "conf").trainer
+
+    assert (found.accelerator, found.devices, found.strategy) == ("cpu", 1, "auto")
+    assert found.accumulate_grad_batches == 3
 
 
 def test_a_new_run_in_a_used_folder_is_refused_or_clears_it(

@@ -114,7 +114,9 @@ def newest_intact(folder: Path, say: Callable[[str], None]) -> Path:
         if reason is None:
             return path
         say(f"{path} is {reason}; taking the checkpoint before it")
-    raise UserError(f"no checkpoint in {folder} is intact; start the run again (force=true clears its folder)")
+    raise UserError(
+        f"no checkpoint in {folder} is intact; put back what is missing, or start the run again (force=true clears its folder)"
+    )
 
 
 @dataclass(frozen=True)
