@@ -139,7 +139,7 @@ def test_two_ranks_decide_as_one(whole: Finished, log: Path, tmp_path: Path) -> 
 @pytest.mark.slow
 def test_days_in_runs_of_their_own_end_with_the_bits_of_one_run(command_line: Command, tmp_path: Path) -> None:
     root = daily_log.write_log(tmp_path / "log", 4)
-    rule = "num_embeddings: 100, admit_after: 9, evict_after_days: 0.6"
+    rule = "num_embeddings: 100, admit_after: 9, evict_after_days: 0.3"
     (root / "schema.yaml").write_text(daily_log.SCHEMA.replace("num_embeddings: 100", rule))
     name, folder = daily_log.name_of, tmp_path / "endless"
     shared = (*daily_log.SETTINGS, f"data.source={root}")
@@ -150,6 +150,8 @@ def test_days_in_runs_of_their_own_end_with_the_bits_of_one_run(command_line: Co
         command_line(*shared, f"data.days=[{name(day)},{name(day + 1)}]", f"hydra.run.dir={folder}", *more)
         more = (f"warm_start={folder}",)
     got = newest_checkpoint(folder)
+    for each in (expected, got):
+        each["state_dict"].pop("net.embeddings.admission.window")  # each run numbers its own
     assert_equal(expected["state_dict"], got["state_dict"])
     assert expected["state_dict"]["net.embeddings.admission.totals"][0, 2] > 5, "rows that were evicted"
 

@@ -60,7 +60,7 @@ class Admission(nn.Module):
 
     totals: Tensor
     clock: Tensor  # minutes; the latest time of a row that was seen
-    window: Tensor  # number of the window of the last batch
+    window: Tensor  # number of the window of the last batch, in its run
     opened: Tensor  # minutes; the clock when that window began
 
     def __init__(self, schema: Schema, start: Mapping[str, int]) -> None:
@@ -115,6 +115,10 @@ class Admission(nn.Module):
         """Admits every row: for weights that were trained without counting."""
         for dim, tables in self._tables.items():
             self.get_buffer(f"seen_{dim}").fill_(max(table.admit_after for table in tables))
+
+    def begin_run(self) -> None:
+        """Forgets the window of the last batch: a run that continues another one numbers its windows anew."""
+        self.window.fill_(-1)
 
     @torch.no_grad()
     def observe(self, tables: EmbeddingTables, optimizer: Optimizer, batches: Sequence[Batch]) -> None:

@@ -115,7 +115,8 @@ def newest_intact(folder: Path, say: Callable[[str], None]) -> Path:
             return path
         say(f"{path} is {reason}; taking the checkpoint before it")
     raise UserError(
-        f"no checkpoint in {folder} is intact; put back what is missing, or start the run again (force=true clears its folder)"
+        f"no checkpoint in {folder} is intact; put back what is missing, or start the run again "
+        "(force=true clears its folder)"
     )
 
 

@@ -216,8 +216,10 @@ class WarmStart:
         for name, move in self._plan.moves.items():
             move.copy(state[name], self.parent.net[move.source])
         admission = admission_of(module.net)
-        if admission is not None and not admission.counts_in(self._plan.moves):
-            admission.admit_all()  # the parent used every row
+        if admission is not None:
+            admission.begin_run()
+            if not admission.counts_in(self._plan.moves):
+                admission.admit_all()  # the parent used every row
         if self._settings.accumulators != "reset" and self.parent.optimizer is not None:
             old = accumulators.changed(
                 self.parent.optimizer, self.parent.groups, self._settings, rows=self.parent.own_rows
