@@ -6,7 +6,7 @@ from typing import Any
 
 from ranker.stability import DivergenceDetector, Event
 from ranker.stability.detector_interface import Kind
-from ranker.training.module import Fit
+from ranker.training.fit import Fit
 from ranker.training.stability_callback import DivergenceWatch
 
 

@@ -14,8 +14,8 @@ from ranker.data.batch import Batch
 from ranker.errors import UserError
 from ranker.runs.run_folder import TRACKED
 from ranker.training import trackers
+from ranker.training.fit import Fit
 from ranker.training.lightning_private import with_more_batches
-from ranker.training.module import Fit
 
 
 class Timed:

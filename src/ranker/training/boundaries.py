@@ -10,7 +10,7 @@ from pytorch_lightning.callbacks import Callback
 
 from ranker.config import WarmStartSettings
 from ranker.training import accumulators
-from ranker.training.module import Fit
+from ranker.training.fit import Fit
 from ranker.training.optimizer_transfer import state_by_name
 from ranker.training.stability_callback import Stability
 

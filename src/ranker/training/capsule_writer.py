@@ -23,7 +23,7 @@ from ranker.runs.provenance import arithmetic
 from ranker.runs.run_folder import RunFolder, versions
 from ranker.stability import DivergenceDetector, Event
 from ranker.training.deferred_signals import LateSignals
-from ranker.training.module import Fit
+from ranker.training.fit import Fit
 from ranker.training.progress import Say, say_in_log
 from ranker.training.snapshots import SnapshotRing, capture
 

@@ -20,8 +20,8 @@ from ranker.runs import objective
 from ranker.runs.checkpoint_files import BEST, Best, by_step, path_of, step_of
 from ranker.runs.table_files import COPIES
 from ranker.stop_signals import Stopped
+from ranker.training.fit import Fit
 from ranker.training.interruption import Interruption
-from ranker.training.module import Fit
 from ranker.training.table_checkpoints import DurableCheckpointIO
 
 KEPT = 2

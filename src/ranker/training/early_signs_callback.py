@@ -19,8 +19,9 @@ from ranker.errors import UserError, suggest
 from ranker.runs import metric_names
 from ranker.stability import LayerActivations, ReportsSteps, adaptation, layer_signs, task_gradients
 from ranker.stability.early_signs import max_over_ranks
+from ranker.training.fit import Fit
 from ranker.training.lightning_private import is_compiled
-from ranker.training.module import Fit, RankingModule
+from ranker.training.module import RankingModule
 from ranker.training.training_step import batch_loss
 
 log = logging.getLogger(__name__)

@@ -9,7 +9,7 @@ from ranker.capsules.training_state import TrainingState
 from ranker.errors import UserError
 from ranker.stability import DivergenceDetector
 from ranker.stability.worth import relative_loss
-from ranker.training.module import Fit
+from ranker.training.fit import Fit
 from ranker.training.progress import Say
 from ranker.training.snapshots import SnapshotRing, restore
 

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from ranker.errors import UserError
 from ranker.training import trackers
-from ranker.training.module import Fit
+from ranker.training.fit import Fit
 from ranker.training.tracker import Histogram
 
 WEIGHTS, GRADIENTS, ACCUMULATORS = "weights", "gradients", "log10_G"

@@ -8,7 +8,7 @@ import pytorch_lightning as pl
 from pytorch_lightning.callbacks import Callback
 
 from ranker import stop_signals
-from ranker.training.module import Fit
+from ranker.training.fit import Fit
 
 
 class Interruption(Callback):

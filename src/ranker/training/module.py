@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
@@ -36,6 +35,9 @@ from ranker.runs.run_folder import (
     TRAIN_AUC_BY_RANK,
 )
 from ranker.training.deferred_signals import DeferredSignals, LateSignals
+from ranker.training.fit import Fit
+from ranker.training.hyperparameters import scale_lr, settings_of
+from ranker.training.metric_rows import over_time, step_values
 from ranker.training.training_step import Seen, clip_gradients, forward_loss
 from ranker.training.weight_average import WeightAverage
 
@@ -457,40 +459,6 @@ class Recent(NamedTuple):
     ranking_T: Tensor | None
 
 
-@dataclass(frozen=True)
-class Fit:
-    """A running fit, for callbacks: Lightning's trainer, with the module and the data module in their own types.
-
-    Attributes:
-        trainer: Lightning's trainer.
-    """
-
-    trainer: pl.Trainer
-
-    @property
-    def module(self) -> RankingModule:
-        """The module that is trained. A fit of this project has no other kind."""
-        return cast(RankingModule, self.trainer.lightning_module)
-
-    @property
-    def data(self) -> RankingDataModule:
-        """The data module."""
-        return self.trainer.datamodule  # type: ignore[attr-defined]
-
-    @property
-    def step(self) -> int:
-        """Optimizer steps taken."""
-        return self.trainer.global_step
-
-    def largest(self, value: int) -> int:
-        """The largest value over all ranks, which must all call."""
-        if self.trainer.world_size == 1:
-            return value
-        shared = torch.tensor(value, device=self.module.device)
-        torch.distributed.all_reduce(shared, op=torch.distributed.ReduceOp.MAX)
-        return int(shared)
-
-
 def head_constants(data: RankingDataModule) -> Tensor:
     """The logit of each task that fits the labels of the first window best, shape [T]; the same on each rank."""
     start, stop = data.plan.rows(0)
@@ -498,66 +466,10 @@ def head_constants(data: RankingDataModule) -> Tensor:
     return best_constants(data.log.schema, rows.labels_BT, rows.mask_BT, rows.weight_B)
 
 
-def step_values(schema: Schema, losses: Sequence[float], aucs: Sequence[float], lr: float) -> dict[str, float]:
-    """The numbers of a training step, by the names of metrics.csv.
-
-    Args:
-        schema: the tasks.
-        losses: unweighted loss of each task.
-        aucs: streaming AUC of each task.
-        lr: learning rate of the next step.
-    """
-    values = {names.TRAIN_LOSS: sum(task.weight * x for task, x in zip(schema.tasks, losses, strict=True))}
-    values[names.LEARNING_RATE] = lr
-    for task, loss, auc in zip(schema.tasks, losses, aucs, strict=True):
-        if loss:  # exactly 0: no row of the batch has a label of this task
-            values[names.task_metric(names.TRAIN, task.name, "loss")] = loss
-        if task.type == "binary":
-            values[names.task_metric(names.TRAIN, task.name, "auc")] = auc
-    return values
-
-
-def settings_of(optimizer: Optimizer) -> list[dict[str, Any]]:
-    """The hyperparameters of each group that are plain values, as a checkpoint can hold them."""
-    return [
-        {name: value for name, value in group.items() if name != "params" and _is_plain(value)}
-        for group in optimizer.param_groups
-    ]
-
-
-def scale_lr(trainer: pl.Trainer, factor: float, *, group: int | None = None) -> None:
-    """Multiplies the learning rate, now and in the schedule.
-
-    Args:
-        trainer: the trainer of a running fit.
-        factor: above 0.
-        group: number of the parameter group; None for all.
-    """
-    chosen = [number for number in range(len(trainer.optimizers[0].param_groups)) if group in (None, number)]
-    for number in chosen:
-        settings = trainer.optimizers[0].param_groups[number]
-        for name in ("lr", "initial_lr"):
-            if name in settings:
-                settings[name] = settings[name] * factor
-        for config in trainer.lr_scheduler_configs:
-            config.scheduler.base_lrs[number] = config.scheduler.base_lrs[number] * factor
-
-
 def _losses(signals: LateSignals | Recent) -> Tensor:
     """The losses of a step, [T], or [2, T] with the ranking losses."""
     both = signals.losses_T, signals.ranking_T
     return both[0] if both[1] is None else torch.stack([both[0], both[1]])
-
-
-def _is_plain(value: Any) -> bool:
-    if isinstance(value, (list, tuple)):
-        return all(map(_is_plain, value))
-    return value is None or isinstance(value, (bool, int, float, str))
-
-
-def over_time(phase: str, values: Mapping[str, float]) -> dict[str, float]:
-    """Metrics worth a column over time. The counts of the last evaluation are in summary.json."""
-    return {f"{phase}/{name}": v for name, v in values.items() if not name.endswith(("/observed", "/nonfinite"))}
 
 
 def _pieces(rows: Batch, size: int, count: int) -> Iterator[Batch]:

@@ -13,7 +13,7 @@ from pytorch_lightning.utilities.rank_zero import rank_zero_only
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from ranker.training.module import Fit
+from ranker.training.fit import Fit
 
 log = logging.getLogger(__name__)
 

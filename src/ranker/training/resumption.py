@@ -24,7 +24,8 @@ from ranker.runs.run_folder import (
     RunFolder,
     read_summary,
 )
-from ranker.training.module import OptimizerFactory, RankingModule, settings_of
+from ranker.training.hyperparameters import settings_of
+from ranker.training.module import OptimizerFactory, RankingModule
 from ranker.training.table_checkpoints import read_checkpoint
 
 # Hyperparameters that act only where an accumulator is made.

@@ -12,7 +12,9 @@ from ranker.runs import metric_names
 from ranker.runs.run_folder import RunFolder
 from ranker.stability import DivergenceDetector, Event
 from ranker.training import trackers
-from ranker.training.module import Fit, OptimizerFactory, scale_lr
+from ranker.training.fit import Fit
+from ranker.training.hyperparameters import scale_lr
+from ranker.training.module import OptimizerFactory
 from ranker.training.optimizer_transfer import initial_state, made_optimizer, state_by_name, take_over
 from ranker.training.progress import Say
 from ranker.training.snapshots import SnapshotRing, restore, restore_history

@@ -19,7 +19,8 @@ from ranker.data.batch import Batch
 from ranker.errors import UserError
 from ranker.runs import metric_names as names
 from ranker.stability import Preconditioner, ReportsSteps, measure_sharpness, step_preconditioner
-from ranker.training.module import Fit, RankingModule
+from ranker.training.fit import Fit
+from ranker.training.module import RankingModule
 from ranker.training.training_step import batch_counts, batch_loss
 
 HESSIAN, PRECONDITIONED, RATIO, ERROR, SECONDS = map(

@@ -18,8 +18,8 @@ from ranker.capsules.training_state import Trained, TrainingState, copied
 from ranker.errors import UserError
 from ranker.runs.run_folder import RunFolder
 from ranker.stability import DivergenceDetector
+from ranker.training.fit import Fit
 from ranker.training.lightning_private import refetch
-from ranker.training.module import Fit
 
 log = logging.getLogger(__name__)
 

@@ -21,7 +21,8 @@ from ranker.stability.step_cut import StepCut
 from ranker.training import trackers
 from ranker.training.capsule_writer import CapsuleWriter
 from ranker.training.early_stop import EarlyStop
-from ranker.training.module import Fit, RankingModule
+from ranker.training.fit import Fit
+from ranker.training.module import RankingModule
 from ranker.training.progress import Say, say_in_log
 from ranker.training.rollback import Rollback
 from ranker.training.snapshots import SnapshotRing

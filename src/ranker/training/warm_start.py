@@ -37,7 +37,8 @@ from ranker.runs.run_folder import (
 )
 from ranker.stability.carried_state import is_lost
 from ranker.training import accumulators, weight_transfer
-from ranker.training.module import Fit, RankingModule
+from ranker.training.fit import Fit
+from ranker.training.module import RankingModule
 from ranker.training.optimizer_transfer import StateByName
 from ranker.training.resumption import sound_checkpoint
 from ranker.training.stability_callback import Stability

@@ -27,8 +27,9 @@ from ranker.runs import metric_names as names
 from ranker.runs.run_folder import METRICS, RunFolder
 from ranker.stability import DivergenceDetector, Event
 from ranker.stability.detector_interface import Signals
+from ranker.training.metric_rows import over_time, step_values
 from ranker.training.metrics_csv import MetricsCsv
-from ranker.training.module import KEPT_SIGNALS, over_time, step_values
+from ranker.training.module import KEPT_SIGNALS
 from ranker.training.row_thinning import Thinning
 from ranker.training.stability_callback import DivergenceWatch, step_cut_values
 

@@ -14,7 +14,7 @@ from ranker.capsules.training_state import Trained
 from ranker.models.admission import admission_of
 from ranker.runs.checkpoint_files import by_step
 from ranker.training.checkpoints import Checkpoints
-from ranker.training.module import Fit
+from ranker.training.fit import Fit
 from ranker.training.table_checkpoints import DurableCheckpointIO, read_checkpoint
 from support import assert_equal
 

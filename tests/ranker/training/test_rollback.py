@@ -12,7 +12,7 @@ from torch import Tensor
 from optim import build_optimizer
 from ranker.errors import UserError
 from ranker.stability import DivergenceDetector
-from ranker.training.module import Fit
+from ranker.training.fit import Fit
 from ranker.training.progress import planned_steps
 from ranker.training.resumption import Resumption
 from ranker.training.rollback import Rollback

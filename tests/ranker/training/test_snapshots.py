@@ -15,7 +15,7 @@ from ranker.capsules.training_state import TrainingState
 from ranker.errors import UserError
 from ranker.runs.run_folder import RunFolder
 from ranker.training import snapshots
-from ranker.training.module import Fit
+from ranker.training.fit import Fit
 from ranker.training.snapshots import SnapshotRing, capture, restore
 from ranker.training.stability_callback import DivergenceWatch, Stability
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ranker.training.module import Fit
+from ranker.training.fit import Fit
 from ranker.training.snapshots import capture, restore
 from ranker.training.weight_average import WeightAverage
 from support import assert_equal
