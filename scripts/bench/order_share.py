@@ -30,21 +30,12 @@ import numpy.typing as npt
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
+from bench_vectorized import GROUPABLE
 from ranker import config
 from ranker.vectorized.group import train
 from ranker.vectorized.replica import Job
 
 ROOT = Path(__file__).resolve().parents[2]
-GROUPABLE = (
-    "logger=none",
-    "trainer=cpu",
-    "train.threads=1",
-    "train.eval_every=0",
-    "train.progressive=false",
-    "train.checkpoint_every=0",
-    "callbacks.early_signs.every=0",
-    "callbacks.capsules=null",
-)
 METRICS = ("auc", "ne", "rmse")  # of each task, where it has them
 
 

@@ -184,6 +184,19 @@ def check(cfg: DictConfig) -> None:
         raise UserError(f"train.log_every must be 1 or more, got {cfg.train.log_every}")
     if cfg.train.max_steps < -1 or cfg.train.max_steps == 0:
         raise UserError(f"train.max_steps must be -1 (all passes) or more than 0, got {cfg.train.max_steps}")
+    if not (0 <= cfg.train.get("checkpoint_rows_above", 0) < math.inf):
+        raise UserError(
+            f"train.checkpoint_rows_above must be 0 (never) or more MB, got {cfg.train.checkpoint_rows_above}"
+        )
+    if not 0 < cfg.train.get("checkpoint_full_share", 1) <= 1:
+        raise UserError(
+            f"train.checkpoint_full_share must be above 0 and at most 1, got {cfg.train.checkpoint_full_share}"
+        )
+    if "embeddings" in cfg and cfg.embeddings.get("name", "local") == "local" and len(cfg.embeddings) > 1:
+        other = next(name for name in cfg.embeddings if name != "name")
+        raise UserError(
+            f"embeddings.{other} is for sharded tables, and embeddings=local shards none; add embeddings=torchrec"
+        )
     if not 0 <= cfg.train.get("average_decay", 0) < 1:
         raise UserError(
             f"train.average_decay must be 0 (none) or below 1, such as 0.999, got {cfg.train.average_decay}"

@@ -144,7 +144,9 @@ def resumed(cfg: DictConfig, saved: DictConfig, overrides: list[str], *, conf: P
             continue
         if key == "trainer":  # the rest of a trainer, such as its precision, can be given by itself
             for name in WHERE:
-                merged.trainer[name] = _plain(cfg.trainer[name])
+                merged.trainer.pop(name, None)
+                if name in cfg.trainer:  # a trainer of the user's own may leave it to Lightning
+                    merged.trainer[name] = _plain(cfg.trainer[name])
             continue
         if (conf / key).is_dir():
             name = OmegaConf.select(saved, f"{key}.name")

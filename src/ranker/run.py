@@ -264,5 +264,9 @@ def _asked_to_stop(error: BaseException, run: Run) -> bool:
 
 def _resume_command(run: Run) -> str:
     if by_step(run.folder.checkpoints):
-        return f"{command_line('train')} resume={run.folder.path}"
+        again = f"{command_line('train')} resume={run.folder.path}"
+        ranks = meeting.current()
+        if ranks is not None and ranks.launch.size > 1:
+            return f"{again}, behind {ranks.launch.program} as before"
+        return again
     return "the same command and force=true, since no checkpoint was written yet"

@@ -139,7 +139,7 @@ def test_a_rank_that_dies_on_another_node_ends_the_job_with_one_line(tmp_path: P
     (line,) = ended.errors_of_ours()
     assert re.fullmatch(
         r"error: rank [01]( \(on .+\))? was killed, or its machine failed; go on with: .* "
-        rf"resume={re.escape(str(tmp_path / 'run'))}",
+        rf"resume={re.escape(str(tmp_path / 'run'))}, behind torchrun as before",
         line,
     )
 
