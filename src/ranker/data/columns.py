@@ -194,7 +194,7 @@ def from_plain(kind: type[_T], raw: object, where: str) -> _T:
     fields = {f.name: f for f in dataclasses.fields(cast(Any, kind))}
     for key in raw:
         if not isinstance(key, str) or key not in fields:
-            raise UserError(f"{where}: unknown key '{key}'; {suggest(str(key), fields)}")
+            raise UserError(f"{where}: unknown key {str(key)!r}; {suggest(str(key), fields)}")
     for name, field in fields.items():
         if name not in raw and field.default is dataclasses.MISSING:
             raise UserError(f"{where}: '{name}' is missing")

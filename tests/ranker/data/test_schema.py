@@ -206,6 +206,12 @@ def test_yaml_that_is_ambiguous_or_broken_is_refused_in_one_line(text, message):
     assert "\n" not in str(caught.value)
 
 
+def test_an_unknown_key_is_one_line_whatever_it_is():
+    with pytest.raises(UserError, match=r"dense\[0\]: unknown key 'a\\nb'; known: ") as caught:
+        Schema.from_dict({"name": "shop", "dense": [{"a\nb": 1}]})
+    assert str(caught.value).isprintable()
+
+
 def test_merged_keys_may_be_overridden():
     text = "defaults: &d {name: x, scale: 2.0}\ndense: [{<<: *d, scale: 3.0}]"
     with pytest.raises(UserError, match="unknown key 'defaults'"):  # but not: key 'scale' occurs twice
