@@ -26,8 +26,10 @@ class Ruled(Toy):
 
 
 def batches(steps: int = 20):
+    """Three batches a day; a window is a day, because rows are evicted only where a new window begins."""
     made = [make_batch(number, rows=6) for number in range(steps)]
-    return [replace(b, time_ms_B=b.time_ms_B + 19_700 * DAY_MS + b.number * DAY_MS // 3) for b in made]
+    first = 19_700 * DAY_MS
+    return [replace(b, time_ms_B=b.time_ms_B + first + b.number * DAY_MS // 3, window=b.number // 3) for b in made]
 
 
 def trained(found) -> Ruled:
