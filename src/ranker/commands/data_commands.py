@@ -116,8 +116,10 @@ def prepare(arguments: Sequence[str] | None = None) -> int:
         return 0
     if given.kind == SYNTHETIC:
         with steps(visible=not given.quiet) as step:
-            manifest = write_generated(_synthetic(given.set), given.destination, settings=given.set, step=step)
-        print(f"{given.destination}: {manifest.rows:,} rows in {manifest.days} days")
+            log = _synthetic(given.set)
+            manifest = write_generated(log, given.destination, settings=given.set, step=step)
+        held_out = f"the last is the hold-out, with data.log.eval_rows={log.num_rows - log.train_rows}"
+        print(f"{given.destination}: {manifest.rows:,} rows in {manifest.days} days; {held_out}")
         return 0
     if given.kind == REWRITE:
         with steps(visible=not given.quiet) as step:

@@ -197,18 +197,15 @@ class SyntheticLog(Log):
             parts.append(part.slice(max(start - first, 0), min(stop - first, BLOCK)))
         return Batch.concat(parts)
 
-    def raw(self, start: int, stop: int) -> tuple[NDArray[np.int64], Block]:
-        """Times and raw columns of rows of one block, before transforms and hashing: what a file of the log holds.
+    def raw(self, start: int) -> tuple[NDArray[np.int64], Block]:
+        """Times and raw columns of some rows, before transforms and hashing: what a file of the log holds.
 
         Args:
-            start: first row.
-            stop: the row after the last, at most at the end of the block of ``start``.
+            start: first row. The last one is where its block ends, or the log.
         """
-        number = start // BLOCK
-        row_B = np.arange(number * BLOCK, (number + 1) * BLOCK, dtype=np.int64)
-        time_B = self._times(row_B)
-        block = self._world.block(number, (time_B - START_MS) / DAY_MS)
-        rows = slice(start - number * BLOCK, stop - number * BLOCK)
+        number, first = divmod(start + self._first_row, BLOCK)
+        _, time_B, block = self._drawn(number)
+        rows = slice(first, first + min(BLOCK - first, self.num_rows - start))
         return time_B[rows], block.rows(rows)
 
     def _times(self, row_B: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -223,10 +220,14 @@ class SyntheticLog(Log):
             last = self._last = (number, self.schema, self._generate(number))
         return last[2]
 
-    def _generate(self, number: int) -> Batch:
+    def _drawn(self, number: int) -> tuple[NDArray[np.int64], NDArray[np.int64], Block]:
+        """Positions in this log, times and raw columns of a block of the whole stream."""
         row_B = np.arange(number * BLOCK, (number + 1) * BLOCK, dtype=np.int64) - self._first_row
         time_B = self._times(row_B)
-        block = self._world.block(number, (time_B - START_MS) / DAY_MS)
+        return row_B, time_B, self._world.block(number, (time_B - START_MS) / DAY_MS)
+
+    def _generate(self, number: int) -> Batch:
+        row_B, time_B, block = self._drawn(number)
         weight_B = None
         if self._row_weights:  # from draws of their own, so that all other columns stay as they are
             draws = np.random.Generator(np.random.SFC64([self._seed, 3, number]))

@@ -17,11 +17,15 @@ from ranker.errors import UserError
 WORLD = ["num_users=50", "num_items=40", "train_rows=9000", "eval_rows=500", "rows_per_day=4000", "signals=3"]
 
 
-def test_the_files_hold_the_rows_of_the_generated_log(tmp_path: Path) -> None:
-    words = [f"data.log.{word}" for word in WORLD]
+@pytest.mark.parametrize("first_day", [0, 1])  # the second begins inside a block
+def test_the_files_hold_the_rows_of_the_generated_log(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], first_day: int
+) -> None:
+    words = [f"data.log.{word}" for word in [*WORLD, f"first_day={first_day}"]]
     assert prepare(["synthetic", str(tmp_path / "log"), "--quiet", "--set", *words]) == 0
+    assert "9,500 rows in 4 days; the last is the hold-out, with data.log.eval_rows=500\n" in capsys.readouterr().out
 
-    numbers = {name: int(value) for name, value in (word.split("=") for word in WORLD)}
+    numbers = {name: int(value) for name, value in (word.split("=") for word in [*WORLD, f"first_day={first_day}"])}
     made = SyntheticLog(**numbers, embedding_dim=8, difficulty=Difficulty(jump=10.0, quiet_days=3.0))  # as in conf
     read = ParquetLog(str(tmp_path / "log"), eval_days=1)
     assert (read.train_rows, read.num_rows) == (9000, 9500)

@@ -57,8 +57,10 @@ def write_generated(
 
 def _frames(log: SyntheticLog) -> Iterator[pl.DataFrame]:
     """The rows in order, in pieces of at most one block."""
-    for start in range(0, log.num_rows, BLOCK):
-        times, block = log.raw(start, min(start + BLOCK, log.num_rows))
+    start = 0
+    while start < log.num_rows:
+        times, block = log.raw(start)
+        start += len(times)
         columns: dict[str, pl.Series] = {"time_ms": pl.Series(times)}
         columns |= {name: pl.Series(values) for name, values in block.one_hot.items()}
         columns |= {name: pl.Series(values) for name, values in (block.dense | block.labels).items()}
