@@ -109,10 +109,12 @@ def _places(cfg: DictConfig) -> dict[str, int]:
         UserError: the configuration says something else.
     """
     found = launched.launch()
-    if found is None or found.size == 1:
+    alone = cfg.trainer.get("strategy", "auto") == "auto"
+    if found is None or (alone and found.size == 1):
         return {}
     asked = {"devices": found.local_size, "num_nodes": found.nodes}
-    if cfg.trainer.get("strategy", "auto") == "auto":
+    started = f"{_counted(found.size, 'process', 'processes')} on {_counted(found.nodes, 'machine', 'machines')}"
+    if alone:
         raise UserError(
             f"{found.program} has started {found.size} processes, and trainer.strategy=auto trains in one; "
             "add trainer=ddp"
@@ -121,10 +123,14 @@ def _places(cfg: DictConfig) -> dict[str, int]:
         given = cfg.trainer.get(name, "auto")
         if given != value and given not in (("auto", -1) if name == "devices" else ("auto", 1)):
             raise UserError(
-                f"trainer.{name} is {given}, but {found.program} has started {found.size} processes on {found.nodes} "
-                f"machines; leave it out, or set trainer.devices={found.local_size} trainer.num_nodes={found.nodes}"
+                f"trainer.{name} is {given}, but {found.program} has started {started}; leave it out, or set "
+                f"trainer.devices={found.local_size} trainer.num_nodes={found.nodes}"
             )
     return asked
+
+
+def _counted(number: int, one: str, many: str) -> str:
+    return f"{number} {one if number == 1 else many}"
 
 
 def _quiet_lightning() -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -18,19 +17,13 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 
+from nodes_support import agent, children, free_port, recording, started
 from ranker import config, trainer
 from ranker.errors import UserError
 from support import ROOT, TINY, TWO_RANKS, Finished, assert_equal, finished, metrics, newest_checkpoint, wait_for
 
 LONGER = ("data.log.train_rows=15360", "train.checkpoint_every=7", "train.eval_every=20", "train.log_every=1")
-ON_CPU = ("trainer=ddp", "trainer.accelerator=cpu")
 SECONDS = 60  # after a death: 10 are promised on an idle machine
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @dataclass(frozen=True)
@@ -49,16 +42,10 @@ def on_two_nodes(
     *overrides: str, options: tuple[str, ...] = (), each: tuple[Mapping[str, str], ...] = ({}, {})
 ) -> list[subprocess.Popen[str]]:
     """Starts the command on both machines: by torchrun, or as tasks of SLURM where variables are given."""
-    environment = os.environ | {"WANDB_MODE": "offline", "OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])])
-    command = [str(ROOT / "train.py"), *TINY, *ON_CPU, *overrides]
-    rendezvous = ("--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{free_port()}")
-    torchrun = [] if any(each) else ["-m", "torch.distributed.run", *rendezvous, *options]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return [
-        subprocess.Popen([sys.executable, *torchrun, *command], cwd=ROOT, env=environment | dict(own), **pipes)  # type: ignore[call-overload]
-        for own in each
-    ]
+    if not any(each):
+        port = free_port()
+        return [agent(port, "--nnodes=2", *options, overrides=overrides) for _ in each]
+    return [started(sys.executable, str(ROOT / "train.py"), overrides=overrides, variables=own) for own in each]
 
 
 def end_of(nodes: list[subprocess.Popen[str]], seconds: float = 600) -> Ended:
@@ -70,20 +57,10 @@ def end_of(nodes: list[subprocess.Popen[str]], seconds: float = 600) -> Ended:
     return Ended(*("".join(texts) for texts in zip(*said, strict=True)), tuple(node.returncode for node in nodes))
 
 
-def recording(folder: Path, *, kill_at: int | None = None) -> str:
-    folder.mkdir(exist_ok=True)
-    at = "null" if kill_at is None else kill_at
-    return f"+callbacks.rows={{_target_:row_recorder.RowRecorder,folder:'{folder}',kill_at:{at}}}"
-
-
 def assert_same_end(got: Path, expected: Path) -> None:
     assert metrics(got) == metrics(expected)
     for part in ("global_step", "state_dict", "optimizer_states", "train_auc_by_rank"):
         assert_equal(newest_checkpoint(expected)[part], newest_checkpoint(got)[part], part)
-
-
-def children(pid: int) -> list[int]:
-    return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
 def test_two_nodes_train_as_one_process_and_agree_on_the_run_folder(

@@ -41,7 +41,7 @@ def write_generated(
     with locked(target), replacing_folder(target) as draft:
         with step("generating rows", log.num_rows) as advance, DayFiles(draft, log.schema) as files:
             held: list[pl.DataFrame] = []
-            for frame in _frames(log):
+            for frame in raw_frames(log):
                 held.append(frame)
                 if len(held) * BLOCK >= ROW_GROUP:
                     files.add(pl.concat(held))
@@ -55,7 +55,7 @@ def write_generated(
     return manifest
 
 
-def _frames(log: SyntheticLog) -> Iterator[pl.DataFrame]:
+def raw_frames(log: SyntheticLog) -> Iterator[pl.DataFrame]:
     """The rows in order, in pieces of at most one block."""
     start = 0
     while start < log.num_rows:
