@@ -22,6 +22,7 @@ from support import ROOT, Finished, finished, metrics, newest_checkpoint, wait_f
 SETTINGS = ("data.log.train_rows=15360", "train.checkpoint_every=7", "train.eval_every=20", "train.log_every=1")
 SETTINGS += ("lr_mult=0.1", "data.strips=4", "callbacks.divergence.stop=false")
 STEPS, HOLD = 60, 18
+WAIT = 600  # seconds; on an idle machine a test takes one minute
 ADDRESSES = ("127.0.0.1", "127.0.0.2")  # torchrun numbers the ranks in the order of their machines' addresses
 
 
@@ -119,7 +120,7 @@ def test_the_last_process_that_torchrun_has_left_takes_one_device_of_its_machine
 
 
 @pytest.mark.attack
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(3 * WAIT)
 @pytest.mark.parametrize("leaving", ADDRESSES)  # with rank 0, and with rank 1
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
 def test_a_run_goes_on_without_a_machine_that_leaves(
@@ -129,12 +130,12 @@ def test_a_run_goes_on_without_a_machine_that_leaves(
     stays = machine(port, tmp_path, address=staying, host=True)
     leaves = machine(port, tmp_path, address=leaving)
     with ended(stays, leaves):
-        wait_for(held(tmp_path, 2), stays, 400)
+        wait_for(held(tmp_path, 2), stays, WAIT)
         if how == signal.SIGKILL:
             killed(leaves, tmp_path)
         else:
             leaves.terminate()
-        said, errors = stays.communicate(timeout=400)
+        said, errors = stays.communicate(timeout=WAIT)
 
     assert stays.returncode == 0, errors
     # A signal leaves time for a checkpoint of the step. What is killed is trained again from the newest one.
@@ -144,16 +145,16 @@ def test_a_run_goes_on_without_a_machine_that_leaves(
 
 
 @pytest.mark.attack
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(3 * WAIT)
 @pytest.mark.parametrize("joining", ADDRESSES)  # becomes rank 0, which has not seen the run; or rank 1
 def test_a_machine_that_joins_trains_with_the_others(undisturbed: Finished, tmp_path: Path, joining: str) -> None:
     port, there = free_port(), next(address for address in ADDRESSES if address != joining)
     first = machine(port, tmp_path, address=there, host=True)
     with ended(first):
-        wait_for(held(tmp_path, 1), first, 400)
+        wait_for(held(tmp_path, 1), first, WAIT)
         second = machine(port, tmp_path, address=joining)
         with ended(second):
-            said = [agent_.communicate(timeout=400) for agent_ in (first, second)]
+            said = [agent_.communicate(timeout=WAIT) for agent_ in (first, second)]
 
     assert (first.returncode, second.returncode) == (0, 0), "".join(errors for _, errors in said)
     assert f"goes on after step {HOLD + 1} " in "".join(out for out, _ in said)
@@ -161,17 +162,17 @@ def test_a_machine_that_joins_trains_with_the_others(undisturbed: Finished, tmp_
 
 
 @pytest.mark.attack
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(3 * WAIT)
 def test_a_new_machine_takes_the_place_of_one_that_is_gone(undisturbed: Finished, tmp_path: Path) -> None:
     port = free_port()
     stays = machine(port, tmp_path, address=ADDRESSES[1], host=True, nodes="2")
     gone = machine(port, tmp_path, address=ADDRESSES[0], nodes="2")
     with ended(stays, gone):
-        wait_for(held(tmp_path, 2), stays, 400)
+        wait_for(held(tmp_path, 2), stays, WAIT)
         killed(gone, tmp_path)
         new = machine(port, tmp_path, address=ADDRESSES[0], nodes="2")
         with ended(new):
-            said = [agent_.communicate(timeout=400) for agent_ in (stays, new)]
+            said = [agent_.communicate(timeout=WAIT) for agent_ in (stays, new)]
 
     assert (stays.returncode, new.returncode) == (0, 0), "".join(errors for _, errors in said)
     assert "goes on after step 14 " in "".join(out for out, _ in said)
