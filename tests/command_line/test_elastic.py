@@ -22,7 +22,7 @@ from support import ROOT, Finished, finished, metrics, newest_checkpoint, wait_f
 SETTINGS = ("data.log.train_rows=15360", "train.checkpoint_every=7", "train.eval_every=20", "train.log_every=1")
 SETTINGS += ("lr_mult=0.1", "data.strips=4", "callbacks.divergence.stop=false")
 STEPS, HOLD = 60, 18
-WAIT = 600  # seconds; on an idle machine a test takes one minute
+WAIT = 600  # seconds; an idle machine needs far less
 ADDRESSES = ("127.0.0.1", "127.0.0.2")  # torchrun numbers the ranks in the order of their machines' addresses
 
 
