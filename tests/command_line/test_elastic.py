@@ -60,6 +60,8 @@ def ended(*agents: subprocess.Popen[str]) -> Iterator[None]:
     finally:
         for agent_ in agents:
             agent_.terminate()
+        for agent_ in agents:
+            agent_.communicate(timeout=60)  # closes its pipes
 
 
 def held(folder: Path, ranks: int) -> Callable[[], bool]:
