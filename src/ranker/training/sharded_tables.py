@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -110,31 +110,9 @@ class TablesOfRun:
                 )
         return kept, lines
 
-    @torch.no_grad()
-    def take_over(
-        self,
-        stored: Mapping[str, StoredTable],
-        kept: Mapping[str, Kept],
-        changed: Callable[[str, Tensor], Tensor | None],
-    ) -> list[str]:
-        """Copies rows of an earlier run into this process's shards, ``BLOCK`` rows at a time.
-
-        Args:
-            stored: tables of the earlier run.
-            kept: from ``kept_rows``.
-            changed: accumulators of some rows as they begin here, given the name of their local weight; None: they
-                stay at G_0.
-
-        Returns:
-            What was not taken over as it was, one line each.
-        """
-        for shard in self.tables.collection.shards:
-            if shard.table in kept:
-                table = stored[shard.table]
-                for here, there in _blocks(kept[shard.table], shard):
-                    _copy_rows(table, there, shard, here, changed)
-        by_row = self.tables.settings.optimizer != "adagrad"
-        used = [stored[name] for name in kept]
+    def other_accumulators(self, stored: Mapping[str, StoredTable], kept: Iterable[str]) -> list[str]:
+        """What a warm start cannot take over of the accumulators of some tables as it was, one line each."""
+        by_row, used = self.tables.settings.optimizer != "adagrad", [stored[name] for name in kept]
         lines = []
         if none := sum(table.accumulator is None for table in used):
             lines.append(f"accumulators start anew for {none} of {len(used)} tables")
@@ -142,6 +120,26 @@ class TablesOfRun:
             ways = ("one a weight", "one a row")
             lines.append(f"accumulators of {other} tables were {ways[not by_row]} there and are {ways[by_row]} here")
         return lines
+
+    @torch.no_grad()
+    def take_over(
+        self,
+        stored: Mapping[str, StoredTable],
+        kept: Mapping[str, Kept],
+        changed: Callable[[str, Tensor], Tensor] | None,
+    ) -> None:
+        """Copies rows of an earlier run into this process's shards, ``BLOCK`` rows at a time.
+
+        Args:
+            stored: tables of the earlier run.
+            kept: from ``kept_rows``.
+            changed: accumulators of some rows as they begin here, given the name of their local weight; None: all of
+                them stay at G_0.
+        """
+        for shard in self.tables.collection.shards:
+            if shard.table in kept:
+                for here, there in _blocks(kept[shard.table], shard):
+                    _copy_rows(stored[shard.table], there, shard, here, changed)
 
     @torch.no_grad()
     def change_accumulators(self, settings: WarmStartSettings, *, rows: int) -> None:
@@ -233,15 +231,14 @@ def _blocks(kept: Kept, shard: Shard) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def _copy_rows(
-    table: StoredTable, there: Tensor, shard: Shard, here: Tensor, changed: Callable[[str, Tensor], Tensor | None]
+    table: StoredTable, there: Tensor, shard: Shard, here: Tensor, changed: Callable[[str, Tensor], Tensor] | None
 ) -> None:
     device, width = shard.weight.device, shard.weight.shape[1]
     place = here.to(device)
     shard.weight.index_copy_(0, place, table.weight.read(there, shard.column, width).to(device))
-    if table.accumulator is None:
+    if table.accumulator is None or changed is None:
         return
     by_row = shard.accumulator.dim() == 1
     read = table.accumulators_of_rows if by_row else table.accumulator.read
     sums = changed(table.parameter, read(there, shard.column, width))
-    if sums is not None:
-        shard.accumulator.index_copy_(0, place, sums.to(device))
+    shard.accumulator.index_copy_(0, place, sums.to(device))

@@ -169,8 +169,9 @@ def of_sharded(saved: Mapping[str, Any], path: Path) -> dict[str, StoredTable]:
 def _parts(index: Any, folder: Path, key: str) -> Iterator[Part]:
     known = index.state_dict_metadata[key]
     for chunk in known.chunks:
-        row, column, *_ = (*chunk.offsets, 0)
-        rows, width, *_ = (*chunk.sizes, 1)
+        flat = len(chunk.sizes) == 1  # accumulators of rows
+        row, column = chunk.offsets[0], 0 if flat else chunk.offsets[1]
+        rows, width = chunk.sizes[0], 1 if flat else chunk.sizes[1]
         at = index.storage_data[MetadataIndex(key, chunk.offsets)]
         path = folder / at.relative_path
         # torch writes an archive for each tensor, with its bytes as they lie in memory, row after row.

@@ -227,6 +227,8 @@ class WarmStart:
                 f"warm_start: {path} is an export, which has no accumulators; add warm_start.accumulators=reset, or "
                 "give the run folder or a checkpoint"
             )
+        if module.tables is not None and parent.tables is not None and settings.accumulators != "reset":
+            self.lines += module.tables.other_accumulators(parent.tables, self._rows)
 
     @property
     def summary(self) -> dict[str, Any]:
@@ -268,15 +270,14 @@ class WarmStart:
             lost = accumulators.put(old, self._plan.moves, self.parent.groups, module, fit.trainer.optimizers[0])
             self.lines += lost
         if module.tables is not None and self.parent.tables is not None:
-            self.lines += module.tables.take_over(self.parent.tables, self._rows, self._changed_sums)
+            keeps = self._settings.accumulators != "reset"
+            module.tables.take_over(self.parent.tables, self._rows, self._changed_sums if keeps else None)
         self._carry_auc(fit)
         self._carry_average(module)
         fit.data.carry_statistics(self._statistics(module.schema, fit.data))
 
-    def _changed_sums(self, parameter: str, sums: Tensor) -> Tensor | None:
-        """What becomes of accumulators of sharded tables that the parent had for a parameter; None: they start anew."""
-        if self._settings.accumulators == "reset":
-            return None
+    def _changed_sums(self, parameter: str, sums: Tensor) -> Tensor:
+        """Accumulators of sharded tables as they begin here, given the name of their local weight."""
         old = {parameter: {"sum": sums}}
         how = accumulators.changed(old, self.parent.groups, self._settings, rows=self.parent.own_rows)
         return how[parameter]["sum"]
