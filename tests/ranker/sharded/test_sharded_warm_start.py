@@ -10,13 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from daily_log import SCHEMA, SETTINGS, name_of, words_for, write_log
+from daily_log import SCHEMA, SETTINGS, name_of, pass_everything, words_for, write_log
 from ranker.commands.daily_command import daily
-from ranker.daily import judge
 from ranker.daily.judge import Request, answer
 from ranker.export.release import Weights
 from ranker.runs.checkpoint_files import by_step
-from ranker.stability.gate import Verdict
 from ranker.training.warm_start import Parent
 from sharded_support import command_on_ranks, ended, trained
 from support import TWO_RANKS, finished
@@ -105,7 +103,7 @@ def test_from_sharded_tables_to_local_ones(
     assert finished(run).summary["warm_start"]["not_as_it_was"] == []
 
 
-@pytest.mark.parametrize("how", ["decay", "reset"])
+@pytest.mark.parametrize("how", ["decay", pytest.param("reset", marks=pytest.mark.slow)])
 def test_boundaries_inside_a_run_act_on_the_tables(command_line: Command, log: Path, tmp_path: Path, how: str) -> None:
     words = (f"warm_start.accumulators={how}", "warm_start.half_life_rows=500", "warm_start.at_windows=true")
     words = (*words, "data.window=24h", "callbacks.snapshots.every=4")
@@ -168,17 +166,17 @@ def test_days_with_sharded_tables_killed_on_the_way(
             command_line(*words)
             return 0
 
-    monkeypatch.setattr(judge, "judge", lambda *_: Verdict(()))
+    pass_everything(monkeypatch)
     for name in ("ranks", "alone"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "log").symlink_to(log)
     monkeypatch.chdir(tmp_path)
-    words = ["daily.gate=default", *SHARDED, *TWO_RANKS]
+    words = [*SHARDED, *TWO_RANKS]
     killed = OnRanks(kill_in=[name_of(1)])
 
     assert daily([*words_for(tmp_path / "ranks"), *words], jobs=killed) == 1
     assert daily([*words_for(tmp_path / "ranks"), *words], jobs=OnRanks()) == 0
-    assert daily([*words_for(tmp_path / "alone"), "daily.gate=default"], jobs=Alone()) == 0
+    assert daily(words_for(tmp_path / "alone"), jobs=Alone()) == 0
 
     assert killed.kills == 1
     for name in ("ranks", "alone"):
