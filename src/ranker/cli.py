@@ -8,7 +8,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from pathlib import Path
 from typing import ParamSpec
@@ -19,8 +19,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from ranker import config, stop_signals
 from ranker.errors import UserError, disk_trouble
+from ranker.runs import run_lock
 from ranker.runs.run_folder import RUN_DIR_VARIABLE
-from ranker.runs.run_lock import LOCK
 from ranker.sweeps.watch import accounted
 
 MISTAKES = (UserError, HydraException, OmegaConfBaseException)  # of the user
@@ -129,8 +129,12 @@ def no_folder_of_a_mistake() -> Iterator[None]:
             folder = Path(HydraConfig.get().runtime.output_dir)
             files = [path for path in folder.rglob("*") if not path.is_dir()]
             log = folder / f"{HydraConfig.get().job.name}.log"
-            if all(x.parent.name == ".hydra" or x.name == LOCK or (x == log and not x.stat().st_size) for x in files):
-                shutil.rmtree(folder, ignore_errors=True)
+            if all(
+                x.parent.name == ".hydra" or x.name == run_lock.LOCK or (x == log and not x.stat().st_size)
+                for x in files
+            ):
+                with suppress(UserError), run_lock.held(folder):  # another run may just begin in there
+                    shutil.rmtree(folder, ignore_errors=True)
         raise
 
 

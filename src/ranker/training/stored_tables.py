@@ -141,17 +141,17 @@ def of_sharded(saved: Mapping[str, Any], path: Path) -> dict[str, StoredTable]:
         try:
             weight = sorted(_parts(index, folder, f"{name}/{WEIGHT}"), key=lambda part: (part.column, part.row))
             total = sorted(_parts(index, folder, f"{name}/{ACCUMULATOR}"), key=lambda part: part.row)
+            by_row = all(part.values.shape[1] == part.dtype.itemsize for part in total) and dim > 1
+            if by_row:  # those of column-wise parts lie one after another, in the order of the columns
+                total = [
+                    Part(row=w.row, column=w.column, width=w.width, values=part.values, dtype=part.dtype)
+                    for w, part in zip(weight, total, strict=True)
+                ]
         except (KeyError, OSError, ValueError, TypeError, zipfile.BadZipFile) as error:
             why = " ".join(str(error).split())[:160]
             raise UserError(
                 f"{folder} cannot be read: the table of '{name}' ({type(error).__name__}: {why})"
             ) from error
-        by_row = all(part.values.shape[1] == total[0].dtype.itemsize for part in total) and dim > 1
-        if by_row:  # those of column-wise parts lie one after another, in the order of the columns
-            total = [
-                Part(row=w.row, column=w.column, width=w.width, values=part.values, dtype=part.dtype)
-                for w, part in zip(weight, total, strict=True)
-            ]
         stored = [sum(part.width * len(part.values) for part in parts) for parts in (weight, total)]
         if stored != [rows * dim] * 2:
             raise UserError(f"{folder} has not every row of the table of '{name}', {rows:,} of {dim} columns")

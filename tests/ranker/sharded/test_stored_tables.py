@@ -147,3 +147,8 @@ def test_damaged_or_other_tables_are_refused(written: tuple[Path, dict[str, Whol
         stored_tables.of_sharded({SHARDED: {"tables": owners}}, folder / "row_wise-adagrad")
     with pytest.raises(UserError, match=r"the table of 'nobody' \(KeyError"):
         stored_tables.of_sharded({SHARDED: {"tables": [["nobody", 1, 4]]}}, folder / "row_wise-adagrad")
+
+
+def test_an_export_is_refused() -> None:
+    with pytest.raises(UserError, match=r"an export has whole tables.*give the run folder or a checkpoint"):
+        TablesOfRun(made(), {"lr": 0.1}).kept_rows(SCHEMA, SCHEMA, None)
