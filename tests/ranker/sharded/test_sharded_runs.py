@@ -15,7 +15,7 @@ from ranker.build import make_net, open_log
 from ranker.export.release import Candidate, Weights
 from ranker.runs.checkpoint_files import by_step, step_of
 from ranker.runs.run_folder import RunFolder
-from sharded_support import command_on_ranks
+from sharded_support import command_on_ranks, trained
 from support import TINY, TWO_RANKS, finished, metrics
 
 pytest.importorskip("torchrec", reason="make test-torchrec installs it and runs this")
@@ -28,16 +28,6 @@ SHARDED = (
     "train.eval_every=6",
 )
 TIMED = ("speed/", "time/", "system/")
-
-
-def trained(*overrides: str, world: int = 2) -> None:
-    ranks = command_on_ranks(overrides, world)
-    while any(rank.is_alive() for rank in ranks):
-        ranks[0].join(0.1)
-        if any(rank.exitcode for rank in ranks):
-            for rank in ranks:
-                rank.kill()
-    assert [rank.exitcode for rank in ranks] == [0] * world
 
 
 def curves(folder: Path) -> list[dict[str, str]]:
