@@ -50,14 +50,8 @@ def compact(fit: Fit, state: TrainingState, batches: Sequence[Batch]) -> Compact
     """
     schema, tables = fit.module.schema, fit.module.rows
     assert tables is not None
-    widths = set(tables.widths)
-    used = _over_ranks(
-        {
-            f.name: used_rows(batches, schema, f.name)
-            for f in schema.categorical
-            if not f.table and f.embedding_dim in widths
-        }
-    )
+    owners = [f.name for f in schema.categorical if not f.table and f.embedding_dim in tables.widths]
+    used = _over_ranks({name: used_rows(batches, schema, name) for name in owners})
     smaller, (first, _) = smaller_schema(schema, used), place(schema)
     found = tables.rows_at(state.mark, used)
     return Compact(
@@ -79,7 +73,7 @@ def used_rows(batches: Sequence[Batch], schema: Schema, owner: str) -> Tensor:
 
 
 def in_used_rows(batch: Batch, schema: Schema, used: Mapping[str, Tensor]) -> Batch:
-    """The batch, in host memory, with the place of each row among the used ones of its table in the place of the row."""
+    """The batch, in host memory; the number of a row is its place among the used rows of its table."""
     columns, lists = _features(schema, used)
     batch = batch.to("cpu")
     onehot_BC, ragged = batch.onehot_BC.clone(), dict(batch.ragged)

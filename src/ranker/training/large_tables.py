@@ -29,7 +29,7 @@ OF_NET = {
 
 
 class LargeTables:
-    """The tables of a net with sparse gradients, whose snapshots keep touched rows; ``RowJournal`` says what that takes.
+    """Tables with sparse gradients, of which snapshots keep touched rows; ``RowJournal`` says what that takes.
 
     A row has its weights, what the optimizer keeps for it (of whatever optimizer is in use), and what ``admission``
     has seen of it.
@@ -110,7 +110,7 @@ class LargeTables:
         """Gives what the optimizer has for each row its values at a mark; the weights stay. Returns as ``go_back``."""
         return self._state(self._journal.put_back(mark, without=OF_NET))
 
-    def rows_at(self, mark: Mark, used: Mapping[str, Tensor]) -> dict[int, dict[str, Tensor]]:
+    def rows_at(self, mark: Mark, used: Mapping[str, Tensor]) -> dict[int, dict[str, Tensor]] | None:
         """Rows as they were at a mark.
 
         Args:
@@ -119,7 +119,10 @@ class LargeTables:
 
         Returns:
             Their tensors by width and name, the rows of all tables of a width one after another in the schema's order.
+            None on all ranks but the first, which has the same rows.
         """
+        if not self._trainer.is_global_zero:
+            return None
         first, _ = place(self._schema)
         found = {}
         for number, table in enumerate(self._tables.values()):
