@@ -168,6 +168,7 @@ def score(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("export", metavar="EXPORT_DIR", type=Path, help="a folder that scripts/export.py wrote")
     parser.add_argument("file", metavar="FILE.parquet", type=Path, help="rows to score; labels may be missing")
     parser.add_argument("--out", type=Path, required=True, help="Parquet: the row id, and one column per task")
+    parser.add_argument("--keep", metavar="COLUMN", nargs="+", default=[], help="columns of FILE that --out repeats")
     parser.add_argument("--format", choices=list(PROGRAMS), default="pt2", help="which program (default: %(default)s)")
     parser.add_argument("--batch-rows", type=int, default=8192, help="rows at a time (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: the library's own choice")
@@ -182,6 +183,7 @@ def score(arguments: Sequence[str] | None = None) -> int:
         on_bad_rows=given.on_bad_rows,
         unseen_ids=given.unseen_ids,
         id_types=exported.about.get("id_types"),
+        keep=given.keep,
     )
     engine = open_program(exported.program(given.format), schema=exported.schema, threads=given.threads)
     start = time.monotonic()

@@ -40,10 +40,12 @@ class Piece:
     Attributes:
         batch: their features and row ids.
         bad: positions of rows that cannot be scored.
+        kept: the columns that the output repeats.
     """
 
     batch: Batch
     bad: np.ndarray
+    kept: pa.Table
 
 
 class ParquetRows:
@@ -59,9 +61,11 @@ class ParquetRows:
         unseen_ids: ``raise`` treats an id out of range as such a row; ``unknown`` reads it as unknown, row 0 of its
             table.
         id_types: by column, the type of the ids that the model was trained on. Empty if it is not known.
+        keep: columns of the file that the output repeats, in this order.
 
     Raises:
-        UserError: the file is not a Parquet file, or a column is missing or has the wrong type.
+        UserError: the file is not a Parquet file, or a column is missing or has the wrong type, or a column to keep
+            has the name of another one of the output.
     """
 
     def __init__(
@@ -73,6 +77,7 @@ class ParquetRows:
         on_bad_rows: str = "raise",
         unseen_ids: str = "raise",
         id_types: Mapping[str, str] | None = None,
+        keep: Sequence[str] = (),
     ) -> None:
         one_of(on_bad_rows, ON_BAD_ROWS, "--on-bad-rows")
         one_of(unseen_ids, UNSEEN_IDS, "--unseen-ids")
@@ -83,7 +88,8 @@ class ParquetRows:
         self._path, self._schema = path, schema
         self._piece_rows, self._on_bad_rows, self._unseen_ids = piece_rows, on_bad_rows, unseen_ids
         try:
-            columns = plain_schema(pq.read_schema(path))
+            stored = pq.read_schema(path)
+            columns = plain_schema(stored)
             check_feature_columns(columns, schema=schema, file=str(path))
             check_id_types(columns, id_types or {}, schema=schema, file=str(path))
             self._names = schema.feature_columns()
@@ -93,17 +99,20 @@ class ParquetRows:
                 self.id_name += "_id"
             if has_id and schema.row_id not in self._names:
                 self._names.append(schema.row_id)
+            self.kept = self._kept(stored, keep)
+            read = [*self._names, *(name for name in keep if name not in self._names)]
             if has_id and not pa.types.is_integer(columns.field(schema.row_id).type):
                 raise UserError(f"{path}: row id '{schema.row_id}' is {columns.field(schema.row_id).type}, no integer")
             leaves = pq.read_metadata(path).schema
             texts = [leaves.column(i) for i in range(len(leaves))]
-            strings = [leaf.path for leaf in texts if leaf.logical_type.type == "STRING" and leaf.path in self._names]
+            strings = [leaf.path for leaf in texts if leaf.logical_type.type == "STRING" and leaf.path in read]
             # Without these options Arrow reads a whole row group, or whole columns of it, into memory.
             self._file = pq.ParquetFile(
                 path, read_dictionary=strings, pre_buffer=False, buffer_size=_BUFFER, page_checksum_verification=True
             )
         except pa.ArrowException as error:
             raise UserError(f"{path} is no Parquet file, or a broken one ({one_line(error)})") from error
+        self._read = read
         self.num_rows: int = self._file.metadata.num_rows
 
     def __iter__(self) -> Iterator[Piece]:
@@ -119,6 +128,15 @@ class ParquetRows:
         finally:
             found.close()
 
+    def _kept(self, stored: pa.Schema, keep: Sequence[str]) -> pa.Schema:
+        for name in keep:
+            one_of(name, stored.names, f"{self._path}: --keep")
+            if name == self.id_name or name in self._schema.task_names:
+                raise UserError(f"--keep {name}: the output has a column of this name already; leave it out")
+        if len(set(keep)) < len(keep):
+            raise UserError(f"--keep names a column twice: {', '.join(keep)}")
+        return pa.schema([stored.field(name) for name in keep])
+
     def _tables(self) -> Iterator[Piece]:
         first_row = 0
         for group in range(self._file.num_row_groups):
@@ -126,16 +144,18 @@ class ParquetRows:
             within = 0
             try:
                 for records in self._file.iter_batches(
-                    batch_size=self._piece_rows, row_groups=[group], columns=self._names, use_threads=False
+                    batch_size=self._piece_rows, row_groups=[group], columns=self._read, use_threads=False
                 ):
-                    table = plain(pa.Table.from_batches([records]), where=str(self._path))
-                    yield self._piece(table, first_row=first_row, within=within, place=place)
+                    stored = pa.Table.from_batches([records])
+                    kept = stored.select(self.kept.names).cast(self.kept)
+                    table = plain(stored.select(self._names), where=str(self._path))
+                    yield self._piece(table, kept, first_row=first_row, within=within, place=place)
                     first_row += table.num_rows
                     within += table.num_rows
             except (pa.ArrowException, OSError) as error:
                 raise place.error(self._names[0], f"{one_line(error)}; if it is broken, write it again") from error
 
-    def _piece(self, table: pa.Table, *, first_row: int, within: int, place: Place) -> Piece:
+    def _piece(self, table: pa.Table, kept: pa.Table, *, first_row: int, within: int, place: Place) -> Piece:
         batch, faults = decode(
             table,
             schema=self._schema,
@@ -146,7 +166,7 @@ class ParquetRows:
         )
         if faults and self._on_bad_rows == "raise":
             raise_first([_for_scoring(_moved(fault, within)) for fault in faults], place, otherwise=_OTHERWISE)
-        return Piece(batch, bad_rows(faults))
+        return Piece(batch, bad_rows(faults), kept)
 
 
 def score_file(
@@ -162,7 +182,8 @@ def score_file(
     Args:
         rows: the rows to score.
         engine: the exported program.
-        out: the file; an existing one is replaced. Columns: the row id (int64), and one float32 column per task.
+        out: the file; an existing one is replaced. Columns: the row id (int64), the kept ones, and one float32 column
+            per task.
         tasks: names of the tasks, in the order of the program.
         advance: called with the number of rows of each piece.
 
@@ -172,7 +193,7 @@ def score_file(
     Raises:
         UserError: a row cannot be used, or the output cannot be written.
     """
-    columns = pa.schema([(rows.id_name, pa.int64()), *((name, pa.float32()) for name in tasks)])
+    columns = pa.schema([(rows.id_name, pa.int64()), *rows.kept, *((name, pa.float32()) for name in tasks)])
     missing = 0
     try:
         with replacing(out) as draft, pq.ParquetWriter(draft, columns) as writer:
@@ -196,7 +217,7 @@ def _scored(piece: Piece, engine: Engine, columns: pa.Schema) -> pa.Table:
     unknown = np.zeros(len(piece.batch), dtype=np.bool_)
     unknown[piece.bad] = True
     values = [pa.array(scores_BT[:, t], mask=unknown) for t in range(scores_BT.shape[1])]
-    return pa.Table.from_arrays([pa.array(piece.batch.row_B.numpy()), *values], schema=columns)
+    return pa.Table.from_arrays([pa.array(piece.batch.row_B.numpy()), *piece.kept.columns, *values], schema=columns)
 
 
 def _moved(fault: Fault, rows: int) -> Fault:

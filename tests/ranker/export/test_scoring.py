@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +77,38 @@ def test_without_a_column_of_ids_a_row_is_named_by_its_position(tmp_path: Path) 
     score(write(tmp_path / "in.parquet", 130, event=None), tmp_path / "out.parquet")
 
     assert pq.read_table(tmp_path / "out.parquet")["row"].to_pylist() == list(range(130))
+
+
+def test_columns_of_the_file_can_be_kept_as_they_are(tmp_path: Path) -> None:
+    file = write(
+        tmp_path / "in.parquet",
+        250,
+        user=[f"u{i % 7}" for i in range(250)],
+        price=[None if i % 5 == 0 else Decimal(i) / 4 for i in range(250)],
+        place=[{"country": "de", "n": i} for i in range(250)],
+    )
+    rows = ParquetRows(file, SCHEMA, piece_rows=40, keep=["place", "user", "x", "price"])
+    score_file(rows, Echo(), tmp_path / "out.parquet", tasks=TASKS)
+
+    found, given = pq.read_table(tmp_path / "out.parquet"), pq.read_table(file)
+    assert found.column_names == ["event", "place", "user", "x", "price", "click"]
+    assert found.select(rows.kept.names).equals(given.select(rows.kept.names))
+    assert found["click"].to_pylist() == [i / 4 + i % 3 for i in range(250)]
+
+
+@pytest.mark.parametrize(
+    ("keep", "told"),
+    [
+        (["usr"], "--keep 'usr' is unknown; did you mean 'user'"),
+        (["click"], "--keep click: the output has a column of this name already"),
+        (["event"], "--keep event: the output has a column of this name already"),
+        (["user", "user"], "--keep names a column twice: user, user"),
+    ],
+)
+def test_columns_that_cannot_be_kept_are_refused(keep: list[str], told: str, tmp_path: Path) -> None:
+    file = write(tmp_path / "in.parquet", 10, user=["u"] * 10, click=[0] * 10)
+    with pytest.raises(UserError, match=re.escape(told)):
+        ParquetRows(file, SCHEMA, piece_rows=40, keep=keep)
 
 
 def test_a_file_without_rows_gives_one_without_rows(tmp_path: Path) -> None:
