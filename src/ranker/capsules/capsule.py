@@ -139,7 +139,8 @@ class Capsule:
             shares, pasts = zip(*(read_share(path / share_file(r)) for r in range(manifest.world_size)), strict=True)
             saved = torch.load(path / SNAPSHOT, map_location="cpu", weights_only=True)
             state = TrainingState(**saved | {"auc": torch.stack(pasts).sum(0)})
-            rows = torch.load(path / ROWS, weights_only=True) if (path / ROWS).is_file() else {}
+            used = torch.load(path / ROWS, weights_only=True) if (path / ROWS).is_file() else {}
+            rows = {name: UsedRows(*each) for name, each in used.items()}
         except (OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
             if isinstance(error, UserError):
                 raise
@@ -150,7 +151,7 @@ class Capsule:
             schema=Schema.from_yaml(path / SCHEMA_FILE),
             batches=[list(parts) for parts in zip(*shares, strict=True)],
             state=state,
-            rows={name: UsedRows(*used) for name, used in rows.items()},
+            rows=rows,
         )
 
 

@@ -21,7 +21,7 @@ from ranker.runs.provenance import arithmetic
 from ranker.runs.run_folder import RunFolder, versions
 from ranker.stability import DivergenceDetector, Event
 from ranker.training.capsule_recorder import Entry, Overheard, Recorder
-from ranker.training.compact_capsule import compact
+from ranker.training.compact_capsule import Compact, compact
 from ranker.training.deferred_signals import LateSignals
 from ranker.training.fit import Fit
 from ranker.training.progress import Say, say_in_log
@@ -212,22 +212,20 @@ class CapsuleWriter:
             )
         rank, first_rank = fit.trainer.global_rank, fit.trainer.is_global_zero
         entries = self._recorder.between(state.step, until)
-        batches, schema, kept, rows = [entry.batch for entry in entries], fit.module.schema, state, {}
+        kept = Compact(batches=[entry.batch for entry in entries], schema=fit.module.schema, state=state, rows={})
         if state.mark is not None:
-            found = compact(fit, state, batches)  # all ranks exchange their rows
-            batches, schema, kept, rows = found.batches, found.schema, found.state, found.rows
+            kept = compact(fit, state, kept.batches)  # all ranks exchange their rows
         final = self._path(event.step)
         temporary = final.with_name(f".{final.name}.tmp")  # the same for all ranks
         wrong = ""
         try:
             temporary.mkdir(parents=True, exist_ok=True)
-            files.write_share(temporary / files.share_file(rank), batches, state.auc)
-            if first_rank:
-                assert kept is not None
-                files.write_state(temporary / files.SNAPSHOT, kept)
-                schema.to_yaml(temporary / SCHEMA_FILE)
-                if rows:
-                    files.write_rows(temporary / files.ROWS, rows)
+            files.write_share(temporary / files.share_file(rank), kept.batches, state.auc)
+            if kept.state is not None and first_rank:
+                files.write_state(temporary / files.SNAPSHOT, kept.state)
+                kept.schema.to_yaml(temporary / SCHEMA_FILE)
+                if kept.rows:
+                    files.write_rows(temporary / files.ROWS, kept.rows)
                 self._write_common(fit, event, state, entries, temporary)
         except (OSError, RuntimeError) as error:  # torch.save raises the latter for a full disk
             wrong = f"{type(error).__name__}: {' '.join(str(error).split())}"

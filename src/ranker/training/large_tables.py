@@ -94,7 +94,7 @@ class LargeTables:
             for name in OF_NET.values():
                 net.pop(name.format(table.shape[1]), None)
             for key in row_state(self._optimizer, table):
-                del states[self._index(table)][key]
+                del states[self._index(table, self._optimizer)][key]
         return {"net": net, "optimizer": {**optimizer, "state": states}}
 
     def go_back(self, mark: Mark) -> dict[int, dict[str, Tensor]]:
@@ -104,11 +104,19 @@ class LargeTables:
             What the optimizer had for all rows there, by the number of the parameter. These are the tensors that step,
             for ``Optimizer.load_state_dict``.
         """
-        return self._state(self._journal.go_back(mark))
+        return self._state(self._journal.go_back(mark), self._optimizer)
 
-    def put_back_state(self, mark: Mark) -> dict[int, dict[str, Tensor]]:
-        """Gives what the optimizer has for each row its values at a mark; the weights stay. Returns as ``go_back``."""
-        return self._state(self._journal.put_back(mark, without=OF_NET))
+    def put_back_state(self, mark: Mark, optimizer: Optimizer) -> dict[int, dict[str, Tensor]]:
+        """Gives what the optimizer has for each row its values at a mark; the weights stay.
+
+        Args:
+            mark: where.
+            optimizer: one such as that of the mark, whose parameters are numbered in what is returned.
+
+        Returns:
+            As ``go_back``.
+        """
+        return self._state(self._journal.put_back(mark, without=OF_NET), optimizer)
 
     def rows_at(self, mark: Mark, used: Mapping[str, Tensor]) -> dict[int, dict[str, Tensor]] | None:
         """Rows as they were at a mark.
@@ -140,7 +148,7 @@ class LargeTables:
             net |= {OF_NET[name].format(dim): x for name, x in found[dim].items() if name in OF_NET}
             kept = {name: x for name, x in found[dim].items() if name not in OF_NET}
             if kept:
-                states.setdefault(self._index(table), {}).update(kept)
+                states.setdefault(self._index(table, self._optimizer), {}).update(kept)
         return replace(state, net=net, optimizer={**state.optimizer, "state": states}, mark=None)
 
     @property
@@ -160,14 +168,15 @@ class LargeTables:
             if table is weight:
                 self._journal.note(number, rows)
 
-    def _index(self, table: Tensor) -> int:
-        order = [param for group in self._optimizer.param_groups for param in group["params"]]
+    @staticmethod
+    def _index(table: Tensor, optimizer: Optimizer) -> int:
+        order = [param for group in optimizer.param_groups for param in group["params"]]
         return next(index for index, param in enumerate(order) if param is table)
 
-    def _state(self, found: list[dict[str, Tensor]]) -> dict[int, dict[str, Tensor]]:
+    def _state(self, found: list[dict[str, Tensor]], optimizer: Optimizer) -> dict[int, dict[str, Tensor]]:
         states = {}
         for table, tensors in zip(self._tables.values(), found, strict=True):
             kept = {name: x for name, x in tensors.items() if name not in OF_NET}
             if kept:
-                states[self._index(table)] = kept
+                states[self._index(table, optimizer)] = kept
         return states

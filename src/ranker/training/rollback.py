@@ -261,7 +261,7 @@ class Rollback:
             fit.module.optimizer_factory = self._original
         then, state = made_optimizer(fit.module.configure_optimizers), copied(snapshot.optimizer)
         if fit.module.large is not None:
-            for index, tensors in fit.module.large.put_back_state(snapshot.mark).items():
+            for index, tensors in fit.module.large.put_back_state(snapshot.mark, then).items():
                 state["state"].setdefault(index, {}).update(tensors)
         then.load_state_dict(state)
         fit.module.optimizer_factory = in_use

@@ -68,7 +68,9 @@ def local_state(
     ]
     group_of, index_of = dict(order), {name: index for index, (name, _) in enumerate(order)}
     sums = {_WEIGHT.format(dim): {k: x for k, x in tensors.items() if k != "weight"} for dim, tensors in found.items()}
-    saved, groups, states, places = state.optimizer, [], {}, []
+    saved, states = state.optimizer, {}
+    groups: list[dict[str, Any]] = []
+    places: list[int] = []  # in the run, of each group
     for group in made.param_groups:
         own = [names[id(param)] for param in group["params"]]
         places.append(group_of[_HANDLE if own[0] in sums else own[0]])

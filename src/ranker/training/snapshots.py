@@ -138,7 +138,9 @@ class SnapshotRing:
         if self.every:
             fit.module.large = LargeTables.of(fit, self._rows_above)
             self._check_memory(fit)
-        self._read_back(fit.step)
+        if fit.module.large is None:  # files have whole tables
+            self._read_back(fit.step)
+        self._tidy_disk()
         if self.every and not self.snapshots:  # a resumed run should have the ring of an uninterrupted one
             self._take(fit, detector)
 
@@ -205,7 +207,6 @@ class SnapshotRing:
             dist.all_gather_object(everyone, steps)
             steps = sorted(set.intersection(*map(set, everyone)))
         self.snapshots = [TrainingState.load(files[n]) for n in steps][-self._keep :]
-        self._tidy_disk()
 
     def _on_disk(self) -> dict[int, Path]:
         if self._path is None:
