@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import polars as pl
+import pytest
 
 DAY_MS = 86_400_000
 FIRST_DAY = 19_675  # days since 1970: 2023-11-14
@@ -84,3 +87,22 @@ def write_log(root: Path, days: int) -> Path:
 def words_for(folder: Path) -> list[str]:
     """Arguments of scripts/daily.py for the log in folder/log; its gate may find a model a little worse."""
     return [*SETTINGS, f"data.source={folder / 'log'}", f"daily.dir={folder / 'daily'}", "daily.max_auc_drop=1"]
+
+
+def pass_everything(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So few rows teach little, and an export takes seconds: the gate passes everything, and no program is traced."""
+    import ranker.daily.judge as judge
+    from ranker.export.bundle import new_folder
+    from ranker.runs.model_card import write_card
+    from ranker.stability.gate import Verdict
+
+    def quick(
+        candidate: Any, evidence: Any, settings: Any, *, destination: Path, about: Any, card: Any, **_: Any
+    ) -> Verdict:
+        with new_folder(destination, replace=True) as draft:
+            (draft / "export.json").write_text(json.dumps({"run": about["run"], "step": about["step"]}))
+            write_card(draft, card)
+        return Verdict(())
+
+    monkeypatch.setattr(judge, "judge", lambda *_: Verdict(()))
+    monkeypatch.setattr(judge, "write_export", quick)

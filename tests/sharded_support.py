@@ -119,6 +119,23 @@ def command_on_ranks(words: Sequence[str], world: int) -> list[Any]:
     return started(_command, world, port, list(words))
 
 
+def trained(*overrides: str, world: int = 2) -> None:
+    """Runs train.py on so many ranks."""
+    assert ended(command_on_ranks(overrides, world)) == 0
+
+
+def ended(ranks: Sequence[Any]) -> int:
+    """Waits for ranks; the first exit status that is not 0, after which the others are killed."""
+    while any(rank.is_alive() for rank in ranks):
+        ranks[0].join(0.1)
+        if any(rank.exitcode for rank in ranks):
+            for rank in ranks:
+                rank.kill()
+    for rank in ranks:
+        rank.join()
+    return next((rank.exitcode for rank in ranks if rank.exitcode), 0)
+
+
 def _command(rank: int, world: int, port: int, words: list[str]) -> None:
     places = {"RANK": rank, "LOCAL_RANK": rank, "GROUP_RANK": 0, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
     os.environ |= {name: str(place) for name, place in places.items()}

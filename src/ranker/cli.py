@@ -5,17 +5,22 @@ from __future__ import annotations
 import argparse
 import functools
 import os
+import shutil
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
+from pathlib import Path
 from typing import ParamSpec
 
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
 from ranker import config, stop_signals
 from ranker.errors import UserError, disk_trouble
+from ranker.runs import run_lock
+from ranker.runs.run_folder import RUN_DIR_VARIABLE
 from ranker.sweeps.watch import accounted
 
 MISTAKES = (UserError, HydraException, OmegaConfBaseException)  # of the user
@@ -112,6 +117,25 @@ def one_line_errors(*, outermost: bool = False) -> Iterator[None]:
         print(f"error: {line}", file=sys.stderr)
         print(f"({FULL_ERROR}=1 shows where)", file=sys.stderr)
         sys.exit(2)
+
+
+@contextmanager
+def no_folder_of_a_mistake() -> Iterator[None]:
+    """Removes the folder that Hydra made for a run, if a mistake of the user ends it before anything is in there."""
+    try:
+        yield
+    except MISTAKES:
+        if RUN_DIR_VARIABLE not in os.environ:  # else another process of the run made it
+            folder = Path(HydraConfig.get().runtime.output_dir)
+            files = [path for path in folder.rglob("*") if not path.is_dir()]
+            log = folder / f"{HydraConfig.get().job.name}.log"
+            if all(
+                x.parent.name == ".hydra" or x.name == run_lock.LOCK or (x == log and not x.stat().st_size)
+                for x in files
+            ):
+                with suppress(UserError), run_lock.held(folder):  # another run may just begin in there
+                    shutil.rmtree(folder, ignore_errors=True)
+        raise
 
 
 @contextmanager

@@ -109,12 +109,13 @@ def parent_of(cfg: DictConfig, folder: RunFolder, checkpoint: Path | None) -> Pa
                 start.parent = lineage.parent(folder.read_config())
         return None
     path = Path(start.path)
+    shards = OmegaConf.select(cfg, "embeddings.name", default="local") == "torchrec"
     if (path / ABOUT).is_file():
         parent = exported_parent(path)
     elif (path / CONFIG).is_file():
-        parent = Parent.of_run(path, say=lambda line: print(f"warm_start: {line}", flush=True))
+        parent = Parent.of_run(path, say=lambda line: print(f"warm_start: {line}", flush=True), shards=shards)
     elif path.is_file():
-        parent = Parent.of_checkpoint(path)
+        parent = Parent.of_checkpoint(path, shards=shards)
     else:
         raise UserError(f"warm_start: {path} is no run folder ({CONFIG}), no export ({ABOUT}) and no checkpoint file")
     with open_dict(cfg):

@@ -112,7 +112,8 @@ def _handle(number: int, _: FrameType | None) -> None:
             raise Stopped
         return
     if _STATE.gentle:
-        say("\nstopping after this step; a second Ctrl-C stops at once")
+        again = "; a second Ctrl-C stops at once" if number == signal.SIGINT else f" ({name_of(number)})"
+        say(f"\nstopping after this step{again}")
         return
     workers = multiprocessing.active_children()  # of a launcher that runs a sweep's jobs in parallel
     for worker in workers:

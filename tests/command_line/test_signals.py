@@ -195,6 +195,22 @@ def test_an_ignored_signal_stays_ignored(tmp_path: Path) -> None:
         signal.signal(signal.SIGHUP, before)
 
 
+@pytest.mark.parametrize(
+    ("number", "second"), [(signal.SIGINT, True), (signal.SIGTERM, False), (signal.SIGUSR1, False)]
+)
+def test_a_second_ctrl_c_is_offered_to_who_has_pressed_the_first(
+    number: signal.Signals, second: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with stop_signals.taken_over(), stop_signals.gentle_after_start():
+        stop_signals.gently()
+        os.kill(os.getpid(), number)
+
+    said = capsys.readouterr().err
+    assert said.count("stopping after this step") == 1
+    assert ("Ctrl-C" in said) == second
+    assert (number.name in said) != second
+
+
 def test_the_second_ctrl_c_stops_at_once_and_handlers_are_given_back(capsys: pytest.CaptureFixture[str]) -> None:
     before = [signal.getsignal(number) for number in stop_signals.SIGNALS]
     with stop_signals.taken_over():

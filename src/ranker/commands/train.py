@@ -40,11 +40,12 @@ def _main(cfg: DictConfig) -> float | None:
             from ranker.sweeps.job import run_job
 
             return run_job(cfg)
-        config.check(cfg)
-        deferred.defer()
-        from ranker.run import run  # imported late: Lightning costs seconds that --help and --cfg need not wait for
+        with cli.no_folder_of_a_mistake():
+            config.check(cfg)
+            deferred.defer()
+            from ranker.run import run  # imported late: Lightning costs seconds that --help and --cfg need not wait for
 
-        return run(cfg)
+            return run(cfg)
 
 
 def train() -> None:

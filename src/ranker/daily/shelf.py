@@ -12,7 +12,7 @@ import shutil
 from pathlib import Path
 
 from ranker.atomic import replacing_folder
-from ranker.runs.checkpoint_files import path_of, step_of
+from ranker.runs.checkpoint_files import path_of, shards_of, step_of
 from ranker.runs.run_folder import CAPSULES, CHECKPOINTS, CONFIG, FINGERPRINT, SCHEMA, SNAPSHOTS, SUMMARY
 from ranker.runs.table_files import COPIES, copy_of
 
@@ -55,8 +55,12 @@ class Shelf:
             files = {checkpoint: path_of(folder, step_of(checkpoint))}
             if (copy := copy_of(checkpoint)) is not None:
                 files[copy] = folder / COPIES / copy.name
+            if (shards := shards_of(checkpoint)).is_dir():
+                files |= {
+                    path: shards_of(path_of(folder, step_of(checkpoint))) / path.name for path in shards.iterdir()
+                }
             for source, target in files.items():
-                target.parent.mkdir(exist_ok=True)
+                target.parent.mkdir(parents=True, exist_ok=True)
                 try:
                     os.link(source, target)
                 except OSError:

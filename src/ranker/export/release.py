@@ -78,7 +78,7 @@ class Weights:
             net = {name.removeprefix(NET_PREFIX): x for name, x in state.items() if name.startswith(NET_PREFIX)}
             average = saved.get(AVERAGE, {})
             if SHARDED in saved:
-                from ranker.training.sharded_checkpoint import gathered  # late: few runs have sharded tables
+                from ranker.training.stored_tables import gathered  # late: few runs have sharded tables
 
                 net |= gathered(saved, path)
             net |= average

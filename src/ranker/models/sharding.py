@@ -72,12 +72,22 @@ class Table:
         rows: number of rows.
         dim: width of a row.
         features: features that look rows up in it.
+
+    Raises:
+        UserError: the width is not a multiple of 4.
     """
 
     name: str
     rows: int
     dim: int
     features: Sequence[str]
+
+    def __post_init__(self) -> None:
+        if self.dim % _MULTIPLE:
+            raise UserError(
+                f"feature '{self.name}': embedding_dim {self.dim} is not a multiple of {_MULTIPLE}, which "
+                "embeddings=torchrec needs"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -153,7 +163,7 @@ class ShardedCollection:
         shards: what this process has.
 
     Raises:
-        UserError: torchrec is missing, a width is not a multiple of 4, or the tables do not fit.
+        UserError: torchrec is missing, or the tables do not fit.
     """
 
     def __init__(
@@ -165,12 +175,6 @@ class ShardedCollection:
         group: dist.ProcessGroup,
         device: torch.device,
     ) -> None:
-        for table in tables:
-            if table.dim % _MULTIPLE:
-                raise UserError(
-                    f"feature '{table.name}': embedding_dim {table.dim} is not a multiple of {_MULTIPLE}, which "
-                    "embeddings=torchrec needs"
-                )
         torchrec, bags = require(), require("torchrec.distributed.embeddingbag")
         kinds = require("fbgemm_gpu.split_embedding_configs").EmbOptimType
         self._keyed_jagged: Callable[..., Any] = torchrec.KeyedJaggedTensor

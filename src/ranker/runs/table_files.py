@@ -7,11 +7,13 @@ checkpoint that names the file holds every row that has moved since the copy beg
 
 from __future__ import annotations
 
+import io
 import json
+import struct
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from ranker.atomic import replacing
 from ranker.errors import UserError
@@ -23,6 +25,7 @@ COPIES = "full_copies"  # the folder of full copies, in that of the checkpoints
 CONTENTS = "tables.json"  # entry of a full copy: its tensors
 ADDS_TO = "archive/full_copy"  # entry of a checkpoint: the full copy that it adds to. torch has all in archive/
 PIECE_BYTES = 1 << 24
+_LENGTHS = 26  # where the header of an entry has the lengths of its last fields
 
 
 def write_copy(path: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -69,6 +72,102 @@ def read_copy(path: Path) -> dict[str, Tensor]:
         why = " ".join(str(error).split())[:120]
         raise UserError(f"{path} is no full copy of tables, or is damaged ({why})") from error
     return found
+
+
+def mapped_copy(path: Path) -> dict[str, list[tuple[int, Tensor]]]:
+    """The pieces of a full copy, mapped: by name of the tensor, the first row of each and its rows as bytes.
+
+    Returns:
+        Pieces uint8 [rows, bytes of a row], in memory that is read when it is used.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    found: dict[str, list[tuple[int, Tensor]]] = {}
+    try:
+        with zipfile.ZipFile(path) as archive:
+            for name, (shape, _) in json.loads(archive.read(CONTENTS)).items():
+                starts = sorted(
+                    int(entry.removeprefix(f"{name}/"))
+                    for entry in archive.namelist()
+                    if entry.removeprefix(f"{name}/").isdecimal()
+                )
+                ends = [*starts[1:], shape[0]]
+                found[name] = [
+                    (start, mapped(path, archive, f"{name}/{start}").view(end - start, -1))
+                    for start, end in zip(starts, ends, strict=True)
+                ]
+    except Exception as error:  # as in read_copy
+        why = " ".join(str(error).split())[:120]
+        raise UserError(f"{path} is no full copy of tables, or is damaged ({why})") from error
+    return found
+
+
+class Slice(io.RawIOBase):
+    """A part of a file as a file of its own, for an archive inside another file.
+
+    Args:
+        file: open for reading.
+        start: its first byte.
+        length: its bytes.
+    """
+
+    def __init__(self, file: BinaryIO, start: int, length: int) -> None:
+        self._file, self._start, self._length, self._at = file, start, length, 0
+
+    def seekable(self) -> bool:
+        """True."""
+        return True
+
+    def readable(self) -> bool:
+        """True."""
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        """As of any file."""
+        self._at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._length}[whence]
+        return self._at
+
+    def tell(self) -> int:
+        """As of any file."""
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        """As of any file."""
+        count = max(0, min(len(buffer), self._length - self._at))
+        self._file.seek(self._start + self._at)
+        found = self._file.read(count)
+        buffer[: len(found)] = found
+        self._at += len(found)
+        return len(found)
+
+
+def mapped(path: Path, archive: zipfile.ZipFile, name: str, *, before: int = 0) -> Tensor:
+    """The bytes of a stored entry of an archive, uint8 [bytes], in memory that is read when it is used.
+
+    Args:
+        path: the file.
+        archive: open.
+        name: of the entry.
+        before: bytes of the file before the archive.
+
+    Raises:
+        ValueError: the entry is compressed.
+    """
+    import numpy as np
+    import torch
+
+    entry = archive.getinfo(name)
+    if entry.compress_type != zipfile.ZIP_STORED:
+        raise ValueError(f"{name} is compressed")
+    if not entry.file_size:
+        return torch.empty(0, dtype=torch.uint8)
+    with path.open("rb") as file:
+        file.seek(before + entry.header_offset + _LENGTHS)
+        lengths = struct.unpack("<HH", file.read(4))  # of the name and of extra fields, which end the entry's header
+    start = before + entry.header_offset + _LENGTHS + 4 + sum(lengths)
+    # Copy on write, because torch warns of memory that cannot be written to.
+    return torch.from_numpy(np.memmap(path, np.uint8, "c", start, (entry.file_size,)))
 
 
 def note_copy(checkpoint: Path, copy: str) -> None:

@@ -53,12 +53,17 @@ def changed(old: StateByName, groups: list[dict[str, Any]], settings: WarmStartS
         for key in (key for key in SQUARES if key in state):
             total = state[key]
             if settings.accumulators == "decay":
-                assert settings.half_life_rows is not None
                 least = float(start[name]) if key == "sum" else 0.0
-                found[name][key] = least + (total - least) * 2.0 ** (-rows / settings.half_life_rows)
+                found[name][key] = decayed(total, settings, start=least, rows=rows)
             elif not name.startswith(_TABLES) and total.numel():
                 found[name][key] = total.clamp_min(float(settings.floor * total.median()))
     return found
+
+
+def decayed(total: Tensor, settings: WarmStartSettings, *, start: float, rows: int) -> Tensor:
+    """``warm_start.accumulators=decay`` of an accumulator that began at ``start``, after some rows."""
+    assert settings.half_life_rows is not None
+    return start + (total - start) * 2.0 ** (-rows / settings.half_life_rows)
 
 
 @torch.no_grad()

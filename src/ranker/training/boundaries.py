@@ -64,6 +64,8 @@ class Boundaries(Callback):
         if how == "keep":
             return
         optimizer = fit.trainer.optimizers[0]
+        if fit.module.tables is not None:
+            fit.module.tables.change_accumulators(self._settings, rows=rows)
         if how == "reset":
             optimizer.state.clear()  # each tensor's state is made at the next step, as that of a new optimizer
         else:

@@ -18,13 +18,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 
 from ranker.atomic import write_text
 from ranker.errors import UserError
-from ranker.runs.checkpoint_files import SHARD_FILES, checksum, shards_of
-from ranker.runs.run_folder import SHARDED
+from ranker.runs.checkpoint_files import SHARD_FILES, checksum
 
 WEIGHT, ACCUMULATOR = "weight", "accumulator"
 # What torch pickles into the folder's index. Nothing else is loaded from it.
@@ -127,48 +125,3 @@ def load(state: Mapping[str, Any], folder: Path, group: dist.ProcessGroup) -> No
             dcp.load(dict(state), storage_reader=Reader(folder), process_group=group)
     except dcp.CheckpointException as error:
         raise UserError(f"{folder} cannot be read: {' '.join(str(error).split())[:200]}") from error
-
-
-def gathered(saved: Mapping[str, Any], path: Path) -> dict[str, Tensor]:
-    """The tables of a checkpoint as ``EmbeddingTables`` has them, by name within the net, gathered in this process.
-
-    Args:
-        saved: the checkpoint; empty is returned for one without sharded tables.
-        path: its file.
-
-    Raises:
-        UserError: the folder with the tables is missing or damaged.
-    """
-    if SHARDED not in saved:
-        return {}
-    tables = [(str(name), int(rows), int(dim)) for name, rows, dim in saved[SHARDED]["tables"]]
-    return _whole(shards_of(path), tables)
-
-
-def _whole(folder: Path, tables: list[tuple[str, int, int]]) -> dict[str, Tensor]:
-    """The tables of a folder.
-
-    Args:
-        folder: of ``save``.
-        tables: name, rows and width of each table, in the schema's order.
-
-    Raises:
-        UserError: the folder is missing or damaged.
-    """
-    rows: dict[int, int] = {}
-    for _, count, dim in tables:
-        rows[dim] = rows.get(dim, 0) + count
-    weights = {dim: torch.empty(count, dim) for dim, count in rows.items()}
-    state, start = {}, dict.fromkeys(rows, 0)
-    for name, count, dim in tables:
-        state[f"{name}/{WEIGHT}"] = weights[dim][start[dim] : start[dim] + count]
-        start[dim] += count
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            dcp.load(state, storage_reader=Reader(folder), no_dist=True)
-    except UserError:
-        raise
-    except Exception as error:  # torch raises many types of errors for a damaged folder
-        raise UserError(f"{folder} cannot be read ({' '.join(str(error).split())[:200]})") from error
-    return {f"embeddings.tables.dim_{dim}.weight": weight for dim, weight in weights.items()}

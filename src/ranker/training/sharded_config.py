@@ -32,7 +32,6 @@ def sharded(cfg: DictConfig, make_net: Callable[[], Ranker], *, lr: float) -> tu
     """
     for reason in refused(cfg):
         raise UserError(f"embeddings=torchrec: {reason}")
-    require()
     own = dict(cfg.optim.embedding)
     group: dict[str, Any] = {"method": "adagrad", "lr": float(own.get("lr") or lr)}
     group |= {name: float(own[name]) for name in ("eps", "initial_accumulator_value")}
@@ -57,6 +56,7 @@ def sharded(cfg: DictConfig, make_net: Callable[[], Ranker], *, lr: float) -> tu
         raise UserError(
             f"embeddings=torchrec: {type(net).__name__} makes tables of its own; use ranker.models.Ranker's"
         )
+    require()  # last, so that a missing package hides no mistake in the configuration
     return net, TablesOfRun(net.embeddings, group)
 
 
@@ -68,8 +68,6 @@ def refused(cfg: DictConfig) -> Iterator[str]:
     yield from _of_optimizer(cfg)
     yield from _of_trainer(cfg)
     yield from _of_callbacks(cfg)
-    if OmegaConf.select(cfg, "warm_start.path") is not None:
-        yield "warm_start is not supported; leave warm_start.path out"
     if cfg.train.get("compile"):
         yield "train.compile=true is not supported; leave it out"
     if OmegaConf.select(cfg, "model.net.sparse_embeddings"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,16 +16,19 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ranker.capsules.training_state import TrainingState
+from ranker.config import WarmStartSettings
 from ranker.data.schema import Schema
 from ranker.errors import UserError
 from ranker.models.sharded_embeddings import ShardedTables
 from ranker.models.sharding import Shard
 from ranker.runs.checkpoint_files import BEST, SHARDS, by_step, path_of, shards_of, step_of
 from ranker.runs.run_folder import SHARDED
-from ranker.training import sharded_checkpoint
+from ranker.training import accumulators, sharded_checkpoint, weight_transfer
 from ranker.training.fit import Fit
 from ranker.training.row_journal import Mark, RowJournal
 from ranker.training.sharded_to_local import local_state
+from ranker.training.stored_tables import BLOCK, HANDLE, StoredTable
+from ranker.training.weight_transfer import Kept
 
 log = logging.getLogger(__name__)
 
@@ -78,9 +81,90 @@ class TablesOfRun:
     def join(self, optimizer: Optimizer) -> Optimizer:
         """Adds a group to the optimizer that has the tables' learning rate, so that schedules and rollbacks set it."""
         named = "param_names" in optimizer.param_groups[0]
-        handle: Any = ("embeddings", self.tables.handle) if named else self.tables.handle
+        handle: Any = (HANDLE, self.tables.handle) if named else self.tables.handle
         optimizer.add_param_group({"params": [handle], **self._group})
         return optimizer
+
+    def kept_rows(
+        self, schema: Schema, old_schema: Schema, stored: Mapping[str, StoredTable] | None
+    ) -> tuple[dict[str, Kept], list[str]]:
+        """What a warm start keeps of each table, and what starts fresh.
+
+        Args:
+            schema: of this run.
+            old_schema: of the earlier one.
+            stored: tables of the earlier one; None where they cannot be read row by row.
+
+        Raises:
+            UserError: ``stored`` is None, or the tables are not as the earlier schema says.
+        """
+        if stored is None:
+            raise UserError(
+                "warm_start: an export has whole tables, which embeddings=torchrec does not read into each process; "
+                "give the run folder or a checkpoint"
+            )
+        kept, lines = weight_transfer.kept_rows(schema, old_schema)
+        sizes = {f.name: (f.rows, f.embedding_dim) for f in old_schema.categorical}
+        for name in [name for name in kept if name not in stored]:
+            del kept[name]
+            lines.append(f"the table of '{name}' is not in the checkpoint")
+        for name in kept:
+            if (stored[name].rows, stored[name].dim) != sizes[name]:
+                there = f"{stored[name].rows:,} x {stored[name].dim}"
+                raise UserError(
+                    f"warm_start: the table of '{name}' is {there}, and the schema beside it says otherwise"
+                )
+        return kept, lines
+
+    def other_accumulators(self, stored: Mapping[str, StoredTable], kept: Iterable[str]) -> list[str]:
+        """What a warm start cannot take over of the accumulators of some tables as it was, one line each."""
+        by_row, used = self.tables.settings.optimizer != "adagrad", [stored[name] for name in kept]
+        lines = []
+        if none := sum(table.accumulator is None for table in used):
+            lines.append(f"accumulators start anew for {none} of {len(used)} tables")
+        if other := sum(table.accumulator is not None and table.by_row != by_row for table in used):
+            ways = ("one a weight", "one a row")
+            lines.append(f"accumulators of {other} tables were {ways[not by_row]} there and are {ways[by_row]} here")
+        return lines
+
+    @torch.no_grad()
+    def take_over(
+        self,
+        stored: Mapping[str, StoredTable],
+        kept: Mapping[str, Kept],
+        changed: Callable[[str, Tensor], Tensor] | None,
+    ) -> None:
+        """Copies rows of an earlier run into this process's shards, ``BLOCK`` rows at a time.
+
+        Args:
+            stored: tables of the earlier run.
+            kept: from ``kept_rows``.
+            changed: accumulators of some rows as they begin here, given the name of their local weight; None: all of
+                them stay at G_0.
+        """
+        for shard in self.tables.collection.shards:
+            if shard.table in kept:
+                for here, there in _blocks(kept[shard.table], shard):
+                    _copy_rows(stored[shard.table], there, shard, here, changed)
+
+    @torch.no_grad()
+    def change_accumulators(self, settings: WarmStartSettings, *, rows: int) -> None:
+        """Does at a boundary inside the run what a warm start does to the accumulators.
+
+        Args:
+            settings: what happens to them.
+            rows: rows that were trained on since the last boundary.
+        """
+        assert self.journal is not None
+        if settings.accumulators not in ("reset", "decay"):
+            return
+        for number, shard in enumerate(self.tables.collection.shards):
+            self.journal.note(number, torch.arange(len(shard.weight)))
+            start = self.tables.settings.initial_accumulator_value
+            if settings.accumulators == "reset":
+                shard.accumulator.fill_(start)
+            else:
+                shard.accumulator.copy_(accumulators.decayed(shard.accumulator, settings, start=start, rows=rows))
 
     def use_rate(self, optimizer: Optimizer) -> None:
         """Gives the backward pass that comes next the learning rate of its group."""
@@ -196,3 +280,30 @@ class TablesOfRun:
 
 def _tensors(shard: Shard) -> dict[str, Tensor]:
     return {"weight": shard.weight, "accumulator": shard.accumulator}
+
+
+def _blocks(kept: Kept, shard: Shard) -> Iterator[tuple[Tensor, Tensor]]:
+    """Rows of a shard that a table keeps, counted within the shard, and their rows in the earlier table."""
+    first, end = shard.row, shard.row + len(shard.weight)
+    if isinstance(kept, int):
+        for low in range(first, min(end, kept), BLOCK):
+            rows_N = torch.arange(low, min(low + BLOCK, end, kept))
+            yield rows_N - first, rows_N
+        return
+    here, there = kept
+    own = (here >= first) & (here < end)
+    yield from zip((here[own] - first).split(BLOCK), there[own].split(BLOCK), strict=True)
+
+
+def _copy_rows(
+    table: StoredTable, there: Tensor, shard: Shard, here: Tensor, changed: Callable[[str, Tensor], Tensor] | None
+) -> None:
+    device, width = shard.weight.device, shard.weight.shape[1]
+    place = here.to(device)
+    shard.weight.index_copy_(0, place, table.weight.read(there, shard.column, width).to(device))
+    if table.accumulator is None or changed is None:
+        return
+    by_row = shard.accumulator.dim() == 1
+    read = table.accumulators_of_rows if by_row else table.accumulator.read
+    sums = changed(table.parameter, read(there, shard.column, width))
+    shard.accumulator.index_copy_(0, place, sums.to(device))

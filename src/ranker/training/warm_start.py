@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from omegaconf import OmegaConf
@@ -45,6 +45,9 @@ from ranker.training.stability_callback import Stability
 from ranker.training.table_checkpoints import read_checkpoint
 from ranker.trust import read_config
 
+if TYPE_CHECKING:
+    from ranker.training.stored_tables import StoredTable
+
 
 @dataclass(frozen=True, kw_only=True)
 class Parent:
@@ -59,6 +62,8 @@ class Parent:
         groups: settings of the optimizer's groups, with ``param_names``.
         detector: state of the divergence detector; None without one.
         average: moving average of the dense weights; empty without one.
+        tables: of a new run that shards its tables: those of the parent, not read yet, which ``net`` and ``optimizer``
+            do not have then; None for any other run, and for an export.
         auc: histograms of the training AUC, [ranks, T, 2, bins]; None for an export.
         own_rows: rows that it was trained on itself.
     """
@@ -71,22 +76,35 @@ class Parent:
     groups: list[dict[str, Any]] = field(default_factory=list)
     detector: Mapping[str, Any] | None = None
     average: Mapping[str, Tensor] = field(default_factory=dict)
+    tables: Mapping[str, StoredTable] | None = None
     auc: Tensor | None = None
     own_rows: int = 0
 
     @classmethod
-    def of_run(cls, path: Path, *, say: Callable[[str], None]) -> Parent:
+    def of_run(cls, path: Path, *, say: Callable[[str], None], shards: bool = False) -> Parent:
         """The last state of a run, or of a lost run the last one from before its divergence.
+
+        Args:
+            path: its folder.
+            say: told in one line where a lost run goes on.
+            shards: the new run shards its tables.
 
         Raises:
             UserError: it has no checkpoint, or none from before its divergence.
         """
         folder = RunFolder.existing(path)
-        return cls.of_checkpoint(sound_checkpoint(folder, keep_lost=False, say=say), kind="run")
+        return cls.of_checkpoint(sound_checkpoint(folder, keep_lost=False, say=say), kind="run", shards=shards)
 
     @classmethod
-    def of_checkpoint(cls, path: Path, *, kind: str = "checkpoint") -> Parent:
+    def of_checkpoint(cls, path: Path, *, kind: str = "checkpoint", shards: bool = False) -> Parent:
         """The state in a checkpoint. What the file does not say of itself is read from its run folder, if it is in one.
+
+        Sharded tables are gathered in this process, unless the new run shards its tables too.
+
+        Args:
+            path: the file.
+            kind: of what is said about it.
+            shards: the new run shards its tables.
 
         Raises:
             UserError: the file is damaged or no checkpoint of a run, or the detector had found the model lost.
@@ -94,14 +112,12 @@ class Parent:
         if reason := damage(path):
             raise UserError(f"warm_start: {path} is {reason}; give another one")
         try:
-            saved = read_checkpoint(path)
+            saved = read_checkpoint(path, light=shards)
             state, step, data = saved[STATE_DICT], int(saved[GLOBAL_STEP]), saved[DATA_MODULE]
             optimizer = saved["optimizer_states"][0]
         except Exception as error:  # torch raises many types of errors for an invalid file
             why = " ".join(str(error).split())[:120]
             raise UserError(f"warm_start: {path} is not a checkpoint of a run ({why})") from error
-        if SHARDED in saved:
-            raise UserError(f"warm_start: the tables of {path} are sharded, which a new run cannot start from yet")
         detector = saved.get(CALLBACKS, {}).get(STABILITY, {}).get("detector")
         if detector is not None and is_lost(detector):
             raise UserError(f"warm_start: the model in {path} is lost (it diverged before); give an earlier checkpoint")
@@ -111,6 +127,25 @@ class Parent:
         schema = Schema.from_dict(described, source=str(path)) if described else None
         if schema is None and folder is not None and (folder / SCHEMA).is_file():
             schema = Schema.from_yaml(folder / SCHEMA)
+        net = {name.removeprefix(NET_PREFIX): x for name, x in state.items() if name.startswith(NET_PREFIX)}
+        held, tables = accumulators.by_name(optimizer), None
+        groups: list[dict[str, Any]] = optimizer["param_groups"]
+        if shards or SHARDED in saved:
+            from ranker.training import stored_tables  # late: few runs have sharded tables
+
+            if SHARDED in saved:
+                tables = stored_tables.of_sharded(saved, path)
+                groups = stored_tables.groups_as_local(groups, tables)
+            elif schema is not None:
+                tables = stored_tables.of_local(path, schema)
+            else:
+                raise UserError(f"warm_start: {path} does not say its schema; give the run folder that it is of")
+            if shards:
+                net, held = ({n: x for n, x in y.items() if not stored_tables.is_table(n)} for y in (net, held))
+            else:
+                net |= stored_tables.whole(tables.values(), "weight")
+                sums = stored_tables.whole(tables.values(), "accumulator")
+                held, tables = {**held, **{name: {"sum": x} for name, x in sums.items()}}, None
         known = data.get("dense_statistics")
         own_rows = int(lineage.pop("own_rows", saved.get(CALLBACKS, {}).get("Bookkeeping", {}).get("examples", 0)))
         identity = {
@@ -127,13 +162,14 @@ class Parent:
         }
         return cls(
             identity=identity,
-            net={name.removeprefix(NET_PREFIX): x for name, x in state.items() if name.startswith(NET_PREFIX)},
+            net=net,
             schema=schema,
             statistics=NOTHING if known is None else DenseStatistics.from_state(known),
-            optimizer=accumulators.by_name(optimizer),
-            groups=optimizer["param_groups"],
+            optimizer=held,
+            groups=groups,
             detector=detector,
             average=saved.get(AVERAGE, {}),
+            tables=tables,
             auc=saved.get(TRAIN_AUC_BY_RANK, state[TRAIN_AUC][None]),
             own_rows=own_rows,
         )
@@ -176,6 +212,10 @@ class WarmStart:
                 f"warm_start: {path} was trained with data.dense_statistics={there} and this run has {here}, so its "
                 "inputs have another scale; use the same value"
             )
+        self._rows: Mapping[str, weight_transfer.Kept] = {}  # of sharded tables
+        if module.tables is not None:
+            self._rows, fresh = module.tables.kept_rows(module.schema, self._old_schema, parent.tables)
+            self._plan = replace(self._plan, fresh=(*self._plan.fresh, *fresh))
         self._tasks = weight_transfer.same_tasks(module.schema, self._old_schema)
         self.lines = [f"starts fresh: {line}" for line in self._plan.fresh]
         self.lines += weight_transfer.rescaled_features(module.schema, self._old_schema)
@@ -187,6 +227,8 @@ class WarmStart:
                 f"warm_start: {path} is an export, which has no accumulators; add warm_start.accumulators=reset, or "
                 "give the run folder or a checkpoint"
             )
+        if module.tables is not None and parent.tables is not None and settings.accumulators != "reset":
+            self.lines += module.tables.other_accumulators(parent.tables, self._rows)
 
     @property
     def summary(self) -> dict[str, Any]:
@@ -195,7 +237,7 @@ class WarmStart:
             **self.parent.identity,
             "last_row_time": iso(self.parent.identity["last_time_ms"]),
             "accumulators": self._settings.accumulators,
-            "tensors": len(self._plan.moves),
+            "tensors": len(self._plan.moves) + len(self._rows),
             "not_as_it_was": self.lines,
         }
 
@@ -227,9 +269,18 @@ class WarmStart:
             )
             lost = accumulators.put(old, self._plan.moves, self.parent.groups, module, fit.trainer.optimizers[0])
             self.lines += lost
+        if module.tables is not None and self.parent.tables is not None:
+            keeps = self._settings.accumulators != "reset"
+            module.tables.take_over(self.parent.tables, self._rows, self._changed_sums if keeps else None)
         self._carry_auc(fit)
         self._carry_average(module)
         fit.data.carry_statistics(self._statistics(module.schema, fit.data))
+
+    def _changed_sums(self, parameter: str, sums: Tensor) -> Tensor:
+        """Accumulators of sharded tables as they begin here, given the name of their local weight."""
+        old = {parameter: {"sum": sums}}
+        how = accumulators.changed(old, self.parent.groups, self._settings, rows=self.parent.own_rows)
+        return how[parameter]["sum"]
 
     def _carry_average(self, module: RankingModule) -> None:
         """The moving average goes on; what is not taken over as it was starts from the weights."""

@@ -18,6 +18,8 @@ _TABLE = re.compile(r"^embeddings\.(?:tables\.dim_|admission\.(?:seen|last)_)(\d
 
 Places = tuple[Tensor, Tensor]
 """Places along an axis of the new tensor, and the places of the earlier one that they are copied from, int64 [N]."""
+Kept = int | Places
+"""Rows that a table keeps: the first so many of both tables, or places in the new table and in the earlier one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,25 +185,43 @@ def _new_features(schema: Schema, old_schema: Schema) -> list[str]:
     ]
 
 
+def kept_rows(schema: Schema, old_schema: Schema, *, dim: int | None = None) -> tuple[dict[str, Kept], list[str]]:
+    """The rows of each table that mean the same ids in both schemas, by name; and what starts fresh, one line each.
+
+    Args:
+        schema: of the new model.
+        old_schema: of the earlier one.
+        dim: tables of this width only; None: all.
+    """
+    old = {feature.name: feature for feature in old_schema.categorical if not feature.table}
+    found: dict[str, Kept] = {}
+    lines = []
+    for feature in schema.categorical:
+        if feature.table or dim not in (None, feature.embedding_dim):
+            continue
+        before = old.get(feature.name)
+        if before is None or before.embedding_dim != feature.embedding_dim:
+            lines.append(f"the table of '{feature.name}' is new")
+            continue
+        found[feature.name], why = _same_ids(feature, before)
+        if why:
+            lines.append(f"the table of '{feature.name}': {why}")
+    return found, lines
+
+
 def _table_rows(dim: int, schema: Schema, old_schema: Schema) -> tuple[Places | None, list[str]]:
     """The rows of all tables of a width that mean the same ids; None where all rows do. And what starts fresh."""
     tables, old_tables = _tables(schema, dim), _tables(old_schema, dim)
     if [(f.name, _ids(f)) for f, _ in tables] == [(f.name, _ids(f)) for f, _ in old_tables]:
         return None, []
-    old_by_name = {feature.name: (feature, start) for feature, start in old_tables}
-    here, there, lines = [], [], []
-    for feature, start in tables:
-        if feature.name not in old_by_name:
-            lines.append(f"the table of '{feature.name}' is new")
-            continue
-        before, old_start = old_by_name[feature.name]
-        rows, why = _same_ids(feature, before)
-        here.append(rows[0] + start)
-        there.append(rows[1] + old_start)
-        if why:
-            lines.append(f"the table of '{feature.name}': {why}")
-    empty = torch.zeros(0, dtype=torch.int64)
-    return (torch.cat([empty, *here]), torch.cat([empty, *there])), lines
+    kept, lines = kept_rows(schema, old_schema, dim=dim)
+    starts, old_starts = ({f.name: start for f, start in found} for found in (tables, old_tables))
+    here, there = [torch.zeros(0, dtype=torch.int64)], [torch.zeros(0, dtype=torch.int64)]
+    for name, rows in kept.items():
+        now, before = (torch.arange(rows),) * 2 if isinstance(rows, int) else rows
+        here.append(now + starts[name])
+        there.append(before + old_starts[name])
+    return (torch.cat(here), torch.cat(there)), lines
 
 
 def _tables(schema: Schema, dim: int) -> list[tuple[CategoricalFeature, int]]:
@@ -218,20 +238,17 @@ def _ids(feature: CategoricalFeature) -> tuple[object, ...]:
     return feature.num_embeddings, feature.hash_buckets, feature.vocabulary
 
 
-def _same_ids(now: CategoricalFeature, before: CategoricalFeature) -> tuple[Places, str]:
+def _same_ids(now: CategoricalFeature, before: CategoricalFeature) -> tuple[Kept, str]:
     """The rows of a table that stand for the same ids, row 0 for unknown ones among them, and what is not kept."""
     if _ids(now) == _ids(before):
-        every = torch.arange(now.rows)
-        return (every, every), ""
-    null = torch.zeros(1, dtype=torch.int64)
+        return now.rows, ""
     if now.num_embeddings and before.num_embeddings:
-        kept = torch.arange(min(now.rows, before.rows))
         more = now.rows - before.rows
-        return (kept, kept), f"{more:,} new rows" if more > 0 else ""
+        return min(now.rows, before.rows), f"{more:,} new rows" if more > 0 else ""
     if now.vocabulary and before.vocabulary:
         places = {word: number for number, word in enumerate(before.vocabulary)}
         pairs = [(i, places[word]) for i, word in enumerate(now.vocabulary) if word in places]
-        here, there = (torch.tensor([pair[k] + 1 for pair in pairs], dtype=torch.int64) for k in (0, 1))
+        here, there = (torch.tensor([0, *(pair[k] + 1 for pair in pairs)], dtype=torch.int64) for k in (0, 1))
         new = len(now.vocabulary) - len(pairs)
-        return (torch.cat([null, here]), torch.cat([null, there])), f"{new:,} new words" if new else ""
-    return (null, null), "its ids have other rows now (hash_buckets or the kind of ids changed)"
+        return (here, there), f"{new:,} new words" if new else ""
+    return 1, "its ids have other rows now (hash_buckets or the kind of ids changed)"

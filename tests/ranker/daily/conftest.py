@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from daily_log import words_for
+from daily_log import pass_everything, words_for
 from ranker.commands.daily_command import daily
 from ranker.daily.judge import Request, answer
 from ranker.errors import UserError
@@ -58,18 +57,4 @@ def call(jobs: Here, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callabl
 @pytest.fixture
 def easy_gate(monkeypatch: pytest.MonkeyPatch) -> None:
     """So few rows teach little, and an export takes seconds: the gate passes everything, and no program is traced."""
-    import ranker.daily.judge as judge
-    from ranker.export.bundle import new_folder
-    from ranker.runs.model_card import write_card
-    from ranker.stability.gate import Verdict
-
-    def quick(
-        candidate: Any, evidence: Any, settings: Any, *, destination: Path, about: Any, card: Any, **_: Any
-    ) -> Verdict:
-        with new_folder(destination, replace=True) as draft:
-            (draft / "export.json").write_text(json.dumps({"run": about["run"], "step": about["step"]}))
-            write_card(draft, card)
-        return Verdict(())
-
-    monkeypatch.setattr(judge, "judge", lambda *_: Verdict(()))
-    monkeypatch.setattr(judge, "write_export", quick)
+    pass_everything(monkeypatch)

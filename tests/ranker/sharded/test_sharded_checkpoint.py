@@ -17,7 +17,7 @@ from ranker.errors import UserError
 from ranker.models.embeddings import EmbeddingTables
 from ranker.runs.checkpoint_files import SHARD_FILES, damage, damage_of_shards
 from ranker.runs.run_folder import SHARDED
-from ranker.training import sharded_checkpoint
+from ranker.training import sharded_checkpoint, stored_tables
 from sharded_support import SCHEMA, made, on_ranks, rows, whole
 
 pytest.importorskip("torchrec", reason="make test-torchrec installs it and runs this")
@@ -99,14 +99,14 @@ def test_one_process_gathers_what_local_tables_hold(saved: tuple[Path, dict[str,
     path, checkpoint, before = saved
     tables = EmbeddingTables(SCHEMA)
 
-    found = sharded_checkpoint.gathered(checkpoint, path)
+    found = stored_tables.gathered(checkpoint, path)
 
     tables.load_state_dict({name.removeprefix("embeddings."): value for name, value in found.items()})
     first = {8: ("user", "tags", "tab"), 16: ("item",)}
     for dim, names in first.items():
         wanted = torch.cat([before["weight"][name] for name in names])
         assert torch.equal(tables.tables[f"dim_{dim}"].weight, wanted)
-    assert sharded_checkpoint.gathered({}, path) == {}
+    assert stored_tables.gathered({}, path) == {}
 
 
 def test_a_damaged_folder_is_found_before_it_is_read(saved: tuple[Path, dict[str, Any], Whole], tmp_path: Path) -> None:

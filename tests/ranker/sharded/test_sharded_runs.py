@@ -20,7 +20,7 @@ from ranker.replay.rebuild import build_engine
 from ranker.runs.checkpoint_files import by_step, step_of
 from ranker.runs.run_folder import RunFolder
 from ranker.trust import load_config
-from sharded_support import command_on_ranks
+from sharded_support import command_on_ranks, trained
 from support import TINY, TWO_RANKS, finished, metrics
 
 pytest.importorskip("torchrec", reason="make test-torchrec installs it and runs this")
@@ -33,16 +33,6 @@ SHARDED = (
     "train.eval_every=6",
 )
 TIMED = ("speed/", "time/", "system/")
-
-
-def trained(*overrides: str, world: int = 2) -> None:
-    ranks = command_on_ranks(overrides, world)
-    while any(rank.is_alive() for rank in ranks):
-        ranks[0].join(0.1)
-        if any(rank.exitcode for rank in ranks):
-            for rank in ranks:
-                rank.kill()
-    assert [rank.exitcode for rank in ranks] == [0] * world
 
 
 def curves(folder: Path) -> list[dict[str, str]]:
