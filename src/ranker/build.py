@@ -331,7 +331,7 @@ def _configured_callbacks(
 
 
 def _what_works(cfg: DictConfig, module: RankingModule) -> DictConfig:
-    """The configuration of the callbacks: without what needs whole weights, where they are sharded. Says so once.
+    """The configuration of the callbacks: without what sharded weights and tables do not have. Says so once.
 
     Raises:
         UserError: something that was asked for does not work with the strategy.
@@ -343,6 +343,13 @@ def _what_works(cfg: DictConfig, module: RankingModule) -> DictConfig:
         if off and getattr(rank_zero_only, "rank", 0) == 0:
             print(f"trainer=fsdp: {', '.join(off)} switched off, which need whole weights", flush=True)
         return reduced
+    if module.tables is not None and cfg.embeddings.optimizer == "rowwise_adagrad" and cfg.callbacks.get("capsules"):
+        if getattr(rank_zero_only, "rank", 0) == 0:
+            print(
+                "embeddings.optimizer=rowwise_adagrad: callbacks.capsules switched off, a replay has none", flush=True
+            )
+        cfg = cfg.copy()
+        cfg.callbacks.capsules = None
     return cfg
 
 

@@ -16,6 +16,8 @@ from omegaconf import OmegaConf
 from ranker.capsules.capsule import MANIFEST, SNAPSHOT, share_file
 from ranker.config_overrides import altered
 from ranker.data.loader import WindowedLoader
+from ranker.data.schema import Schema
+from ranker.models.embeddings import place
 from support import CALM, ROOT, TINY, TWO_RANKS, Finished, finished, train_process
 
 Replay = Callable[..., int]
@@ -30,6 +32,7 @@ LOST = (
     "scale.batch_size=128",
     "train.eval_every=0",
 )
+LARGE = ("model.net.sparse_embeddings=true", "train.checkpoint_rows_above=1e-6")  # MB
 
 
 @pytest.fixture(scope="module")
@@ -250,11 +253,28 @@ def test_before_and_after_a_rollback_each_divergence_has_a_capsule_of_its_own(
     assert "learning rate times 0.5, as in the run" in capsys.readouterr().out
 
 
-@pytest.mark.slow
-def test_two_ranks_leave_one_capsule_that_one_process_replays_to_the_bit(
-    replay: Replay, capsys: Output, tmp_path: Path
+def test_a_capsule_of_large_tables_has_the_used_rows_and_replays_as_any_other(
+    train_tiny: Callable[..., Finished], replay: Replay, capsys: Output, tmp_path: Path
 ) -> None:
-    process = train_process(*TINY, *LOST, *TWO_RANKS, f"hydra.run.dir={tmp_path}")
+    run = train_tiny(tmp_path, *LOST, *LARGE)
+    folder = capsule_of(run)
+    state, schema = torch.load(folder / SNAPSHOT, weights_only=True), Schema.from_yaml(folder / "schema.yaml")
+    assert {len(x) for name, x in state["net"].items() if ".dim_" in name} == set(place(schema)[1].values())
+    every = Schema.from_yaml(run.folder / "schema.yaml")
+    assert sum(f.rows for f in schema.categorical) < sum(f.rows for f in every.categorical)
+
+    assert replay(str(folder)) == 0
+    assert "bit-equal over" in capsys.readouterr().out
+    assert replay(str(folder), "--try", "optim=clippy lr_mult=0.1", "--out", str(tmp_path)) == 0
+    assert "would have saved this run: optim=clippy lr_mult=0.1" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tables", [(), LARGE], ids=["", "large tables"])
+def test_two_ranks_leave_one_capsule_that_one_process_replays_to_the_bit(
+    replay: Replay, capsys: Output, tmp_path: Path, tables: tuple[str, ...]
+) -> None:
+    process = train_process(*TINY, *LOST, *TWO_RANKS, *tables, f"hydra.run.dir={tmp_path}")
     _, errors = process.communicate(timeout=280)
     assert process.returncode == 0, errors
     folder = capsule_of(finished(tmp_path))

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,9 +20,21 @@ from ranker.errors import UserError
 from ranker.runs.run_folder import plain
 from ranker.stability import Event
 
-FORMAT = 1
-MANIFEST, CONFIG, SNAPSHOT = "capsule.json", "config.yaml", "snapshot.pt"
+FORMAT = 2  # 2: maybe with the used rows of tables alone
+MANIFEST, CONFIG, SNAPSHOT, ROWS = "capsule.json", "config.yaml", "snapshot.pt", "rows.pt"
 _STATE = ("step", "net", "optimizer", "schedule", "auc", "detector", "rng")  # fields of TrainingState in SNAPSHOT
+
+
+class UsedRows(NamedTuple):
+    """The rows of a table of the run that a capsule has, in this order.
+
+    Attributes:
+        rows: their numbers, ascending, int64.
+        first: row of the table's row 0 among all tables of its width, in the run.
+    """
+
+    rows: Tensor
+    first: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +58,7 @@ class Manifest:
         versions: versions of Python and packages.
         machine: what else decides the bits: processor, threads, device.
         note: what is missing, in one sentence; empty if nothing is.
+        sharded: whether the run had sharded tables. Its sums were in another order than those of a replay.
         format: version of the format of these files.
     """
 
@@ -61,6 +74,7 @@ class Manifest:
     versions: Mapping[str, str]
     machine: Mapping[str, Any]
     note: str = ""
+    sharded: bool = False
     format: int = FORMAT
 
     def signals_SN(self) -> Tensor:  # noqa: N802
@@ -75,9 +89,10 @@ class Capsule:
     Attributes:
         path: its folder.
         manifest: its description.
-        schema: features and tasks of the log.
+        schema: features and tasks of the log; tables of which not all rows are here have as many as are.
         batches: per batch, the shares of the ranks.
         state: the snapshot.
+        rows: what these rows are in the run, by the feature that owns the table; empty where all rows are here.
     """
 
     path: Path
@@ -85,6 +100,17 @@ class Capsule:
     schema: Schema
     batches: list[list[Batch]]
     state: TrainingState
+    rows: Mapping[str, UsedRows] = field(default_factory=dict)
+
+    @property
+    def places(self) -> dict[int, Tensor]:
+        """For tables of which not all rows are here, the place of each row in the run's tables of its width."""
+        found: dict[int, list[Tensor]] = {}
+        for feature in self.schema.categorical:
+            if feature.name in self.rows:
+                rows, first = self.rows[feature.name]
+                found.setdefault(feature.embedding_dim, []).append(rows + first)
+        return {dim: torch.cat(parts) for dim, parts in found.items()}
 
     @property
     def config(self) -> Path:
@@ -113,6 +139,8 @@ class Capsule:
             shares, pasts = zip(*(read_share(path / share_file(r)) for r in range(manifest.world_size)), strict=True)
             saved = torch.load(path / SNAPSHOT, map_location="cpu", weights_only=True)
             state = TrainingState(**saved | {"auc": torch.stack(pasts).sum(0)})
+            used = torch.load(path / ROWS, weights_only=True) if (path / ROWS).is_file() else {}
+            rows = {name: UsedRows(*each) for name, each in used.items()}
         except (OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
             if isinstance(error, UserError):
                 raise
@@ -123,6 +151,7 @@ class Capsule:
             schema=Schema.from_yaml(path / SCHEMA_FILE),
             batches=[list(parts) for parts in zip(*shares, strict=True)],
             state=state,
+            rows=rows,
         )
 
 
@@ -145,6 +174,11 @@ def read_share(path: Path) -> tuple[list[Batch], Tensor]:
 def write_state(path: Path, state: TrainingState) -> None:
     """Writes the part of a state that a replay needs: plain tensors, numbers, strings, lists and dicts."""
     torch.save({name: getattr(state, name) for name in _STATE}, path)
+
+
+def write_rows(path: Path, rows: Mapping[str, UsedRows]) -> None:
+    """Writes which rows of the run's tables a capsule has."""
+    torch.save({name: tuple(used) for name, used in rows.items()}, path)
 
 
 def write_manifest(path: Path, manifest: Manifest) -> None:

@@ -38,6 +38,8 @@ class TrainingState:
         data: state of the data module: position and dense statistics.
         process: state of the other random generators and of the precision plugin.
         healthy: whether the detector objected to nothing up to and including this step.
+        mark: where the rows of large tables are found, which are in none of the fields then; it means something in the
+            process of the run alone. None: all rows are here.
     """
 
     step: int
@@ -50,6 +52,7 @@ class TrainingState:
     data: dict[str, Any] = field(default_factory=dict)
     process: dict[str, Any] = field(default_factory=dict)
     healthy: bool = True
+    mark: Any = None
 
     @property
     def position(self) -> int:
@@ -59,7 +62,7 @@ class TrainingState:
     def save(self, path: Path) -> None:
         """Writes a file that ``torch.load(weights_only=True)`` reads, atomically."""
         with replacing(path) as temporary:
-            torch.save({"format": FORMAT, **vars(self)}, temporary)
+            torch.save({"format": FORMAT, **vars(self), "mark": None}, temporary)
 
     @classmethod
     def load(cls, path: Path) -> TrainingState:
@@ -94,7 +97,7 @@ class Trained:
 
         Args:
             step: optimizer steps taken.
-            more: further fields of ``TrainingState``.
+            more: further fields of ``TrainingState``, and what is to be copied in the place of ``net`` and others.
         """
         # state_dict() of the detector reads all signals so far. Its unreported events belong to the run as it went.
         detector = None if self.detector is None else self.detector.state_dict() | {"unreported": []}
@@ -109,10 +112,19 @@ class Trained:
         }
         return TrainingState(step=step, **copied(state))
 
-    def restore(self, state: TrainingState) -> None:
-        """Puts a state back, bit by bit."""
-        self.net.load_state_dict(state.net)
-        self.optimizer.load_state_dict(copied(state.optimizer))  # torch keeps the tensors it is given
+    def restore(self, state: TrainingState, *, rows: Mapping[int, Mapping[str, Tensor]] | None = None) -> None:
+        """Puts a state back, bit by bit.
+
+        Args:
+            state: the state.
+            rows: what the optimizer keeps for the rows of large tables, by number of the parameter, which are not in
+                the state; the net has its rows back by now. None: all is in the state.
+        """
+        self.net.load_state_dict(state.net, strict=rows is None)
+        optimizer = copied(state.optimizer)  # torch keeps the tensors it is given
+        for index, tensors in (rows or {}).items():
+            optimizer["state"].setdefault(index, {}).update(tensors)
+        self.optimizer.load_state_dict(optimizer)
         self.optimizer.zero_grad(set_to_none=True)
         if self.schedule is not None and state.schedule is not None:
             self.schedule.load_state_dict(copied(state.schedule))

@@ -55,7 +55,8 @@ class Admission(nn.Module):
 
     Attributes:
         names: the tables with a rule.
-        on_reset: called with the weight and the rows that were reset, for whoever follows which rows move.
+        on_count: called with a weight, the rows that are about to be counted, and which of them start anew (bool), for
+            whoever follows which rows change.
     """
 
     totals: Tensor
@@ -65,7 +66,8 @@ class Admission(nn.Module):
 
     def __init__(self, schema: Schema, start: Mapping[str, int]) -> None:
         super().__init__()
-        self.on_reset: list[Callable[[Tensor, Tensor], None]] = []
+        self._places_in_run: Mapping[int, Tensor] = {}
+        self.on_count: list[Callable[[Tensor, Tensor, Tensor], None]] = []
         self._tables: dict[int, list[_Table]] = {}
         for feature in schema.categorical:
             if has_rule(feature):
@@ -116,6 +118,10 @@ class Admission(nn.Module):
         for dim, tables in self._tables.items():
             self.get_buffer(f"seen_{dim}").fill_(max(table.admit_after for table in tables))
 
+    def stand_for(self, places: Mapping[int, Tensor]) -> None:
+        """Says which rows of a larger weight those of this one are, by width: a reset gives the weights of those."""
+        self._places_in_run = dict(places)
+
     def begin_run(self) -> None:
         """Forgets the window of the last batch: a run that continues another one numbers its windows anew."""
         self.window.fill_(-1)
@@ -158,16 +164,17 @@ class Admission(nn.Module):
         rows, counts, kind = rows[known], counts[known], kind[known]
         limit = torch.tensor([table.admit_after for table in kinds], device=rows.device)[kind].clamp(min=1)
         before = seen[rows].long()
+        weight = tables.tables.get_parameter(f"dim_{dim}.weight")
         stale = torch.zeros_like(before, dtype=torch.bool)
-        if any(table.evict_after for table in kinds):
-            last = self.get_buffer(f"last_{dim}")
+        last = self.get_buffer(f"last_{dim}") if any(table.evict_after for table in kinds) else None
+        if last is not None:
             patience = torch.tensor([table.evict_after for table in kinds], device=rows.device)[kind]
             there = last[rows]  # 0: nothing is known of the time
             stale = (patience > 0) & (there > 0) & (before > 0) & (there + patience < self.opened)
-            weight = tables.tables.get_parameter(f"dim_{dim}.weight")
-            _reset(weight, rows[stale], optimizer)
-            for tell in self.on_reset:
-                tell(weight, rows[stale])
+        for tell in self.on_count:
+            tell(weight, rows, stale)
+        if last is not None:
+            _reset(weight, rows[stale], optimizer, self._places_in_run.get(dim))
             last[rows] = self.clock.int()
         start = before.masked_fill(stale, 0)
         after = (start + counts).clamp(max=_LARGEST_COUNT)
@@ -222,11 +229,19 @@ def _over_ranks(rows: Tensor, counts: Tensor, now: int) -> tuple[Tensor, Tensor,
     return distinct, torch.zeros_like(distinct).index_add_(0, place, every[1]), max(times)
 
 
-def _reset(weight: Tensor, rows: Tensor, optimizer: Optimizer) -> None:
-    """Gives rows new weights and the optimizer's initial state."""
+def _reset(weight: Tensor, rows: Tensor, optimizer: Optimizer, places: Tensor | None) -> None:
+    """Gives rows new weights and the optimizer's initial state.
+
+    Args:
+        weight: the rows of all tables of a width.
+        rows: the rows to reset.
+        optimizer: steps the weight.
+        places: of each row of the weight in a larger one; None: the rows themselves.
+    """
     if not len(rows):
         return
-    weight[rows] = fresh_rows(rows, weight.shape[1]).to(weight.dtype)
+    drawn = fresh_rows(rows if places is None else places.to(rows.device)[rows], weight.shape[1])
+    weight[rows] = drawn.to(weight.dtype)
     for group in optimizer.param_groups:
         if any(param is weight for param in group["params"]):
             for name, value in optimizer.state.get(weight, {}).items():

@@ -236,7 +236,9 @@ class Engine:
                 losses.append(loss)
                 if ranks > 1:
                     for param, grad in self._taken().items():
-                        sums[param] = sums[param] + grad / ranks if param in sums else grad / ranks
+                        # A rank adds up the rows that occur twice before it sends a sparse gradient.
+                        share = (grad.coalesce() if grad.is_sparse else grad) / ranks
+                        sums[param] = sums[param] + share if param in sums else share
         for param, grad in sums.items():
             param.grad = grad
         labels_BT, mask_BT = torch.cat([p.labels_BT for p in parts]), torch.cat([p.mask_BT for p in parts])

@@ -2,20 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import pytorch_lightning as pl
 import torch
 from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
 
 from ranker.build import build_module
 from ranker.data.schema import Schema
 from ranker.errors import UserError
+from ranker.models.admission import admission_of
 from ranker.replay.engine import Engine, Settings
 
 _AUTOCAST = {"32-true": None, "32": None, "bf16-mixed": torch.bfloat16}
 
 
-def build_engine(cfg: DictConfig, schema: Schema, *, device: torch.device | str = "cpu") -> Engine:
+def build_engine(
+    cfg: DictConfig, schema: Schema, *, device: torch.device | str = "cpu", places: Mapping[int, Tensor] | None = None
+) -> Engine:
     """A model with new weights and its optimizer, in the state of step 0.
+
+    Args:
+        cfg: the configuration.
+        schema: features and tasks.
+        device: where to train.
+        places: ``Capsule.places``.
 
     Raises:
         UserError: the configuration cannot be built, or trains in a precision that replay does not support.
@@ -37,6 +49,10 @@ def build_engine(cfg: DictConfig, schema: Schema, *, device: torch.device | str 
         detector=dict(watched or {}),
     )
     try:
-        return Engine(build_module(cfg, schema), settings, device=device)
+        module = build_module(cfg, schema)
+        admission = admission_of(module.net)
+        if admission is not None and places:
+            admission.stand_for(places)
+        return Engine(module, settings, device=device)
     except (TypeError, ValueError) as error:  # what torch.optim and the optim package raise
         raise error if isinstance(error, UserError) else UserError(f"optim: {error}") from error

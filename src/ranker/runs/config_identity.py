@@ -30,6 +30,7 @@ NOT_IDENTIFYING = (
     "callbacks.capsules",
     "callbacks.histograms",
     "callbacks.snapshots.disk",
+    "callbacks.snapshots.rows_above",
     "metrics",  # what is computed from the predictions on the hold-out
     "train.log_every",
     "train.checkpoint_every",

@@ -71,9 +71,10 @@ class Boundaries(Callback):
         else:
             now = state_by_name(fit.module.net, optimizer)
             wanted = accumulators.changed(now, optimizer.param_groups, self._settings, rows=rows)
-            for name, state in wanted.items():
-                for key, value in state.items():
+            for name, param in fit.module.net.named_parameters():
+                for key, value in wanted.get(name, {}).items():
                     if value is not now[name][key]:
-                        now[name][key].copy_(value)
+                        # Another object: snapshots of touched rows, and full copies, go on with the one before.
+                        optimizer.state[param][key] = value
         if self._stability.detector is not None and self._stability.detector.step_cut is not None:
             self._stability.detector.step_cut.reset()

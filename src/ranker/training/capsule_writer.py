@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Literal
 
 import torch
 from omegaconf import DictConfig, OmegaConf
-from torch import Tensor
 
 from ranker.capsules import capsule as files
 from ranker.capsules.capsule import Manifest
@@ -22,9 +20,12 @@ from ranker.installation import command_line
 from ranker.runs.provenance import arithmetic
 from ranker.runs.run_folder import RunFolder, versions
 from ranker.stability import DivergenceDetector, Event
+from ranker.training.capsule_recorder import Entry, Overheard, Recorder
+from ranker.training.compact_capsule import Compact, compact
 from ranker.training.deferred_signals import LateSignals
 from ranker.training.fit import Fit
 from ranker.training.progress import Say, say_in_log
+from ranker.training.sharded_to_local import local_config
 from ranker.training.snapshots import SnapshotRing, capture
 
 CAPSULES = "capsules"
@@ -32,83 +33,6 @@ EVENTS = ("full", "micro", "both")
 _ENDS = ("full", "unsettled")  # kinds of events with which a run ends
 _LATE = 400  # steps by which a verdict may come late without any suspicion before it
 _HOLDS = 2  # suspected events whose past is kept, also after the suspicion has ended
-_AHEAD = 16  # batches that a trainer may have fetched but not trained on
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One batch that was trained on.
-
-    Attributes:
-        step: the optimizer step it belongs to.
-        batch: this rank's rows, in host memory.
-        signals: gives them in the order of ``ranker.stability.pack``, on the device of the run.
-        size: bytes of the batch.
-    """
-
-    step: int
-    batch: Batch
-    signals: Callable[[], Tensor]
-    size: int
-
-
-class Recorder:
-    """Keeps the newest batches, and batches of some ranges of steps longer.
-
-    Nothing is copied: a reference keeps a batch where the loader put it. Over the bound the oldest batches are dropped
-    first, those of the held ranges last.
-
-    Args:
-        max_bytes: bound on the size of all batches together.
-    """
-
-    def __init__(self, max_bytes: int) -> None:
-        self._max_bytes = max_bytes
-        self._entries: list[Entry] = []
-        self._bytes = 0
-        self._held: list[tuple[int, int]] = []
-        self._forgotten = -1  # up to this step only held batches are left
-
-    def add(self, step: int, batch: Batch, signals: Callable[[], Tensor]) -> None:
-        """Adds the batch just trained on."""
-        batch = replace(batch, opening=None)  # it would keep the whole window alive
-        self._entries.append(Entry(step, batch, signals, files.num_bytes(batch)))
-        self._bytes += self._entries[-1].size
-        while self._bytes > self._max_bytes and self._entries:
-            oldest = next((i for i, entry in enumerate(self._entries) if not self._is_held(entry)), 0)
-            self._bytes -= self._entries.pop(oldest).size
-
-    def hold(self, ranges: Iterable[tuple[int, int]]) -> None:
-        """Holds the batches of steps after + 1 .. until of each range (after, until), and no others."""
-        self._held, self._forgotten = list(ranges), -1
-
-    def forget(self, until: int) -> None:
-        """Drops batches up to a step, but for the held ones."""
-        if until > self._forgotten:
-            self._forgotten = until
-            self._entries = [entry for entry in self._entries if entry.step > until or self._is_held(entry)]
-            self._bytes = sum(entry.size for entry in self._entries)
-
-    def clear(self) -> None:
-        """Drops everything, and holds nothing."""
-        self._entries, self._bytes, self._held, self._forgotten = [], 0, [], -1
-
-    def covers_after(self, until: int) -> int:
-        """The smallest step s such that all batches of steps s + 1 .. until are kept; ``until`` if none is."""
-        first = until
-        for entry in reversed(self._entries):
-            if entry.step <= until:
-                if entry.step < first:
-                    break
-                first = entry.step - 1
-        return first
-
-    def between(self, after: int, until: int) -> list[Entry]:
-        """Batches of steps after + 1 .. until, in order."""
-        return [entry for entry in self._entries if after < entry.step <= until]
-
-    def _is_held(self, entry: Entry) -> bool:
-        return any(after < entry.step <= until for after, until in self._held)
 
 
 class CapsuleWriter:
@@ -124,6 +48,8 @@ class CapsuleWriter:
     before the verdict. A full divergence that began as a micro divergence takes over the capsule of that.
 
     The snapshots are those of the ring. After a rollback a new past begins, with a snapshot of its own.
+
+    Of tables that snapshots do not copy, a capsule has the rows that its batches use (``compact_capsule``).
 
     Args:
         events: which events to write: ``full``, ``micro`` or ``both``.
@@ -184,7 +110,7 @@ class CapsuleWriter:
 
     def overheard(self, loader: Iterable[Batch]) -> Iterable[Batch]:
         """Wraps the training loader to keep references to its batches in host memory rather than on the device."""
-        return _Overheard(loader, self._host)
+        return Overheard(loader, self._host)
 
     def start(self, fit: Fit) -> None:
         """Begins at the first batch of training."""
@@ -223,7 +149,7 @@ class CapsuleWriter:
             step: the optimizer step it belongs to.
             events: events reported since the last call.
             detector: the detector, after this batch.
-            ring: the snapshots, after this batch.
+            ring: the snapshots, before this batch.
         """
         self._step, self._number = fit.step, batch.number
         self._recorder.add(step, self._host.pop(batch.number, batch), signals.packed)
@@ -260,7 +186,7 @@ class CapsuleWriter:
     def _first(self, fit: Fit, step: int) -> TrainingState | None:
         """The snapshot with which a capsule of an event at this step begins; the same step on all ranks."""
         covered = fit.largest(self._recorder.covers_after(min(step, self._step)))
-        there = [s for s in self._past if covered <= s.step < step]
+        there = [s for s in self._past if covered <= s.step < step and not (s.mark and s.mark.undone)]
         early = [s for s in there if s.step < step - self._before]
         return early[-1] if early else there[0] if there else None
 
@@ -286,13 +212,20 @@ class CapsuleWriter:
             )
         rank, first_rank = fit.trainer.global_rank, fit.trainer.is_global_zero
         entries = self._recorder.between(state.step, until)
+        kept = Compact(batches=[entry.batch for entry in entries], schema=fit.module.schema, state=state, rows={})
+        if state.mark is not None:
+            kept = compact(fit, state, kept.batches)  # all ranks exchange their rows
         final = self._path(event.step)
         temporary = final.with_name(f".{final.name}.tmp")  # the same for all ranks
         wrong = ""
         try:
             temporary.mkdir(parents=True, exist_ok=True)
-            files.write_share(temporary / files.share_file(rank), [entry.batch for entry in entries], state.auc)
-            if first_rank:
+            files.write_share(temporary / files.share_file(rank), kept.batches, state.auc)
+            if kept.state is not None and first_rank:
+                files.write_state(temporary / files.SNAPSHOT, kept.state)
+                kept.schema.to_yaml(temporary / SCHEMA_FILE)
+                if kept.rows:
+                    files.write_rows(temporary / files.ROWS, kept.rows)
                 self._write_common(fit, event, state, entries, temporary)
         except (OSError, RuntimeError) as error:  # torch.save raises the latter for a full disk
             wrong = f"{type(error).__name__}: {' '.join(str(error).split())}"
@@ -328,8 +261,12 @@ class CapsuleWriter:
             files.replace_event(path, event)
             self._say(f"the capsule of step {event.step} is now of a {event.kind} divergence: {path}")
 
-    def _write_common(self, fit: Fit, event: Event, state: TrainingState, entries: list[Entry], folder: Path) -> None:
+    def _write_common(
+        self, fit: Fit, event: Event, state: TrainingState, entries: Sequence[Entry], folder: Path
+    ) -> None:
         assert self._cfg is not None
+        sharded = fit.module.tables is not None
+        cfg = local_config(self._cfg) if sharded else self._cfg
         note = ""
         if state.step >= event.step:
             note = (
@@ -339,9 +276,7 @@ class CapsuleWriter:
         elif state.step >= event.step - self._before and state.step > 0:
             note = f"begins {event.step - state.step} steps before the event: what came before was no longer there"
         signals_SN = torch.stack([entry.signals() for entry in entries]).cpu()
-        files.write_state(folder / files.SNAPSHOT, state)
-        (folder / files.CONFIG).write_text(OmegaConf.to_yaml(self._cfg, resolve=True), encoding="utf-8")
-        fit.module.schema.to_yaml(folder / SCHEMA_FILE)
+        (folder / files.CONFIG).write_text(OmegaConf.to_yaml(cfg, resolve=True), encoding="utf-8")
         manifest = Manifest(
             event=event,
             snapshot_step=state.step,
@@ -355,19 +290,6 @@ class CapsuleWriter:
             versions=versions(),
             machine=arithmetic(fit.module.device),
             note=note,
+            sharded=sharded,
         )
         files.write_manifest(folder, manifest)
-
-
-class _Overheard:
-    """Notes a loader's batches as they pass."""
-
-    def __init__(self, loader: Iterable[Batch], noted: dict[int, Batch]) -> None:
-        self._loader, self._noted = loader, noted
-
-    def __iter__(self) -> Iterator[Batch]:
-        for batch in self._loader:
-            self._noted[batch.number] = replace(batch, opening=None)
-            while len(self._noted) > _AHEAD:
-                del self._noted[next(iter(self._noted))]
-            yield batch

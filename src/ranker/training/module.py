@@ -42,6 +42,7 @@ from ranker.training.training_step import Seen, clip_gradients, forward_loss
 from ranker.training.weight_average import WeightAverage
 
 if TYPE_CHECKING:
+    from ranker.training.large_tables import LargeTables
     from ranker.training.sharded_tables import TablesOfRun
 
 log = logging.getLogger(__name__)
@@ -77,6 +78,7 @@ class RankingModule(pl.LightningModule):
         tables: the net's tables, if they are sharded.
 
     Attributes:
+        large: local tables of which snapshots keep touched rows alone; None where there are none.
         optimizer_factory: as ``optimizer``. A rollback may set another one, see ``ranker.training.rollback``.
         average_decay: as given.
         average: the moving average of the dense weights; None before training starts, and without one.
@@ -106,6 +108,7 @@ class RankingModule(pl.LightningModule):
         super().__init__()
         self.net = net
         self.tables = tables
+        self.large: LargeTables | None = None
         self.schema = schema
         self.lr = lr
         self.optimizer_factory = optimizer
@@ -145,6 +148,11 @@ class RankingModule(pl.LightningModule):
     def forward(self, batch: Batch) -> Tensor:
         """Logits, shape [B, T]."""
         return self.net(batch)
+
+    @property
+    def rows(self) -> TablesOfRun | LargeTables | None:
+        """The tables that snapshots do not copy; None where they copy all."""
+        return self.tables or self.large
 
     def configure_model(self) -> None:
         """Shards the net over the ranks, where the strategy has made a mesh for it."""

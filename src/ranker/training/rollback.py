@@ -259,8 +259,11 @@ class Rollback:
         in_use = fit.module.optimizer_factory
         if self._original is not None and not switched:
             fit.module.optimizer_factory = self._original
-        then = made_optimizer(fit.module.configure_optimizers)
-        then.load_state_dict(copied(snapshot.optimizer))
+        then, state = made_optimizer(fit.module.configure_optimizers), copied(snapshot.optimizer)
+        if fit.module.large is not None:
+            for index, tensors in fit.module.large.put_back_state(snapshot.mark, then).items():
+                state["state"].setdefault(index, {}).update(tensors)
+        then.load_state_dict(state)
         fit.module.optimizer_factory = in_use
         take_over(state_by_name(net, then), net, optimizer, state_by_name(net, optimizer))
 

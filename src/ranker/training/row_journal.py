@@ -2,145 +2,194 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
+import weakref
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ranker.models.sharding import Shard
+RowTensors = Mapping[str, Tensor]
+"""Tensors with one entry for each row of a table, such as its weights and its accumulators."""
+
+
+class Mark:
+    """A moment to which tables can go back, for as long as somebody holds this object.
+
+    Attributes:
+        undone: the tables went back to before it.
+    """
+
+    def __init__(self) -> None:
+        self.undone = False
+
+
+class _Kept(NamedTuple):
+    """Rows of a table as they were before their first use after a mark, on the CPU."""
+
+    rows: Tensor
+    tensors: list[Tensor]
+    values: list[Tensor]  # of each tensor
+
+    def only(self, chosen: Tensor) -> _Kept:
+        return _Kept(self.rows[chosen], self.tensors, [values[chosen] for values in self.values])
 
 
 @dataclass
-class _Kept:
-    """Rows of one shard as they were at a mark, on the CPU."""
-
-    rows: list[Tensor] = field(default_factory=list)
-    weight: list[Tensor] = field(default_factory=list)
-    accumulator: list[Tensor] = field(default_factory=list)
-
-    def add(self, rows: Tensor, weight: Tensor, accumulator: Tensor) -> None:
-        self.rows.append(rows)
-        self.weight.append(weight)
-        self.accumulator.append(accumulator)
-
-    def extend(self, later: _Kept) -> None:
-        """Takes in what a later mark kept: of a row that both have, the values here are the older ones and win."""
-        if later.rows:
-            known = torch.cat(self.rows) if self.rows else torch.empty(0, dtype=torch.int64)
-            for rows, weight, accumulator in zip(later.rows, later.weight, later.accumulator, strict=True):
-                new = ~torch.isin(rows, known)
-                self.add(rows[new], weight[new], accumulator[new])
-
-    @property
-    def nbytes(self) -> int:
-        return sum(t.nbytes for part in (self.rows, self.weight, self.accumulator) for t in part)
-
-
-@dataclass
-class _Mark:
-    step: int
-    kept: list[_Kept]  # by shard
+class _Moment:
+    mark: weakref.ref[Mark]
+    tensors: list[dict[str, Tensor]]  # by table
+    kept: list[list[_Kept]]  # by table
 
 
 class RowJournal:
-    """Keeps each row of this process's shards as it was at the last mark, before it is used for the first time since.
+    """Keeps each row of some tables as it was at the last mark, before it is used for the first time since.
 
     A mark costs nothing. Going back to one puts back the rows that were used since, newest mark first. So a snapshot
     takes only rows that later steps touch:
 
-        memory = sum over marks of (rows touched until the next mark) * (4 * width + 8 + accumulator) bytes,
-                 and one byte a row of the shard; at most the shard itself per mark
+        memory = sum over marks of (rows touched until the next mark) * (8 + bytes of a row in all its tensors),
+                 and one byte a row of the tables; at most the tables themselves per mark
 
-    Rows are noted when they are looked up in training, which is before the backward pass moves them.
+    What a mark kept goes to the mark before it once nobody holds it any more. A tensor may be replaced by another
+    object, as by another optimizer: going back then gives the one that there was at the mark.
 
     Args:
-        shards: the shards, whose tensors the kernels update.
+        tables: for each table, a function that gives its tensors.
+        rows: for each table, the number of its rows.
     """
 
-    def __init__(self, shards: Sequence[Shard]) -> None:
-        self._shards = shards
-        self._marks: list[_Mark] = []
-        self._seen: list[Tensor] = []  # since the newest mark, by shard
+    def __init__(self, tables: Sequence[Callable[[], RowTensors]], rows: Sequence[int]) -> None:
+        self._tables, self._rows = tables, rows
+        self._moments: list[_Moment] = []
+        self._seen: list[Tensor] = []  # rows that were used since the newest mark, by table
 
     @property
     def nbytes(self) -> int:
         """Bytes that are kept."""
-        return sum(kept.nbytes for mark in self._marks for kept in mark.kept) + sum(s.nbytes for s in self._seen)
+        pieces = [piece for moment in self._moments for table in moment.kept for piece in table]
+        held = [x for piece in pieces for x in (piece.rows, *piece.values)]
+        return sum(x.nbytes for x in (*held, *self._seen))
 
-    @property
-    def steps(self) -> list[int]:
-        """Steps that the tables can go back to, oldest first."""
-        return [mark.step for mark in self._marks]
-
-    def mark(self, step: int) -> None:
-        """Makes the tables of now a place to go back to."""
+    def mark(self) -> Mark:
+        """Makes the tables of now a moment to go back to."""
         if not self._seen:
-            self._seen = [torch.zeros(len(s.weight), dtype=torch.bool) for s in self._shards]
-        self._forget_seen()
-        self._marks.append(_Mark(step, [_Kept() for _ in self._shards]))
-
-    def keep(self, steps: Collection[int]) -> None:
-        """Drops the marks of other steps; what they kept goes to the mark before them."""
-        left: list[_Mark] = []
-        for mark in self._marks:
-            if mark.step in steps:
-                left.append(mark)
-            elif left:
-                for older, newer in zip(left[-1].kept, mark.kept, strict=True):
-                    older.extend(newer)
-        if self._marks and left[-1:] != self._marks[-1:]:
-            self._see_again(left[-1] if left else None)
-        self._marks = left
-
-    def note(self, number: int, rows: Tensor) -> None:
-        """Keeps the rows of a shard that a training step is about to use, if no step used them since the last mark."""
-        if not self._marks or not torch.is_grad_enabled():  # a lookup without gradients moves nothing
-            return
-        used, seen, shard = rows.detach().to("cpu", torch.int64).unique(), self._seen[number], self._shards[number]
-        new = used[~seen[used]]
-        if len(new):
-            seen[new] = True
-            place = new.to(shard.weight.device)
-            with torch.no_grad():
-                self._marks[-1].kept[number].add(
-                    new,
-                    shard.weight.index_select(0, place).to("cpu"),
-                    shard.accumulator.index_select(0, place).to("cpu"),
-                )
+            self._seen = [torch.zeros(rows, dtype=torch.bool) for rows in self._rows]
+        if self._moments:  # takes time for the rows that were used alone
+            for seen, pieces in zip(self._seen, self._moments[-1].kept, strict=True):
+                for piece in pieces:
+                    seen[piece.rows] = False
+        self._drop_forgotten()
+        mark = Mark()
+        self._moments.append(
+            _Moment(weakref.ref(mark), [dict(table()) for table in self._tables], [[] for _ in self._tables])
+        )
+        return mark
 
     @torch.no_grad()
-    def go_back(self, step: int) -> None:
+    def note(self, number: int, rows: Tensor) -> None:
+        """Keeps the rows of a table that are about to change, if none of them did since the last mark."""
+        if not self._moments:
+            return
+        used, seen = rows.detach().to("cpu", torch.int64), self._seen[number]
+        new = used[~seen[used]].unique()
+        if len(new):
+            seen[new] = True
+            tensors = list(self._tables[number]().values())
+            values = [x.index_select(0, new.to(x.device)).to("cpu") for x in tensors]
+            self._moments[-1].kept[number].append(_Kept(new, tensors, values))
+
+    @torch.no_grad()
+    def go_back(self, mark: Mark) -> list[dict[str, Tensor]]:
         """Puts the tables back to where they were at a mark, and drops later marks.
 
+        Returns:
+            The tensors that each table had there.
+
         Raises:
-            KeyError: there is no mark of this step.
+            KeyError: the tables went back to before this mark.
         """
-        if step not in self.steps:
-            raise KeyError(step)
-        while True:
-            mark = self._marks[-1]
-            for shard, kept in zip(self._shards, mark.kept, strict=True):
-                for rows, weight, accumulator in zip(kept.rows, kept.weight, kept.accumulator, strict=True):
-                    place = rows.to(shard.weight.device)
-                    shard.weight.index_copy_(0, place, weight.to(shard.weight.device))
-                    shard.accumulator.index_copy_(0, place, accumulator.to(shard.weight.device))
-            if mark.step == step:
-                break
-            self._marks.pop()
-        self._marks[-1] = _Mark(step, [_Kept() for _ in self._shards])
+        place = self._place(mark)
+        self._undo(place)
+        for moment in self._moments[place + 1 :]:
+            if (later := moment.mark()) is not None:
+                later.undone = True
+        del self._moments[place + 1 :]
+        self._moments[place].kept = [[] for _ in self._tables]
         for seen in self._seen:
             seen.zero_()
+        return self._moments[place].tensors
 
-    def _forget_seen(self) -> None:
-        """Marks all rows as unused; takes time for those that were used alone."""
-        if self._marks:
-            for seen, kept in zip(self._seen, self._marks[-1].kept, strict=True):
-                for rows in kept.rows:
-                    seen[rows] = False
+    @torch.no_grad()
+    def put_back(self, mark: Mark, *, without: Collection[str]) -> list[dict[str, Tensor]]:
+        """Gives tensors the values that they had at a mark; some stay, and so does the way to each mark.
 
-    def _see_again(self, mark: _Mark | None) -> None:
-        for number, seen in enumerate(self._seen):
-            seen.zero_()
-            for rows in mark.kept[number].rows if mark else ():
-                seen[rows] = True
+        Returns:
+            The tensors that each table had there, but those that stay.
+        """
+        place = self._place(mark)
+        chosen = [{k: x for k, x in table.items() if k not in without} for table in self._moments[place].tensors]
+        self._undo(place, only={id(x) for table in chosen for x in table.values()})
+        return chosen
+
+    @torch.no_grad()
+    def rows_at(self, mark: Mark, number: int, rows: Tensor) -> dict[str, Tensor]:
+        """Rows of a table as they were at a mark, on the CPU.
+
+        Args:
+            mark: where.
+            number: of the table.
+            rows: different ones in ascending order, int64.
+
+        Raises:
+            KeyError: the tables went back to before this mark.
+        """
+        place = self._place(mark)
+        tensors = self._moments[place].tensors[number]
+        found = {name: x.detach().index_select(0, rows.to(x.device)).to("cpu") for name, x in tensors.items()}
+        names = {id(x): name for name, x in tensors.items()}
+        if not len(rows):
+            return found
+        for moment in reversed(self._moments[place:]):
+            for piece in moment.kept[number]:
+                where = torch.searchsorted(rows, piece.rows).clamp(max=len(rows) - 1)
+                wanted = rows[where] == piece.rows
+                for tensor, values in zip(piece.tensors, piece.values, strict=True):
+                    if id(tensor) in names:
+                        found[names[id(tensor)]][where[wanted]] = values[wanted]
+        return found
+
+    def _place(self, mark: Mark) -> int:
+        for place, moment in enumerate(self._moments):
+            if moment.mark() is mark:
+                return place
+        raise KeyError(mark)
+
+    def _undo(self, place: int, *, only: Collection[int] | None = None) -> None:
+        for moment in reversed(self._moments[place:]):
+            for piece in (piece for table in moment.kept for piece in table):
+                for tensor, values in zip(piece.tensors, piece.values, strict=True):
+                    if only is None or id(tensor) in only:
+                        tensor.index_copy_(0, piece.rows.to(tensor.device), values.to(tensor.device))
+
+    def _drop_forgotten(self) -> None:
+        """Joins the marks that nobody holds any more with those before them. No row may be seen."""
+        left: list[_Moment] = []
+        for moment in self._moments:
+            if moment.mark() is not None:
+                left.append(moment)
+            elif left:
+                for seen, older, newer in zip(self._seen, left[-1].kept, moment.kept, strict=True):
+                    _take_in(older, newer, seen)
+        self._moments = left
+
+
+def _take_in(older: list[_Kept], newer: list[_Kept], seen: Tensor) -> None:
+    """Adds what a later mark kept: of a row that both have, the older values are those of the older mark."""
+    for piece in older:
+        seen[piece.rows] = True
+    added = [piece.only(~seen[piece.rows]) for piece in newer]
+    for piece in older:
+        seen[piece.rows] = False
+    older += [piece for piece in added if len(piece.rows)]

@@ -114,8 +114,6 @@ def _of_callbacks(cfg: DictConfig) -> Iterator[str]:
 
     if option("sharpness.every"):
         yield "callbacks.sharpness looks on one rank alone, which cannot look rows up; set callbacks.sharpness.every=0"
-    if option("capsules"):
-        yield "capsules are not supported: their snapshot would need every row; set callbacks.capsules=null"
     if option("snapshots.disk"):
         yield "snapshots of sharded tables are in memory only; set callbacks.snapshots.disk=0"
     if option("rollback.tries") and option("rollback.restore") == "accumulators":

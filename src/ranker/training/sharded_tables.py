@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import shutil
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 
+from ranker.capsules.training_state import TrainingState
 from ranker.config import WarmStartSettings
 from ranker.data.schema import Schema
 from ranker.errors import UserError
@@ -22,7 +24,9 @@ from ranker.models.sharding import Shard
 from ranker.runs.checkpoint_files import BEST, SHARDS, by_step, path_of, shards_of, step_of
 from ranker.runs.run_folder import SHARDED
 from ranker.training import accumulators, sharded_checkpoint, weight_transfer
-from ranker.training.row_journal import RowJournal
+from ranker.training.fit import Fit
+from ranker.training.row_journal import Mark, RowJournal
+from ranker.training.sharded_to_local import local_state
 from ranker.training.stored_tables import BLOCK, HANDLE, StoredTable
 from ranker.training.weight_transfer import Kept
 
@@ -51,6 +55,7 @@ class TablesOfRun:
         self.journal: RowJournal | None = None
         self._group = dict(group)
         self._processes: dist.ProcessGroup | None = None
+        self._trainer: pl.Trainer | None = None
         self._step_on_disk = -1
 
     def start(self, trainer: pl.Trainer) -> None:
@@ -64,11 +69,12 @@ class TablesOfRun:
         if not dist.is_initialized():
             backend = "nccl" if trainer.strategy.root_device.type == "cuda" else "gloo"
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-        self._processes = dist.group.WORLD
+        self._processes, self._trainer = dist.group.WORLD, trainer
         assert self._processes is not None
         self.tables.shard(self._processes, trainer.strategy.root_device)
-        self.journal = RowJournal(self.tables.collection.shards)
-        self.tables.collection.on_lookup(self.journal.note)
+        shards = self.tables.collection.shards
+        self.journal = RowJournal([partial(_tensors, shard) for shard in shards], [len(s.weight) for s in shards])
+        self.tables.collection.on_lookup(self._note)
         if trainer.is_global_zero:
             log.info("embeddings: %s", self.tables.described())
 
@@ -153,8 +159,7 @@ class TablesOfRun:
         if settings.accumulators not in ("reset", "decay"):
             return
         for number, shard in enumerate(self.tables.collection.shards):
-            with torch.enable_grad():  # else the journal takes it for an evaluation
-                self.journal.note(number, torch.arange(len(shard.weight)))
+            self.journal.note(number, torch.arange(len(shard.weight)))
             start = self.tables.settings.initial_accumulator_value
             if settings.accumulators == "reset":
                 shard.accumulator.fill_(start)
@@ -166,16 +171,67 @@ class TablesOfRun:
         own = next(g for g in optimizer.param_groups if any(p is self.tables.handle for p in g["params"]))
         self.tables.set_learning_rate(float(own["lr"]))
 
-    def mark(self, step: int, *, keep: Collection[int]) -> None:
-        """Makes the tables of now a place to go back to; of the earlier ones, those of the steps to keep stay."""
+    def mark(self) -> Mark:
+        """Makes the tables of now a moment to go back to."""
         assert self.journal is not None
-        self.journal.keep(keep)
-        self.journal.mark(step)
+        return self.journal.mark()
 
-    def go_back(self, step: int) -> None:
-        """Puts the tables back to where they were at the mark of a step."""
+    def go_back(self, mark: Mark) -> dict[int, dict[str, Tensor]]:
+        """Puts the tables back to where they were at a mark. Returns nothing: no optimizer has state of them."""
         assert self.journal is not None
-        self.journal.go_back(step)
+        self.journal.go_back(mark)
+        return {}
+
+    @property
+    def widths(self) -> Collection[int]:
+        """The widths of the tables."""
+        return {table.dim for table in self.tables.tables}
+
+    def rows_at(self, mark: Mark, used: Mapping[str, Tensor]) -> dict[int, dict[str, Tensor]] | None:
+        """Rows as they were at a mark, from all ranks. All call it.
+
+        Args:
+            mark: where.
+            used: the rows of each table, in ascending order; the same on all ranks.
+
+        Returns:
+            On rank 0 ``weight`` and ``sum`` by width, the rows of all tables of a width in the schema's order.
+        """
+        assert self.journal is not None
+        own = []
+        for number, shard in enumerate(self.tables.collection.shards):
+            rows = used[shard.table]
+            place = ((rows >= shard.row) & (rows < shard.row + len(shard.weight))).nonzero()[:, 0]
+            own.append((shard.table, place, shard.column, self.journal.rows_at(mark, number, rows[place] - shard.row)))
+        first = dist.get_rank(self._processes) == 0
+        every: list[Any] | None = [None] * dist.get_world_size(self._processes) if first else None
+        dist.gather_object(own, every, dst=0, group=self._processes)
+        if every is None:
+            return None
+        found: dict[int, dict[str, list[Tensor]]] = {}
+        whole = {}
+        for table in self.tables.tables:
+            whole[table.name] = {name: torch.empty(len(used[table.name]), table.dim) for name in ("weight", "sum")}
+            for name, values in whole[table.name].items():
+                found.setdefault(table.dim, {}).setdefault(name, []).append(values)
+        for name, place, column, values in (part for parts in every for part in parts):
+            for key, theirs in (("weight", "weight"), ("sum", "accumulator")):
+                whole[name][key][place, column : column + values[theirs].shape[1]] = values[theirs]
+        return {dim: {key: torch.cat(parts) for key, parts in tensors.items()} for dim, tensors in found.items()}
+
+    def filled(self, state: TrainingState, found: Mapping[int, Mapping[str, Tensor]], schema: Schema) -> TrainingState:
+        """The state of a run with local tables that have the rows of ``rows_at`` alone."""
+        assert self._trainer is not None
+        module = Fit(self._trainer).module
+        return local_state(
+            state,
+            found,
+            schema,
+            net=module.net,
+            optimizer=self._trainer.optimizers[0],
+            factory=module.optimizer_factory,
+            lr=module.lr,
+        )
 
     def save(self, step: int) -> dict[str, Any]:
         """Writes the tables of a step; what the checkpoint says of them. All ranks call it.
@@ -206,6 +262,11 @@ class TablesOfRun:
         if self.folder is not None and shards_of(path).parent == self.folder / SHARDS:
             self._step_on_disk = step_of(path)
 
+    def _note(self, number: int, rows: Tensor) -> None:
+        if torch.is_grad_enabled():  # a lookup without gradients moves nothing
+            assert self.journal is not None
+            self.journal.note(number, rows)
+
     def _tidy(self) -> None:
         """Removes the folders of checkpoints that are gone, and what a killed process left."""
         assert self.folder is not None
@@ -215,6 +276,10 @@ class TablesOfRun:
                 shutil.rmtree(folder, ignore_errors=True)
         for folder in (self.folder / SHARDS).glob(".*.draft"):
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def _tensors(shard: Shard) -> dict[str, Tensor]:
+    return {"weight": shard.weight, "accumulator": shard.accumulator}
 
 
 def _blocks(kept: Kept, shard: Shard) -> Iterator[tuple[Tensor, Tensor]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import random
 from collections.abc import Mapping, Sequence
@@ -19,6 +20,7 @@ from ranker.errors import UserError
 from ranker.runs.run_folder import RunFolder
 from ranker.stability import DivergenceDetector
 from ranker.training.fit import Fit
+from ranker.training.large_tables import LargeTables
 from ranker.training.lightning_private import refetch
 
 log = logging.getLogger(__name__)
@@ -28,14 +30,18 @@ def capture(fit: Fit, detector: DivergenceDetector | None) -> TrainingState:
     """Copies the state of a running fit. Call it between two steps, such as in ``on_train_batch_end``.
 
     Gradients are not included: with ``accumulate_grad_batches`` call it right after a step. No rank waits for another.
-    Cost: one copy of weights and optimizer state to the host, and on a GPU one wait for the device.
+    Cost: one copy of weights and optimizer state to the host, and on a GPU one wait for the device. Large tables are
+    not copied: of each row, what it was is kept when a later step uses it for the first time.
     """
+    rows = fit.module.rows
+    mark = None if rows is None else rows.mark()
+    rest = {} if fit.module.large is None else fit.module.large.rest()
     process = {"precision": fit.trainer.precision_plugin.state_dict(), **_generators(fit.module.device)}
     if fit.module.average is not None:
         process["average"] = copied(fit.module.average.state_dict())
     # Reading the detector's state judges all steps so far, so its verdict is asked for afterwards.
-    state = _trained(fit, detector).capture(fit.step, data=fit.data.state_dict(), process=process)
-    return replace(state, healthy=is_healthy(detector))
+    state = _trained(fit, detector).capture(fit.step, data=fit.data.state_dict(), process=process, **rest)
+    return replace(state, healthy=is_healthy(detector), mark=mark)
 
 
 def is_healthy(detector: DivergenceDetector | None) -> bool:
@@ -56,9 +62,8 @@ def restore(state: TrainingState, fit: Fit, detector: DivergenceDetector | None,
         detector: the detector that watches it.
         skip_batches: number of batches to leave out from the state's position on.
     """
-    _trained(fit, detector).restore(state)
-    if fit.module.tables is not None:
-        fit.module.tables.go_back(state.step)
+    rows = None if fit.module.rows is None else fit.module.rows.go_back(state.mark)
+    _trained(fit, detector).restore(state, rows=rows)
     if state.process["precision"]:
         fit.trainer.precision_plugin.load_state_dict(copied(state.process["precision"]))
     if fit.module.average is not None:
@@ -80,7 +85,7 @@ class SnapshotRing:
     The newest are kept as they were taken; the older they are, the more of them are dropped (``thinned``). A verdict
     may name a first step that lies hundreds of steps back, so one of them must be from before it. Nothing is taken
     while the detector is suspect, so nothing is dropped either: the snapshots before an event stay until the verdict,
-    however long that takes. Memory: ``keep`` times weights and optimizer state.
+    however long that takes. Memory: ``keep`` times weights and optimizer state, without those of large tables.
 
     On disk, ``snapshots/rank<r>/step=<n>.pt`` holds what a resumed run may need: the snapshots that the ring had at
     the checkpoint are read back, others are removed.
@@ -89,6 +94,8 @@ class SnapshotRing:
         every: steps between two snapshots; 0 takes none.
         keep: number of snapshots in memory.
         disk: how many of the newest are also on disk; 0 writes none.
+        rows_above: megabytes with accumulators above which a table with sparse gradients is not copied: its rows are
+            kept as they are used (``LargeTables``). 0: never. It needs disk=0, because a file has all rows.
         folder: the run folder; without one nothing is written.
 
     Attributes:
@@ -99,13 +106,24 @@ class SnapshotRing:
         UserError: a number out of range.
     """
 
-    def __init__(self, *, every: int = 50, keep: int = 6, disk: int = 0, folder: RunFolder | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        every: int = 50,
+        keep: int = 6,
+        disk: int = 0,
+        rows_above: float = 0.0,
+        folder: RunFolder | None = None,
+    ) -> None:
         if every < 0 or keep < 1 or not 0 <= disk <= keep:
             raise UserError(
                 f"callbacks.snapshots: every >= 0, keep >= 1 and 0 <= disk <= keep are needed, got every={every}, "
                 f"keep={keep}, disk={disk}"
             )
+        if not 0 <= rows_above < math.inf:
+            raise UserError(f"callbacks.snapshots.rows_above must be 0 (never) or more MB, got {rows_above}")
         self.every, self._keep, self._disk = every, keep, disk
+        self._rows_above = 0.0 if disk else rows_above
         self._folder = folder
         self._path: Path | None = None
         self._newest_step = -1
@@ -118,8 +136,11 @@ class SnapshotRing:
             None if self._folder is None else self._folder.path / "snapshots" / f"rank{fit.trainer.global_rank}"
         )
         if self.every:
+            fit.module.large = LargeTables.of(fit, self._rows_above)
             self._check_memory(fit)
-        self._read_back(fit.step)
+        if fit.module.large is None:  # files have whole tables
+            self._read_back(fit.step)
+        self._tidy_disk()
         if self.every and not self.snapshots:  # a resumed run should have the ring of an uninterrupted one
             self._take(fit, detector)
 
@@ -128,9 +149,10 @@ class SnapshotRing:
 
         Counted are weights and one value of optimizer state for each, as Adagrad has, of the run and of each snapshot.
         """
-        state = 2 * sum(p.nbytes for p in fit.module.net.parameters())
+        whole = 2 * sum(p.nbytes for p in fit.module.net.parameters())
+        state = whole - (0 if fit.module.large is None else fit.module.large.nbytes)
         there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        if (1 + self._keep) * state > there:
+        if whole + self._keep * state > there:
             raise UserError(
                 f"callbacks.snapshots: {self._keep} snapshots of {state / 2**30:,.1f} GiB do not fit beside the model "
                 f"into the {there / 2**30:,.0f} GiB of this machine: lower callbacks.snapshots.keep, or set "
@@ -164,8 +186,6 @@ class SnapshotRing:
         # One is dropped first, so that memory never holds one more.
         kept = thinned([s.step for s in self.snapshots], fit.step, every=self.every, keep=self._keep)
         self.snapshots = [s for s in self.snapshots if s.step in kept]
-        if fit.module.tables is not None:
-            fit.module.tables.mark(fit.step, keep=kept)
         snapshot = capture(fit, detector)
         self.snapshots = [*self.snapshots, snapshot]
         if self._disk and self._path is not None:
@@ -187,7 +207,6 @@ class SnapshotRing:
             dist.all_gather_object(everyone, steps)
             steps = sorted(set.intersection(*map(set, everyone)))
         self.snapshots = [TrainingState.load(files[n]) for n in steps][-self._keep :]
-        self._tidy_disk()
 
     def _on_disk(self) -> dict[int, Path]:
         if self._path is None:

@@ -172,6 +172,13 @@ class Stability(Callback):
         if self.capsules and self.detector:
             self.capsules.before_batch(Fit(trainer), batch, self.detector)
 
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        """Keeps the rows of large tables that the step moves, for the snapshots."""
+        if (large := Fit(trainer).module.large) is not None:
+            large.before_step()
+
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
@@ -179,11 +186,11 @@ class Stability(Callback):
 
         1. The detector gets the signals, under the step that the batch belongs to.
         2. At the poll interval its events are read and reported.
-        3. A rollback may restore an earlier state, or part of it; otherwise a lost run is stopped.
-        4. A run that is not suspect may be stopped early, because the next windows are predicted ever worse.
-        5. A snapshot is taken if the detector objects to nothing. After a rollback none is due at this step.
-        6. The batch is recorded, and capsules of the new events are written. They start from snapshots that they kept,
-           because a rollback has removed the undone ones from the ring.
+        3. The batch is recorded, and capsules of the new events are written, before a rollback removes the snapshots
+           that they start from and puts back the rows of large tables.
+        4. A rollback may restore an earlier state, or part of it; otherwise a lost run is stopped.
+        5. A run that is not suspect may be stopped early, because the next windows are predicted ever worse.
+        6. A snapshot is taken if the detector objects to nothing. After a rollback none is due at this step.
         """
         fit, detector = Fit(trainer), self.detector
         signals = fit.module.signals
@@ -205,6 +212,11 @@ class Stability(Callback):
             self._record_step_cut(fit, detector)
             if completed and step % self.divergence.poll_every == 0:
                 events = self._poll(fit, detector)
+            if self.capsules:
+                self.capsules.after_batch(
+                    fit, batch, signals, step=step, events=events, detector=detector, ring=self.snapshots
+                )
+            if completed and step % self.divergence.poll_every == 0:
                 rolled_back = self._rolled_back(fit, events, detector)
                 if not rolled_back and self.divergence.stop and detector.status == "diverged":
                     trainer.should_stop = True
@@ -213,12 +225,8 @@ class Stability(Callback):
             trainer.should_stop, rolled_back = back, back
         if self.snapshots:
             self.snapshots.after_step(fit, detector)
-        if self.capsules and detector:
-            self.capsules.after_batch(
-                fit, batch, signals, step=step, events=events, detector=detector, ring=self.snapshots
-            )
-            if rolled_back:
-                self.capsules.break_off()
+        if self.capsules and rolled_back:
+            self.capsules.break_off()
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Reads the verdict on the last steps."""

@@ -10,6 +10,7 @@ copies are kept in memory until the next full copy is there. A thread joins them
 
 from __future__ import annotations
 
+import operator
 import secrets
 from collections.abc import Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -29,7 +30,7 @@ from ranker.models.admission import admission_of
 from ranker.runs.checkpoint_files import full_disk
 from ranker.runs.run_folder import STATE_DICT
 from ranker.runs.table_files import COPIES, copy_of, note_copy, read_copy, write_copy
-from ranker.training.touched_rows import Piece, Rows, TouchedRows, joined_rows, row_state, sparse_tables
+from ranker.training.touched_rows import Piece, Rows, TouchedRows, joined_rows, large_tables, row_state
 
 TABLE_ROWS = "table_rows"  # key in a checkpoint: what replaces rows of the full copy
 WEIGHT = "weight"
@@ -104,13 +105,7 @@ class DurableCheckpointIO(TorchCheckpointIO):
             optimizer: the one that steps it.
             folder: that of the checkpoints.
         """
-        kept = 2**20 * self._rows_above
-        large = {
-            # One row of state beside the weight, as Adagrad has it: the state itself comes with the first step.
-            name: x
-            for name, x in sparse_tables(net).items()
-            if kept and 2 * x.nbytes > kept
-        }
+        large = large_tables(net, self._rows_above)
         self._tables = _Tables(large, net, optimizer, folder / COPIES, self._full_share) if large else None
         if self._tables and self._resumed:
             self._tables.resume(*self._resumed)
@@ -227,12 +222,13 @@ class _Tables:
         self._current: _Copy | None = None
         self._coming: _Copy | None = None
         self._wanted = True  # a full copy is to begin after the next step
+        self._state: list[Tensor] = []  # of the optimizer, at the last step
         for module in net.modules():
             if any(module._parameters.get("weight") is table for table in tables.values()):
                 module.register_load_state_dict_post_hook(self._invalidate)
         admission = admission_of(net)
         if admission is not None:
-            admission.on_reset.append(self._note_reset)
+            admission.on_count.append(self._note_reset)
         self._follow(optimizer)
 
     def resume(self, copy: Path, rows: Piece) -> None:
@@ -251,6 +247,10 @@ class _Tables:
         if optimizer is not self._optimizer:  # a rollback has replaced it
             self._invalidate()
             self._follow(optimizer)
+        state = [x for table in self._tables.values() for x in row_state(optimizer, table).values()]
+        if self._state and not all(map(operator.is_, state, self._state)):  # a boundary has changed all accumulators
+            self._invalidate()
+        self._state = state
         if self._wanted:
             self._begin(step)
 
@@ -307,11 +307,11 @@ class _Tables:
         self._optimizer = optimizer
         optimizer.register_load_state_dict_post_hook(self._invalidate)
 
-    def _note_reset(self, weight: Tensor, rows: Tensor) -> None:
+    def _note_reset(self, weight: Tensor, rows: Tensor, stale: Tensor) -> None:
         """Marks rows that were forgotten and start anew. They may have no gradient in the step that resets them."""
         for name, table in self._tables.items():
             if table is weight:
-                self._touched.note(name, rows)
+                self._touched.note(name, rows[stale])
 
     def _invalidate(self, *_: Any) -> None:
         """Rows have moved in another way than by a step: neither full copy can be added to."""

@@ -20,6 +20,25 @@ def sparse_tables(net: nn.Module) -> dict[str, Tensor]:
     }
 
 
+def large_tables(net: nn.Module, megabytes: float) -> dict[str, Tensor]:
+    """The tables with sparse gradients that take more than some memory with their accumulators, by name.
+
+    Args:
+        net: the model.
+        megabytes: the limit, of weights and one value of the optimizer's state for each, as Adagrad has it; 0: none.
+    """
+    return {name: x for name, x in sparse_tables(net).items() if megabytes and 2 * x.nbytes > 2**20 * megabytes}
+
+
+def gradient_rows(table: Tensor) -> Tensor | None:
+    """The rows that the next step moves, with repetitions; all of them with a dense gradient, None without one."""
+    if table.grad is None:
+        return None
+    if table.grad.is_sparse:
+        return table.grad._indices()[0]
+    return torch.arange(len(table), device=table.device)
+
+
 def row_state(optimizer: Optimizer, table: Tensor) -> dict[str, Tensor]:
     """What the optimizer keeps for each row of a table, by its own names; empty before the first step."""
     state: Mapping[str, Any] = optimizer.state.get(table, {})
@@ -68,14 +87,11 @@ class TouchedRows:
         self._found: dict[str, list[Tensor]] = {name: [] for name in tables}
 
     def note_gradients(self) -> None:
-        """Adds the rows of the gradients, just before a step. A dense gradient adds every row."""
+        """Adds the rows of the gradients, just before a step."""
         for name, table in self._tables.items():
-            if table.grad is None:
-                continue
-            if table.grad.is_sparse:
-                self.note(name, table.grad._indices()[0])  # with repetitions: the step adds them up
-            else:
-                self.note(name, torch.arange(len(table), device=table.device))
+            rows = gradient_rows(table)
+            if rows is not None:
+                self.note(name, rows)
 
     def note(self, name: str, rows: Tensor) -> None:
         """Adds rows of a table."""

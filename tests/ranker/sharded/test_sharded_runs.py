@@ -12,9 +12,14 @@ import torch
 
 from broken_log import ROLLBACK, SETTINGS, write_log
 from ranker.build import make_net, open_log
+from ranker.capsules.capsule import Capsule
+from ranker.commands.replay_command import replay
 from ranker.export.release import Candidate, Weights
+from ranker.replay.engine import Engine
+from ranker.replay.rebuild import build_engine
 from ranker.runs.checkpoint_files import by_step, step_of
 from ranker.runs.run_folder import RunFolder
+from ranker.trust import load_config
 from sharded_support import command_on_ranks, trained
 from support import TINY, TWO_RANKS, finished, metrics
 
@@ -104,7 +109,14 @@ def test_damaged_tables_are_passed_over(killed: Path, tmp_path: Path, command_li
     assert "goes on after step 5" in said.out
 
 
-def test_a_rollback_takes_the_tables_along(tmp_path: Path) -> None:
+def built(capsule: Capsule) -> Engine:
+    """An engine in the state of a capsule."""
+    engine = build_engine(load_config(capsule.config), capsule.schema)
+    engine.restore(capsule.state)
+    return engine
+
+
+def test_a_rollback_takes_the_tables_along_and_a_capsule_has_their_rows(tmp_path: Path, capsys: Any) -> None:
     log = write_log(tmp_path / "log")
     words = (*SETTINGS, f"data.root={log}", *ROLLBACK, "callbacks.snapshots.every=5", "train.log_every=1")
     common = (*words, "train.max_steps=90", "train.checkpoint_every=90", "callbacks.rollback.lr_factor=0.5")
@@ -113,6 +125,20 @@ def test_a_rollback_takes_the_tables_along(tmp_path: Path) -> None:
     trained(*common, f"hydra.run.dir={alone}", world=1)
     sharded = ("embeddings=torchrec", "embeddings.plan=row_wise", *TWO_RANKS)
     trained(*common, *sharded, f"hydra.run.dir={ranks}")
+
+    (own,), (gathered,) = (sorted((folder / "capsules").iterdir()) for folder in (alone, ranks))
+    assert own.name == gathered.name
+    whole, rows = Capsule.load(own), Capsule.load(gathered)
+    assert (rows.manifest.sharded, rows.manifest.world_size) == (True, 2)
+    found, wanted = (built(capsule).state() for capsule in (rows, whole))
+    for dim, places in rows.places.items():
+        name = f"embeddings.tables.dim_{dim}.weight"
+        torch.testing.assert_close(found.net[name], wanted.net[name][places], rtol=1e-4, atol=1e-6)
+    capsys.readouterr()
+    assert replay([str(gathered)]) == 0
+    assert "equal to rounding" in capsys.readouterr().out
+    assert replay([str(gathered), "--try", "optim=clippy lr_mult=0.1"]) == 0
+    assert "carried over: " in capsys.readouterr().out
 
     back = finished(alone).summary["rollbacks"]
     assert len(back) == 1  # the log does break the run

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ import optim
 from ranker.data.windows import share
 from ranker.models.embeddings import EmbeddingTables, Tables, place
 from ranker.models.sharded_embeddings import ShardedTables
+from ranker.training.sharded_tables import TablesOfRun
 from sharded_support import SCHEMA, made, on_ranks, rows, whole
 
 pytest.importorskip("torchrec", reason="make test-torchrec installs it and runs this")
@@ -150,3 +152,31 @@ def test_weights_drawn_by_block_are_the_same_on_any_number_of_ranks(tmp_path: Pa
     for name, values in one.items():
         assert torch.equal(two[0][name], values)
         assert 0.04 < values.abs().max() <= 0.05 or len(values) < 3
+
+
+def rows_at_a_mark(used: dict[str, list[int]], settings: dict[str, Any]) -> tuple[dict[str, Tensor], Any]:
+    """All rows at a mark, and what rank 0 gathers of it after two more steps."""
+    tables = made(**settings)
+    place_of = SimpleNamespace(root_device=torch.device("cpu"))
+    run = TablesOfRun(tables, {})
+    run.start(SimpleNamespace(strategy=place_of, is_global_zero=False))  # type: ignore[arg-type]
+    part = share(24, rank=dist.get_rank(), world_size=dist.get_world_size())
+    tables(rows(24, 1).slice(*part)).pow(2).sum().backward()
+    mark = run.mark()
+    then = {f"{name}/{part}": x for part in ("weight", "accumulator") for name, x in whole(tables, part).items()}
+    for seed in (2, 3):
+        tables(rows(24, seed).slice(*part)).pow(2).sum().backward()
+    return then, run.rows_at(mark, {name: torch.tensor(found) for name, found in used.items()})
+
+
+@pytest.mark.parametrize("plan", ["row_wise", "table_wise", "column_wise"])
+def test_rank_0_gathers_rows_of_an_earlier_step(tmp_path: Path, plan: str) -> None:
+    used = {"user": [0, 1, 7, 30, 31, 60], "tags": [0, 1], "item": [0, 1, 2, 15, 16, 31], "tab": [0, 1]}
+
+    (then, found), (_, nothing) = on_ranks(rows_at_a_mark, 2, tmp_path, used, {"plan": plan})
+
+    assert nothing is None
+    for dim, names in ((8, ("user", "tags", "tab")), (16, ("item",))):
+        for key, part in (("weight", "weight"), ("sum", "accumulator")):
+            wanted = torch.cat([then[f"{name}/{part}"][used[name]] for name in names])
+            assert torch.equal(found[dim][key], wanted), (dim, key)

@@ -13,7 +13,8 @@ from ranker.capsules.capsule import Capsule, num_bytes
 from ranker.data.batch import Batch
 from ranker.runs.run_folder import RunFolder
 from ranker.training import capsule_writer
-from ranker.training.capsule_writer import CapsuleWriter, Recorder
+from ranker.training.capsule_recorder import Recorder
+from ranker.training.capsule_writer import CapsuleWriter
 from ranker.training.snapshots import SnapshotRing
 from ranker.training.stability_callback import Stability
 from scripted_verdicts import Verdicts
