@@ -148,6 +148,20 @@ def test_a_rollback_takes_the_tables_along_and_a_capsule_has_their_rows(tmp_path
         torch.testing.assert_close(weights(ranks)[name], values, rtol=1e-3, atol=1e-4, msg=name)
 
 
+def test_rowwise_adagrad_rolls_back_and_leaves_no_capsule_and_says_so(
+    tmp_path: Path, command_line: Any, capsys: Any
+) -> None:
+    words = (*SETTINGS, f"data.root={write_log(tmp_path / 'log')}", *ROLLBACK, "callbacks.snapshots.every=5")
+    words = (*words, "train.max_steps=90", "train.checkpoint_every=90", "callbacks.rollback.lr_factor=0.5")
+    sharded = ("embeddings=torchrec", "embeddings.optimizer=rowwise_adagrad")
+
+    command_line(*words, *sharded, f"hydra.run.dir={tmp_path / 'run'}")
+
+    assert "callbacks.capsules switched off" in capsys.readouterr().out
+    assert len(finished(tmp_path / "run").summary["rollbacks"]) == 1  # the log does break the run
+    assert not list((tmp_path / "run").glob("capsules/step=*"))
+
+
 def test_an_export_gathers_the_tables_and_scores_as_the_run(straight: Path) -> None:
     cfg = RunFolder.existing(straight).load_config()
     log, path = open_log(cfg), by_step(straight / "checkpoints")[-1]
