@@ -147,7 +147,7 @@ class ParquetRows:
                     batch_size=self._piece_rows, row_groups=[group], columns=self._read, use_threads=False
                 ):
                     stored = pa.Table.from_batches([records])
-                    kept = stored.select(self.kept.names).cast(self.kept)
+                    kept = stored.select(self.kept.names)
                     table = plain(stored.select(self._names), where=str(self._path))
                     yield self._piece(table, kept, first_row=first_row, within=within, place=place)
                     first_row += table.num_rows
