@@ -26,7 +26,7 @@ def pytest_collection_modifyitems(items: Sequence[pytest.Item]) -> None:
     """Time ends an attack only where it hangs: on a busy machine it takes long, which its own limits know."""
     for item in items:
         if item.get_closest_marker("attack"):
-            item.add_marker(pytest.mark.timeout(1800), append=False)
+            item.add_marker(pytest.mark.timeout(3600), append=False)
 
 
 @pytest.fixture(autouse=True)
