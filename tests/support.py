@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ranker import stop_signals
+
 ROOT = Path(__file__).resolve().parent.parent
 
 # A stream and a model small enough for seconds; the window is smaller than the stream, so that it moves.
@@ -84,16 +86,20 @@ _started: list[subprocess.Popen[str]] = []
 
 
 def start(command: Sequence[str], environment: Mapping[str, str], **options: Any) -> subprocess.Popen[str]:
-    """Starts a process in the project's folder. What is left of it and of its own processes ends with the test."""
-    process = subprocess.Popen(
-        command,
-        cwd=ROOT,
-        env={**environment, _MARK[0]: _MARK[1]},
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        **options,
-    )
+    """Starts a process in the project's folder. What is left of it and of its own processes ends with the test.
+
+    It ignores no signal, though pytest does behind nohup, or with & in a script.
+    """
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    ignored = [number for number in stop_signals.SIGNALS if signal.getsignal(number) == signal.SIG_IGN]
+    try:
+        for number in ignored:
+            signal.signal(number, signal.SIG_DFL)
+        environment = {**environment, _MARK[0]: _MARK[1]}
+        process = subprocess.Popen(command, cwd=ROOT, env=environment, text=True, **pipes, **options)
+    finally:
+        for number in ignored:
+            signal.signal(number, signal.SIG_IGN)
     _started.append(process)
     return process
 

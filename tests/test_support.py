@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -24,3 +25,13 @@ def test_processes_that_a_test_leaves_are_ended_with_their_orphans() -> None:
     assert waits.returncode == -9
     status = Path(f"/proc/{orphan}/cmdline")
     assert not status.exists() or not status.read_bytes(), "it lives"  # a dead process may wait for its parent
+
+
+def test_processes_that_tests_start_ignore_no_signal() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup has it
+    try:
+        code = "import signal; print(signal.getsignal(signal.SIGHUP) == signal.SIG_DFL)"
+        assert start([sys.executable, "-c", code], os.environ).communicate()[0] == "True\n"
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)

@@ -7,11 +7,13 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import pytest
+from omegaconf.errors import OmegaConfBaseException
 
-from ranker import stop_signals
+from ranker import cli, stop_signals
 from support import (
     ROOT,
     TINY,
@@ -160,6 +162,27 @@ def test_a_signal_while_starting_ends_in_one_line(tmp_path: Path, number: int, s
     assert "Traceback" not in errors
     assert len(errors.strip().splitlines()) == 1, errors
     assert process.returncode in (128 + number, 1)
+
+
+def stopped_in_a_library() -> None:
+    """OmegaConf does so while it is imported."""
+    try:
+        os.kill(os.getpid(), signal.SIGTERM)
+    except BaseException as error:
+        raise OmegaConfBaseException("object_type=None") from error
+
+
+@pytest.mark.parametrize("inside", [nullcontext, cli.one_line_errors])
+def test_an_error_that_a_library_makes_of_a_stop_is_the_stop(
+    inside: Callable[[], AbstractContextManager[None]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended, stop_signals.one_line(), inside():
+        stopped_in_a_library()
+
+    assert ended.value.code == 143
+    assert capsys.readouterr().err == "stopped by SIGTERM before training began; nothing was lost\n"
+    with pytest.raises(OmegaConfBaseException), stop_signals.one_line():
+        raise OmegaConfBaseException("without a signal")
 
 
 @pytest.mark.attack
