@@ -96,7 +96,7 @@ def one_line() -> Iterator[None]:
         try:
             yield
         except (KeyboardInterrupt, Exception) as error:
-            # OmegaConf, while it is imported, makes an error of its own of a Stopped in it.
+            # A library may make an error of its own of a Stopped in it: OmegaConf did while Hydra was imported.
             if isinstance(error, Exception) and not _STATE.cut:
                 raise
             number = _STATE.received

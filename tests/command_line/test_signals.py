@@ -165,7 +165,7 @@ def test_a_signal_while_starting_ends_in_one_line(tmp_path: Path, number: int, s
 
 
 def stopped_in_a_library() -> None:
-    """OmegaConf does so while it is imported."""
+    """OmegaConf has done so while Hydra was imported."""
     try:
         os.kill(os.getpid(), signal.SIGTERM)
     except BaseException as error:
