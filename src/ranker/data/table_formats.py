@@ -72,8 +72,6 @@ def _delta_files(url: str, names: Sequence[str]) -> list[str]:
         last = uri.rsplit("/", 1)[-1]
         found = [name for name in by_name.get(last, ()) if f"/{uri}".endswith(f"/{name}")]
         if not found:
-            raise UserError(
-                f"{url}: {last} is in the log of the Delta table but not in its folder; restore the table"
-            )
+            raise UserError(f"{url}: {last} is in the log of the Delta table but not in its folder; restore the table")
         kept.add(max(found, key=len))
     return [name for name in names if name in kept]

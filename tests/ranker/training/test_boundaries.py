@@ -65,5 +65,5 @@ def test_a_window_is_begun_again_after_going_back_to_the_end_of_the_one_before(
 
 def test_a_warm_up_after_a_rollback_begins_with_its_window(fit: Callable[..., pl.Trainer]) -> None:
     seen = begun(fit, {14: 13}, skip=0, rewarm=4).seen  # back to step 8
-    rates = [rate for number, _, rate in seen[14:] if 14 <= number < 20]
-    assert rates == pytest.approx([0.1 * (n + 1) / 30 * share for n, share in zip(range(14, 20), (1, 1, .25, .5, .75, 1))])
+    rates = [rate / 0.1 * 30 / (number + 1) for number, _, rate in seen[14:] if 14 <= number < 20]
+    assert rates == pytest.approx([1, 1, 0.25, 0.5, 0.75, 1])
