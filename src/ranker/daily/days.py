@@ -110,7 +110,8 @@ def _days_of(index: ParquetIndex, group: int) -> list[int]:
         return list(range(first, last + 1))
     name, place = index.schema.time_column, index.places[group]
     times = [times_ms(chunk, index.schema, place) for chunk in index.read(group, [name])[name].chunks]
-    return np.unique(np.concatenate(times) // DAY_MS).tolist()
+    found: list[int] = np.unique(np.concatenate(times) // DAY_MS).tolist()
+    return found
 
 
 def _text(day: int) -> str:
