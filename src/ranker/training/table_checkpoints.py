@@ -222,6 +222,7 @@ class _Tables:
         self._current: _Copy | None = None
         self._coming: _Copy | None = None
         self._wanted = True  # a full copy is to begin after the next step
+        self._state: list[Tensor]  # of the optimizer, at the last step
         for module in net.modules():
             if any(module._parameters.get("weight") is table for table in tables.values()):
                 module.register_load_state_dict_post_hook(self._invalidate)

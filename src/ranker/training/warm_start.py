@@ -262,9 +262,9 @@ class WarmStart:
         if admission is not None:
             admission.begin_run()
             counted = admission.counts_in(self._plan.moves)
-            old = {f.name: has_rule(f) and counted for f in self._old_schema.categorical}
+            had_counts = {f.name: has_rule(f) and counted for f in self._old_schema.categorical}
             # Of a table without a rule the parent used every row.
-            admission.admit_all([name for name in admission.names if not old.get(name, counted)])
+            admission.admit_all([name for name in admission.names if not had_counts.get(name, counted)])
         if self._settings.accumulators != "reset" and self.parent.optimizer is not None:
             old = accumulators.changed(
                 self.parent.optimizer, self.parent.groups, self._settings, rows=self.parent.own_rows
