@@ -149,7 +149,7 @@ def build(
     if module.tables is not None:
         module.tables.folder = folder.checkpoints
     _check_optimizer(module)
-    bookkeeping, interruption = Bookkeeping(), Interruption(shared and shared.received)
+    bookkeeping, interruption = Bookkeeping(), Interruption(shared.received if shared else None)
     stability, others = _configured_callbacks(
         _what_works(cfg, module),
         folder,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -16,8 +17,8 @@ from ranker.paper import jobs as paper_jobs
 from ranker.paper.store import find
 from ranker.sweeps import vectorize
 from ranker.vectorized import group
-from support import TINY, Finished
-from vectorized_support import summary
+from support import TINY, Finished, train_process, wait_for
+from vectorized_support import QUICK_VERDICT, summary
 
 Command = Callable[..., None]
 SHORT = ("train.max_steps=4", "train.eval_every=0", "data.log.train_rows=1024", "data.log.eval_rows=512")
@@ -74,9 +75,9 @@ def test_jobs_are_trained_as_one_and_leave_what_they_leave_alone(
 def test_what_a_group_cannot_do_runs_alone_and_the_line_says_why(
     sweep: Callable[..., dict[str, Path]], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    runs = sweep("sweep.vectorize=2", "seed=0,1", "callbacks.early_signs.every=2", "trainer.gradient_clip_val=1.0")
+    runs = sweep("sweep.vectorize=2", "seed=0,1", "callbacks.histograms.every=50", "trainer.gradient_clip_val=1.0")
 
-    why = "2 jobs run alone, because of trainer.gradient_clip_val=1.0, callbacks.early_signs.every=2"
+    why = "2 jobs run alone, because of trainer.gradient_clip_val=1.0, callbacks.histograms.every=50"
     assert why in capsys.readouterr().out
     assert {vectorized(folder) for folder in runs.values()} == {(None, None)}
 
@@ -110,6 +111,38 @@ def test_a_killed_group_starts_again_with_what_is_missing(
 
     assert (again["clippy 0"] / "summary.json").stat().st_mtime_ns == kept
     assert [vectorized(again[f"clippy {seed}"]) for seed in (1, 2)] == [(2, 0), (2, 0)]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_sweep_killed_while_a_group_trains_ends_as_if_it_had_not_been(
+    sweep: Callable[..., dict[str, Path]], tmp_path: Path
+) -> None:
+    long = ("train.max_steps=40", "data.log.train_rows=10240", "train.checkpoint_every=4", "train.eval_every=10")
+    lost = ("optim=adagrad", "lr_mult=200", "callbacks.divergence.poll_every=2", *QUICK_VERDICT)
+    jobs = tmp_path / "jobs.json"
+    jobs.write_text(json.dumps([[*lost, "seed=7"], ["seed=0"], ["seed=1", "optim=gc"]]))
+    words = ("sweep.vectorize=3", "hydra/sweeper=list", f"hydra.sweeper.jobs={jobs}", *long)
+    whole = sweep(*words)
+    shutil.move(tmp_path / "sweep", tmp_path / "whole")
+    whole = {name: tmp_path / "whole" / path.name for name, path in whole.items()}
+
+    folders = {name: tmp_path / "sweep" / path.name for name, path in whole.items()}
+    process = train_process("-m", *TINY, *SHORT, f"hydra.sweep.dir={tmp_path / 'sweep'}", *words)
+    going = [folders["clippy 0"], folders["gc 1"]]
+    wait_for(lambda: all((x / "checkpoints" / "step=20.ckpt").is_file() for x in going), process, 400)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    ended = (folders["adagrad 7"] / "summary.json").stat().st_mtime_ns
+    assert not any((folder / "summary.json").is_file() for folder in going)
+
+    assert sweep(*words) == folders
+
+    assert (folders["adagrad 7"] / "summary.json").stat().st_mtime_ns == ended
+    for name, folder in folders.items():
+        assert summary(folder) == summary(whole[name])
+        assert (folder / "metrics.csv").read_bytes() == (whole[name] / "metrics.csv").read_bytes()
+    assert [vectorized(folder) for folder in going] == [(2, 0), (2, 0)]
 
 
 @pytest.mark.slow

@@ -185,6 +185,15 @@ class EarlySigns(Callback):
         with suppress(RuntimeError):
             self._read(trainer)
 
+    def state_dict(self) -> dict[str, Any]:
+        """The values that are not written yet: a run that resumes writes them at the step at which this one would."""
+        unread = [[step, names, row.cpu()] for step, names, row in self._unread]
+        return {"unread": unread} if unread else {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes over the values of a checkpoint."""
+        self._unread = [(int(step), list(names), row) for step, names, row in state_dict["unread"]]
+
     def _entered(self, net: nn.Module, _inputs: object) -> None:
         if net.training and self._watched is not None:  # scoring a window runs in evaluation mode
             self._watching = self._watched.measuring()
@@ -269,7 +278,7 @@ class EarlySigns(Callback):
         unread, self._unread = self._unread, []
         if not unread or not trainer.is_global_zero:
             return
-        numbers = iter(torch.cat([row for *_, row in unread]).tolist())
+        numbers = iter(torch.cat([row.to(unread[-1][2].device) for *_, row in unread]).tolist())
         for step, names, _ in unread:
             Fit(trainer).module.record({name: next(numbers) for name in names}, step=step)
 
