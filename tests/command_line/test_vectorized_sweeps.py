@@ -11,12 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from omegaconf import OmegaConf
 
 from ranker.commands import train as train_commands
 from ranker.paper import jobs as paper_jobs
 from ranker.paper.store import find
+from ranker.runs.checkpoint_files import step_of
 from ranker.sweeps import vectorize
 from ranker.vectorized import group
+from ranker.vectorized.replica import Job
 from support import TINY, Finished, train_process, wait_for
 from vectorized_support import QUICK_VERDICT, summary
 
@@ -98,16 +101,17 @@ def test_jobs_that_fail_as_one_run_alone(
     assert {vectorized(folder) for folder in runs.values()} == {(None, None)}
 
 
-def test_a_killed_group_starts_again_with_what_is_missing(
-    sweep: Callable[..., dict[str, Path]], monkeypatch: pytest.MonkeyPatch
+def test_a_killed_group_without_checkpoints_starts_again_with_what_is_missing(
+    sweep: Callable[..., dict[str, Path]],
 ) -> None:
-    runs = sweep("sweep.vectorize=3", "seed=0,1,2")
+    words = ("sweep.vectorize=3", "seed=0,1,2", "train.checkpoint_every=0")
+    runs = sweep(*words)
     kept = (runs["clippy 0"] / "summary.json").stat().st_mtime_ns
     for seed in (1, 2):  # what a kill leaves: everything but the summary
         (runs[f"clippy {seed}"] / "summary.json").unlink()
     shutil.rmtree(runs["clippy 2"])
 
-    again = sweep("sweep.vectorize=3", "seed=0,1,2")
+    again = sweep(*words)
 
     assert (again["clippy 0"] / "summary.json").stat().st_mtime_ns == kept
     assert [vectorized(again[f"clippy {seed}"]) for seed in (1, 2)] == [(2, 0), (2, 0)]
@@ -118,18 +122,19 @@ def test_a_killed_group_starts_again_with_what_is_missing(
 def test_a_sweep_killed_while_a_group_trains_ends_as_if_it_had_not_been(
     sweep: Callable[..., dict[str, Path]], tmp_path: Path
 ) -> None:
-    long = ("train.max_steps=40", "data.log.train_rows=10240", "train.checkpoint_every=4", "train.eval_every=10")
-    lost = ("optim=adagrad", "lr_mult=200", "callbacks.divergence.poll_every=2", *QUICK_VERDICT)
     jobs = tmp_path / "jobs.json"
-    jobs.write_text(json.dumps([[*lost, "seed=7"], ["seed=0"], ["seed=1", "optim=gc"]]))
-    words = ("sweep.vectorize=3", "hydra/sweeper=list", f"hydra.sweeper.jobs={jobs}", *long)
-    whole = sweep(*words)
+    jobs.write_text(json.dumps([["optim=adagrad", "lr_mult=200", "seed=7"], ["seed=0"], ["seed=3", "lr_mult=2"]]))
+    words = (
+        *("sweep.vectorize=3", "hydra/sweeper=list", f"hydra.sweeper.jobs={jobs}"),
+        *("train.max_steps=40", "data.log.train_rows=10240", "train.checkpoint_every=4", "train.eval_every=10"),
+        *("callbacks.divergence.poll_every=2", *QUICK_VERDICT),
+    )
+    folders = sweep(*words)
     shutil.move(tmp_path / "sweep", tmp_path / "whole")
-    whole = {name: tmp_path / "whole" / path.name for name, path in whole.items()}
+    whole = {name: tmp_path / "whole" / path.name for name, path in folders.items()}
 
-    folders = {name: tmp_path / "sweep" / path.name for name, path in whole.items()}
     process = train_process("-m", *TINY, *SHORT, f"hydra.sweep.dir={tmp_path / 'sweep'}", *words)
-    going = [folders["clippy 0"], folders["gc 1"]]
+    going = [folders["clippy 0"], folders["clippy 3"]]
     wait_for(lambda: all((x / "checkpoints" / "step=20.ckpt").is_file() for x in going), process, 400)
     process.send_signal(signal.SIGKILL)
     process.communicate()
@@ -195,6 +200,18 @@ def test_groups_are_of_nearly_the_same_size_and_leave_no_worker_idle() -> None:
     assert [len(part) for part in chunks(range(17), 16)] == [8, 9]
     assert chunks([], 4) == []
     assert vectorize.VECTORIZE == "sweep.vectorize"
+
+
+def test_jobs_go_on_together_from_the_newest_step_that_they_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    steps = {0: (100, 200), 1: (200, 300), 2: (), 3: (700, 800), 4: (200, 300)}
+    monkeypatch.setattr(vectorize, "_checkpoints", lambda job: {n: Path(f"step={n}.ckpt") for n in steps[job.number]})
+    monkeypatch.setattr(vectorize, "_order_of", lambda _, job: 5 if job.number == 4 else 0)  # 4 has run alone
+    jobs = [Job(number, OmegaConf.create({"force": False, "seed": 5}), Path()) for number in steps]
+
+    levels = vectorize._levels(jobs, 0)
+
+    found = [[(job.number, job.checkpoint and step_of(job.checkpoint)) for job in level] for level in levels]
+    assert found == [[(2, None)], [(0, 200), (1, 200)], [(3, 800)]]
 
 
 @pytest.mark.parametrize(

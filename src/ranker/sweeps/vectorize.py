@@ -63,7 +63,7 @@ class Group:
         numbers = [job.number for job in self.jobs]
         if len(numbers) > 2 and numbers[-1] - numbers[0] == len(numbers) - 1:
             return f"jobs {numbers[0]} to {numbers[-1]}"
-        return "jobs " + ", ".join(map(str, numbers))
+        return ("jobs " if len(numbers) > 1 else "job ") + ", ".join(map(str, numbers))
 
 
 def train_groups(config: DictConfig, jobs: Sequence[Sequence[str]] | None, *, first: int = 0) -> None:
