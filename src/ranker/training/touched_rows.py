@@ -74,6 +74,9 @@ def joined_rows(parts: Sequence[Rows]) -> Rows:
     return Rows(rows[kept], tensors)
 
 
+_SCAN = 64  # reading the marks of this many rows takes about as long as gathering one row
+
+
 class TouchedRows:
     """Collects the rows of tables that steps move, each once. A step costs time for its own rows alone.
 
@@ -103,6 +106,12 @@ class TouchedRows:
     def taken(self, name: str) -> Tensor:
         """The rows that were added since the last call, on the table's device; those of one step may repeat."""
         found, self._found[name] = self._found[name], []
-        rows = torch.cat(found) if found else self._marks[name].new_zeros(0, dtype=torch.int64)
-        self._marks[name][rows] = False
+        marks = self._marks[name]
+        if sum(map(len, found)) > len(marks) // _SCAN:
+            # In ascending order, in which rows are gathered in half the time.
+            rows = marks.nonzero().squeeze(1)
+            marks.zero_()
+            return rows
+        rows = torch.cat(found) if found else marks.new_zeros(0, dtype=torch.int64)
+        marks[rows] = False
         return rows
