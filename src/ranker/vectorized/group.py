@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -57,21 +56,16 @@ def train(jobs: Sequence[Job], *, order: str, order_seed: int | None, ended: End
     group = _Group(jobs, order=order, order_seed=order_seed, ended=ended)
     said = started = time.monotonic()
     first = group.taken
-    gc.freeze()  # K configurations and trainers are many objects, and the collector would walk through them in vain
-    try:
-        group.begin()
-        for batches in () if group.is_over else group.feed:
-            group.step(batches)
-            if group.is_over:
-                break
-            if time.monotonic() - said > SAY_SECONDS:
-                said = time.monotonic()
-                alive, rate = len(group.replicas), (group.taken - first) * len(batches[0]) / (said - started)
-                place = f"step {group.taken} of {group.steps}, {alive} of {len(jobs)} replicas"
-                say(f"{place}, {alive * rate:,.0f} examples/s")
-        group.end(range(len(group.replicas)))
-    finally:
-        gc.unfreeze()
+    group.begin()
+    for batches in () if group.is_over else group.feed:
+        group.step(batches)
+        if group.is_over:
+            break
+        if time.monotonic() - said > SAY_SECONDS:
+            said = time.monotonic()
+            alive, rate = len(group.replicas), (group.taken - first) * len(batches[0]) / (said - started)
+            say(f"step {group.taken} of {group.steps}, {alive} of {len(jobs)} replicas, {alive * rate:,.0f} examples/s")
+    group.end(range(len(group.replicas)))
 
 
 class _Group:
