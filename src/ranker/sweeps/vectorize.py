@@ -147,7 +147,6 @@ def train_group(group: Group) -> None:
 
     with contextlib.ExitStack() as held:
         held.enter_context(stop_signals.taken_over())
-        held.enter_context(stop_signals.gentle_after_start())
         mine = [job for job in group.jobs if _taken(job, held)]
         if not mine:
             return

@@ -53,7 +53,11 @@ def train(jobs: Sequence[Job], *, order: str, order_seed: int | None, ended: End
         CannotStackError: the jobs must run alone. Nothing was trained.
         Stopped: a signal asked to stop, and the jobs have their checkpoints.
     """
-    group = _Group(jobs, order=order, order_seed=order_seed, ended=ended)
+    with stop_signals.gentle_after_start():
+        _train(_Group(jobs, order=order, order_seed=order_seed, ended=ended), len(jobs), say)
+
+
+def _train(group: _Group, jobs: int, say: Say) -> None:
     said = started = time.monotonic()
     first = group.taken
     group.begin()
@@ -64,7 +68,7 @@ def train(jobs: Sequence[Job], *, order: str, order_seed: int | None, ended: End
         if time.monotonic() - said > SAY_SECONDS:
             said = time.monotonic()
             alive, rate = len(group.replicas), (group.taken - first) * len(batches[0]) / (said - started)
-            say(f"step {group.taken} of {group.steps}, {alive} of {len(jobs)} replicas, {alive * rate:,.0f} examples/s")
+            say(f"step {group.taken} of {group.steps}, {alive} of {jobs} replicas, {alive * rate:,.0f} examples/s")
     group.end(range(len(group.replicas)))
 
 

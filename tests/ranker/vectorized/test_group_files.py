@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from ranker import stop_signals
 from ranker.replay.session import Session
 from ranker.vectorized import group
 from support import Finished, metrics
@@ -129,6 +131,23 @@ def test_a_killed_group_goes_on_from_its_checkpoints_as_if_nothing_had_been(
     said = json.loads((folders[2] / "summary.json").read_text())
     assert said.get("order_seed") == order_seed
     assert "vectorized" not in said
+
+
+def test_a_signal_ends_all_replicas_at_one_step_with_their_checkpoints(
+    train_jobs: Train, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    signals = iter([0, 0, 0])  # asked for once a step
+    monkeypatch.setattr(stop_signals, "received", lambda: next(signals, signal.SIGTERM))
+
+    with pytest.raises(stop_signals.Stopped):
+        train_jobs("stopped", *((*job, "train.checkpoint_every=0") for job in JOBS[:2]))
+
+    for folder in (tmp_path / "stopped0", tmp_path / "stopped1"):
+        assert [path.name for path in (folder / "checkpoints").glob("*.ckpt")] == ["step=4.ckpt"]
+        said = summary(folder)
+        assert said["status"] == "failed"
+        assert said["reason"].startswith("interrupted at step 4 by SIGTERM; go on with: ")
+    assert not stop_signals._STATE.gentle
 
 
 def test_the_capsule_of_a_lost_replica_replays(
