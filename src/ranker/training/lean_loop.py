@@ -86,11 +86,11 @@ class _Step:
         """Calls what is behind a hook, under whose name ``LightningModule.log`` files what it is given."""
         if not (found := self.hooks[hook]):
             return
-        before = self.module._current_fx_name
-        self.module._current_fx_name = hook
+        own = self.module.__dict__  # of a module of torch, setting an attribute costs as much as a small hook
+        before, own["_current_fx_name"] = own["_current_fx_name"], hook
         for function in found:
             function(*args)
-        self.module._current_fx_name = before
+        own["_current_fx_name"] = before
 
 
 class LeanEpochLoop(_TrainingEpochLoop):
