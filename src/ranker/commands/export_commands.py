@@ -175,6 +175,8 @@ def score(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--on-bad-rows", choices=ON_BAD_ROWS, default="raise", help="null gives such a row no score")
     parser.add_argument("--unseen-ids", choices=UNSEEN_IDS, default="raise", help="unknown: ids out of range as null")
     given = parser.parse_args(arguments)
+    if given.threads < 0:
+        raise UserError(f"--threads must be 0 or more, got {given.threads}")
     exported = Export.read(given.export)
     rows = ParquetRows(
         given.file,

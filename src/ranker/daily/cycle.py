@@ -26,7 +26,7 @@ from ranker.build import open_log
 from ranker.daily import ledger as kinds
 from ranker.daily.attempts import Attempt, JobFailedError, Plan, Say, attempt, train_words
 from ranker.daily.complete import Completeness
-from ranker.daily.day_statistics import DayStatistics
+from ranker.daily.day_statistics import DayStatistics, digest_of
 from ranker.daily.days import LogDays, checked_day
 from ranker.daily.drift import Drift, compare
 from ranker.daily.jobs import OUTPUT, Jobs, last_error
@@ -328,7 +328,7 @@ class Daily:
     def _statistics(self, day: str, folder: Path, opened: Any, log: LogDays) -> DayStatistics:
         files = dict(log.files[day])
         known = DayStatistics.read(folder, day)
-        if known is not None and known.files == files:
+        if known is not None and (known.files, known.schema) == (files, digest_of(opened.schema)):
             return known
         start_ms = _midnight_ms(day)
         start, stop = opened.row_at_time(start_ms), opened.row_at_time(start_ms + DAY_MS)

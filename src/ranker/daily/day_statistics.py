@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -55,6 +56,7 @@ class DayStatistics:
         seen: by embedding table, which rows occur; bool [rows].
         ids: by one-hot feature, how often each of its rows occurs, as two arrays: rows and counts.
         files: of the day.
+        schema: checksum of the schema by which the values were read.
     """
 
     rows: int
@@ -64,6 +66,7 @@ class DayStatistics:
     seen: dict[str, npt.NDArray[np.bool_]]
     ids: dict[str, tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]]
     files: dict[str, str]
+    schema: str
 
     @classmethod
     def of(cls, log: Log, start: int, stop: int, *, sample_rows: int, files: Files) -> DayStatistics:
@@ -90,6 +93,7 @@ class DayStatistics:
             seen=seen,
             ids=ids,
             files=dict(files),
+            schema=digest_of(schema),
         )
 
     def save(self, folder: Path, day: str) -> None:
@@ -108,6 +112,7 @@ class DayStatistics:
             "labels": self.labels,
             "tables": {name: len(bits) for name, bits in self.seen.items()},
             "files": self.files,
+            "schema": self.schema,
         }
         write_text(folder / f"{day}.json", json.dumps(plain) + "\n")
 
@@ -135,7 +140,13 @@ class DayStatistics:
             seen=seen,
             ids=ids,
             files=plain["files"],
+            schema=plain.get("schema", ""),  # missing in older files
         )
+
+
+def digest_of(schema: Schema) -> str:
+    """Checksum of all that decides how values are read."""
+    return hashlib.sha256(json.dumps(schema.to_dict(), sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _dense(values_B: Floats, feature: DenseFeature, quarter_B: npt.NDArray[np.int64], nulls: float | None) -> DenseDay:

@@ -7,11 +7,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
+import numpy as np
 from omegaconf import DictConfig, OmegaConf
 
 from ranker.data.parquet_index import ParquetIndex, open_index
 from ranker.data.prepare import prepare_cached
-from ranker.data.times import DAY_MS
+from ranker.data.times import DAY_MS, times_ms
 from ranker.errors import UserError
 from ranker.runs.log_identity import footer_digest
 
@@ -45,10 +46,10 @@ class LogDays:
         """The days of an index."""
         digests: dict[str, str] = {}
         found: dict[str, dict[str, str]] = {}
-        for place, first, last in zip(index.places, index.time_min_ms, index.time_max_ms, strict=True):
+        for group, place in enumerate(index.places):
             if place.file not in digests:
                 digests[place.file] = footer_digest(index.metadata[place.file])
-            for day in range(int(first) // DAY_MS, int(last) // DAY_MS + 1):
+            for day in _days_of(index, group):
                 found.setdefault(_text(day), {})[place.file] = digests[place.file]
         return cls(index, dict(sorted(found.items())))
 
@@ -100,6 +101,17 @@ def _root(cfg: DictConfig) -> str:
     if str(log.get("_target_", "")).endswith("prepared_from"):
         return str(prepare_cached(log.kind, source, log.cache_dir))
     return str(source)
+
+
+def _days_of(index: ParquetIndex, group: int) -> list[int]:
+    """The days that a row group has rows of, counted from 1970. A day inside its times may have none."""
+    first, last = (int(ends[group]) // DAY_MS for ends in (index.time_min_ms, index.time_max_ms))
+    if last - first < 2:
+        return list(range(first, last + 1))
+    name, place = index.schema.time_column, index.places[group]
+    times = [times_ms(chunk, index.schema, place) for chunk in index.read(group, [name])[name].chunks]
+    found: list[int] = np.unique(np.concatenate(times) // DAY_MS).tolist()
+    return found
 
 
 def _text(day: int) -> str:

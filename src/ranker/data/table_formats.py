@@ -63,11 +63,15 @@ def _delta_files(url: str, names: Sequence[str]) -> list[str]:
         raise UserError(
             f"{url}: the Delta table maps its columns to other names in its files; write it as plain Parquet first"
         )
-    active = {uri.rsplit("/", 1)[-1]: uri for uri in uris}
-    kept = [name for name in names if f"/{active.get(name.rsplit('/', 1)[-1], '')}".endswith(f"/{name}")]
-    if len(kept) < len(active):
-        missing = sorted(set(active) - {name.rsplit("/", 1)[-1] for name in kept})
-        raise UserError(
-            f"{url}: {missing[0]} is in the log of the Delta table but not in its folder; restore the table"
-        )
-    return kept
+    # Names may repeat in folders, as in a converted table. A path's beginning is the table's and is written otherwise.
+    by_name: dict[str, list[str]] = {}
+    for name in names:
+        by_name.setdefault(name.rsplit("/", 1)[-1], []).append(name)
+    kept = set()
+    for uri in uris:
+        last = uri.rsplit("/", 1)[-1]
+        found = [name for name in by_name.get(last, ()) if f"/{uri}".endswith(f"/{name}")]
+        if not found:
+            raise UserError(f"{url}: {last} is in the log of the Delta table but not in its folder; restore the table")
+        kept.add(max(found, key=len))
+    return [name for name in names if name in kept]

@@ -42,13 +42,15 @@ def new_folder(destination: Path, *, replace: bool) -> Iterator[Path]:
         The folder to fill, a hidden sibling of the destination (on the same file system, so that the rename is atomic).
 
     Raises:
-        UserError: the destination exists and must not be replaced.
+        UserError: the destination exists and must not be replaced, or cannot be written.
     """
     refuse_existing(destination, replace=replace)
-    destination.parent.mkdir(parents=True, exist_ok=True)
     draft = destination.with_name(f".{destination.name}.{os.getpid()}.tmp")
     shutil.rmtree(draft, ignore_errors=True)
-    draft.mkdir()
+    try:
+        draft.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f"{destination} cannot be written: {error.strerror}; give another folder with --out") from error
     try:
         yield draft
         if destination.exists():

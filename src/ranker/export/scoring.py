@@ -86,7 +86,8 @@ class ParquetRows:
         if not path.is_file():
             raise UserError(f"no file {path}")
         self._path, self._schema = path, schema
-        self._piece_rows, self._on_bad_rows, self._unseen_ids = piece_rows, on_bad_rows, unseen_ids
+        self._piece_rows = min(piece_rows, 2**31)  # Arrow takes no larger number than fits a long
+        self._on_bad_rows, self._unseen_ids = on_bad_rows, unseen_ids
         try:
             stored = pq.read_schema(path)
             columns = plain_schema(stored)

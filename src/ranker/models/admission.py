@@ -14,7 +14,7 @@ depends on the batch and not on the table, because a row is looked at only when 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
@@ -113,10 +113,12 @@ class Admission(nn.Module):
         """Whether the state of a net, by its names, has counts."""
         return any(name.startswith("embeddings.admission.seen_") for name in names)
 
-    def admit_all(self) -> None:
-        """Admits every row: for weights that were trained without counting."""
+    def admit_all(self, names: Collection[str]) -> None:
+        """Admits every row of some tables: for weights that were trained without counting."""
         for dim, tables in self._tables.items():
-            self.get_buffer(f"seen_{dim}").fill_(max(table.admit_after for table in tables))
+            for table in (table for table in tables if table.name in names):
+                rows = self.get_buffer(f"seen_{dim}")[table.start : table.start + table.rows]
+                rows.clamp_(min=table.admit_after)
 
     def stand_for(self, places: Mapping[int, Tensor]) -> None:
         """Says which rows of a larger weight those of this one are, by width: a reset gives the weights of those."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import ClassVar
@@ -169,5 +170,8 @@ class Heads(nn.Module):
 
 
 def head_key(task_name: str) -> str:
-    """Module name of a task's head. The prefix avoids clashes of a task such as 'train' with Module's attributes."""
-    return f"task_{task_name}"
+    """Module name of a task's head. The prefix avoids clashes of a task such as 'train' with Module's attributes.
+
+    Exported programs take letters, digits and ``_`` in names. ``add-to-cart`` becomes ``task_add__2d__to__2d__cart``.
+    """
+    return "task_" + re.sub(r"\W", lambda character: f"__{ord(character[0]):x}__", task_name)

@@ -30,6 +30,7 @@ class Boundaries(Callback):
     def __init__(self, settings: WarmStartSettings, stability: Stability) -> None:
         self._settings, self._stability = settings, stability
         self._window: int | None = None
+        self._rollbacks = 0  # how many there were at the last batch
         self._rewarm_from = 0
 
     def on_train_batch_start(
@@ -39,6 +40,11 @@ class Boundaries(Callback):
         fit = Fit(trainer)
         window, _ = fit.data.plan.locate(fit.data.position)
         last, self._window = self._window, window
+        done = self._stability.rollbacks
+        if len(done) > self._rollbacks:  # the accumulators are those after an earlier batch
+            first = done[-1]["skipped_batches"][0]
+            last = fit.data.plan.locate(first - 1)[0] if first else None
+        self._rollbacks = len(done)
         if last is None or window <= last:
             return
         start, stop = fit.data.plan.rows(last)
@@ -52,11 +58,12 @@ class Boundaries(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """The window of the last batch and the start of the newest warm-up, for a checkpoint."""
-        return {"window": self._window, "rewarm_from": self._rewarm_from}
+        return {"window": self._window, "rewarm_from": self._rewarm_from, "rollbacks": self._rollbacks}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continues from a checkpoint."""
         self._window, self._rewarm_from = state_dict["window"], state_dict["rewarm_from"]
+        self._rollbacks = state_dict.get("rollbacks", len(self._stability.rollbacks))  # missing in older checkpoints
 
     @torch.no_grad()
     def _change(self, fit: Fit, *, rows: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 from ranker.capsules.training_state import TrainingState
@@ -44,24 +45,24 @@ class EarlyStop:
                 f"patience={patience}, tolerance={tolerance}, min_windows={min_windows}"
             )
         self._patience, self._tolerance, self._min_windows = patience, tolerance, min_windows
-        self._good: list[float] = []
-        self._window = -1
-        self._bad: list[tuple[int, float]] = []  # step before which a bad window was scored, and its loss
+        self._good: list[tuple[int, float]] = []  # step before which a window was scored, and its loss
+        self._scored: tuple[int, Mapping[str, float]] | None = None  # the last window that was looked at
+        self._bad: list[tuple[int, float]] = []  # likewise
         self.reason = ""
 
     def after_step(self, fit: Fit, *, ring: SnapshotRing | None, detector: DivergenceDetector | None, say: Say) -> bool:
         """Looks at the window that was scored last. True when the run has to stop; it has gone back by then."""
         scored = fit.module.last_progressive
-        if not self._patience or scored is None or scored[0] == self._window:
+        if not self._patience or scored is None or scored is self._scored:
             return False
-        self._window = scored[0]
+        self._scored = scored
         losses = [relative_loss(scored[1], task.name) for task in fit.module.schema.tasks]
         known = [loss for loss in losses if not math.isnan(loss)]
         if not known:
             return False
         loss = sum(known) / len(known)
         if len(self._good) < self._min_windows or loss <= (1 + self._tolerance) * self._level():
-            self._good.append(loss)
+            self._good.append((fit.step - 1, loss))
             self._bad = []
             return False
         self._bad.append((fit.step - 1, loss))
@@ -70,17 +71,22 @@ class EarlyStop:
         self._stop(fit, ring, detector, say)
         return True
 
+    def forget_after(self, step: int) -> None:
+        """Forgets the windows that were scored after a step: a rollback has undone them, and they come again."""
+        self._good, self._bad = ([(at, x) for at, x in losses if at < step] for losses in (self._good, self._bad))
+
     def state_dict(self) -> dict[str, Any]:
         """The losses so far, for a checkpoint."""
-        return {"good": list(self._good), "bad": list(self._bad), "window": self._window}
+        return {"good": list(self._good), "bad": list(self._bad)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continues from a checkpoint."""
-        self._good, self._window = list(state["good"]), int(state["window"])
+        good = [x if isinstance(x, (list, tuple)) else (-1, x) for x in state["good"]]  # older ones have no step
+        self._good = [(int(step), float(loss)) for step, loss in good]
         self._bad = [(int(step), float(loss)) for step, loss in state["bad"]]
 
     def _level(self) -> float:
-        return sorted(self._good)[len(self._good) // 2]
+        return sorted(loss for _, loss in self._good)[len(self._good) // 2]
 
     def _stop(self, fit: Fit, ring: SnapshotRing | None, detector: DivergenceDetector | None, say: Say) -> None:
         first = self._bad[0][0]

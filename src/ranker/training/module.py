@@ -113,7 +113,7 @@ class RankingModule(pl.LightningModule):
         self.lr = lr
         self.optimizer_factory = optimizer
         self._warmup_steps, self._rewarm_steps = warmup_steps, rewarm_steps
-        self.rewarm_from = 0  # the step whose rate is the lowest of the newest warm-up
+        self.rewarm_from = 0  # the step of the schedule whose rate is the lowest of the newest warm-up
         self._before = before
         self.warm_start: Callable[[Fit], None] | None = None
         self.average_decay = average_decay
@@ -336,9 +336,9 @@ class RankingModule(pl.LightningModule):
         """Lets the learning rate rise from 0 again over ``rewarm_steps``, from the next step on."""
         if not self._rewarm_steps:
             return
-        self.rewarm_from = self.trainer.global_step
         for config in self.trainer.lr_scheduler_configs:
             schedule = cast(LambdaLR, config.scheduler)
+            self.rewarm_from = schedule.last_epoch  # a rollback sets it back, and not the step of the run
             for group, base in zip(schedule.optimizer.param_groups, schedule.base_lrs, strict=True):
                 group["lr"] = base * self._rate(schedule.last_epoch)
 

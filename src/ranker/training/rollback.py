@@ -266,6 +266,8 @@ class Rollback:
         then.load_state_dict(state)
         fit.module.optimizer_factory = in_use
         take_over(state_by_name(net, then), net, optimizer, state_by_name(net, optimizer))
+        if fit.module.large is not None:  # rows changed in place: this tells whoever follows the optimizer's state
+            optimizer.load_state_dict(optimizer.state_dict())
 
     # The record.
 

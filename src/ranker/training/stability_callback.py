@@ -316,7 +316,10 @@ class Stability(Callback):
     def _rolled_back(self, fit: Fit, events: list[Event], detector: DivergenceDetector) -> bool:
         if not (events and self.rollback and self.snapshots):
             return False
-        return self.rollback.roll_back(fit, events, ring=self.snapshots, detector=detector, say=self._say)
+        done = self.rollback.roll_back(fit, events, ring=self.snapshots, detector=detector, say=self._say)
+        if done and self.early_stop:
+            self.early_stop.forget_after(self.rollbacks[-1]["to_step"])
+        return done
 
     def _write_capsules(self, fit: Fit, events: list[Event]) -> None:
         if self.capsules:

@@ -222,7 +222,7 @@ class _Tables:
         self._current: _Copy | None = None
         self._coming: _Copy | None = None
         self._wanted = True  # a full copy is to begin after the next step
-        self._state: list[Tensor] = []  # of the optimizer, at the last step
+        self._state: list[Tensor]  # of the optimizer, at the last step
         for module in net.modules():
             if any(module._parameters.get("weight") is table for table in tables.values()):
                 module.register_load_state_dict_post_hook(self._invalidate)
@@ -247,7 +247,7 @@ class _Tables:
         if optimizer is not self._optimizer:  # a rollback has replaced it
             self._invalidate()
             self._follow(optimizer)
-        state = [x for table in self._tables.values() for x in row_state(optimizer, table).values()]
+        state = self._row_states()
         if self._state and not all(map(operator.is_, state, self._state)):  # a boundary has changed all accumulators
             self._invalidate()
         self._state = state
@@ -305,7 +305,11 @@ class _Tables:
 
     def _follow(self, optimizer: Optimizer) -> None:
         self._optimizer = optimizer
+        self._state = self._row_states()  # a resumed run has one: its first batch may be the first of a window
         optimizer.register_load_state_dict_post_hook(self._invalidate)
+
+    def _row_states(self) -> list[Tensor]:
+        return [x for table in self._tables.values() for x in row_state(self._optimizer, table).values()]
 
     def _note_reset(self, weight: Tensor, rows: Tensor, stale: Tensor) -> None:
         """Marks rows that were forgotten and start anew. They may have no gradient in the step that resets them."""

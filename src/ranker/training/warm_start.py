@@ -16,7 +16,7 @@ from ranker.data.datamodule import RankingDataModule
 from ranker.data.dense_statistics import NOTHING, DenseStatistics
 from ranker.data.schema import Schema
 from ranker.errors import UserError
-from ranker.models.admission import admission_of
+from ranker.models.admission import admission_of, has_rule
 from ranker.runs.checkpoint_files import damage
 from ranker.runs.config_identity import config_hash
 from ranker.runs.lineage import LINEAGE, iso
@@ -261,8 +261,10 @@ class WarmStart:
         admission = admission_of(module.net)
         if admission is not None:
             admission.begin_run()
-            if not admission.counts_in(self._plan.moves):
-                admission.admit_all()  # the parent used every row
+            counted = admission.counts_in(self._plan.moves)
+            had_counts = {f.name: has_rule(f) and counted for f in self._old_schema.categorical}
+            # Of a table without a rule the parent used every row.
+            admission.admit_all([name for name in admission.names if not had_counts.get(name, counted)])
         if self._settings.accumulators != "reset" and self.parent.optimizer is not None:
             old = accumulators.changed(
                 self.parent.optimizer, self.parent.groups, self._settings, rows=self.parent.own_rows

@@ -6,10 +6,11 @@ import datetime as dt
 from pathlib import Path
 from typing import Any, cast
 
+import polars as pl
 import pytest
 import yaml
 
-from daily_log import write_day, write_log
+from daily_log import rows_of, write_day, write_log
 from ranker.daily.complete import Completeness
 from ranker.daily.days import LogDays
 from ranker.daily.settings import DailySettings
@@ -31,6 +32,13 @@ LOG = LogDays(index=cast(Any, None), files={f"2026-03-{day:02}": {} for day in (
 )
 def test_days_without_rows_are_named(day: str, since: list[str], gap: str) -> None:
     assert LOG.missing_around(day, since=since) == gap
+
+
+def test_a_day_without_rows_inside_a_row_group_is_no_day(tmp_path: Path) -> None:
+    write_log(tmp_path, 0)
+    pl.concat([rows_of(day) for day in (0, 1, 3, 4)]).write_parquet(tmp_path / "week.parquet")
+    names = LogDays.of(open_index(str(tmp_path))).names
+    assert names == ["2023-11-14", "2023-11-15", "2023-11-17", "2023-11-18"]
 
 
 def test_a_day_is_complete_a_while_after_its_end(tmp_path: Path) -> None:

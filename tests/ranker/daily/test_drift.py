@@ -166,3 +166,27 @@ def test_stop_does_not_train_and_warn_does(
     write_day(log, 3)  # mended
     assert call(*words) == 1
     assert "drift:" not in capsys.readouterr().out
+
+
+def test_a_day_is_looked_at_again_by_another_schema(
+    call: Callable[..., int],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import ranker.daily.cycle as cycle
+
+    def given_up(*_: Any, **__: Any) -> Any:
+        raise cycle.JobFailedError("far enough", by_user=False)
+
+    monkeypatch.setattr(cycle, "attempt", given_up)
+    log = write_log(tmp_path / "log", 3)
+    write_day(log, 3, lambda rows: rows.with_columns(pl.col("age") * 1000))
+    write_day(log, 4)
+    words = ("daily.bootstrap_days=4", "daily.on_drift=stop")
+    assert call(*words, "data.drop_features=[price]") == 1
+    assert "seconds to milliseconds" in capsys.readouterr().out
+    assert call(*words, "data.drop_features=[age]") == 1
+    said = capsys.readouterr()
+    assert "drift:" not in said.out
+    assert "far enough" in said.err

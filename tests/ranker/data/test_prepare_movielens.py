@@ -109,6 +109,14 @@ def rows_of(folder: Path) -> list[dict[str, object]]:
 
 
 @pytest.mark.parametrize("layout", [ml_1m, later_layout])
+def test_brackets_in_the_names_of_folders_are_no_patterns(tmp_path: Path, layout) -> None:
+    source = layout(tmp_path / "src [1]")
+    prepare("movielens", source, tmp_path / "dst [2]")
+    prepare("movielens", source.rename(tmp_path / "src"), tmp_path / "dst")
+    assert rows_of((tmp_path / "dst [2]").rename(tmp_path / "dst 2")) == rows_of(tmp_path / "dst")
+
+
+@pytest.mark.parametrize("layout", [ml_1m, later_layout])
 @pytest.mark.parametrize("what", ["gz", "mark", "blank", "crlf"])
 def test_files_may_be_compressed_and_have_marks_and_blank_lines(tmp_path: Path, layout, what: str) -> None:
     prepare("movielens", layout(tmp_path / "plain"), tmp_path / "expected")

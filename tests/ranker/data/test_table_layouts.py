@@ -8,7 +8,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from deltalake import DeltaTable, write_deltalake
+from deltalake import DeltaTable, Field, convert_to_deltalake, write_deltalake
+from deltalake import Schema as DeltaSchema
 
 from ranker.commands.data_commands import inspect, prepare
 from ranker.data.loader import EvalLoader, WindowedLoader
@@ -297,6 +298,19 @@ def test_of_a_delta_table_only_the_files_of_its_newest_version_are_read(tmp_path
     next(root.glob("date=2026-01-03/*.parquet")).unlink()
     with pytest.raises(UserError, match="is in the log of the Delta table but not in its folder"):
         whole(root)
+
+
+def test_files_of_one_name_in_several_folders_of_a_delta_table_are_all_read(tmp_path):
+    root = tmp_path / "converted"  # Spark gives the files that one task writes the same name in each folder
+    for day in range(3):
+        (root / f"date=2026-01-0{day + 1}").mkdir(parents=True)
+        pq.write_table(pa.table(columns_of(day)), root / f"date=2026-01-0{day + 1}" / "part-00000.parquet")
+    dates = DeltaSchema([Field("date", "string")])
+    convert_to_deltalake(str(root), partition_by=dates, partition_strategy="hive")
+    SCHEMA.to_yaml(root / "schema.yaml")
+    assert_equal(whole(write(tmp_path / "plain")), whole(root))
+    DeltaTable(root).delete("date = '2026-01-02'")
+    assert whole(root)["row_B"].tolist() == [*range(20), *range(40, 60)]
 
 
 def test_a_raw_delta_table_is_prepared_without_its_deleted_rows(tmp_path, capsys):

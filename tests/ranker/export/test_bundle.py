@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from ranker.commands.export_commands import score
 from ranker.errors import UserError
-from ranker.export.bundle import check_files, write_checksums
+from ranker.export.bundle import check_files, new_folder, write_checksums
 
 
 @pytest.fixture
@@ -40,3 +41,17 @@ def test_a_changed_file_is_one_line(export: Path, change: Callable[[Path], objec
 
     with pytest.raises(UserError, match=words):
         check_files(export)
+
+
+def test_a_place_that_cannot_be_a_folder_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with (
+        pytest.raises(UserError, match=r"file/sub/export cannot be written: .*; give another folder with --out"),
+        new_folder(tmp_path / "file" / "sub" / "export", replace=False),
+    ):
+        pass
+
+
+def test_a_wrong_number_of_threads_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert score([str(tmp_path), "rows.parquet", "--out", "x.parquet", "--threads", "-1"]) == 2
+    assert capsys.readouterr().err == "error: --threads must be 0 or more, got -1\n"

@@ -100,6 +100,17 @@ def test_a_schema_of_one_kind_of_feature_exports(kept: list[str], tmp_path: Path
     assert_agrees(tmp_path / "model.pt2", served, NOTHING, at_most=1e-6)
 
 
+def test_names_need_not_be_those_of_a_program(tmp_path: Path) -> None:
+    plain = SCHEMA.to_dict()
+    plain["tasks"][0]["name"], plain["categorical"][1]["name"] = "add-to-cart: is it (ü)?", "tags of-1 'item'"
+    schema = Schema.from_dict(plain, source="here")
+    served = served_model(MODELS["small"], schema)
+    torch.export.save(to_program(served), tmp_path / "model.pt2")
+
+    assert_agrees(tmp_path / "model.pt2", served, NOTHING, at_most=1e-6)
+    assert head_key("click_2") == "task_click_2"
+
+
 def test_scores_are_probabilities_and_values_in_the_labels_own_unit() -> None:
     logits_BT = torch.tensor([[0.0, 0.0], [1.0, 2.0], [-1.0, -2.0]])
 

@@ -116,6 +116,47 @@ def test_checkpoints_of_touched_rows_follow_a_boundary(fit: Run, tmp_path: Any, 
         assert_equal(expected["optimizer_states"], found["optimizer_states"], path.name)
 
 
+@pytest.mark.parametrize("how", ["reset", "decay"])
+def test_checkpoints_of_a_run_that_resumes_at_a_boundary_have_the_changed_accumulators(
+    fit: Run, tmp_path: Any, how: str
+) -> None:
+    settings = WarmStartSettings(accumulators=how, half_life_rows=500, at_windows=True)
+    for name, above in (("rows", 1e-6), ("whole", 0.0)):
+        for every, limit in ((8, 16), (4, 20)):  # the second attempt begins with the first batch of a window
+            stability = Stability(divergence=Verdicts())
+            checkpoints = Checkpoints(tmp_path / name, every=every)
+            checkpoints.continue_from(limit - every if every == 4 else 0)
+            known = by_step(tmp_path / name)[-1:]
+            fit(
+                [Boundaries(settings, stability), checkpoints],
+                stability=stability,
+                sparse=True,
+                plugins=[DurableCheckpointIO(rows_above=above, full_share=0.99)],
+                max_steps=limit,
+                ckpt_path=str(known[0]) if known else None,
+            )
+
+    found, expected = (read_checkpoint(tmp_path / name / "step=20.ckpt") for name in ("rows", "whole"))
+    assert_equal(expected["optimizer_states"], found["optimizer_states"])
+
+
+def test_checkpoints_of_touched_rows_follow_accumulators_that_went_back(fit: Run, tmp_path: Any) -> None:
+    for name, above in (("rows", 1e-6), ("whole", 0.0)):
+        rollback = Rollback(tries=1, back_steps=2, restore="accumulators")
+        stability = Stability(
+            divergence=Verdicts({22: 18}),  # back to step 16, before the first checkpoint
+            snapshots=SnapshotRing(every=4, keep=4, rows_above=1e-6),
+            rollback=rollback,
+            say=lambda *_, **__: None,
+        )
+        plugins = [DurableCheckpointIO(rows_above=above, full_share=0.99)]
+        fit([Checkpoints(tmp_path / name, every=20)], stability=stability, sparse=True, plugins=plugins, max_steps=24)
+        assert len(rollback.done) == 1
+
+    found, expected = (read_checkpoint(tmp_path / name / "step=24.ckpt") for name in ("rows", "whole"))
+    assert_equal(expected["optimizer_states"], found["optimizer_states"])
+
+
 def test_whole_tables_are_copied_below_the_limit_with_dense_gradients_and_for_files(fit: Run, tmp_path: Any) -> None:
     for sparse, options in (
         (True, {"rows_above": 1.0}),

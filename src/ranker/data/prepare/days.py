@@ -59,7 +59,7 @@ def write_days(recipe: Recipe, root: Path, *, staging: Path, step: Step) -> Writ
     buckets = deal(raw, starts, staging, time=TIME, total=total, step=step)
     with step("sorting and writing", total) as advance, DayFiles(root, recipe.schema) as files:
         for bucket in buckets:
-            frame = pl.read_parquet(bucket)
+            frame = pl.read_parquet(bucket, glob=False)
             rows = len(frame)
             for path in bucket:
                 path.unlink()
@@ -114,7 +114,7 @@ def _stage_all(recipe: Recipe, staging: Path, step: Step) -> list[Path]:
 def slots_of(raw: Sequence[Path]) -> pl.DataFrame:
     """Number of rows (``len``) and first time of each nonempty slot of SLOT_MS, counted from 1970-01-01."""
     return (
-        pl.scan_parquet(list(raw))
+        pl.scan_parquet(list(raw), glob=False)
         .group_by(pl.col(TIME).floordiv(SLOT_MS).alias("slot"))
         .agg(pl.len(), pl.col(TIME).min())
         .collect(engine="streaming")

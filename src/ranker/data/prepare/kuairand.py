@@ -235,7 +235,7 @@ def read_history(file: Path) -> pl.DataFrame:
     Raises:
         UserError: the file is not such a table.
     """
-    frame = pl.scan_parquet(file).select("user_id", "last_time_ms", pl.col("watch_seq").alias("history"))
+    frame = pl.scan_parquet(file, glob=False).select("user_id", "last_time_ms", pl.col("watch_seq").alias("history"))
     return collected(frame.unique("user_id", keep="first", maintain_order=True), file)
 
 

@@ -75,7 +75,7 @@ def scan_dat(file: Path) -> pl.LazyFrame:
     types = {"user_id": pl.Int64, "_1": pl.String, "movie_id": pl.Int64, "_2": pl.String}
     types |= {"rating": pl.Float32, "_3": pl.String, "timestamp": pl.Int64}
     check_last_line(file, lambda line: line.count("::") + 1, fields=4)
-    frame = pl.scan_csv(file, separator=":", has_header=False, schema=types, quote_char=None)
+    frame = pl.scan_csv(file, separator=":", has_header=False, schema=types, quote_char=None, glob=False)
     return _log(frame.filter(~pl.all_horizontal(pl.all().is_null())))  # a blank line
 
 

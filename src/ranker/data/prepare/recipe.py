@@ -108,7 +108,7 @@ def scan_csv(file: Path, columns: Mapping[str, type[pl.DataType]]) -> pl.LazyFra
             raise UserError(f"{file.name} has no column '{name}'; {suggest(name, header)} (folder {file.parent})")
     check_last_line(file, lambda line: len(next(csv.reader([line]))), fields=len(header))
     types = {name: columns.get(name, pl.String) for name in header}
-    frame = pl.scan_csv(file, schema=types, null_values=["", "NULL", "nan"])
+    frame = pl.scan_csv(file, schema=types, null_values=["", "NULL", "nan"], glob=False)
     return frame.filter(~pl.all_horizontal(pl.all().is_null()))  # Polars reads a blank line as a row of nulls
 
 
