@@ -37,7 +37,7 @@ from ranker.training.boundaries import Boundaries
 from ranker.training.checkpoints import Checkpoints
 from ranker.training.interruption import Interruption
 from ranker.training.module import RankingModule
-from ranker.training.progress import say_in_log
+from ranker.training.progress import Say, say_in_log
 from ranker.training.resumption import Resumption
 from ranker.training.sharpness_probe import SharpnessProbe
 from ranker.training.snapshots import is_healthy
@@ -81,6 +81,23 @@ class Run:
     warm_start: WarmStart | None
 
 
+@dataclass(frozen=True)
+class Shared:
+    """What runs that are trained as one have in common, and a run alone makes for itself.
+
+    Attributes:
+        log: the log.
+        datamodule: the data module.
+        say: shows messages in the place of the progress display.
+        received: gives the number of the signal that ends all of them.
+    """
+
+    log: Log
+    datamodule: RankingDataModule
+    say: Say
+    received: Callable[[], int]
+
+
 def is_first_process() -> bool:
     """Whether this process started the run, and not another process of it: those find the run folder in a variable."""
     return RUN_DIR_VARIABLE not in os.environ and getattr(rank_zero_only, "rank", 0) == 0
@@ -102,7 +119,13 @@ def make_net(cfg: DictConfig, schema: Schema) -> Ranker:
     return instantiate(cfg.model.net, _convert_="all")(schema)
 
 
-def build(cfg: DictConfig, folder: RunFolder, checkpoint: Path | None, parent: Parent | None = None) -> Run:
+def build(
+    cfg: DictConfig,
+    folder: RunFolder,
+    checkpoint: Path | None,
+    parent: Parent | None = None,
+    shared: Shared | None = None,
+) -> Run:
     """Builds every part of a run.
 
     Args:
@@ -110,6 +133,7 @@ def build(cfg: DictConfig, folder: RunFolder, checkpoint: Path | None, parent: P
         folder: the run folder.
         checkpoint: of an earlier attempt at the same run.
         parent: the state of the run that a new one continues; see ``WarmStart``.
+        shared: what the run has in common with others; None for a run alone.
 
     Raises:
         UserError: something in the configuration cannot be built; the message says what.
@@ -118,15 +142,20 @@ def build(cfg: DictConfig, folder: RunFolder, checkpoint: Path | None, parent: P
     pl.seed_everything(cfg.seed, verbose=False)
     if cfg.train.threads:
         torch.set_num_threads(cfg.train.threads)
-    log = open_log(cfg)
+    log = open_log(cfg) if shared is None else shared.log
     if checkpoint is not None:
         log_identity.check_log(folder.path, log)
     module = build_module(cfg, log.schema)
     if module.tables is not None:
         module.tables.folder = folder.checkpoints
     _check_optimizer(module)
-    bookkeeping, interruption = Bookkeeping(), Interruption()
-    stability, others = _configured_callbacks(_what_works(cfg, module), folder, speed=bookkeeping.examples_per_second)
+    bookkeeping, interruption = Bookkeeping(), Interruption(shared.received if shared else None)
+    stability, others = _configured_callbacks(
+        _what_works(cfg, module),
+        folder,
+        speed=bookkeeping.examples_per_second,
+        say=None if shared is None else shared.say,
+    )
     other = stability.rollback.optim if stability.rollback else None
     resumption = None if checkpoint is None else Resumption.of(checkpoint, module, other=other)
     warm_start = None
@@ -135,7 +164,11 @@ def build(cfg: DictConfig, folder: RunFolder, checkpoint: Path | None, parent: P
         warm_start = WarmStart(parent, warm_start_settings(cfg), module=module, normalises=normalises)
         warm_start.history(stability)
         module.warm_start = warm_start
-    datamodule = build_data(cfg, log, wrap_training=lambda loader: stability.overheard(bookkeeping.timed(loader)))
+    datamodule = (
+        build_data(cfg, log, wrap_training=lambda loader: stability.overheard(bookkeeping.timed(loader)))
+        if shared is None
+        else shared.datamodule
+    )
     tasks = {task.name: task.type for task in log.schema.tasks}
     again = warm_start_settings(cfg)
     if again.at_windows:
@@ -298,14 +331,16 @@ def _made(node: Any, where: str, kind: type) -> Any:
 
 
 def _configured_callbacks(
-    cfg: DictConfig, folder: RunFolder, *, speed: Callable[[], float]
+    cfg: DictConfig, folder: RunFolder, *, speed: Callable[[], float], say: Say | None
 ) -> tuple[Stability, list[Callback]]:
     """The callbacks of conf/callbacks, in order, with the stability callback among them.
 
     The progress bar comes first. The stability callback comes before the early signs, the sharpness probe and a user's
-    own callbacks, which look at the state that it leaves.
+    own callbacks, which look at the state that it leaves. With ``say`` there is no progress bar.
     """
     nodes = dict(cfg.callbacks)
+    if say is not None:
+        nodes.pop("progress", None)
 
     def make(name: str, **given: Any) -> Any:
         """The object of a node; None without a node. Objects go to a partial, because Hydra would resolve ``cfg``."""
@@ -316,7 +351,7 @@ def _configured_callbacks(
             raise UserError(f"callbacks.{name}: {error}") from error
 
     progress = make("progress", speed=speed)
-    say = progress.say if progress else say_in_log
+    say = say or (progress.say if progress else say_in_log)
     stability = Stability(
         divergence=make("divergence"),
         snapshots=make("snapshots", folder=folder),
