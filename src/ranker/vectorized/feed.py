@@ -10,10 +10,10 @@ from concurrent.futures import Future
 
 from omegaconf import DictConfig
 
-from ranker.build import build_data
 from ranker.data.batch import Batch
 from ranker.data.datamodule import RankingDataModule
 from ranker.data.log import Log
+from ranker.parts import build_data
 
 _KEPT_READS = 2  # a window, and the next one where a batch of one replica ends before that of another
 

@@ -12,12 +12,12 @@ from torch import Tensor
 from torch.func import vmap
 
 from ranker import stop_signals
-from ranker.build import open_log
 from ranker.data.batch import Batch
 from ranker.errors import UserError
 from ranker.losses import MultitaskLoss
 from ranker.models.admission import admission_of
 from ranker.models.embeddings import EmbeddingTables
+from ranker.parts import open_log
 from ranker.runs.metric_names import TEST, VAL
 from ranker.training.touched_rows import large_tables
 from ranker.vectorized.feed import Feed
