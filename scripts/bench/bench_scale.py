@@ -32,7 +32,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bench_report import Line, report
 from ranker import config
-from ranker.build import make_net, open_log
+from ranker.parts import make_net, open_log
 
 ROOT = Path(__file__).resolve().parents[2]
 PRECISIONS = {"32-true": torch.float32, "bf16-mixed": torch.bfloat16}

@@ -48,8 +48,8 @@ def bare(overrides: Sequence[str], turns: Turns) -> None:
     from hydra import compose, initialize_config_dir
 
     from ranker import config
-    from ranker.build import build_module, open_log
     from ranker.data.datamodule import RankingDataModule
+    from ranker.parts import build_module, open_log
 
     config.register()
     with initialize_config_dir(version_base="1.3", config_dir=str(ROOT / "conf")):

@@ -23,11 +23,11 @@ from torch import Tensor, nn
 from optim import what_if
 from optim.optimizer import SigmaOptimizer
 from ranker import config
-from ranker.build import build_module, open_log
 from ranker.data.batch import Batch
 from ranker.data.datamodule import RankingDataModule
 from ranker.data.schema import Schema
 from ranker.metrics import TaskMetrics
+from ranker.parts import build_module, open_log
 from ranker.runs import provenance
 from ranker.stability import LayerActivations, layer_signs, task_gradients
 from ranker.training.module import RankingModule

@@ -24,8 +24,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ranker import config
-from ranker.build import make_net, open_log
 from ranker.losses import MultitaskLoss
+from ranker.parts import make_net, open_log
 
 ROOT = Path(__file__).resolve().parents[2]
 ATEN = torch.ops.aten

@@ -1,4 +1,4 @@
-"""Builds a run from its configuration: data, module, callbacks, loggers and trainer."""
+"""Builds a run from its configuration: its parts, callbacks, loggers and trainer."""
 
 from __future__ import annotations
 
@@ -12,22 +12,18 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import InstantiationException
 from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.loggers.logger import Logger
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
 
-from ranker.config import base_lr, is_sweep
+from ranker.config import is_sweep
 from ranker.data.datamodule import RankingDataModule
-from ranker.data.log import Log, Selected
-from ranker.data.schema import Schema
+from ranker.data.log import Log
 from ranker.errors import UserError
-from ranker.losses import MultitaskLoss, RankingLoss
-from ranker.metrics import Intervals, RowMetric, TaskMetrics
-from ranker.models import Ranker
-from ranker.runs import lineage, log_identity, objective
+from ranker.parts import build_data, build_module, open_log
+from ranker.runs import log_identity, objective
 from ranker.runs.config_identity import cell_hash
 from ranker.runs.run_folder import RUN_DIR_VARIABLE, RunFolder
 from ranker.trainer import check_devices, make_trainer
@@ -37,7 +33,7 @@ from ranker.training.boundaries import Boundaries
 from ranker.training.checkpoints import Checkpoints
 from ranker.training.interruption import Interruption
 from ranker.training.module import RankingModule
-from ranker.training.progress import say_in_log
+from ranker.training.progress import Say, say_in_log
 from ranker.training.resumption import Resumption
 from ranker.training.sharpness_probe import SharpnessProbe
 from ranker.training.snapshots import is_healthy
@@ -81,28 +77,35 @@ class Run:
     warm_start: WarmStart | None
 
 
+@dataclass(frozen=True)
+class Shared:
+    """What runs that are trained as one have in common, and a run alone makes for itself.
+
+    Attributes:
+        log: the log.
+        datamodule: the data module.
+        say: shows messages in the place of the progress display.
+        received: gives the number of the signal that ends all of them.
+    """
+
+    log: Log
+    datamodule: RankingDataModule
+    say: Say
+    received: Callable[[], int]
+
+
 def is_first_process() -> bool:
     """Whether this process started the run, and not another process of it: those find the run folder in a variable."""
     return RUN_DIR_VARIABLE not in os.environ and getattr(rank_zero_only, "rank", 0) == 0
 
 
-def open_log(cfg: DictConfig) -> Log:
-    """The log, with the tasks and features that were chosen."""
-    log: Log = instantiate(cfg.data.log, _convert_="all")
-    chosen = log.schema.select(
-        tasks=_names(cfg.data.tasks),
-        features=_names(cfg.data.features),
-        drop_features=_names(cfg.data.drop_features) or (),
-    )
-    return log if chosen == log.schema else Selected(log, chosen)
-
-
-def make_net(cfg: DictConfig, schema: Schema) -> Ranker:
-    """The model, with new random weights."""
-    return instantiate(cfg.model.net, _convert_="all")(schema)
-
-
-def build(cfg: DictConfig, folder: RunFolder, checkpoint: Path | None, parent: Parent | None = None) -> Run:
+def build(
+    cfg: DictConfig,
+    folder: RunFolder,
+    checkpoint: Path | None,
+    parent: Parent | None = None,
+    shared: Shared | None = None,
+) -> Run:
     """Builds every part of a run.
 
     Args:
@@ -110,6 +113,7 @@ def build(cfg: DictConfig, folder: RunFolder, checkpoint: Path | None, parent: P
         folder: the run folder.
         checkpoint: of an earlier attempt at the same run.
         parent: the state of the run that a new one continues; see ``WarmStart``.
+        shared: what the run has in common with others; None for a run alone.
 
     Raises:
         UserError: something in the configuration cannot be built; the message says what.
@@ -118,15 +122,20 @@ def build(cfg: DictConfig, folder: RunFolder, checkpoint: Path | None, parent: P
     pl.seed_everything(cfg.seed, verbose=False)
     if cfg.train.threads:
         torch.set_num_threads(cfg.train.threads)
-    log = open_log(cfg)
+    log = open_log(cfg) if shared is None else shared.log
     if checkpoint is not None:
         log_identity.check_log(folder.path, log)
     module = build_module(cfg, log.schema)
     if module.tables is not None:
         module.tables.folder = folder.checkpoints
     _check_optimizer(module)
-    bookkeeping, interruption = Bookkeeping(), Interruption()
-    stability, others = _configured_callbacks(_what_works(cfg, module), folder, speed=bookkeeping.examples_per_second)
+    bookkeeping, interruption = Bookkeeping(), Interruption(shared.received if shared else None)
+    stability, others = _configured_callbacks(
+        _what_works(cfg, module),
+        folder,
+        speed=bookkeeping.examples_per_second,
+        say=None if shared is None else shared.say,
+    )
     other = stability.rollback.optim if stability.rollback else None
     resumption = None if checkpoint is None else Resumption.of(checkpoint, module, other=other)
     warm_start = None
@@ -135,7 +144,11 @@ def build(cfg: DictConfig, folder: RunFolder, checkpoint: Path | None, parent: P
         warm_start = WarmStart(parent, warm_start_settings(cfg), module=module, normalises=normalises)
         warm_start.history(stability)
         module.warm_start = warm_start
-    datamodule = build_data(cfg, log, wrap_training=lambda loader: stability.overheard(bookkeeping.timed(loader)))
+    datamodule = (
+        build_data(cfg, log, wrap_training=lambda loader: stability.overheard(bookkeeping.timed(loader)))
+        if shared is None
+        else shared.datamodule
+    )
     tasks = {task.name: task.type for task in log.schema.tasks}
     again = warm_start_settings(cfg)
     if again.at_windows:
@@ -190,122 +203,17 @@ def _sweep_tag() -> list[str]:
     return [f"sweep:{Path(HydraConfig.get().sweep.dir).name}"[:64]] if is_sweep() else []  # W&B takes 64 characters
 
 
-def build_data(cfg: DictConfig, log: Log, **other: Any) -> RankingDataModule:
-    """The data module of a log.
-
-    Args:
-        cfg: the configuration.
-        log: the log.
-        other: arguments of ``RankingDataModule`` that the configuration does not decide, or that replace what it says.
-    """
-    configured: dict[str, Any] = {
-        "batch_size": cfg.scale.batch_size,
-        "eval_batch_size": cfg.scale.eval_batch_size,
-        "window": cfg.data.window,
-        "seed": cfg.seed,
-        "num_workers": cfg.data.num_workers,
-        "eval_max_rows": cfg.data.eval_max_rows,
-        "progressive": cfg.train.progressive,
-        "dense_statistics": cfg.data.dense_statistics,
-        "passes": cfg.train.get("epochs", 1),  # missing in old runs
-        "keep_groups": cfg.data.get("keep_groups"),  # likewise
-        "strips": cfg.data.get("strips", 1),  # likewise
-        "windows_before": int((lineage.parent(cfg) or {}).get("windows", 0)),
-    }
-    return RankingDataModule(log, **(configured | other))
-
-
-def build_module(cfg: DictConfig, schema: Schema) -> RankingModule:
-    """The model with its losses, metrics and optimizer, with new random weights."""
-    lr = base_lr(cfg) * cfg.lr_mult
-    if OmegaConf.select(cfg, "embeddings.name", default="local") == "torchrec":  # missing in old runs
-        from ranker.training import sharded_config  # late: few runs need it
-
-        net, tables = sharded_config.sharded(cfg, lambda: make_net(cfg, schema), lr=lr)
-    else:
-        net, tables = make_net(cfg, schema), None
-    return RankingModule(
-        net,
-        schema=schema,
-        loss=make_loss(cfg, schema),
-        metrics=metrics_factory(cfg, schema),
-        optimizer=instantiate(cfg.optim, _convert_="all"),
-        lr=lr,
-        warmup_steps=cfg.train.warmup_steps,
-        rewarm_steps=warm_start_settings(cfg).warmup_steps,
-        average_decay=cfg.train.get("average_decay", 0.0),  # missing in old runs
-        before=lineage.parent(cfg),
-        head_bias=cfg.train.head_bias,
-        progressive=cfg.train.progressive,
-        score_rows=cfg.scale.eval_batch_size,
-        log_every=cfg.train.log_every,
-        compile_net=cfg.train.compile,
-        tables=tables,
-    )
-
-
-def make_loss(cfg: DictConfig, schema: Schema) -> MultitaskLoss:
-    """The training loss. Configurations of older versions have the pointwise one.
-
-    Raises:
-        UserError: the log has no group for a ranking loss, or an option is wrong.
-    """
-    node = OmegaConf.select(cfg, "loss.ranking", default=None)
-    return MultitaskLoss(schema, None if node is None else _made(node, "loss.ranking", RankingLoss))
-
-
-def metrics_factory(cfg: DictConfig, schema: Schema) -> Callable[[], TaskMetrics]:
-    """Makes the metrics on the hold-out. Configurations of older versions have the default ones.
-
-    Raises:
-        UserError: a metric needs a group or a feature that the log does not have, or an option is wrong.
-    """
-    nodes = OmegaConf.select(cfg, "metrics.extra", default=None) or {}
-    extra: dict[str, RowMetric] = {
-        str(name): _made(node, f"metrics.extra.{name}", RowMetric) for name, node in nodes.items() if node is not None
-    }
-    options = OmegaConf.select(cfg, "metrics.intervals", default=None)
-    intervals = Intervals(**options) if options else None
-    idle = [
-        name
-        for name, metric in extra.items()
-        if not any(metric.names(schema, task) for task in schema.tasks if task.type in metric.types)
-    ]
-    if idle and getattr(rank_zero_only, "rank", 0) == 0:
-        _LOGGER.warning(
-            "metrics.extra: %s compute nothing: schema '%s' has %s",
-            ", ".join(idle),
-            schema.name,
-            "no such task"
-            if schema.groups
-            else "no group (add groups: [{name: user, column: user_id}]) or no such task",
-        )
-    return lambda: TaskMetrics(schema, extra=list(extra.values()), intervals=intervals)
-
-
-def _made(node: Any, where: str, kind: type) -> Any:
-    try:
-        made = instantiate(node, _convert_="all")
-    except TypeError as error:  # an argument that the class does not have
-        raise UserError(f"{where}: {error}") from error
-    except InstantiationException as error:
-        if isinstance(error.__cause__, TypeError):
-            raise UserError(f"{where}: {error.__cause__}") from error
-        raise
-    if not isinstance(made, kind):
-        raise UserError(f"{where} is no {kind.__name__}; it needs a _target_ that names one")
-    return made
-
-
 def _configured_callbacks(
-    cfg: DictConfig, folder: RunFolder, *, speed: Callable[[], float]
+    cfg: DictConfig, folder: RunFolder, *, speed: Callable[[], float], say: Say | None
 ) -> tuple[Stability, list[Callback]]:
     """The callbacks of conf/callbacks, in order, with the stability callback among them.
 
     The progress bar comes first. The stability callback comes before the early signs, the sharpness probe and a user's
-    own callbacks, which look at the state that it leaves.
+    own callbacks, which look at the state that it leaves. With ``say`` there is no progress bar.
     """
     nodes = dict(cfg.callbacks)
+    if say is not None:
+        nodes.pop("progress", None)
 
     def make(name: str, **given: Any) -> Any:
         """The object of a node; None without a node. Objects go to a partial, because Hydra would resolve ``cfg``."""
@@ -316,7 +224,7 @@ def _configured_callbacks(
             raise UserError(f"callbacks.{name}: {error}") from error
 
     progress = make("progress", speed=speed)
-    say = progress.say if progress else say_in_log
+    say = say or (progress.say if progress else say_in_log)
     stability = Stability(
         divergence=make("divergence"),
         snapshots=make("snapshots", folder=folder),
@@ -359,10 +267,3 @@ def _check_optimizer(module: RankingModule) -> None:
         module.make_optimizer()
     except (TypeError, ValueError) as error:  # what torch.optim and the optim package raise
         raise UserError(f"optim: {error}") from error
-
-
-def _names(value: Any) -> list[str] | None:
-    if value is None or isinstance(value, str):  # data.tasks=click is one name
-        return None if value is None else [value]
-    with open_dict(value):
-        return [str(name) for name in value]

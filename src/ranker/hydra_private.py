@@ -3,11 +3,16 @@
 ``BasicSweeper.split_arguments`` expands ``seed=0,1 lr_mult=1,2`` into jobs. Hydra has no public function for that, and
 our own would have to repeat the semantics of Hydra's override grammar. ``OverridesParser`` parses that grammar; it is
 outside ``hydra._internal``, but not documented.
+
+The launchers announce every job in lines of their own, also a job that a group has trained before. No option leaves
+them out, so a filter on the loggers does (``announce_only``).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import logging
+import re
+from collections.abc import Collection, Iterable
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.config_loader import ConfigLoader
@@ -28,3 +33,34 @@ def parse(arguments: Iterable[str], config_loader: ConfigLoader | None = None) -
 def expand(overrides: list[Override]) -> list[list[str]]:
     """The jobs that overrides with several values stand for, each a list of overrides with one value."""
     return BasicSweeper.split_arguments(overrides, None)[0]
+
+
+LAUNCHERS = ("hydra._internal.core_plugins.basic_launcher", "hydra_plugins.hydra_joblib_launcher._core")  # loggers
+_JOB = re.compile(r"\t#(\d+) : ")
+
+
+class _Only(logging.Filter):
+    """Passes the lines of some jobs."""
+
+    def __init__(self, left: Collection[int]) -> None:
+        super().__init__()
+        self._left = left
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether a line of a launcher is shown."""
+        job = _JOB.match(record.getMessage())
+        return bool(self._left) if job is None else int(job[1]) in self._left
+
+
+def announce_only(left: Collection[int] | None) -> None:
+    """Leaves the lines out that announce jobs which are done, and all lines of a launcher where no job is left.
+
+    Args:
+        left: the numbers of the other jobs; None: shows every line again.
+    """
+    for name in LAUNCHERS:
+        logger = logging.getLogger(name)
+        for known in [known for known in logger.filters if isinstance(known, _Only)]:
+            logger.removeFilter(known)
+        if left is not None:
+            logger.addFilter(_Only(left))

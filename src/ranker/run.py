@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 from omegaconf import DictConfig
@@ -14,6 +15,7 @@ from omegaconf import DictConfig
 from ranker import meeting, run_summary, stop_signals
 from ranker.atomic import write_text
 from ranker.build import Run, build
+from ranker.data.log import Log
 from ranker.data.start_report import start_report
 from ranker.errors import UserError
 from ranker.installation import command_line
@@ -62,6 +64,35 @@ def run(cfg: DictConfig, checkpoint: Path | None = None) -> float:
                 return _train(parts)
 
 
+def verdict(run: Run) -> tuple[str, str]:
+    """Status and reason of a run whose model was evaluated on the hold-out; reaches the final verdict."""
+    run.stability.finish(run.trainer)
+    status, reason = run_summary.verdict(run.stability.detector, rollbacks=len(run.stability.rollbacks))
+    if not reason and run.stability.early_stop is not None:
+        reason = run.stability.early_stop.reason
+    return status, reason
+
+
+def begin_files(run: Run, log: Log) -> None:
+    """Writes what a run folder has before the first step.
+
+    Args:
+        run: the run.
+        log: what it is trained on.
+    """
+    run.folder.save_config(run.cfg)
+    log_identity.write(run.folder.path, log)
+    trackers.write_config(run.loggers, run.cfg, run_summary.made_with(run.cfg))
+
+
+def wants_evaluation(run: Run) -> bool:
+    """Whether a run was killed between its checkpoint and the evaluation that is due at this step."""
+    every = run.cfg.train.eval_every
+    if run.resumption is None or not every or run.resumption.step % every:
+        return False
+    return not has_values(run.folder.path / METRICS, run.resumption.step, f"{VAL}/")
+
+
 def _train(run: Run) -> float:
     start = time.monotonic()
     if _is_finished(run):
@@ -71,9 +102,7 @@ def _train(run: Run) -> float:
     if run.resumption is None:
         _say_start(run)
     if run.trainer.is_global_zero:
-        run.folder.save_config(run.cfg)
-        log_identity.write(run.folder.path, run.datamodule.log)
-        trackers.write_config(run.loggers, run.cfg, run_summary.made_with(run.cfg))
+        begin_files(run, run.datamodule.log)
         where = f", goes on after step {run.resumption.step} with lr {run.module.lr:g}" if run.resumption else ""
         print(f"run folder: {run.folder.path}{where}", flush=True)
     distributed = ddp.watched(run.trainer)
@@ -91,11 +120,8 @@ def _train(run: Run) -> float:
     except BaseException as caught:
         _ended_early(run, caught, time.monotonic() - start)
         raise
-    run.stability.finish(run.trainer)
-    status, reason = run_summary.verdict(run.stability.detector, rollbacks=len(run.stability.rollbacks))
-    if not reason and run.stability.early_stop is not None:
-        reason = run.stability.early_stop.reason
-    summary = _finish(run, status, reason, time.monotonic() - start)
+    status, reason = verdict(run)
+    summary = finish(run, status, reason, time.monotonic() - start)
     if run.trainer.is_global_zero:
         run_summary.show(summary)
     return objective.value_of(summary, run.cfg.objective)
@@ -106,7 +132,7 @@ def _ended_early(run: Run, caught: BaseException, seconds: float) -> None:
     distributed = ddp.watched(run.trainer)
     error = distributed.explained(caught) if distributed else caught
     try:
-        _finish(run, "failed", _why(error, run), seconds)
+        finish(run, "failed", why(error, run), seconds)
     except OSError as second:  # a full disk, for example; the first error is the one to show
         print(f"{run.folder.path / SUMMARY} cannot be written: {second.strerror}", file=sys.stderr, flush=True)
     if distributed:
@@ -114,7 +140,7 @@ def _ended_early(run: Run, caught: BaseException, seconds: float) -> None:
     if _asked_to_stop(error, run):
         number = run.interruption.stopped or stop_signals.received() or signal.SIGINT
         if run.trainer.is_global_zero:
-            stop_signals.say(_why(error, run))
+            stop_signals.say(why(error, run))
             job = run_lock.job_of(os.environ)
             if number == signal.SIGUSR1 and job:  # SLURM's warning that the time is up
                 stop_signals.say(slurm.requeue(job))
@@ -142,14 +168,10 @@ def _is_finished(run: Run) -> bool:
 
 
 def _make_up_evaluation(run: Run) -> None:
-    """Evaluates at the checkpoint's step, if the run was killed between this checkpoint and its evaluation."""
-    every = run.cfg.train.eval_every
-    if run.resumption is None or not every:
+    """Evaluates at the checkpoint's step, where ``wants_evaluation``."""
+    if run.resumption is None or not wants_evaluation(run):
         return
-    step = run.resumption.step
-    if step % every or has_values(run.folder.path / METRICS, step, f"{VAL}/"):
-        return
-    run.module.holdout_step = step
+    run.module.holdout_step = run.resumption.step
     run.trainer.validate(
         run.module, datamodule=run.datamodule, ckpt_path=str(run.resumption.path), verbose=False, weights_only=True
     )
@@ -207,8 +229,22 @@ def _trained_again(run: Run) -> str:
     )
 
 
-def _finish(run: Run, status: str, reason: str, seconds: float) -> dict[str, object]:
-    summary = run_summary.summarise(run, status=status, reason=reason, seconds=seconds)
+def finish(
+    run: Run, status: str, reason: str, seconds: float, more: Mapping[str, object] | None = None
+) -> dict[str, object]:
+    """Writes the summary, the model card and what the trackers want of a run that has ended.
+
+    Args:
+        run: the run.
+        status: as of ``run_summary.summarise``, as the other arguments.
+        reason: likewise.
+        seconds: likewise.
+        more: likewise.
+
+    Returns:
+        The summary.
+    """
+    summary = run_summary.summarise(run, status=status, reason=reason, seconds=seconds, more=more)
     if run.trainer.is_global_zero:
         run.folder.save_summary(summary)
         _write_card(run)
@@ -244,7 +280,8 @@ def _write_page(run: Run) -> None:
     write_text(run.folder.path / PAGE, render(Recorded.read(run.folder.path)))
 
 
-def _why(error: BaseException, run: Run) -> str:
+def why(error: BaseException, run: Run) -> str:
+    """Why a run failed, in one line."""
     if isinstance(error, ddp.LostRankError):  # the state is sound, so a sweep goes on with it
         return f"interrupted at step {run.trainer.global_step}: {error}"
     if isinstance(error, UserError):

@@ -30,7 +30,9 @@ ADAPTED_AFTER = 100  # steps from which on a run is told that Adagrad never adap
 NO_DIVERGENCE = {"micro": 0, "full": False, "unsettled": 0, "first_step": None}
 
 
-def summarise(run: Run, *, status: str, reason: str, seconds: float) -> dict[str, Any]:
+def summarise(
+    run: Run, *, status: str, reason: str, seconds: float, more: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     """The content of summary.json.
 
     Args:
@@ -38,6 +40,7 @@ def summarise(run: Run, *, status: str, reason: str, seconds: float) -> dict[str
         status: ``completed``, ``diverged`` or ``failed``.
         reason: why it is not completed, or what is not settled, in one sentence; empty otherwise.
         seconds: wall-clock time of training and evaluation.
+        more: what a run that was trained with others adds, or measures in another way.
     """
     optimizers = run.trainer.optimizers
     return summary_of(
@@ -56,6 +59,8 @@ def summarise(run: Run, *, status: str, reason: str, seconds: float) -> dict[str
             "seconds": round(seconds, 1),
             "world_size": run.trainer.world_size,
             **trained_before(run),
+            **({} if run.datamodule.order_seed is None else {"order_seed": run.datamodule.order_seed}),
+            **(more or {}),
         },
         status=status,
         reason=reason,

@@ -105,9 +105,9 @@ def run(trained: Path, tmp_path: Path) -> Path:
 
 def predictions(run: Path, shop: Path) -> np.ndarray:
     """Logits of the hold-out as training's own evaluation computes them."""
-    from ranker.build import make_net
     from ranker.data.datamodule import RankingDataModule
     from ranker.data.parquet_log import ParquetLog
+    from ranker.parts import make_net
     from ranker.runs.run_folder import RunFolder
 
     folder = RunFolder.existing(run)

@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from omegaconf import OmegaConf
 
 from ranker.commands import train as train_commands
 from ranker.paper import jobs as paper_jobs
 from ranker.paper.store import find
-from ranker.runs.run_folder import RunFolder
+from ranker.runs.checkpoint_files import step_of
 from ranker.sweeps import vectorize
 from ranker.vectorized import group
-from support import TINY, Finished
-from vectorized_support import GROUPABLE, summary
+from ranker.vectorized.replica import Job
+from support import TINY, Finished, train_process, wait_for
+from vectorized_support import QUICK_VERDICT, summary
 
 Command = Callable[..., None]
 SHORT = ("train.max_steps=4", "train.eval_every=0", "data.log.train_rows=1024", "data.log.eval_rows=512")
@@ -29,7 +32,7 @@ def sweep(command_line: Command, tmp_path: Path) -> Callable[..., dict[str, Path
     """Runs a sweep; returns its run folders by ``optim seed``."""
 
     def call(*overrides: str) -> dict[str, Path]:
-        command_line("-m", *TINY, *GROUPABLE, *SHORT, f"hydra.sweep.dir={tmp_path / 'sweep'}", *overrides)
+        command_line("-m", *TINY, *SHORT, f"hydra.sweep.dir={tmp_path / 'sweep'}", *overrides)
         folders = {}
         for path in (tmp_path / "sweep").glob("*/summary.json"):
             found = json.loads(path.read_text())
@@ -54,12 +57,13 @@ def test_jobs_are_trained_as_one_and_leave_what_they_leave_alone(
     told = capsys.readouterr().out
 
     assert "jobs 0 to 3: trained as one" in told
-    assert "sweep: 4 of 4 jobs done (4 completed)" in told
+    assert told.count("sweep: 4 of 4 jobs done (4 completed)") == 2  # after training, and at the end
+    assert "HYDRA" not in told  # nothing is left to launch
     assert {vectorized(folder) for folder in runs.values()} == {(4, 0)}
-    alone = train_tiny(tmp_path / "alone", *GROUPABLE, *SHORT, "optim=gc", "seed=0")
+    alone = train_tiny(tmp_path / "alone", *SHORT, "optim=gc", "seed=0")
     assert summary(runs["gc 0"])["metrics"] == pytest.approx(alone.summary["metrics"], rel=1e-4, nan_ok=True)
     assert summary(runs["gc 0"])["config_hash"] == alone.summary["config_hash"]
-    found, missing = find(tmp_path / "sweep", [(*TINY, *GROUPABLE, *SHORT, "optim=gc", "seed=1")])
+    found, missing = find(tmp_path / "sweep", [(*TINY, *SHORT, "optim=gc", "seed=1")])
     assert [run.name for _, (run, _) in found] == [runs["gc 1"].name]
     assert not missing
 
@@ -74,9 +78,9 @@ def test_jobs_are_trained_as_one_and_leave_what_they_leave_alone(
 def test_what_a_group_cannot_do_runs_alone_and_the_line_says_why(
     sweep: Callable[..., dict[str, Path]], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    runs = sweep("sweep.vectorize=2", "seed=0,1", "callbacks.early_signs.every=2", "trainer.gradient_clip_val=1.0")
+    runs = sweep("sweep.vectorize=2", "seed=0,1", "callbacks.histograms.every=50", "trainer.gradient_clip_val=1.0")
 
-    why = "2 jobs run alone, because of trainer.gradient_clip_val=1.0, callbacks.early_signs.every=2"
+    why = "2 jobs run alone, because of trainer.gradient_clip_val=1.0, callbacks.histograms.every=50"
     assert why in capsys.readouterr().out
     assert {vectorized(folder) for folder in runs.values()} == {(None, None)}
 
@@ -97,19 +101,55 @@ def test_jobs_that_fail_as_one_run_alone(
     assert {vectorized(folder) for folder in runs.values()} == {(None, None)}
 
 
-def test_a_killed_group_starts_again_with_what_is_missing(
-    sweep: Callable[..., dict[str, Path]], monkeypatch: pytest.MonkeyPatch
+def test_a_killed_group_without_checkpoints_starts_again_with_what_is_missing(
+    sweep: Callable[..., dict[str, Path]],
 ) -> None:
-    runs = sweep("sweep.vectorize=3", "seed=0,1,2")
+    words = ("sweep.vectorize=3", "seed=0,1,2", "train.checkpoint_every=0")
+    runs = sweep(*words)
     kept = (runs["clippy 0"] / "summary.json").stat().st_mtime_ns
     for seed in (1, 2):  # what a kill leaves: everything but the summary
         (runs[f"clippy {seed}"] / "summary.json").unlink()
     shutil.rmtree(runs["clippy 2"])
 
-    again = sweep("sweep.vectorize=3", "seed=0,1,2")
+    again = sweep(*words)
 
     assert (again["clippy 0"] / "summary.json").stat().st_mtime_ns == kept
     assert [vectorized(again[f"clippy {seed}"]) for seed in (1, 2)] == [(2, 0), (2, 0)]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_sweep_killed_while_a_group_trains_ends_as_if_it_had_not_been(
+    sweep: Callable[..., dict[str, Path]], tmp_path: Path
+) -> None:
+    jobs = tmp_path / "jobs.json"
+    jobs.write_text(json.dumps([["optim=adagrad", "lr_mult=200", "seed=7"], ["seed=0"], ["seed=3", "lr_mult=2"]]))
+    words = (
+        *("sweep.vectorize=3", "hydra/sweeper=list", f"hydra.sweeper.jobs={jobs}"),
+        *("train.max_steps=40", "data.log.train_rows=10240", "train.checkpoint_every=4", "train.eval_every=10"),
+        *("callbacks.divergence.poll_every=2", *QUICK_VERDICT),
+    )
+    folders = sweep(*words)
+    shutil.move(tmp_path / "sweep", tmp_path / "whole")
+    whole = {name: tmp_path / "whole" / path.name for name, path in folders.items()}
+
+    process = train_process("-m", *TINY, *SHORT, f"hydra.sweep.dir={tmp_path / 'sweep'}", *words)
+    going = [folders["clippy 0"], folders["clippy 3"]]
+    wait_for(lambda: all((x / "checkpoints" / "step=20.ckpt").is_file() for x in going), process, 400)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    ended = (folders["adagrad 7"] / "summary.json").stat().st_mtime_ns
+    assert not any((folder / "summary.json").is_file() for folder in going)
+
+    assert sweep(*words) == folders
+
+    assert (folders["adagrad 7"] / "summary.json").stat().st_mtime_ns == ended
+    for name, folder in folders.items():
+        one, other = summary(folder), summary(whole[name])
+        assert one.pop("commit")  # another process may have found another one
+        assert one == {key: value for key, value in other.items() if key != "commit"}
+        assert (folder / "metrics.csv").read_bytes() == (whole[name] / "metrics.csv").read_bytes()
+    assert [vectorized(folder) for folder in going] == [(2, 0), (2, 0)]
 
 
 @pytest.mark.slow
@@ -154,9 +194,6 @@ def test_the_search_for_the_largest_stable_rate_takes_the_option(
     assert "trained as one" in capsys.readouterr().out
     summaries = [json.loads(path.read_text()) for path in tmp_path.glob("*/summary.json")]
     assert [found["vectorized"] for found in summaries] == [2, 2]
-    assert all(
-        RunFolder(path.parent).read_config().callbacks.capsules is None for path in tmp_path.glob("*/summary.json")
-    )
 
 
 def test_groups_are_of_nearly_the_same_size_and_leave_no_worker_idle() -> None:
@@ -165,6 +202,18 @@ def test_groups_are_of_nearly_the_same_size_and_leave_no_worker_idle() -> None:
     assert [len(part) for part in chunks(range(17), 16)] == [8, 9]
     assert chunks([], 4) == []
     assert vectorize.VECTORIZE == "sweep.vectorize"
+
+
+def test_jobs_go_on_together_from_the_newest_step_that_they_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    steps = {0: (100, 200), 1: (200, 300), 2: (), 3: (700, 800), 4: (200, 300)}
+    monkeypatch.setattr(vectorize, "_checkpoints", lambda job: {n: Path(f"step={n}.ckpt") for n in steps[job.number]})
+    monkeypatch.setattr(vectorize, "_order_of", lambda _, job: 5 if job.number == 4 else 0)  # 4 has run alone
+    jobs = [Job(number, OmegaConf.create({"force": False, "seed": 5}), Path()) for number in steps]
+
+    levels = vectorize._levels(jobs, 0)
+
+    found = [[(job.number, job.checkpoint and step_of(job.checkpoint)) for job in level] for level in levels]
+    assert found == [[(2, None)], [(0, 200), (1, 200)], [(3, 800)]]
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,6 @@ import torch
 import torch.nn.functional as F
 
 from daily_log import SCHEMA, SETTINGS, rows_of, write_log
-from ranker.build import make_net
 from ranker.data.batch import Batch
 from ranker.data.columns import Task
 from ranker.data.schema import DenseFeature, Schema
@@ -24,6 +23,7 @@ from ranker.export.release import Candidate, Weights
 from ranker.losses import MultitaskLoss, best_constants
 from ranker.metrics import CalibrationBuckets, TaskMetrics
 from ranker.metrics.statistic import Intervals
+from ranker.parts import make_net
 from ranker.runs.run_folder import RunFolder
 from support import finished
 

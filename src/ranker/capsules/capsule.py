@@ -59,6 +59,7 @@ class Manifest:
         machine: what else decides the bits: processor, threads, device.
         note: what is missing, in one sentence; empty if nothing is.
         sharded: whether the run had sharded tables. Its sums were in another order than those of a replay.
+        grouped: whether the run was trained as one with others. Its products may have been rounded in another way.
         format: version of the format of these files.
     """
 
@@ -75,6 +76,7 @@ class Manifest:
     machine: Mapping[str, Any]
     note: str = ""
     sharded: bool = False
+    grouped: bool = False
     format: int = FORMAT
 
     def signals_SN(self) -> Tensor:  # noqa: N802

@@ -67,8 +67,8 @@ def export(arguments: Sequence[str] | None = None) -> int:
 
 def _export(given: argparse.Namespace, settings: GateSettings, destination: Path) -> Verdict:
     # Imported late: Lightning and torch's exporter cost seconds that --help need not wait for.
-    from ranker.build import make_net, open_log
     from ranker.export.release import Candidate, Weights, origin, write_export
+    from ranker.parts import make_net, open_log
 
     folder = RunFolder.existing(given.run)
     cfg = folder.load_config(trusted=given.trust)

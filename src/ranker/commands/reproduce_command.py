@@ -51,7 +51,7 @@ def reproduce(arguments: Sequence[str] | None = None) -> int:
         default=1,
         metavar="K",
         help="train up to K runs that differ only in seed, rate or optimizer as one (docs/sweeps.md); they share the "
-        "order of rows of seed 0, and write no capsules",
+        "order of rows of seed 0, and tables have no capsules",
     )
     parser.add_argument("--out", type=Path, default=Path("multirun/reproduce"), help="where run folders go")
     parser.add_argument(

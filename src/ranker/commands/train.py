@@ -24,8 +24,8 @@ HEADROOM = """Find how many times the base learning rate a model and optimizer s
 
 With --find-base-lr it finds 1x itself; --find-base-lr --help says more.
 `evenkeel headroom` takes the same arguments. Overrides are those of train.py; comma-separated values are compared.
---vectorize K trains up to K runs of a round as one (docs/sweeps.md). They differ only in seed, rate or optimizer, share
-the order of rows of seed 0, and record no early signs and no capsules.
+--vectorize K trains up to K runs of a round as one (docs/sweeps.md). They differ only in seed, rate or optimizer, and
+share the order of rows of seed 0.
 conf/hydra/sweeper/headroom.yaml lists the options of the search, such as headroom.seeds=5.
 conf/hparams_search/headroom.yaml says how long a short run is (train.max_steps). Runs and report go to the folder
 headroom, or to hydra.sweep.dir=DIR. A second call with the same folder runs only what is missing.
@@ -135,13 +135,13 @@ def headroom() -> int:
 
 
 def _vectorized(words: list[str]) -> list[str]:
-    """The words with ``--vectorize K`` as overrides: the option, and what else runs need to be trained as one."""
+    """The words with ``--vectorize K`` as an override."""
     if not any(word.partition("=")[0] == "--vectorize" for word in words):
         return words
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--vectorize", type=int)
     options, others = parser.parse_known_args(words)
-    return [*others, f"sweep.vectorize={options.vectorize}", "callbacks.early_signs.every=0", "callbacks.capsules=null"]
+    return [*others, f"sweep.vectorize={options.vectorize}"]
 
 
 if __name__ == "__main__":

@@ -22,7 +22,6 @@ from typing import Any, NamedTuple
 from omegaconf import DictConfig
 
 from ranker.atomic import write_text
-from ranker.build import open_log
 from ranker.daily import ledger as kinds
 from ranker.daily.attempts import Attempt, JobFailedError, Plan, Say, attempt, train_words
 from ranker.daily.complete import Completeness
@@ -36,6 +35,7 @@ from ranker.daily.settings import DailySettings, Retry
 from ranker.daily.shelf import Shelf, free_run
 from ranker.data.times import DAY_MS
 from ranker.errors import UserError
+from ranker.parts import open_log
 from ranker.runs.run_folder import RunFolder
 from ranker.trust import targets
 

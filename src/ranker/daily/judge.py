@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from ranker.atomic import write_text
-from ranker.build import make_net, open_log
 from ranker.cli import command
 from ranker.export.release import Candidate, Weights, origin, write_export
+from ranker.parts import make_net, open_log
 from ranker.runs import run_lock
 from ranker.runs.config_identity import config_hash
 from ranker.runs.lineage import parent

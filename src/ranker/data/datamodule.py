@@ -30,6 +30,7 @@ class RankingDataModule(pl.LightningDataModule):
     Attributes:
         log: the log. A factory is called on first use.
         position: number of the next batch to train on, counted over all ranks from the start of the run.
+        order_seed: as given, or of the checkpoint.
     """
 
     def __init__(
@@ -40,6 +41,7 @@ class RankingDataModule(pl.LightningDataModule):
         eval_batch_size: int | None = None,
         window: int | str = 16_384,
         seed: int = 0,
+        order_seed: int | None = None,
         num_workers: int = 1,
         eval_max_rows: int | None = None,
         progressive: bool = False,
@@ -59,6 +61,8 @@ class RankingDataModule(pl.LightningDataModule):
             eval_batch_size: rows per evaluation batch, over all ranks. None: batch_size.
             window: rows, or hours such as ``6h``, inside which batches are drawn at random.
             seed: seed of the order inside each window.
+            order_seed: another seed that takes its place, for a run that shares its order with others. Checkpoints
+                keep it, and a run that resumes from one goes on with it.
             num_workers: threads that prefetch. 0 reads in the caller's thread.
             eval_max_rows: approximate number of hold-out rows for evaluations during training. None for all.
             progressive: attach each window to its first batch, so that it is scored before the model trains on it.
@@ -110,7 +114,7 @@ class RankingDataModule(pl.LightningDataModule):
                 f"data.strips={strips} needs batches of {4 * strips} rows or more, scale.batch_size is {batch_size}"
             )
         self._batch_size, self._eval_batch_size = batch_size, eval_batch_size or batch_size
-        self._window, self._seed = window, seed
+        self._window, self._seed, self.order_seed = window, seed, order_seed
         self._num_workers, self._eval_max_rows = num_workers, eval_max_rows
         self._progressive = progressive
         self._pin_memory = pin_memory
@@ -181,7 +185,7 @@ class RankingDataModule(pl.LightningDataModule):
         self._loader = WindowedLoader(
             self._trained(),
             plan=self.plan,
-            seed=self._seed,
+            seed=self._order_of,
             rank=rank,
             world_size=world_size,
             start_batch=self.position,
@@ -209,6 +213,8 @@ class RankingDataModule(pl.LightningDataModule):
     def state_dict(self) -> dict[str, Any]:
         """State for a checkpoint."""
         state: dict[str, Any] = {"position": self.position}
+        if self.order_seed is not None:
+            state["order_seed"] = self.order_seed
         # Reading threads may add entries meanwhile. This does no harm, because a row group counts once.
         bad = list(self.log.bad_rows.items())
         if bad:
@@ -226,6 +232,7 @@ class RankingDataModule(pl.LightningDataModule):
             UserError: the checkpoint was written with another value of dense_statistics.
         """
         self.position = int(state_dict["position"])
+        self.order_seed = state_dict.get("order_seed", self.order_seed)
         self.log.bad_rows.update({(file, group): rows for file, group, rows in state_dict.get("bad_rows", ())})
         known = state_dict.get("dense_statistics")
         if (known is None) != (self._past is None):
@@ -289,6 +296,11 @@ class RankingDataModule(pl.LightningDataModule):
         """The statistics that normalise dense features at the next batch. Empty if they are not normalised."""
         return NOTHING if self._past is None else self._past.before(self._window_of(self.position))
 
+    @property
+    def _order_of(self) -> int:
+        """The seed of the order in use."""
+        return self._seed if self.order_seed is None else self.order_seed
+
     def _trained(self) -> Log:
         """The training rows of all passes."""
         return Repeated(self.log, self._passes) if self._passes > 1 else self.log
@@ -300,7 +312,7 @@ class RankingDataModule(pl.LightningDataModule):
             groups_BG = self._trained().read(start, stop).groups_BG
             assert groups_BG is not None
             keys = groups_BG[:, self.log.schema.group_names.index(self._keep_groups)].numpy()
-        return self.plan.order(window, seed=self._seed, keys=keys)
+        return self.plan.order(window, seed=self._order_of, keys=keys)
 
     def _check_log(self, log: Log) -> None:
         known = log.schema.group_names

@@ -221,7 +221,7 @@ def launch(program: Path, folder: Path, jobs: Sequence[Job], *, parallel: int, v
 
 
 def groupable(job: Job) -> Job:
-    """The same run without capsules, which a group does not write; a job that must run alone anyway keeps them."""
+    """The same run without capsules, whose snapshots a group has K times; one that nobody thins out keeps them."""
     keys = {override.split("=", 1)[0] for override in job}
     if "callbacks.early_signs.every=0" not in job or keys & {"mitigation", "callbacks.rollback.tries"}:
         return job

@@ -9,10 +9,10 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
-from ranker.build import build_module
 from ranker.data.schema import Schema
 from ranker.errors import UserError
 from ranker.models.admission import admission_of
+from ranker.parts import build_module
 from ranker.replay.engine import Engine, Settings
 
 _AUTOCAST = {"32-true": None, "32": None, "bf16-mixed": torch.bfloat16}

@@ -31,7 +31,7 @@ from ranker.runs.provenance import arithmetic
 from ranker.runs.run_folder import plain, versions
 from ranker.trust import load_config
 
-ROUNDING = 1e-3  # largest relative difference that rounding explains, with several ranks or sharded tables
+ROUNDING = 1e-3  # largest relative difference that rounding explains, with several ranks, sharded tables, or in a group
 PICTURE, TABLE, BISECTION = "replay.png", "replay.json", "bisect.json"
 
 
@@ -151,7 +151,7 @@ class Session:
             return True
         largest = largest_difference(recorded_ST, replayed_ST)
         manifest = self.capsule.manifest
-        if manifest.world_size > 2 or manifest.sharded:
+        if manifest.world_size > 2 or manifest.sharded or manifest.grouped:
             first = manifest.event.step
             before = sum(step < first for step in self.recorded.steps)
             earlier = largest_difference(recorded_ST[:before], replayed_ST[:before])

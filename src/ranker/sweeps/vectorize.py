@@ -1,7 +1,7 @@
 """``sweep.vectorize``: trains the jobs of a sweep in groups before the launcher starts.
 
 A job that was trained in a group has its summary when the launcher comes to it, and is not trained again. What a group
-cannot do, the launcher does as ever.
+cannot do, the launcher does as ever. Jobs of a killed group go on from their checkpoints, together.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import os
 from collections import defaultdict
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,10 +23,12 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from ranker import config as checks
 from ranker import stop_signals
 from ranker.errors import UserError
+from ranker.hydra_private import announce_only
 from ranker.runs import run_lock
+from ranker.runs.checkpoint_files import by_step, damage, step_of
 from ranker.runs.config_identity import config_hash
 from ranker.runs.provenance import cores
-from ranker.runs.run_folder import FINISHED, SUMMARY, read_summary
+from ranker.runs.run_folder import DATA_MODULE, FINISHED, SUMMARY, RunFolder, read_summary
 from ranker.sweeps.job import checkpoint_to_resume, clear
 from ranker.sweeps.job_list import VECTORIZE, jobs_at_a_time
 from ranker.sweeps.journal import Journal
@@ -61,7 +63,7 @@ class Group:
         numbers = [job.number for job in self.jobs]
         if len(numbers) > 2 and numbers[-1] - numbers[0] == len(numbers) - 1:
             return f"jobs {numbers[0]} to {numbers[-1]}"
-        return "jobs " + ", ".join(map(str, numbers))
+        return ("jobs " if len(numbers) > 1 else "job ") + ", ".join(map(str, numbers))
 
 
 def train_groups(config: DictConfig, jobs: Sequence[Sequence[str]] | None, *, first: int = 0) -> None:
@@ -86,13 +88,16 @@ def train_groups(config: DictConfig, jobs: Sequence[Sequence[str]] | None, *, fi
     else:
         for group in groups:
             train_group(group)
+    states = Journal(config.hydra.sweep.dir).read().states
+    announce_only([job for job in range(first, first + len(jobs)) if states.get(job) not in FINISHED])
 
 
 def plan(jobs: Sequence[Job], sweep_dir: Path, *, workers: int = 1) -> list[Group]:
     """The groups of a sweep: jobs that are missing, may be trained as one, and are not better off alone.
 
-    Which order of rows the jobs share depends on the seeds of all jobs of a kind, also of those that are done. So a
-    sweep that is started again gives the missing jobs the order that they would have had.
+    Jobs that a killed group has left go on together, from the newest checkpoint that all of them have. Which order of
+    rows the jobs share depends on the seeds of all jobs of a kind, also of those that are done. So a sweep that is
+    started again gives the missing jobs the order that they would have had.
 
     Args:
         jobs: all jobs of the sweep.
@@ -116,11 +121,13 @@ def plan(jobs: Sequence[Job], sweep_dir: Path, *, workers: int = 1) -> list[Grou
     for family in families.values():
         order, seeds = str(family[0].cfg.sweep.vectorize_order), {job.cfg.seed for job in family}
         seed = None if order == "own" else 0 if len(seeds) > 1 else int(family[0].cfg.seed)
-        missing = [job for job in family if job.cfg.force or _is_missing(job, done)]
-        size = min(int(family[0].cfg.sweep.vectorize), max(1, -(-len(missing) // workers)))
-        for part in ([missing[k] for k in chunk] for chunk in chunks(range(len(missing)), size)):
-            if len(part) > 1 or seed not in (None, part[0].cfg.seed):
-                groups.append(Group(part, order, seed, sweep_dir, cores() // workers if workers > 1 else None))
+        missing = [job for job in family if job.cfg.force or config_hash(job.cfg) not in done]
+        size = int(family[0].cfg.sweep.vectorize)
+        for level in _levels(missing, seed):
+            count = min(size, max(1, -(-len(level) // workers)))
+            for part in ([level[k] for k in chunk] for chunk in chunks(range(len(level)), count)):
+                if len(part) > 1 or seed not in (None, part[0].cfg.seed):
+                    groups.append(Group(part, order, seed, sweep_dir, cores() // workers if workers > 1 else None))
     return groups
 
 
@@ -139,12 +146,14 @@ def train_group(group: Group) -> None:
         _say(f"job {job.number}: {summary['status']} at step {summary['steps']} ({job.folder})")
 
     with contextlib.ExitStack() as held:
+        held.enter_context(stop_signals.taken_over())
         mine = [job for job in group.jobs if _taken(job, held)]
         if not mine:
             return
         for job in mine:
             journal.add(job.number, "started", run=job.folder)
-        _say(f"{group.name}: trained as one")
+        first = mine[0].checkpoint
+        _say(f"{group.name}: trained as one" + (f", from step {step_of(first)} on" if first else ""))
         try:
             train(
                 mine,
@@ -153,9 +162,13 @@ def train_group(group: Group) -> None:
                 ended=ended,
                 say=lambda line: _say(f"{group.name}: {line}"),
             )
+            if stop_signals.received():  # while the last jobs were evaluated
+                raise stop_signals.Stopped
         except CannotStackError as why:
             _say(f"{group.name}: run alone: {why}")
         except Exception as error:
+            if stop_signals.received():
+                raise stop_signals.Stopped from error
             _say(f"{group.name}: run alone, since they failed as one: {type(error).__name__}: {checks.one_line(error)}")
 
 
@@ -205,10 +218,46 @@ def _finished(sweep_dir: Path) -> set[str]:
     return found
 
 
-def _is_missing(job: Job, done: set[str]) -> bool:
-    """Whether a job must be trained from its beginning. One that has a checkpoint goes on from it, alone."""
+def _levels(jobs: Sequence[Job], order_seed: int | None) -> list[list[Job]]:
+    """The jobs by where they go on: those that begin anew, and those that have a checkpoint of the same step.
+
+    A kill may come while the checkpoints of a step are written, so some jobs may have a newer one than the others.
+    Each level is the newest step of the job that is furthest behind, and takes all jobs that have a checkpoint of it.
+    A job whose checkpoint is of another order of rows goes on alone, in that order.
+    """
+    new, old = [], {}
+    for job in jobs:
+        found = {} if job.cfg.force else _checkpoints(job)
+        if not found:
+            new.append(job)
+        elif _order_of(found[max(found)], job) == (job.cfg.seed if order_seed is None else order_seed):
+            old[job.number] = (job, found)
+    levels = [new] if new else []
+    while old:
+        step = min(max(found) for _, found in old.values())
+        level = [(job, found[step]) for job, found in old.values() if step in found]
+        for job, _ in level:
+            del old[job.number]
+        levels.append([replace(job, checkpoint=path) for job, path in level])
+    return levels
+
+
+def _checkpoints(job: Job) -> dict[int, Path]:
+    """The intact checkpoints by step from which a job may go on; empty where it must begin anew."""
     mark = config_hash(job.cfg)
-    return mark not in done and not (job.folder.is_dir() and checkpoint_to_resume(job.folder, mark))
+    if not job.folder.is_dir() or checkpoint_to_resume(job.folder, mark) is None:
+        return {}
+    return {step_of(path): path for path in by_step(RunFolder(job.folder).checkpoints) if damage(path) is None}
+
+
+def _order_of(checkpoint: Path, job: Job) -> int | None:
+    """The seed of the order of rows that a checkpoint was trained in; None if it cannot be read."""
+    from ranker.training.table_checkpoints import read_checkpoint
+
+    try:
+        return int(read_checkpoint(checkpoint, light=True)[DATA_MODULE].get("order_seed", job.cfg.seed))
+    except Exception:  # torch raises many types of errors for an invalid file
+        return None
 
 
 def _taken(job: Job, held: contextlib.ExitStack) -> bool:
@@ -216,7 +265,8 @@ def _taken(job: Job, held: contextlib.ExitStack) -> bool:
     job.folder.mkdir(parents=True, exist_ok=True)
     try:
         held.enter_context(run_lock.held(job.folder))
-        clear(job.folder, config_hash(job.cfg), [])
+        if job.checkpoint is None:
+            clear(job.folder, config_hash(job.cfg), [])
     except UserError:  # the launcher says so
         return False
     return True

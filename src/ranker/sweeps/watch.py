@@ -15,6 +15,7 @@ from omegaconf import DictConfig
 
 from ranker import stop_signals
 from ranker.errors import UserError
+from ranker.hydra_private import announce_only
 from ranker.sweeps.job_list import check_options, count_jobs, is_parallel, jobs_of, wants_groups
 from ranker.sweeps.journal import Journal, duration
 
@@ -46,8 +47,10 @@ class Sweep:
             self._thread.start()
 
     def print_progress(self) -> None:
-        """Prints one line."""
+        """Prints one line, if jobs have ended since the last one."""
         account = self._journal.read()
+        if account.done == self._printed:  # a job that a group had trained
+            return
         self._printed = account.done
         print(account.line(time.time()), flush=True)
 
@@ -140,6 +143,7 @@ def accounted() -> Iterator[None]:
                 sys.exit(stop_signals.exit_status(number))
         raise
     finally:
+        announce_only(None)
         sweep, _SWEEP = _SWEEP, None
     if sweep is not None and not sweep.close(interrupted=False):
         sys.exit(1)

@@ -64,6 +64,7 @@ class CapsuleWriter:
         say: shows messages.
 
     Attributes:
+        grouped: whether the run is trained as one with others, which the capsule says.
         written: first steps of the events that have a capsule, in the order in which they were written.
 
     Raises:
@@ -104,6 +105,7 @@ class CapsuleWriter:
         self._step = 0
         self._held: dict[int, TrainingState] = {}  # by first step of a suspected event, where its capsule would begin
         self._since: int | None = None  # first step of the event that is suspected now
+        self.grouped = False
         self.written: list[int] = []
 
     # Recording.
@@ -291,5 +293,6 @@ class CapsuleWriter:
             machine=arithmetic(fit.module.device),
             note=note,
             sharded=sharded,
+            grouped=self.grouped,
         )
         files.write_manifest(folder, manifest)

@@ -63,6 +63,9 @@ class EarlySigns(Callback):
         what_if: called with the optimizer before its step, and with ``names`` of parameters; returns sigma per label
             and name. None to leave it out.
 
+    Attributes:
+        due: whether the batch in hand is measured.
+
     Raises:
         UserError: a number is negative.
 
@@ -96,7 +99,7 @@ class EarlySigns(Callback):
         self._shared: nn.Parameter | None = None
         self._watched: LayerActivations | None = None
         self._watching: AbstractContextManager[None] | None = None
-        self._due = False
+        self.due = False
         self._stepped = False
         self._logits_BT: Tensor | None = None
         self._seen: dict[str, Tensor] = {}
@@ -127,10 +130,10 @@ class EarlySigns(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Adds hooks to the forward pass that follows, if a measurement is due."""
-        self._due = bool(self._every) and (trainer.global_step + 1) % self._every == 0
+        self.due = bool(self._every) and (trainer.global_step + 1) % self._every == 0
         self._batch: Batch = batch
         net = Fit(trainer).module.net
-        if self._due and not is_compiled(net):
+        if self.due and not is_compiled(net):
             self._handles = [
                 net.register_forward_pre_hook(self._entered, prepend=True),
                 net.register_forward_hook(self._left, always_call=True),
@@ -138,7 +141,7 @@ class EarlySigns(Callback):
 
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
         """Measures the forward pass while its graph exists."""
-        if not self._due or self._logits_BT is None:
+        if not self.due or self._logits_BT is None:
             return
         if self._watched is not None:
             self._seen |= self._activation_signs(Fit(trainer).module)
@@ -151,7 +154,7 @@ class EarlySigns(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
         """Measures the gradients, and computes what other rules would do with them."""
-        if not self._due:
+        if not self.due:
             return
         self._stepped = True  # with accumulated gradients not every batch ends with a step
         if self._norms:
@@ -181,6 +184,15 @@ class EarlySigns(Callback):
         """Writes the last values before a crash, if the device still responds."""
         with suppress(RuntimeError):
             self._read(trainer)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The values that are not written yet: a run that resumes writes them at the step at which this one would."""
+        unread = [[step, names, row.cpu()] for step, names, row in self._unread]
+        return {"unread": unread} if unread else {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes over the values of a checkpoint."""
+        self._unread = [(int(step), list(names), row) for step, names, row in state_dict["unread"]]
 
     def _entered(self, net: nn.Module, _inputs: object) -> None:
         if net.training and self._watched is not None:  # scoring a window runs in evaluation mode
@@ -266,7 +278,7 @@ class EarlySigns(Callback):
         unread, self._unread = self._unread, []
         if not unread or not trainer.is_global_zero:
             return
-        numbers = iter(torch.cat([row for *_, row in unread]).tolist())
+        numbers = iter(torch.cat([row.to(unread[-1][2].device) for *_, row in unread]).tolist())
         for step, names, _ in unread:
             Fit(trainer).module.record({name: next(numbers) for name in names}, step=step)
 

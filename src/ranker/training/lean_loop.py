@@ -70,7 +70,7 @@ class _Step:
     move: Callable[[Any, torch.device, int], Any]
 
     @classmethod
-    def of(cls, trainer: pl.Trainer, fetcher: _DataFetcher) -> _Step | None:
+    def of(cls, trainer: pl.Trainer, fetcher: _DataFetcher | None) -> _Step | None:
         """The step of a trainer; None where it is not plain."""
         module, strategy = trainer.lightning_module, trainer.strategy
         if not _is_plain(trainer) or isinstance(fetcher, _DataLoaderIterDataFetcher):
@@ -86,11 +86,11 @@ class _Step:
         """Calls what is behind a hook, under whose name ``LightningModule.log`` files what it is given."""
         if not (found := self.hooks[hook]):
             return
-        before = self.module._current_fx_name
-        self.module._current_fx_name = hook
+        own = self.module.__dict__  # of a module of torch, setting an attribute costs as much as a small hook
+        before, own["_current_fx_name"] = own["_current_fx_name"], hook
         for function in found:
             function(*args)
-        self.module._current_fx_name = before
+        own["_current_fx_name"] = before
 
 
 class LeanEpochLoop(_TrainingEpochLoop):
@@ -119,20 +119,41 @@ class LeanEpochLoop(_TrainingEpochLoop):
         if trainer.world_size > 1:
             self._broadcast_sigterm_tensor()
         batch, _, _ = next(data_fetcher)
-        batch_idx = self.batch_idx + 1
-        progress = self.batch_progress
-        progress.is_last_batch = data_fetcher.done
         batch = step.move(batch, trainer.strategy.root_device, 0)
+        self.begin(batch, last=data_fetcher.done)
+        self.end(batch, self._optimize(step, batch, self.batch_idx))
+
+    def look_up_hooks(self) -> None:
+        """Looks at what the trainer was given, where no fetcher gives the batches."""
+        self._step = _Step.of(self.trainer, None)
+
+    def call(self, hook: str, *args: Any) -> None:
+        """Calls what callbacks and module do at one of ``HOOKS``, with the arguments but trainer and module."""
+        assert self._step is not None
+        self._step.call(hook, *args)
+
+    def begin(self, batch: Any, *, last: bool) -> None:
+        """What comes before the forward pass of a batch.
+
+        Args:
+            batch: the batch, on its device.
+            last: whether the loader has no other.
+        """
+        progress = self.batch_progress
+        progress.is_last_batch = last
         progress.increment_ready()
-        trainer._logger_connector.on_batch_start(batch)
-        step.call("on_train_batch_start", batch, batch_idx)
+        self.trainer._logger_connector.on_batch_start(batch)
+        self.call("on_train_batch_start", batch, self.batch_idx)
         progress.increment_started()
-        loss = self._optimize(step, batch, batch_idx)
+
+    def end(self, batch: Any, loss: Tensor) -> None:
+        """What follows the optimizer's step."""
+        progress, trainer = self.batch_progress, self.trainer
         progress.increment_processed()
         self._update_learning_rates("step", update_plateau_schedulers=False)
         if self._num_ready_batches_reached():
             self.update_lr_schedulers("epoch", update_plateau_schedulers=False)
-        step.call("on_train_batch_end", {"loss": loss}, batch, batch_idx)
+        self.call("on_train_batch_end", {"loss": loss}, batch, self.batch_idx)
         results = trainer._results
         assert results is not None
         if results:  # somebody has called ``log``
@@ -141,6 +162,16 @@ class LeanEpochLoop(_TrainingEpochLoop):
         progress.increment_completed()
         if results:
             trainer._logger_connector.update_train_step_metrics()
+
+    def end_of_step_elsewhere(self, batch: Any, loss: Tensor) -> None:
+        """As ``end``, after a step that somebody else has made; counts it as Lightning does."""
+        counts = self.automatic_optimization.optim_progress.optimizer
+        for count in (counts.zero_grad, counts.step):
+            count.increment_ready()
+            count.increment_completed()
+        counts.zero_grad.increment_started()
+        self.end(batch, loss)
+        self._batches_that_stepped += 1
 
     def _optimize(self, step: _Step, batch: Any, batch_idx: int) -> Tensor:
         """Forward pass, backward pass and the optimizer's step; the loss."""

@@ -7,6 +7,7 @@ test names it, and only this file must change.
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
@@ -14,6 +15,8 @@ from lightning_fabric.utilities.distributed import _set_num_threads_if_needed
 from pytorch_lightning.loggers import WandbLogger
 from pytorch_lightning.strategies import ParallelStrategy
 from pytorch_lightning.strategies.launchers import _SubprocessScriptLauncher
+from pytorch_lightning.trainer import call
+from pytorch_lightning.trainer.states import TrainerFn, TrainerStatus
 from torch import nn
 
 
@@ -48,6 +51,53 @@ def leave_signals(trainer: pl.Trainer) -> None:
     is. The other ranks may be in another collective call, so that all wait until the timeout.
     """
     trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
+
+
+def begin_fit(
+    trainer: pl.Trainer, module: pl.LightningModule, data: pl.LightningDataModule, checkpoint: Path | None
+) -> None:
+    """Does what ``trainer.fit`` does up to its first batch, in its order, and makes no loader.
+
+    Private, because Lightning's fit owns the loop over batches. A group of runs has one loop for all of them, and
+    hands each batch to ``LeanEpochLoop.begin`` and ``end_of_step_elsewhere`` of every trainer.
+
+    Args:
+        trainer: a new trainer with ``LeanEpochLoop``, on one device.
+        module: the module.
+        data: the data module.
+        checkpoint: to go on from.
+    """
+    trainer.state.fn, trainer.state.status = TrainerFn.FITTING, TrainerStatus.RUNNING
+    trainer.training = True
+    trainer.strategy._lightning_module = module
+    trainer._data_connector.attach_data(module, datamodule=data)
+    trainer.strategy.connect(module)
+    trainer._callback_connector._attach_model_callbacks()
+    trainer._callback_connector._attach_model_logging_functions()
+    trainer.strategy.setup_environment()
+    call._call_setup_hook(trainer)
+    call._call_configure_model(trainer)
+    saved = trainer._checkpoint_connector
+    saved._restore_modules_and_callbacks(checkpoint, True)
+    trainer._logger_connector.reset_results()
+    trainer.strategy.setup(trainer)
+    call._call_callback_hooks(trainer, "on_fit_start")
+    call._call_lightning_module_hook(trainer, "on_fit_start")
+    saved.restore_training_state()
+    saved.resume_end()
+    module.zero_grad()
+    fit, epoch = trainer.fit_loop, trainer.fit_loop.epoch_loop
+    fit.reset()
+    module.train()
+    call._call_callback_hooks(trainer, "on_train_start")
+    call._call_lightning_module_hook(trainer, "on_train_start")
+    if not fit.restarted_mid_epoch and not fit.restarted_on_epoch_end:
+        if not fit.restarted_on_epoch_start:
+            fit.epoch_progress.increment_ready()
+        fit.epoch_progress.increment_started()
+    epoch.reset()
+    for loop in (fit, epoch, epoch.val_loop):
+        loop.on_iteration_done()
 
 
 class _Launcher(_SubprocessScriptLauncher):

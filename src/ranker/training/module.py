@@ -205,7 +205,7 @@ class RankingModule(pl.LightningModule):
         logits_BT, loss = forward_loss(self, batch)
         reduce = self.trainer.strategy.reduce  # each rank has the share of its rows
         ranking_T = None if loss.ranking_T is None else cast(Tensor, reduce(loss.ranking_T, reduce_op="mean"))
-        self.signals = self._late.add(
+        self.see(
             Seen(
                 logits_BT=logits_BT.detach(),
                 labels_BT=batch.labels_BT,
@@ -216,6 +216,10 @@ class RankingModule(pl.LightningModule):
             )
         )
         return loss.total
+
+    def see(self, seen: Seen) -> None:
+        """Takes what a batch leaves for its signals. ``training_step`` calls it, or who trains in its place."""
+        self.signals = self._late.add(seen)
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Scores a window on its first batch, before any of its rows is trained on."""
@@ -283,7 +287,21 @@ class RankingModule(pl.LightningModule):
     def on_validation_epoch_end(self) -> None:
         """Writes the hold-out's metrics at this step."""
         self._own_weights()
-        self._end_holdout(names.VAL)
+        self.end_holdout(names.VAL)
+
+    def end_holdout(self, phase: str) -> None:
+        """Takes and records the metrics of the rows of the hold-out that were added.
+
+        Args:
+            phase: ``val`` or ``test``.
+        """
+        values = self.holdout_metrics.compute(final=phase == names.TEST)
+        self.holdout_notes = self.holdout_metrics.notes
+        self.holdout_tables = self.holdout_metrics.tables
+        self.holdout_intervals = {f"{phase}/{name}": ends for name, ends in self.holdout_metrics.intervals.items()}
+        self.holdout_metrics.reset()
+        self.holdout = {f"{phase}/{name}": value for name, value in values.items()}
+        self.record(over_time(phase, values), step=self.holdout_step)
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         """Adds a batch of the hold-out."""
@@ -292,7 +310,7 @@ class RankingModule(pl.LightningModule):
     def on_test_epoch_end(self) -> None:
         """Writes the hold-out's metrics at the end of training."""
         self._own_weights()
-        self._end_holdout(names.TEST)
+        self.end_holdout(names.TEST)
         if self.trainer.is_global_zero:
             for name, why in self.holdout_notes.items():
                 log.warning("test/%s is undefined: %s", name, why)
@@ -448,15 +466,6 @@ class RankingModule(pl.LightningModule):
         """Gives the net its own weights back after an evaluation of the average."""
         if self.average is not None and self.average.swapped:
             self.average.swap()
-
-    def _end_holdout(self, phase: str) -> None:
-        values = self.holdout_metrics.compute(final=phase == names.TEST)
-        self.holdout_notes = self.holdout_metrics.notes
-        self.holdout_tables = self.holdout_metrics.tables
-        self.holdout_intervals = {f"{phase}/{name}": ends for name, ends in self.holdout_metrics.intervals.items()}
-        self.holdout_metrics.reset()
-        self.holdout = {f"{phase}/{name}": value for name, value in values.items()}
-        self.record(over_time(phase, values), step=self.holdout_step)
 
 
 class Recent(NamedTuple):

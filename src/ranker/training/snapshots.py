@@ -100,6 +100,7 @@ class SnapshotRing:
 
     Attributes:
         every: as given.
+        keep: as given.
         snapshots: oldest first.
 
     Raises:
@@ -122,7 +123,7 @@ class SnapshotRing:
             )
         if not 0 <= rows_above < math.inf:
             raise UserError(f"callbacks.snapshots.rows_above must be 0 (never) or more MB, got {rows_above}")
-        self.every, self._keep, self._disk = every, keep, disk
+        self.every, self.keep, self._disk = every, keep, disk
         self._rows_above = 0.0 if disk else rows_above
         self._folder = folder
         self._path: Path | None = None
@@ -152,9 +153,9 @@ class SnapshotRing:
         whole = 2 * sum(p.nbytes for p in fit.module.net.parameters())
         state = whole - (0 if fit.module.large is None else fit.module.large.nbytes)
         there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        if whole + self._keep * state > there:
+        if whole + self.keep * state > there:
             raise UserError(
-                f"callbacks.snapshots: {self._keep} snapshots of {state / 2**30:,.1f} GiB do not fit beside the model "
+                f"callbacks.snapshots: {self.keep} snapshots of {state / 2**30:,.1f} GiB do not fit beside the model "
                 f"into the {there / 2**30:,.0f} GiB of this machine: lower callbacks.snapshots.keep, or set "
                 "callbacks.snapshots.every=0 (then there is no rollback and no capsule)"
             )
@@ -184,7 +185,7 @@ class SnapshotRing:
         if not is_healthy(detector):
             return
         # One is dropped first, so that memory never holds one more.
-        kept = thinned([s.step for s in self.snapshots], fit.step, every=self.every, keep=self._keep)
+        kept = thinned([s.step for s in self.snapshots], fit.step, every=self.every, keep=self.keep)
         self.snapshots = [s for s in self.snapshots if s.step in kept]
         snapshot = capture(fit, detector)
         self.snapshots = [*self.snapshots, snapshot]
@@ -206,7 +207,7 @@ class SnapshotRing:
             everyone: list[list[int]] = [[] for _ in range(dist.get_world_size())]
             dist.all_gather_object(everyone, steps)
             steps = sorted(set.intersection(*map(set, everyone)))
-        self.snapshots = [TrainingState.load(files[n]) for n in steps][-self._keep :]
+        self.snapshots = [TrainingState.load(files[n]) for n in steps][-self.keep :]
 
     def _on_disk(self) -> dict[int, Path]:
         if self._path is None:

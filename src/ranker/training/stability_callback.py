@@ -128,6 +128,11 @@ class Stability(Callback):
         return self.divergence.detector if self.divergence else None
 
     @property
+    def kept_snapshots(self) -> int:
+        """Number of snapshots in memory, at most."""
+        return self.snapshots.keep if self.snapshots and self.snapshots.every else 0
+
+    @property
     def rollbacks(self) -> list[dict[str, Any]]:
         """Records of the rollbacks of the run."""
         return self.rollback.done if self.rollback else []

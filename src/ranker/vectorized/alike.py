@@ -29,17 +29,10 @@ _TRAINER = {
 }
 _FREE = ("gradient_clip_algorithm",)  # has no effect without a bound
 _LOGGERS = ("ranker.training.trackers.metrics_csv",)
-# Callbacks that change nothing here: the group shows its own progress, and without rollback and capsules nobody goes
-# back to a snapshot.
-_IDLE = ("progress", "snapshots", "divergence")
+# Callbacks that a group has; it shows its own progress.
+_KNOWN = ("progress", "snapshots", "divergence", "capsules", "early_signs")
 # Callbacks that are off at 0.
-_SWITCHES = {
-    "rollback": "tries",
-    "early_stop": "patience",
-    "early_signs": "every",
-    "sharpness": "every",
-    "histograms": "every",
-}
+_SWITCHES = {"rollback": "tries", "early_stop": "patience", "sharpness": "every", "histograms": "every"}
 
 
 def reasons_alone(cfg: DictConfig) -> list[str]:
@@ -86,8 +79,6 @@ def _of_training(cfg: DictConfig) -> Iterator[str]:
         yield f"embeddings={cfg.embeddings.name}"
     if cfg.train.get("average_decay"):
         yield f"train.average_decay={cfg.train.average_decay}"
-    if cfg.train.checkpoint_every:
-        yield f"train.checkpoint_every={cfg.train.checkpoint_every}"
     if cfg.train.compile:
         yield "train.compile=true"
     if cfg.optim.get("_target_") != "optim.build_optimizer":
@@ -111,7 +102,7 @@ def _of_trainer(cfg: DictConfig) -> Iterator[str]:
 
 def _of_callbacks(cfg: DictConfig) -> Iterator[str]:
     for name, node in cfg.callbacks.items():
-        if node is None or name in _IDLE:
+        if node is None or name in _KNOWN:
             continue
         switch = _SWITCHES.get(str(name))
         if switch is None:

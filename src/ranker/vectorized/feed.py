@@ -6,13 +6,14 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
 
 from omegaconf import DictConfig
 
-from ranker.build import build_data
 from ranker.data.batch import Batch
 from ranker.data.datamodule import RankingDataModule
 from ranker.data.log import Log
+from ranker.parts import build_data
 
 _KEPT_READS = 2  # a window, and the next one where a batch of one replica ends before that of another
 
@@ -27,7 +28,7 @@ class SharedReads(Log):
     def __init__(self, log: Log) -> None:
         self.schema = log.schema
         self._log = log
-        self._reads: OrderedDict[tuple[int, int], Batch] = OrderedDict()
+        self._reads: OrderedDict[tuple[int, int], Future[Batch]] = OrderedDict()
         self._lock = threading.Lock()
 
     @property
@@ -51,13 +52,19 @@ class SharedReads(Log):
         return self._log.bad_rows
 
     def read(self, start: int, stop: int) -> Batch:
-        """Rows start .. stop-1, decoded at the first call."""
+        """Rows start .. stop-1, decoded at the first call. Calls for other rows do not wait for it."""
         with self._lock:
-            if (start, stop) not in self._reads:
-                self._reads[start, stop] = self._log.read(start, stop)
+            found, first = self._reads.get((start, stop)), False
+            if found is None:
+                found, first = self._reads.setdefault((start, stop), Future()), True
                 while len(self._reads) > _KEPT_READS:
                     self._reads.popitem(last=False)
-            return self._reads[start, stop]
+        if first:
+            try:
+                found.set_result(self._log.read(start, stop))
+            except BaseException as error:
+                found.set_exception(error)
+        return found.result()
 
     def row_at_time(self, time_ms: int) -> int:
         """Position of the first row at or after a time."""
@@ -74,20 +81,29 @@ class Feed:
     Args:
         log: the log.
         cfg: the configuration that the replicas have in common.
-        seeds: of the order inside each window: one for all replicas, or one for each.
+        seeds: of the replicas, which decide the order inside each window.
+        order_seed: of the order that all replicas share; None: each has its own.
 
     Attributes:
-        data: the data modules, as many as seeds.
+        data: the data modules, one for all replicas or one for each. Their positions are where the batches begin.
         waited: seconds in which the loop waited for batches.
     """
 
-    def __init__(self, log: Log, cfg: DictConfig, seeds: Sequence[int]) -> None:
-        alone = len(seeds) == 1
-        source = log if alone else SharedReads(log)
-        # With one order the reading thread works ahead. Replicas with orders of their own take turns at one window.
-        workers = {"num_workers": cfg.data.num_workers if alone else 0}
-        self.data: list[RankingDataModule] = [build_data(cfg, source, seed=seed, **workers) for seed in seeds]
+    def __init__(self, log: Log, cfg: DictConfig, seeds: Sequence[int], order_seed: int | None) -> None:
+        source = SharedReads(log)
+        self.data: list[RankingDataModule]
+        if order_seed is None:
+            # Replicas with orders of their own take turns at one window. A reading thread of each would not.
+            self.data = [build_data(cfg, source, seed=seed, num_workers=0) for seed in seeds]
+        elif set(seeds) == {order_seed}:
+            self.data = [build_data(cfg, source, seed=order_seed)]
+        else:
+            self.data = [build_data(cfg, source, order_seed=order_seed)]
         self.waited = 0.0
+
+    def of(self, replica: int) -> RankingDataModule:
+        """The data module of a replica."""
+        return self.data[replica if len(self.data) > 1 else 0]
 
     def __iter__(self) -> Iterator[list[Batch]]:
         loaders = {id(data): iter(data.train_dataloader()) for data in self.data}
@@ -98,8 +114,6 @@ class Feed:
             found = [batch for batch in batches if batch is not None]
             if not found:
                 return
-            for data, batch in zip(self.data, found, strict=True):
-                data.advance(batch)
             yield found
 
     def keep(self, replicas: Sequence[int]) -> None:

@@ -1,37 +1,33 @@
-"""One job of a group: what it records, its detector, its evaluations and its summary, as if it ran alone."""
+"""One job of a group: all parts of a run of its own, whose forward pass and step the group makes for it."""
 
 from __future__ import annotations
 
-import math
-from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-import pytorch_lightning as pl
 import torch
-from hydra.utils import instantiate
 from omegaconf import DictConfig
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ranker import run_summary
-from ranker.build import build_module
+from ranker import stop_signals
+from ranker.build import Run, Shared, build
 from ranker.data.batch import Batch
+from ranker.data.datamodule import RankingDataModule
 from ranker.data.log import Log
-from ranker.errors import UserError
 from ranker.models import Ranker
-from ranker.runs import log_identity
-from ranker.runs import metric_names as names
-from ranker.runs.run_folder import METRICS, RunFolder
-from ranker.stability import DivergenceDetector, Event
-from ranker.stability.detector_interface import Signals
-from ranker.training.metric_rows import over_time, step_values
-from ranker.training.metrics_csv import MetricsCsv
-from ranker.training.module import KEPT_SIGNALS
-from ranker.training.row_thinning import Thinning
-from ranker.training.stability_callback import DivergenceWatch, step_cut_values
+from ranker.run import begin_files, finish, verdict, wants_evaluation, why
+from ranker.runs.metric_names import VAL
+from ranker.runs.run_folder import RunFolder
+from ranker.starting_point import continue_files
+from ranker.training import trackers
+from ranker.training.early_signs_callback import EarlySigns
+from ranker.training.lean_loop import LeanEpochLoop
+from ranker.training.lightning_private import begin_fit
+from ranker.training.module import RankingModule
+from ranker.training.training_step import Seen
 
 
 @dataclass(frozen=True)
@@ -42,184 +38,156 @@ class Job:
         number: its number in the sweep.
         cfg: its resolved configuration.
         folder: its run folder.
+        checkpoint: where it goes on; None: at its beginning.
     """
 
     number: int
     cfg: DictConfig
     folder: Path
+    checkpoint: Path | None = None
 
 
 class Replica:
-    """The parts of one job that a group does not share.
+    """A run with its module, callbacks, loggers and trainer, of which the group makes forward pass, loss and step.
+
+    Everything around the step is the code of a run alone: callbacks are called in its order, so verdicts, events,
+    metrics, checkpoints and capsules are those of a run alone.
 
     Args:
         job: the job.
         log: the log of the group.
+        data: the data module of this replica, or of all.
+        received: gives the number of the signal that ends the group; 0 for none.
 
     Attributes:
         job: as given.
-        folder: the run folder.
-        module: model, metrics and settings, as of a run alone; no trainer is attached.
-        lost: whether the detector's verdict ends this replica's training.
+        run: the parts of the run.
 
     Raises:
-        UserError: something in the configuration cannot be built.
+        UserError: something in the configuration cannot be built, or the checkpoint does not fit it.
     """
 
-    def __init__(self, job: Job, log: Log) -> None:
-        self.job, self.folder = job, RunFolder(job.folder)
-        pl.seed_everything(job.cfg.seed, verbose=False)
-        self.module = build_module(job.cfg, log.schema)
-        try:
-            self.own_optimizer: Optimizer = self.module.make_optimizer()
-        except (TypeError, ValueError) as error:
-            raise UserError(f"optim: {error}") from error
-        node = job.cfg.callbacks.get("divergence")
-        self._watch: DivergenceWatch | None = None if node is None else instantiate(node, _convert_="all")
-        self.detector: DivergenceDetector | None = None
-        self._csv = _metrics_csv(job.cfg.logger, self.folder)
-        # Of the last steps that are not in metrics.csv: an event has its point in every curve.
-        self._recent: deque[tuple[int, Tensor, Tensor, float]] = deque(maxlen=KEPT_SIGNALS)
-        self.lost = False
+    def __init__(self, job: Job, log: Log, data: RankingDataModule, received: Callable[[], int]) -> None:
+        def say(line: str, *, note: str | None = None) -> None:  # noqa: ARG001
+            print(f"job {job.number}: {line}", flush=True)
+
+        self.job = job
+        shared = Shared(log, data, say, received)
+        self.run: Run = build(job.cfg, RunFolder(job.folder), job.checkpoint, shared=shared)
+        stability = self.run.stability
+        if stability.capsules:
+            stability.capsules.grouped = True
+        elif stability.snapshots and not job.cfg.callbacks.snapshots.disk:
+            stability.snapshots = None  # without capsules nobody reads them, and each is a copy of the model
+        self._signs = next((x for x in self.run.trainer.callbacks if isinstance(x, EarlySigns)), None)  # type: ignore[attr-defined]
+
+    @property
+    def module(self) -> RankingModule:
+        """Model, metrics and settings."""
+        return self.run.module
 
     @property
     def net(self) -> Ranker:
         """The model."""
         return cast(Ranker, self.module.net)
 
-    def begin(self, log: Log, optimizer: Optimizer) -> None:
-        """Writes the configuration, and makes the detector.
+    @property
+    def optimizer(self) -> Optimizer:
+        """The replica's own optimizer, which has its state and learning rate. It does not step. After ``begin``."""
+        return self.run.trainer.optimizers[0]
 
-        Args:
-            log: the log.
-            optimizer: the one that steps this replica.
-        """
-        self.folder.save_config(self.job.cfg)
-        log_identity.write(self.folder.path, log)
-        if self._watch:
-            self.detector = self._watch.make(self.module, optimizer)
+    @property
+    def steps(self) -> int:
+        """Optimizer steps taken."""
+        return self.run.trainer.global_step
 
-    def before_step(self, batch: Batch, step: int) -> None:
-        """Scores a window on its first batch, before any of its rows is trained on, as a run alone does.
+    @property
+    def lost(self) -> bool:
+        """Whether the detector's verdict ends this replica's training."""
+        watch, detector = self.run.stability.divergence, self.run.stability.detector
+        return watch is not None and watch.stop and detector is not None and detector.status == "diverged"
 
-        Args:
-            batch: of this replica; it opens a window only with ``train.progressive``.
-            step: steps taken.
-        """
-        if batch.opening is None:
-            return
-        module = self.module
-        module.score(batch.opening, module.progressive_metrics)
-        values = module.progressive_metrics.compute()
-        module.progressive_metrics.reset()
-        self._record(over_time(names.PROGRESSIVE, values) | {names.WINDOW: float(batch.window)}, step)
+    @property
+    def wants_evaluation(self) -> bool:
+        """Whether the evaluation of the step at which the replica goes on is missing."""
+        return wants_evaluation(self.run)
 
-    def after_step(self, step: int, signals: Signals, lr: float) -> None:
-        """Records a step and asks the detector, in the order of a run alone.
+    def begin(self, log: Log) -> None:
+        """Writes the first files, and makes optimizer, schedule and detector, in the state of the checkpoint."""
+        begin_files(self.run, log)
+        continue_files(self.run)
+        begin_fit(self.run.trainer, self.module, self.run.datamodule, self.job.checkpoint)
+        self._loop.look_up_hooks()
+        # Without gradients nothing moves. A schedule warns if it is stepped before its optimizer ever was.
+        self.optimizer.step()
 
-        Args:
-            step: steps taken.
-            signals: of this replica.
-            lr: learning rate of the next step.
-        """
-        due = step % self.module.log_every == 0
-        if self._csv:
-            auc_T = signals["auc_T"]
-            assert auc_T is not None
-            self._recent.append((step, signals["losses_T"], auc_T, lr))
-            if due:
-                self._record_step(*self._recent.pop())
-        if not (self._watch and self.detector):
-            return
-        self.detector.update(step, **signals)
-        if self._csv and due and self.detector.step_cut:
-            for values in step_cut_values(self.detector.step_cut):
-                self._record(values, step)
-        if step % self._watch.poll_every == 0:
-            self.report(self.detector.poll(), step)
-            self.lost = self._watch.stop and self.detector.status == "diverged"
+    def before_step(self, batch: Batch) -> None:
+        """What a run does before the forward pass, such as scoring a window on its first batch."""
+        self._loop.begin(batch, last=batch.number + 1 == self.run.datamodule.num_batches)
 
-    def report(self, events: Iterable[Event], step: int) -> None:
-        """Writes events to events.jsonl and metrics.csv."""
-        for event in events:
-            self.folder.append_event(event.to_dict())
-            self._record({names.divergence(event.kind): float(event.step)}, step)
-            for numbers in self._recent:
-                if numbers[0] == event.step:
-                    self._record_step(*numbers)
+    def before_backward(self, batch: Batch, total: Tensor) -> None:
+        """Early signs look at a forward pass and its graph; where they are due, the replica makes one of its own."""
+        if self._signs is not None and self._signs.due:
+            self.net(batch)
+        self._loop.call("on_before_backward", total)
 
-    def finish(self, *, optimizer: Optimizer, step: int, measured: Mapping[str, Any]) -> dict[str, Any]:
+    def before_optimizer_step(self) -> None:
+        """What a run does with its gradients."""
+        self._loop.call("on_before_optimizer_step", self.optimizer)
+
+    def after_step(self, batch: Batch, logits_BT: Tensor, losses_T: Tensor, total: Tensor) -> None:
+        """Records the step, asks the detector, and writes what is due."""
+        self.module.see(Seen(logits_BT=logits_BT, labels_BT=batch.labels_BT, mask_BT=batch.mask_BT, losses_T=losses_T))
+        self._loop.end_of_step_elsewhere(batch, total)
+
+    def end_of_training(self) -> None:
+        """Reads the verdict on the last steps, as a run does before its hold-out is evaluated."""
+        self._call("on_train_end")
+
+    def end_of_evaluation(self, phase: str) -> None:
+        """Takes the metrics of the rows that were added since the last evaluation; may keep the best checkpoint."""
+        self.module.end_holdout(phase)
+        if phase == VAL:
+            self._call("on_validation_end")
+
+    def finish(self, seconds: float, more: Mapping[str, Any]) -> dict[str, Any]:
         """Reaches the final verdict after the hold-out was evaluated, and writes the summary.
 
         Args:
-            optimizer: has the accumulators.
-            step: steps taken.
-            measured: as in ``summary_of``, and what says that this run was trained in a group.
+            seconds: since the group began.
+            more: what says that this run was trained in a group.
         """
-        if self.detector:
-            holdout, tasks = self.module.holdout, self.module.schema.tasks
-            aucs, nes = (
-                [holdout.get(names.task_metric(names.TEST, task.name, metric), math.nan) for task in tasks]
-                for metric in ("auc", "ne")
-            )
-            self.report(self.detector.finish(eval_auc_T=aucs, eval_ne_T=nes), step)
-        status, reason = run_summary.verdict(self.detector)
-        summary = run_summary.summary_of(
-            self.job.cfg,
-            module=self.module,
-            detector=self.detector,
-            optimizer=optimizer,
-            measured=measured,
-            status=status,
-            reason=reason,
-        )
-        if self._csv:
-            self._csv.finalize("success")
-        self.folder.save_summary(summary)
-        return summary
+        with trackers.finishing(self.run.loggers):
+            status, reason = verdict(self.run)
+            return finish(self.run, status, reason, seconds, more)
 
-    def end_of_training(self, step: int) -> None:
-        """Reads the verdict on the last steps, as a run does before its hold-out is evaluated."""
-        if self.detector:
-            self.report(self.detector.poll(), step)
+    def interrupted(self, seconds: float) -> None:
+        """Leaves a checkpoint of the last step, where there are any, and the summary of an interrupted run."""
+        self.end_of_training()
+        with trackers.finishing(self.run.loggers):
+            finish(self.run, "failed", why(stop_signals.Stopped(), self.run), seconds)
 
-    def end_of_evaluation(self, phase: str, step: int) -> None:
-        """Takes the metrics of the rows that were added since the last evaluation."""
-        module = self.module
-        values = module.holdout_metrics.compute(final=phase == names.TEST)
-        module.holdout_notes, module.holdout_tables = module.holdout_metrics.notes, module.holdout_metrics.tables
-        module.holdout_intervals = {f"{phase}/{name}": ends for name, ends in module.holdout_metrics.intervals.items()}
-        module.holdout_metrics.reset()
-        module.holdout = {f"{phase}/{name}": value for name, value in values.items()}
-        self._record(over_time(phase, values), step)
+    @property
+    def _loop(self) -> LeanEpochLoop:
+        return cast(LeanEpochLoop, self.run.trainer.fit_loop.epoch_loop)
 
-    def _record_step(self, step: int, losses_T: Tensor, auc_T: Tensor, lr: float) -> None:
-        self._record(step_values(self.module.schema, losses_T.tolist(), auc_T.tolist(), lr), step)
-
-    def _record(self, values: Mapping[str, float], step: int) -> None:
-        if self._csv:
-            self._csv.log_metrics(values, step)
-
-
-def _metrics_csv(settings: DictConfig, folder: RunFolder) -> MetricsCsv | None:
-    """The file of a run alone; no other logger is in a group."""
-    node = next((node for node in settings.values() if node), None)
-    if node is None:
-        return None
-    options = {name: value for name, value in node.items() if not str(name).startswith("_")}
-    return MetricsCsv(folder.path / METRICS, Thinning(**options))
+    def _call(self, hook: str) -> None:
+        """Calls a hook of all callbacks."""
+        for callback in self.run.trainer.callbacks:  # type: ignore[attr-defined]
+            getattr(callback, hook)(self.run.trainer, self.module)
 
 
 @torch.no_grad()
-def evaluate(replicas: Sequence[Replica], batches: Iterable[Batch], *, phase: str, step: int) -> None:
+def evaluate(replicas: Sequence[Replica], batches: Iterable[Batch], *, phase: str) -> None:
     """Evaluates replicas on the same rows, which are read once. Each runs its own net, as alone.
 
     Args:
         replicas: the replicas.
         batches: of the hold-out.
         phase: ``val`` or ``test``.
-        step: steps taken.
     """
+    if not replicas:
+        return
     for replica in replicas:
         replica.net.eval()
     for batch in batches:
@@ -227,4 +195,4 @@ def evaluate(replicas: Sequence[Replica], batches: Iterable[Batch], *, phase: st
             replica.module.holdout_metrics.add(replica.net(batch), batch)
     for replica in replicas:
         replica.net.train()
-        replica.end_of_evaluation(phase, step)
+        replica.end_of_evaluation(phase)

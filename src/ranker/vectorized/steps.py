@@ -19,24 +19,23 @@ class _Group:
     """Parameters of several replicas that are stepped with the same settings.
 
     Attributes:
-        settings: the parameter group of the optimizer.
-        base_lr: learning rate after the warm-up.
-        warmup: steps of the warm-up.
+        settings: the parameter group of the joined optimizer.
+        own: the parameter groups of the replicas' own optimizers, whose learning rates are always the same.
     """
 
     settings: dict[str, Any]
-    base_lr: float
-    warmup: int
+    own: list[dict[str, Any]]
 
 
 class StackedOptimizer:
     """The optimizers of the replicas as one, so that equal settings share the calls of the kernels.
 
     Every parameter keeps its own state, and every reduction (a norm, a maximum) is over one tensor of one replica, as
-    the rules define it. Nothing of one replica reaches another.
+    the rules define it. Nothing of one replica reaches another. The replicas' own optimizers do not step. They hold
+    the same state, and their learning rates, which their own schedules move, are those of the step.
 
     Args:
-        optimizers: one for each replica, of this project's package.
+        optimizers: one for each replica, of this project's package; what they have as state is taken over.
         warmups: steps over which each replica's learning rate rises from lr / steps to lr; 0 for none.
 
     Attributes:
@@ -44,51 +43,61 @@ class StackedOptimizer:
     """
 
     def __init__(self, optimizers: Sequence[Optimizer], warmups: Sequence[int]) -> None:
-        joined: dict[str, tuple[dict[str, Any], int]] = {}
-        self._first: list[str] = []
+        joined: dict[str, _Group] = {}
         for optimizer, warmup in zip(optimizers, warmups, strict=True):
-            for number, group in enumerate(optimizer.param_groups):
+            for group in optimizer.param_groups:
                 settings = {name: value for name, value in group.items() if name not in _UNSET}
-                key = repr((sorted(settings.items(), key=lambda item: item[0]), warmup))
-                joined.setdefault(key, ({**settings, "params": []}, warmup))[0]["params"] += group["params"]
-                if number == 0:
-                    self._first.append(key)
-        defaults = optimizers[0].defaults
+                key = repr((sorted(settings.items(), key=lambda item: item[0]), group.get("initial_lr"), warmup))
+                found = joined.setdefault(key, _Group({**settings, "params": []}, []))
+                found.settings["params"] += group["params"]
+                found.own.append(group)
+        self._groups, defaults = list(joined.values()), optimizers[0].defaults
         make: Any = type(optimizers[0])  # ranker does not import optim
-        groups = [settings for settings, _ in joined.values()]
         self.optimizer: Optimizer = make(
-            groups[0]["params"], defaults["method"], lr=defaults["lr"], backend=defaults["backend"], collect_stats=False
+            self._groups[0].settings["params"],
+            defaults["method"],
+            lr=defaults["lr"],
+            backend=defaults["backend"],
+            collect_stats=defaults["collect_stats"],
         )
-        self.optimizer.param_groups = groups  # as they were checked and completed for each replica
-        self._groups = {
-            key: _Group(group, group["lr"], warmup)
-            for (key, (_, warmup)), group in zip(joined.items(), self.optimizer.param_groups, strict=True)
-        }
+        # As they were checked and completed for each replica.
+        self.optimizer.param_groups = [group.settings for group in self._groups]
+        self._optimizers = list(optimizers)
+        self._apart = [
+            (optimizer, p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]
+        ]
+        for optimizer in optimizers:
+            self.optimizer.state.update(optimizer.state)
+        self.share_state()
 
     def step(self) -> None:
-        """Steps every parameter that has a gradient."""
+        """Steps every parameter that has a gradient, at the learning rates of the replicas' own optimizers."""
+        for group in self._groups:
+            if group.own:
+                group.settings["lr"] = group.own[0]["lr"]
         self.optimizer.step()
 
-    def set_rates(self, step: int) -> None:
-        """Sets the learning rates of the step after ``step`` steps, as the schedule of a run alone does."""
-        for group in self._groups.values():
-            if group.warmup:
-                group.settings["lr"] = group.base_lr * min(1.0, (step + 1) / group.warmup)
+    def share_state(self) -> None:
+        """Gives the replicas' own optimizers the state of those parameters that have made their first step."""
+        apart, state = self._apart, self.optimizer.state
+        self._apart = [(optimizer, p) for optimizer, p in apart if p not in state]
+        for optimizer, p in apart if len(apart) > len(self._apart) else ():
+            if p in state:
+                optimizer.state[p] = state[p]
 
-    def rate_of(self, replica: int) -> float:
-        """The learning rate of a replica's first parameter group."""
-        return float(self._groups[self._first[replica]].settings["lr"])
-
-    def keep(self, replicas: Sequence[int], dropped: Sequence[Tensor]) -> None:
-        """Forgets the parameters of the other replicas."""
-        gone = {id(parameter) for parameter in dropped}
-        for parameter in dropped:
-            self.optimizer.state.pop(parameter, None)
-        for group in self._groups.values():
-            kept = [parameter for parameter in group.settings["params"] if id(parameter) not in gone]
-            group.settings["params"] = kept
-            group.settings.pop("param_names", None)
-        self._first = [self._first[k] for k in replicas]
+    def keep(self, replicas: Sequence[int]) -> None:
+        """Forgets the parameters of the other replicas, whose own optimizers keep their state."""
+        dropped = [optimizer for k, optimizer in enumerate(self._optimizers) if k not in replicas]
+        groups = {id(group) for optimizer in dropped for group in optimizer.param_groups}
+        gone = {id(p) for optimizer in dropped for group in optimizer.param_groups for p in group["params"]}
+        for optimizer in dropped:
+            for p in optimizer.state:
+                self.optimizer.state.pop(p, None)
+        for group in self._groups:
+            group.settings["params"] = [p for p in group.settings["params"] if id(p) not in gone]
+            group.own = [own for own in group.own if id(own) not in groups]
+        self._optimizers = [self._optimizers[k] for k in replicas]
+        self._apart = [(optimizer, p) for optimizer, p in self._apart if id(p) not in gone]
 
 
 def table_starts(optimizer: Optimizer, tables: dict[int, Tensor]) -> dict[int, float] | str:

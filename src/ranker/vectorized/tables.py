@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from ranker.data.batch import Batch
 from ranker.models.embeddings import EmbeddingTables, by_gather
 
+_SUM = "sum"  # the accumulator in the state of an optimizer
 _SPARSE = 64  # a table of more rows than so many times the lookups is not marked as a whole
 
 
@@ -39,31 +42,36 @@ class StackedTables:
     one, the optimizer steps it as a dense parameter, and it is written back. A replica on its own fills, reads and
     writes a gradient as large as its tables at every step.
 
-    The parameters of the replicas' own nets become views, so a net can be evaluated at any time.
+    The parameters of the replicas' own nets become views, and so do the accumulators in their own optimizers. A net can
+    be evaluated, and its state saved, between any two steps.
 
     Memory: 2 K times that of one replica's tables.
 
     Args:
         nets: the embedding tables of the replicas.
+        optimizers: the replicas' own; what they have accumulated is taken over.
         starts: by replica and width, the initial accumulator.
     """
 
-    def __init__(self, nets: Sequence[EmbeddingTables], starts: Sequence[dict[int, float]]) -> None:
+    def __init__(
+        self, nets: Sequence[EmbeddingTables], optimizers: Sequence[Optimizer], starts: Sequence[dict[int, float]]
+    ) -> None:
         self._net = nets[0]  # for what all replicas have in common
         self.widths = sorted(starts[0])
         self._own = [{dim: _table(net, dim) for dim in self.widths} for net in nets]  # by replica
+        self._optimizers = list(optimizers)
         self._weights = {dim: torch.stack([_table(net, dim).detach() for net in nets]) for dim in self.widths}
-        self._sums = {
-            dim: torch.stack([torch.full_like(self._weights[dim][k], start[dim]) for k, start in enumerate(starts)])
-            for dim in self.widths
-        }
+        self._sums = {dim: torch.empty_like(table) for dim, table in self._weights.items()}
+        self._others: list[dict[int, dict[str, Any]]] = []  # what an optimizer keeps of a table beside its accumulator
+        for k, (own, optimizer) in enumerate(zip(self._own, self._optimizers, strict=True)):
+            states = {dim: dict(optimizer.state.get(table, {})) for dim, table in own.items()}
+            for dim, state in states.items():
+                self._sums[dim][k] = state.pop(_SUM, starts[k][dim])
+            self._others.append(states)
+        # An optimizer that has made no step yet has no accumulators.
+        self._stepped = any(own[dim] in optimizers[k].state for k, own in enumerate(self._own) for dim in self.widths)
         self._touched: dict[int, _Touched] = {}
         self._show_whole()
-
-    @property
-    def megabytes(self) -> float:
-        """Memory of all tables and accumulators."""
-        return sum(2 * table.numel() * table.element_size() for table in self._weights.values()) / 1e6
 
     def look_up(self, batches: Sequence[Batch]) -> list[Tensor]:
         """The embeddings as ``Ranker.features`` concatenates them: pieces [K, B, width].
@@ -78,51 +86,56 @@ class StackedTables:
         """The touched rows, whose gradient is wanted, by width."""
         return [self._touched[dim].weight_UD for dim in self.widths]
 
-    def show_touched(self, optimizer: torch.optim.Optimizer, grads: Sequence[Tensor]) -> None:
+    def show_touched(self, optimizer: Optimizer, grads: Sequence[Tensor]) -> None:
         """Makes the touched rows the parameters of the replicas, with their gradients and accumulators.
 
         Args:
-            optimizer: keeps the accumulator of a parameter as ``sum``.
+            optimizer: the one that steps all replicas; it keeps the accumulator of a parameter as ``sum``.
             grads: gradients of ``leaves``.
         """
         for dim, grad_UD in zip(self.widths, grads, strict=True):
             touched, first = self._touched[dim], 0
             weight_UD = touched.weight_UD.detach()
-            for own, last in zip(self._own, touched.ends, strict=True):
+            for own, others, last in zip(self._own, self._others, touched.ends, strict=True):
                 table = own[dim]
                 table.data = weight_UD[first:last]
                 table.grad = grad_UD[first:last]
-                optimizer.state[table] = {"sum": touched.sums_UD[first:last]}
+                optimizer.state[table] = {**others[dim], _SUM: touched.sums_UD[first:last]}
                 first = last
 
-    def write_back(self, optimizer: torch.optim.Optimizer) -> None:
+    def write_back(self, optimizer: Optimizer) -> None:
         """Writes what ``show_touched`` showed into the tables, which are the parameters again."""
         for dim, touched in self._touched.items():
             for table, rows in ((self._weights[dim], touched.weight_UD.detach()), (self._sums[dim], touched.sums_UD)):
                 table.view(-1, dim).index_copy_(0, touched.rows_U, rows)
-        for own in self._own:
-            for table in own.values():
+        for own, others in zip(self._own, self._others, strict=True):
+            for dim, table in own.items():
                 table.grad = None
-                del optimizer.state[table]
-        self._touched = {}
+                others[dim] = {name: x for name, x in optimizer.state.pop(table).items() if name != _SUM}
+        self._touched, self._stepped = {}, True
         self._show_whole()
 
     def keep(self, replicas: Sequence[int]) -> None:
         """Drops the other replicas, whose nets keep their tables."""
         chosen = torch.tensor(replicas)
-        for k, own in enumerate(self._own):
+        for k, (own, optimizer) in enumerate(zip(self._own, self._optimizers, strict=True)):
             if k not in replicas:
                 for table in own.values():
                     table.data = table.data.clone()
+                    if self._stepped:
+                        optimizer.state[table][_SUM] = optimizer.state[table][_SUM].clone()
         self._weights = {dim: table.index_select(0, chosen) for dim, table in self._weights.items()}
         self._sums = {dim: table.index_select(0, chosen) for dim, table in self._sums.items()}
-        self._own = [self._own[k] for k in replicas]
+        self._own, self._others = [self._own[k] for k in replicas], [self._others[k] for k in replicas]
+        self._optimizers = [self._optimizers[k] for k in replicas]
         self._show_whole()
 
     def _show_whole(self) -> None:
-        for k, own in enumerate(self._own):
+        for k, (own, optimizer) in enumerate(zip(self._own, self._optimizers, strict=True)):
             for dim, table in own.items():
                 table.data = self._weights[dim][k]
+                if self._stepped:
+                    optimizer.state[table] = {_SUM: self._sums[dim][k], **self._others[k][dim]}
 
     def _look_up(self, batches: Sequence[Batch], dim: int) -> tuple[Tensor, Tensor]:
         """One-hot [K, B, C * D] and ragged [K, R, B, D] embeddings of one width."""

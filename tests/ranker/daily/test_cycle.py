@@ -120,7 +120,7 @@ def lose(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Lets the runs of a day end as lost, as often as asked."""
     import ranker.run as run
 
-    plain = run._finish
+    plain = run.finish
 
     def these(day: str, *, tries: int) -> None:
         left = [tries]
@@ -131,7 +131,7 @@ def lose(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
                 status, reason = "diverged", "made up"
             return plain(parts, status, reason, seconds)
 
-        monkeypatch.setattr(run, "_finish", finish)
+        monkeypatch.setattr(run, "finish", finish)
 
     return these
 

@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from broken_log import ROLLBACK, SETTINGS, write_log
-from ranker.build import make_net, open_log
 from ranker.capsules.capsule import Capsule
 from ranker.commands.replay_command import replay
 from ranker.export.release import Candidate, Weights
+from ranker.parts import make_net, open_log
 from ranker.replay.engine import Engine
 from ranker.replay.rebuild import build_engine
 from ranker.runs.checkpoint_files import by_step, step_of

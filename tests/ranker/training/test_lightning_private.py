@@ -5,6 +5,7 @@ After an upgrade of Lightning or torch these tests name what has to be changed i
 
 from __future__ import annotations
 
+import copy
 import inspect
 import signal
 from pathlib import Path
@@ -20,7 +21,9 @@ from pytorch_lightning.strategies import DDPStrategy
 from pytorch_lightning.strategies.launchers import _SubprocessScriptLauncher
 from torch import nn
 
+from ranker.training import lean_loop
 from ranker.training.lightning_private import (
+    begin_fit,
     is_compiled,
     leave_signals,
     refetch,
@@ -186,3 +189,40 @@ def test_the_argument_of_which_wandb_warns_is_left_out(tmp_path: Path) -> None:
     assert "anonymous" in logger._wandb_init, CHANGED.format(pl.__version__, "WandbLogger._wandb_init")
     assert "anonymous" not in without_anonymous(logger)._wandb_init
     assert logger._wandb_init["resume"] == "allow", "a run is continued under its id"
+
+
+class FiveNumbers(pl.LightningDataModule):
+    def train_dataloader(self) -> Any:
+        return Seekable(stop=5)
+
+
+class NoteLoops(Callback):
+    """Notes the state of the loops while each batch ends."""
+
+    def __init__(self) -> None:
+        self.noted: list[Any] = []
+
+    def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+        self.noted.append((trainer.global_step, copy.deepcopy(trainer.fit_loop.state_dict())))
+
+
+def test_batches_after_begin_fit_count_as_those_of_fit(tmp_path: Path) -> None:
+    def trainer_of(notes: NoteLoops) -> pl.Trainer:
+        quiet = {"enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+        trainer = pl.Trainer(accelerator="cpu", max_epochs=1, logger=False, callbacks=[notes], **quiet)
+        lean_loop.use(trainer)
+        return trainer
+
+    fitted, begun = NoteLoops(), NoteLoops()
+    trainer_of(fitted).fit(Numbers(), datamodule=FiveNumbers())
+
+    trainer = trainer_of(begun)
+    begin_fit(trainer, Numbers(), FiveNumbers(), None)
+    loop: Any = trainer.fit_loop.epoch_loop
+    loop.look_up_hooks()
+    for number in range(5):
+        batch = torch.tensor(float(number))
+        loop.begin(batch, last=number == 4)
+        loop.end_of_step_elsewhere(batch, torch.zeros(()))
+
+    assert begun.noted == fitted.noted, CHANGED.format(pl.__version__, "what fit does before its first batch")

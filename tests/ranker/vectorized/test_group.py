@@ -12,7 +12,7 @@ import pytest
 from optim import list_optimizers
 from ranker.installation import conf_folder
 from support import Finished
-from vectorized_support import GROUPABLE, job_config, summary
+from vectorized_support import QUICK_VERDICT, job_config, summary
 
 Train = Callable[..., list[Path]]
 MODELS = ("small", "large", "large_dcn", "moe", "ple")
@@ -42,7 +42,7 @@ def test_a_group_of_one_is_the_run_alone_to_the_bit(
 ) -> None:
     job = ("seed=3", "lr_mult=1.5", "train.warmup_steps=7")
 
-    alone = train_tiny(tmp_path / "alone", *GROUPABLE, *job)
+    alone = train_tiny(tmp_path / "alone", *job)
     (folder,) = train_jobs("group", job)
 
     assert (folder / "metrics.csv").read_bytes() == (alone.folder / "metrics.csv").read_bytes()
@@ -127,10 +127,7 @@ LOST = ("optim=adagrad", "lr_mult=200", "callbacks.divergence.poll_every=2")
 def test_a_lost_replica_leaves_and_the_others_do_not_notice(
     train_jobs: Train, train_tiny: Callable[..., Finished], tmp_path: Path, order_seed: int | None
 ) -> None:
-    quick = [f"callbacks.divergence.settings.{name}" for name in ("patience=4", "startup=1", "window=16")]
-    quick += ["callbacks.divergence.settings.proof_steps=4", "callbacks.divergence.settings.recovery_steps=6"]
-    quick += ["callbacks.divergence.settings.auc_patience=6", "callbacks.divergence.settings.unborn_patience=6"]
-    jobs = [("seed=0", *quick), (*LOST, *quick, "seed=1"), ("seed=3", "lr_mult=2", *quick)]
+    jobs = [("seed=0", *QUICK_VERDICT), (*LOST, *QUICK_VERDICT, "seed=1"), ("seed=3", "lr_mult=2", *QUICK_VERDICT)]
 
     together = train_jobs("together", *jobs, order_seed=order_seed)
     alone = [train_jobs(f"alone{n}", job, order_seed=order_seed)[0] for n, job in enumerate(jobs)]
@@ -147,7 +144,7 @@ def test_a_lost_replica_leaves_and_the_others_do_not_notice(
                 (e["kind"], e["step"], e["judged_at"]) for e in said[1]
             ]
     if order_seed is None:  # what a run of Lightning leaves, with its last evaluation
-        really = train_tiny(tmp_path / "really", *GROUPABLE, *jobs[1])
+        really = train_tiny(tmp_path / "really", *jobs[1])
         assert_same(together[1], really.folder, rel=5e-2)
 
 
