@@ -6,20 +6,34 @@ import importlib.util
 import os
 import runpy
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
 
-from support import ROOT, TINY, Finished, finished
+from support import ROOT, TINY, Finished, end_processes, finished
 
 
 def pytest_configure() -> None:
     torch.set_num_threads(1)
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ["WANDB_MODE"] = "offline"
+
+
+def pytest_collection_modifyitems(items: Sequence[pytest.Item]) -> None:
+    """Time ends an attack only where it hangs: on a busy machine it takes long, which its own limits know."""
+    for item in items:
+        if item.get_closest_marker("attack"):
+            item.add_marker(pytest.mark.timeout(3600), append=False)
+
+
+@pytest.fixture(autouse=True)
+def no_process_is_left() -> Iterator[None]:
+    """A test that fails or runs out of time leaves no run behind, which would slow down all that come later."""
+    yield
+    end_processes()
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from support import ROOT, TINY
+from support import ROOT, TINY, start
 
 
 def free_port() -> int:
@@ -24,14 +24,8 @@ def started(
     """Starts a command with the overrides of a tiny run on CPUs; it can import from ``tests``."""
     environment = os.environ | {"WANDB_MODE": "offline", "OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])])
-    return subprocess.Popen(
-        [*command, *TINY, "trainer=ddp", "trainer.accelerator=cpu", *overrides],
-        cwd=ROOT,
-        env=environment | dict(variables or {}),
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
+    words = [*command, *TINY, "trainer=ddp", "trainer.accelerator=cpu", *overrides]
+    return start(words, environment | dict(variables or {}))
 
 
 def agent(

@@ -5,16 +5,21 @@ from __future__ import annotations
 import csv
 import json
 import os
+import secrets
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from ranker import stop_signals
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -72,10 +77,70 @@ def train_process(
     if path is not None:
         environment["PYTHONPATH"] = os.pathsep.join([str(path), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment.pop("HYDRA_FULL_ERROR", None)
-    command = [sys.executable, str(ROOT / "train.py"), *overrides]
-    return subprocess.Popen(
-        command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options
-    )
+    return start([sys.executable, str(ROOT / "train.py"), *overrides], environment, **options)
+
+
+# In the environment of what tests start, and of whatever that starts.
+_MARK = ("EVENKEEL_TEST", secrets.token_hex(8))
+_started: list[subprocess.Popen[str]] = []
+
+
+def start(command: Sequence[str], environment: Mapping[str, str], **options: Any) -> subprocess.Popen[str]:
+    """Starts a process in the project's folder. What is left of it and of its own processes ends with the test.
+
+    It ignores no signal, though pytest does behind nohup, or with & in a script.
+    """
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    ignored = [number for number in stop_signals.SIGNALS if signal.getsignal(number) == signal.SIG_IGN]
+    try:
+        for number in ignored:
+            signal.signal(number, signal.SIG_DFL)
+        environment = {**environment, _MARK[0]: _MARK[1]}
+        process = subprocess.Popen(command, cwd=ROOT, env=environment, text=True, **pipes, **options)
+    finally:
+        for number in ignored:
+            signal.signal(number, signal.SIG_IGN)
+    _started.append(process)
+    return process
+
+
+def end_processes() -> None:
+    """Kills what is left of the processes of ``start`` and of those they have started, whoever their parents are."""
+    if not _started:
+        return
+    mark, own = "=".join(_MARK).encode(), os.getpid()
+    left = True
+    while left:  # one that is about to die may start another
+        left = False
+        for path in Path("/proc").glob("[0-9]*/environ"):
+            with suppress(OSError):  # it has ended
+                if mark in path.read_bytes().split(b"\0") and int(path.parent.name) != own:
+                    os.kill(int(path.parent.name), signal.SIGKILL)
+                    left = True
+    for process in _started:
+        with process:  # closes its pipes and waits
+            process.kill()
+    _started.clear()
+
+
+def cpu_seconds(pid: int) -> float:
+    """CPU time of a process, with that of its threads."""
+    user, system = _stat(pid)[11:13]
+    return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
+
+
+def slowness(pid: int) -> float:
+    """How many times longer than alone on a machine a process has taken so far: its age over its CPU time, 1 or more.
+
+    A limit in seconds that holds on an idle machine, times this, holds on a busy one.
+    """
+    up = float(Path("/proc/uptime").read_text().split()[0])
+    age = up - int(_stat(pid)[19]) / os.sysconf("SC_CLK_TCK")
+    return max(1.0, age / max(cpu_seconds(pid), 0.1))
+
+
+def _stat(pid: int) -> list[str]:
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
 
 
 def newest_checkpoint(folder: Path) -> dict[str, Any]:
@@ -83,11 +148,10 @@ def newest_checkpoint(folder: Path) -> dict[str, Any]:
     return torch.load(newest, weights_only=True)
 
 
-def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str], seconds: float = 120) -> None:
-    deadline = time.monotonic() + seconds
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+    """Waits as long as the process lives. The test's timeout ends it where nothing happens."""
     while not condition():
         assert process.poll() is None, process.communicate()[1]
-        assert time.monotonic() < deadline
         time.sleep(0.01)
 
 

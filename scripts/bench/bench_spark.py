@@ -24,6 +24,7 @@ from typing import Any
 import polars as pl
 import pyarrow.parquet as pq
 
+from ranker.atomic import replacing_folder
 from ranker.data.manifest import Manifest
 from ranker.data.prepare.generated import raw_frames
 from ranker.data.schema import SCHEMA_FILE
@@ -34,10 +35,9 @@ FILES, DAYS, GROUP = 8, 20, 65_536
 
 
 def make_raw(folder: Path, rows: int) -> None:
-    """The generated log, dealt to files block by block from its end to its start."""
+    """The generated log, dealt to files block by block. Its schema comes beside the folder, which is empty."""
     per_day = -(-rows // DAYS)
     log = SyntheticLog(train_rows=rows - per_day, eval_rows=per_day, rows_per_day=per_day, signals=4)
-    folder.mkdir(parents=True)
     held: list[list[pl.DataFrame]] = [[] for _ in range(FILES)]
     with ExitStack() as stack:
         writers: list[pq.ParquetWriter] = []
@@ -134,14 +134,17 @@ def main() -> int:
     parser.add_argument("--spark-conf", nargs="+", default=["spark.driver.memory=1g"], help="as of prepare_data.py")
     given = parser.parse_args()
     raw, targets = given.folder / "raw", [given.folder / name for name in ("polars", "spark")]
+    for target in targets:
+        if target.exists():
+            raise SystemExit(f"{target} exists: remove it, or name another folder")
     if not raw.is_dir():
-        make_raw(raw, int(given.rows))
+        given.folder.mkdir(parents=True, exist_ok=True)
+        with replacing_folder(raw) as draft:
+            make_raw(draft, int(given.rows))
     size = sum(path.stat().st_size for path in raw.iterdir())
     print(json.dumps({"raw_mib": round(size / 2**20), "files": FILES}), flush=True)
     spark = ["--engine", "spark", "--master", given.master, "--spark-conf", *given.spark_conf]
     for target, more in zip(targets, ([], spark), strict=True):
-        if target.exists():
-            raise SystemExit(f"{target} exists: remove it, or name another folder")
         command = [sys.executable, str(ROOT / "scripts" / "prepare_data.py"), "log", str(raw), str(target), "--quiet"]
         found = prepared([*command, "--schema", str(given.folder / SCHEMA_FILE), *more])
         print(

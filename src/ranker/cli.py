@@ -109,6 +109,8 @@ def one_line_errors(*, outermost: bool = False) -> Iterator[None]:
     try:
         yield
     except (*MISTAKES, OSError) as error:
+        if stop_signals.cut_short():
+            raise stop_signals.Stopped from error
         line = disk_trouble(error)
         if not line and isinstance(error, MISTAKES):  # one of Hydra's errors is an OSError too
             line = config.one_line(error)

@@ -111,7 +111,7 @@ def parent_of(cfg: DictConfig, folder: RunFolder, checkpoint: Path | None) -> Pa
     path = Path(start.path)
     shards = OmegaConf.select(cfg, "embeddings.name", default="local") == "torchrec"
     if (path / ABOUT).is_file():
-        parent = exported_parent(path)
+        parent = exported_parent(path, shards=shards)
     elif (path / CONFIG).is_file():
         parent = Parent.of_run(path, say=lambda line: print(f"warm_start: {line}", flush=True), shards=shards)
     elif path.is_file():

@@ -25,6 +25,7 @@ class _State:
     gentle: bool = False  # the work looks at received() and ends by itself
     quiet: bool = False  # another process of the run speaks
     received: int = 0  # the first signal; 0 for none
+    cut: bool = False  # Stopped was raised wherever the work was
 
 
 _STATE = _State()
@@ -33,6 +34,11 @@ _STATE = _State()
 def received() -> int:
     """The number of the first signal that asked this process to stop; 0 if none did."""
     return _STATE.received
+
+
+def cut_short() -> bool:
+    """Whether ``Stopped`` was raised at any place, so that an error may be its consequence, and no mistake."""
+    return _STATE.cut
 
 
 def exit_status(number: int) -> int:
@@ -57,7 +63,7 @@ def taken_over() -> Iterator[None]:
         yield
         return
     before = {}
-    _STATE.taken, _STATE.received, _STATE.quiet = True, 0, not _speaks()
+    _STATE.taken, _STATE.received, _STATE.cut, _STATE.quiet = True, 0, False, not _speaks()
     try:
         for number in SIGNALS:
             if signal.getsignal(number) != signal.SIG_IGN:
@@ -66,7 +72,7 @@ def taken_over() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-        _STATE.taken = _STATE.gentle = _STATE.quiet = False
+        _STATE.taken = _STATE.gentle = _STATE.quiet = _STATE.cut = False
 
 
 @contextmanager
@@ -89,7 +95,10 @@ def one_line() -> Iterator[None]:
     with taken_over():
         try:
             yield
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, Exception) as error:
+            # A library may make an error of its own of a Stopped in it: OmegaConf did while Hydra was imported.
+            if isinstance(error, Exception) and not _STATE.cut:
+                raise
             number = _STATE.received
             say(f"stopped by {name_of(number)} before training began; nothing was lost")
             sys.exit(exit_status(number))
@@ -120,6 +129,7 @@ def _handle(number: int, _: FrameType | None) -> None:
         with suppress(OSError):
             os.kill(worker.pid or 0, signal.SIGTERM)  # a worker's error ends the launcher
     if not workers:
+        _STATE.cut = True
         raise Stopped
 
 

@@ -75,7 +75,7 @@ def test_two_processes_with_shards_train_as_one(
     one = train_tiny(tmp_path / "one", *settings)
 
     process = train_process(*TINY, *settings, *SHARDED, f"hydra.run.dir={tmp_path / 'two'}")
-    output, errors = process.communicate(timeout=250)
+    output, errors = process.communicate()
 
     assert process.returncode == 0, errors
     assert not [line for line in errors.splitlines() if "Warning" in line]
@@ -88,22 +88,21 @@ def test_two_processes_with_shards_train_as_one(
 
 
 @pytest.mark.attack
-@pytest.mark.timeout(900)
 def test_a_run_that_was_killed_ends_as_if_it_had_not_been_and_goes_on_anywhere(
     train_tiny: Callable[..., Finished], command_line: Callable[..., None], tmp_path: Path
 ) -> None:
     process = train_process(*TINY, *LONGER, *SHARDED, f"hydra.run.dir={tmp_path / 'whole'}")
-    _, errors = process.communicate(timeout=250)
+    _, errors = process.communicate()
     assert process.returncode == 0, errors
     process = train_process(*TINY, *LONGER, *SHARDED, f"hydra.run.dir={tmp_path / 'killed'}")
-    wait_for(lambda: bool(list((tmp_path / "killed" / "checkpoints").glob("step=7.ckpt"))), process, 250)
+    wait_for(lambda: bool(list((tmp_path / "killed" / "checkpoints").glob("step=7.ckpt"))), process)
     os.kill(ranks_of(process)[1], signal.SIGKILL)
-    _, errors = process.communicate(timeout=100)
+    _, errors = process.communicate()
     assert "rank 1 was killed by SIGKILL; go on with: " in errors
     assert newest_checkpoint(tmp_path / "killed")["global_step"] < 60
 
     again = train_process(f"resume={tmp_path / 'killed'}")
-    _, errors = again.communicate(timeout=250)
+    _, errors = again.communicate()
 
     assert again.returncode == 0, errors
     assert without_step_cut(tmp_path / "killed") == without_step_cut(tmp_path / "whole")
@@ -113,7 +112,7 @@ def test_a_run_that_was_killed_ends_as_if_it_had_not_been_and_goes_on_anywhere(
 
     one = train_tiny(tmp_path / "one", *LONGER, "train.max_steps=14", "lr_mult=0.1")
     more = train_process(f"resume={one.folder}", "train.max_steps=20", *SHARDED)
-    _, errors = more.communicate(timeout=250)
+    _, errors = more.communicate()
     assert more.returncode == 0, errors
     alone = train_tiny(tmp_path / "alone", *LONGER, "train.max_steps=20", "lr_mult=0.1")
     assert_close(one.folder, alone.folder)

@@ -29,7 +29,6 @@ def scontrol(tmp_path: Path) -> Path:
 
 
 @pytest.mark.attack
-@pytest.mark.timeout(600)
 @pytest.mark.parametrize("every", [100, 3])
 def test_a_job_that_is_put_back_into_the_queue_ends_as_if_it_had_not_been(
     train_tiny: Callable[..., Finished], scontrol: Path, tmp_path: Path, every: int
@@ -42,7 +41,7 @@ def test_a_job_that_is_put_back_into_the_queue_ends_as_if_it_had_not_been(
     process = train_process(*command, path=ROOT / "tests", variables=variables)
     wait_for((tmp_path / "validate").exists, process)
     process.send_signal(signal.SIGUSR1)
-    _, errors = process.communicate(timeout=100)
+    _, errors = process.communicate()
 
     assert process.returncode == 128 + signal.SIGUSR1, errors
     assert (scontrol / "called").read_text() == "requeue 4711\n"
@@ -52,7 +51,7 @@ def test_a_job_that_is_put_back_into_the_queue_ends_as_if_it_had_not_been(
     assert not list(folder.glob("hpc_ckpt*"))
 
     process = train_process(*command, path=ROOT / "tests", variables=variables | {"SLURM_RESTART_COUNT": "1"})
-    output, errors = process.communicate(timeout=200)
+    output, errors = process.communicate()
 
     assert process.returncode == 0, errors
     assert f"run folder: {folder}, goes on after step 8" in output

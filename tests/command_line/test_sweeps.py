@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import signal
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from support import TINY, train_process
+from support import TINY, train_process, wait_for
 
 Command = Callable[..., None]
 SHORT = (*TINY, "train.max_steps=2", "train.eval_every=0", "data.log.train_rows=1024", "data.log.eval_rows=512")
@@ -197,11 +196,7 @@ def test_jobs_side_by_side_share_the_cores_and_keep_their_words_apart(
 def test_a_killed_sweep_goes_on_with_what_is_missing(command_line: Command, tmp_path: Path) -> None:
     long = ("seed=0,1", "data.log.train_rows=51200", "train.max_steps=200")
     process = train_process("-m", *TINY, "train.eval_every=0", *long, f"hydra.sweep.dir={tmp_path}")
-    deadline = time.monotonic() + 200
-    while len(list(tmp_path.glob("*/metrics.csv"))) < 2:  # the second job has begun, the first is done
-        assert process.poll() is None, process.communicate()[1]
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    wait_for(lambda: len(list(tmp_path.glob("*/metrics.csv"))) > 1, process)  # the second job has begun
     process.send_signal(signal.SIGKILL)
     process.communicate()
     before = written(tmp_path)

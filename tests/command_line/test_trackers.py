@@ -82,7 +82,7 @@ def test_a_killed_run_of_two_ranks_is_tracked_once(tmp_path: Path) -> None:
     settings = (*TINY, *TWO_RANKS, *LOGGERS, *chosen, f"hydra.run.dir={folder}")
     first = train_process(*settings)
     try:
-        wait_for(lambda: len(list((folder / "checkpoints").glob("step=*.ckpt"))) > 1, first, seconds=280)
+        wait_for(lambda: len(list((folder / "checkpoints").glob("step=*.ckpt"))) > 1, first)
         ranks = ranks_of(first)
     finally:
         first.kill()

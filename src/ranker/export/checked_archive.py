@@ -13,16 +13,19 @@ import inspect
 import io
 import json
 import re
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ranker.errors import UserError
+from ranker.runs.table_files import mapped
 
 _MODEL = "models/model.json"
 _CONFIGS = ("data/weights/model_weights_config.json", "data/constants/model_constants_config.json")
+_PICKLED = "data/weights/model.pt"
 # Raw bytes of tensors, what describes them, and files that hold one word. torch 2.8 pickles weights into model.pt.
 _MEMBERS = re.compile(
     r"archive_format|archive_version|byteorder|version|\.data/(version|serialization_id|\d+)|models/model\.json"
@@ -65,18 +68,61 @@ def load_program(path: Path) -> nn.Module:
         UserError: the archive holds something that is not loaded. Nothing was executed.
         Exception: whatever torch raises for a file that is damaged.
     """
+    package, _ = _inspected(path)
+    # Not torch.export.load: where this fails, it tries a format of older versions, which was not inspected.
+    program = package.load_pt2(str(path)).exported_programs["model"]
+    unchecked = {"check_guards": False} if "check_guards" in inspect.signature(program.module).parameters else {}
+    return program.module(**unchecked)  # guards are generated code; the signature has checked the inputs
+
+
+def load_weights(path: Path) -> dict[str, Tensor]:
+    """The weights and buffers of a program, without the program. Its archive is inspected all the same.
+
+    Args:
+        path: the ``.pt2`` file.
+
+    Returns:
+        As ``load_program(path).state_dict()``, in memory that is read when it is used. A program of torch 2.8 is read
+        at once.
+
+    Raises:
+        UserError: the archive holds something that is not loaded.
+        Exception: whatever zipfile and torch raise for a file that is damaged.
+    """
+    package, reader = _inspected(path)
+    if _PICKLED in reader.get_file_names():
+        return dict(torch.load(io.BytesIO(reader.read_bytes(_PICKLED)), map_location="cpu", weights_only=True))
+    found, flat = {}, dict[str, Tensor]()
+    with zipfile.ZipFile(path) as archive:
+        root = archive.namelist()[0].partition("/")[0]
+        for name, payload in _object(reader, _CONFIGS[0])["config"].items():
+            entry, meta = payload["path_name"], payload["tensor_meta"]
+            if entry not in flat:  # tied weights share one
+                values = mapped(path, archive, f"{root}/data/weights/{entry}")
+                dtype = package.deserialize_scalar_type(meta["dtype"])
+                placed = values.data_ptr() % dtype.itemsize == 0  # torch places them so, other writers may not
+                flat[entry] = (values if placed else values.clone()).view(dtype)
+            sizes, strides = ([number["as_int"] for number in meta[key]] for key in ("sizes", "strides"))
+            found[name] = flat[entry].as_strided(sizes, strides, meta["storage_offset"]["as_int"])
+    return found
+
+
+def _inspected(path: Path) -> tuple[Any, Any]:
+    """Torch's module for archives, and a reader of this one.
+
+    Raises:
+        UserError: the archive holds something that is not loaded.
+    """
     try:
-        from torch.export.pt2_archive._package import PT2ArchiveReader, load_pt2
+        from torch.export.pt2_archive import _package
     except ImportError as error:
         raise UserError(f"{path}: reading a pt2 program safely needs torch 2.8 or later; use the onnx one") from error
     try:
-        _inspect(PT2ArchiveReader(str(path)))
+        reader = _package.PT2ArchiveReader(str(path))
+        _inspect(reader)
     except _RefusedError as error:
         raise UserError(f"{path} is refused: {error}; nothing of it was loaded (see SECURITY.md)") from error
-    # Not torch.export.load: where this fails, it tries a format of older versions, which was not inspected.
-    program = load_pt2(str(path)).exported_programs["model"]
-    unchecked = {"check_guards": False} if "check_guards" in inspect.signature(program.module).parameters else {}
-    return program.module(**unchecked)  # guards are generated code; the signature has checked the inputs
+    return _package, reader
 
 
 def _inspect(reader: Any) -> None:

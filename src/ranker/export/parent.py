@@ -9,29 +9,39 @@ import torch
 from ranker.data.dense_statistics import NOTHING, DenseStatistics
 from ranker.errors import UserError
 from ranker.export.bundle import Export
-from ranker.export.checked_archive import load_program
+from ranker.export.checked_archive import load_weights
 from ranker.runs.lineage import LINEAGE
 from ranker.training.warm_start import Parent
 
 _NET = "net."
 
 
-def exported_parent(path: Path) -> Parent:
-    """The state that an export holds.
+def exported_parent(path: Path, *, shards: bool = False) -> Parent:
+    """The state that an export holds. Its weights lie in mapped files: nothing is read before it is used.
+
+    Args:
+        path: the folder.
+        shards: the new run shards its tables.
 
     Raises:
-        UserError: the folder is not an export, a file is damaged, or the program cannot be read.
+        UserError: the folder is not an export, a file is damaged, the program cannot be read, or its tables are not as
+            its schema says.
     """
     exported = Export.read(path)
     about = exported.about
     program = exported.program("pt2")
     try:
-        state = load_program(program).state_dict()
+        state = load_weights(program)
     except UserError:
         raise
     except Exception as error:  # whatever a damaged archive makes torch raise
         raise UserError(f"warm_start: {program} cannot be read ({' '.join(str(error).split())[:200]})") from error
-    net = {name.removeprefix(_NET): x.detach() for name, x in state.items() if name.startswith(_NET)}
+    net, tables = {name.removeprefix(_NET): x for name, x in state.items() if name.startswith(_NET)}, None
+    if shards:
+        from ranker.training import stored_tables  # late: few runs have sharded tables
+
+        tables = stored_tables.of_weights(net, exported.schema, path)
+        net = {name: x for name, x in net.items() if not stored_tables.is_table(name)}
     known = about.get("dense_statistics")
     statistics = NOTHING
     if known:
@@ -53,4 +63,4 @@ def exported_parent(path: Path) -> Parent:
         "last_time_ms": None,
         **(about.get(LINEAGE) or {}),
     }
-    return Parent(identity=identity, net=net, schema=exported.schema, statistics=statistics)
+    return Parent(identity=identity, net=net, schema=exported.schema, statistics=statistics, tables=tables)

@@ -40,7 +40,9 @@ class RankWatch:
 
     A rank that is silent for too long is lost: its process is stopped, or its machine is gone. A rank whose connection
     ends without a farewell is lost at once: the operating system closes the connections of a process that dies. Rank 0
-    looks after the processes that it has started too, and these look whether rank 0 lives.
+    looks after the processes that it has started too, and these look whether rank 0 lives. One that ends after its
+    farewell, with the status of a signal for example, is not lost: this rank has work left for a while, and no call
+    that waits for the other.
     Which rank is lost, and how, is kept in ``lost``, and rank 0 tells the others. If the main thread does not end by
     itself, which it cannot while it waits in a collective call, the watch says a line and ends the process with
     status 1.
@@ -85,6 +87,7 @@ class RankWatch:
         self._selector.register(self._server, selectors.EVENT_READ)
         self.port, self.token = int(self._server.getsockname()[1]), secrets.token_hex(8)
         self._peers: list[_Peer] = []
+        self._left: dict[int, float] = {}  # when a rank said farewell
         self._lock = threading.Lock()  # of the peers
         self._thread = threading.Thread(target=self._run, daemon=True, name="rank-watch")
 
@@ -134,7 +137,7 @@ class RankWatch:
         deadline = time.monotonic() + (6 if self._rank else 2) * GRACE_SECONDS
         while self.lost is None and time.monotonic() < deadline:
             time.sleep(0.1)
-            self.lost = self.lost or self._ended_process()
+            self.lost = self.lost or next(iter(self._ended_processes().values()), None)
         return self.lost
 
     def end_children(self) -> None:
@@ -147,6 +150,7 @@ class RankWatch:
         last = time.monotonic()
         while not self._done.is_set() and self.lost is None:
             self._say("beat")
+            ended = self._ended_processes()  # before their last words are read
             self._listen()
             now = time.monotonic()
             with self._lock:
@@ -155,7 +159,7 @@ class RankWatch:
                 for peer in peers:
                     peer.heard = now
             last = now
-            self.lost = self._ended_process() or self.lost or self._silent(peers, now)
+            self.lost = self.lost or self._without_farewell(ended) or self._silent(peers, now)
         if self.lost is not None and self._rank == 0:
             self._say(f"lost {self.lost}")
         lost_at = time.monotonic()
@@ -210,9 +214,7 @@ class RankWatch:
             self._take(peer, line.decode(errors="replace"))
         if not content or len(peer.unread) > _LONGEST_LINE:
             if peer in self._peers:  # no farewell
-                self.lost = (
-                    self.lost or self._ended_process(wait=True) or f"{_name(peer)} was killed, or its machine failed"
-                )
+                self.lost = self.lost or self._just_ended() or f"{_name(peer)} was killed, or its machine failed"
             self._drop(peer)
 
     def _take(self, peer: _Peer, line: str) -> None:
@@ -227,6 +229,7 @@ class RankWatch:
             else:  # not a rank of this run
                 self._drop(peer)
         elif word == "bye":
+            self._left[peer.rank] = peer.heard
             self._drop(peer)
         elif word == "failed":
             self.lost = self.lost or f"{_name(peer)} failed: {rest}"
@@ -250,22 +253,28 @@ class RankWatch:
                 )
         return None
 
-    def _ended_process(self, *, wait: bool = False) -> str | None:
-        """A process of this machine that has ended. ``wait`` gives the system a moment to say so."""
-        deadline = time.monotonic() + (self._beat if wait and self._children else 0)
-        while True:
-            for rank, child in enumerate(self._children, start=1):
-                status = child.poll()
-                if status:
-                    how = (
-                        f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
-                    )
-                    return f"rank {rank} {how}"
-            if self._parent is not None and os.getppid() != self._parent:
-                return "rank 0 ended"
-            if time.monotonic() >= deadline:
-                return None
+    def _ended_processes(self) -> dict[int, str]:
+        """The processes of this machine that have ended, with another status than 0: how, by rank."""
+        found = {}
+        if self._parent is not None and os.getppid() != self._parent:
+            found[0] = "rank 0 ended"
+        for rank, child in enumerate(self._children, start=1):
+            if status := child.poll():
+                how = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
+                found[rank] = f"rank {rank} {how}"
+        return found
+
+    def _just_ended(self) -> str | None:
+        """The process whose connection has ended. The system may take a moment to say that it has, too."""
+        deadline = time.monotonic() + (self._beat if self._children else 0)
+        while not (how := self._without_farewell(self._ended_processes())) and time.monotonic() < deadline:
             time.sleep(0.02)
+        return how
+
+    def _without_farewell(self, ended: dict[int, str]) -> str | None:
+        """The first of some processes that has said no farewell, or so long ago that this rank waits in vain."""
+        since = time.monotonic() - _PATIENCE * GRACE_SECONDS
+        return next((how for rank, how in ended.items() if self._left.get(rank, since) <= since), None)
 
     def _end(self) -> None:
         if self.speaks:

@@ -86,23 +86,18 @@ class TablesOfRun:
         return optimizer
 
     def kept_rows(
-        self, schema: Schema, old_schema: Schema, stored: Mapping[str, StoredTable] | None
+        self, schema: Schema, old_schema: Schema, stored: Mapping[str, StoredTable]
     ) -> tuple[dict[str, Kept], list[str]]:
         """What a warm start keeps of each table, and what starts fresh.
 
         Args:
             schema: of this run.
             old_schema: of the earlier one.
-            stored: tables of the earlier one; None where they cannot be read row by row.
+            stored: tables of the earlier one.
 
         Raises:
-            UserError: ``stored`` is None, or the tables are not as the earlier schema says.
+            UserError: the tables are not as the earlier schema says.
         """
-        if stored is None:
-            raise UserError(
-                "warm_start: an export has whole tables, which embeddings=torchrec does not read into each process; "
-                "give the run folder or a checkpoint"
-            )
         kept, lines = weight_transfer.kept_rows(schema, old_schema)
         sizes = {f.name: (f.rows, f.embedding_dim) for f in old_schema.categorical}
         for name in [name for name in kept if name not in stored]:

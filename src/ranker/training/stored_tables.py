@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import zipfile
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -192,7 +192,7 @@ def of_local(path: Path, schema: Schema) -> dict[str, StoredTable]:
         schema: that of its run.
 
     Raises:
-        UserError: the full copy that it adds to is missing or damaged.
+        UserError: the full copy that it adds to is missing or damaged, or the tables are not as the schema says.
     """
     saved: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     replaced = saved.get(TABLE_ROWS, {"tables": {}})["tables"]  # the rest of these is in a full copy
@@ -210,27 +210,61 @@ def of_local(path: Path, schema: Schema) -> dict[str, StoredTable]:
                 for row, piece in pieces[f"{parameter}/{key}"]
             ]
             return Stored(parts, first, (rows, values) if len(rows) else None)
-        found = (saved[STATE_DICT] if key == WEIGHT else state.get(parameter, {})).get(
-            f"{NET_PREFIX}{parameter}" if key == WEIGHT else key
-        )
-        if found is None or found.ndim != 2:
-            return None
-        return Stored([Part(row=0, column=0, width=found.shape[1], values=found, dtype=found.dtype)], first)
+        if key == WEIGHT:
+            return _in_one_part(saved[STATE_DICT].get(f"{NET_PREFIX}{parameter}"), first)
+        return _in_one_part(state.get(parameter, {}).get(key), first)
 
+    return _of_parameters(schema, tensor, path)
+
+
+def of_weights(net: Mapping[str, Tensor], schema: Schema, path: Path) -> dict[str, StoredTable]:
+    """The tables among the weights of a net with local tables, by name; without accumulators.
+
+    Args:
+        net: the weights, which may lie in a mapped file.
+        schema: that of the net.
+        path: where they are from, for errors.
+
+    Raises:
+        UserError: the weights are not as the schema says.
+    """
+    return _of_parameters(
+        schema, lambda name, key, first: _in_one_part(net.get(name) if key == WEIGHT else None, first), path
+    )
+
+
+def _in_one_part(values: Tensor | None, first: int) -> Stored | None:
+    if values is None or values.ndim != 2:
+        return None
+    return Stored([Part(row=0, column=0, width=values.shape[1], values=values, dtype=values.dtype)], first)
+
+
+def _of_parameters(
+    schema: Schema, tensor: Callable[[str, str, int], Stored | None], path: Path
+) -> dict[str, StoredTable]:
+    """Tables of which all of a width are one tensor, given its name, what it is, and the first row of the table."""
     found = {}
-    for name, first in place(schema)[0].items():
+    starts, rows = place(schema)
+    for name, first in starts.items():
         feature = next(f for f in schema.categorical if f.name == name)
-        parameter = parameter_of(feature.embedding_dim)
+        dim = feature.embedding_dim
+        parameter = parameter_of(dim)
         weight = tensor(parameter, WEIGHT, first)
-        if weight is not None:
-            found[name] = StoredTable(
-                rows=feature.rows,
-                dim=feature.embedding_dim,
-                parameter=parameter,
-                weight=weight,
-                accumulator=tensor(parameter, _SUM, first),
-                by_row=False,
+        if weight is None:
+            continue
+        if sum(len(part.values) for part in weight.parts if part.width == dim) != rows[dim]:
+            raise UserError(
+                f"warm_start: {parameter} of {path} has not the {rows[dim]:,} rows of {dim} columns that its schema "
+                "says; give another run, checkpoint or export"
             )
+        found[name] = StoredTable(
+            rows=feature.rows,
+            dim=dim,
+            parameter=parameter,
+            weight=weight,
+            accumulator=tensor(parameter, _SUM, first),
+            by_row=False,
+        )
     return found
 
 

@@ -63,7 +63,7 @@ class Parent:
         detector: state of the divergence detector; None without one.
         average: moving average of the dense weights; empty without one.
         tables: of a new run that shards its tables: those of the parent, not read yet, which ``net`` and ``optimizer``
-            do not have then; None for any other run, and for an export.
+            do not have then; None for any other run.
         auc: histograms of the training AUC, [ranks, T, 2, bins]; None for an export.
         own_rows: rows that it was trained on itself.
     """
@@ -214,6 +214,7 @@ class WarmStart:
             )
         self._rows: Mapping[str, weight_transfer.Kept] = {}  # of sharded tables
         if module.tables is not None:
+            assert parent.tables is not None
             self._rows, fresh = module.tables.kept_rows(module.schema, self._old_schema, parent.tables)
             self._plan = replace(self._plan, fresh=(*self._plan.fresh, *fresh))
         self._tasks = weight_transfer.same_tasks(module.schema, self._old_schema)

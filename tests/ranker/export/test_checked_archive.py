@@ -18,7 +18,7 @@ import torch
 from ranker.data.dense_statistics import NOTHING
 from ranker.data.schema import CategoricalFeature, DenseFeature, Schema, Task
 from ranker.errors import UserError
-from ranker.export.checked_archive import load_program
+from ranker.export.checked_archive import load_program, load_weights
 from ranker.export.program import Served, to_program
 from ranker.models import SharedBottom
 
@@ -39,6 +39,30 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("sound") / "model.pt2"
     served = Served(SharedBottom(SCHEMA, hidden=[3]), schema=SCHEMA, statistics=NOTHING)
     torch.export.save(to_program(served), path)
+    return path
+
+
+class Odd(torch.nn.Module):
+    """Weights that are tied, strided, a part of a larger tensor, empty, of other types, and without dimensions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = torch.nn.Embedding(3000, 2)
+        self.first = self.second = torch.nn.Linear(2, 2)
+        self.register_buffer("turned", torch.rand(2, 3).double().t())
+        self.register_buffer("part", torch.arange(5)[2:4])
+        self.register_buffer("empty", torch.empty(0, 3))
+        self.register_buffer("one", torch.tensor(True))
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        extra = self.turned.sum() + self.part.sum() + self.empty.sum() + self.one
+        return self.second(self.first(self.table(ids))) + extra
+
+
+@pytest.fixture(scope="module")
+def odd(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("odd") / "model.pt2"
+    torch.export.save(torch.export.export(Odd(), (torch.tensor([1, 2]),)), path)
     return path
 
 
@@ -131,13 +155,62 @@ def test_a_program_of_our_own_loads(sound: Path) -> None:
     assert found["scores"].shape == (2, 1)
 
 
+def pickle_weights(members: dict[str, bytes]) -> None:
+    """The weights as torch 2.8 writes them."""
+    content, served = io.BytesIO(), members.pop("data/weights/model_weights_config.json")
+    state = {}
+    for name, payload in json.loads(served)["config"].items():
+        raw = members[f"data/weights/{payload['path_name']}"]
+        sizes = [number["as_int"] for number in payload["tensor_meta"]["sizes"]]
+        state[name] = torch.frombuffer(bytearray(raw), dtype=torch.float32).view(sizes)
+    torch.save(state, content)
+    members["data/weights/model.pt"] = content.getvalue()
+
+
+def as_it_was(members: dict[str, bytes]) -> None:
+    """No change, but in the new archive weights lie at odd places."""
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("made", "change"), [("odd", None), ("odd", as_it_was), ("sound", None), ("sound", pickle_weights)]
+)
+def test_weights_are_those_of_the_program(
+    request: pytest.FixtureRequest, tmp_path: Path, made: str, change: Callable[[dict[str, bytes]], None] | None
+) -> None:
+    path: Path = request.getfixturevalue(made)
+    expected = load_program(path).state_dict()
+
+    found = load_weights(path if change is None else rewritten(path, tmp_path / "x.pt2", change))
+
+    assert set(found) == set(expected)
+    for name, values in expected.items():
+        assert found[name].dtype == values.dtype
+        assert torch.equal(found[name], values), name
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").is_file(), reason="reads /proc")
+@pytest.mark.filterwarnings("ignore")
+def test_weights_stay_in_the_file(odd: Path) -> None:
+    found = load_weights(odd)
+
+    at = found["table.weight"].data_ptr()
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        low, high = (int(end, 16) for end in line.split()[0].split("-"))
+        if low <= at < high:
+            assert line.endswith(str(odd))
+            return
+    raise AssertionError("the weights are nowhere")
+
+
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", list(attacks(Path("x"))))
 def test_an_attack_that_torch_falls_for_is_refused(sound: Path, tmp_path: Path, name: str) -> None:
     hostile = rewritten(sound, tmp_path / "hostile.pt2", attacks(tmp_path / "owned")[name])
 
-    with pytest.raises(UserError, match=r"is refused: .*nothing of it was loaded"):
-        load_program(hostile)
+    for load in (load_program, load_weights):
+        with pytest.raises(UserError, match=r"is refused: .*nothing of it was loaded"):
+            load(hostile)
 
     assert not (tmp_path / "owned").exists()
     with contextlib.suppress(Exception):  # the payload has run before torch notices that something is wrong

@@ -12,6 +12,7 @@ import torch
 
 from daily_log import SCHEMA, SETTINGS, name_of, pass_everything, words_for, write_log
 from ranker.commands.daily_command import daily
+from ranker.commands.export_commands import export
 from ranker.daily.judge import Request, answer
 from ranker.export.release import Weights
 from ranker.runs.checkpoint_files import by_step
@@ -22,6 +23,7 @@ from support import TWO_RANKS, finished
 pytest.importorskip("torchrec", reason="make test-torchrec installs it and runs this")
 
 SHARDED = ("embeddings=torchrec", "embeddings.plan=row_wise")
+RESET = "warm_start.accumulators=reset"
 ALONE = ("embeddings=torchrec", "embeddings.plan=table_wise")
 Command = Callable[..., None]
 
@@ -101,6 +103,48 @@ def test_from_sharded_tables_to_local_ones(
 
     assert_close(run, second)
     assert finished(run).summary["warm_start"]["not_as_it_was"] == []
+
+
+@pytest.fixture(scope="module")
+def exported(ranks: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The model of the two processes."""
+    lenient = ("--min-auc=0", "--min-judged=0", "--max-auc-drop=1", "--max-relative-loss=99")
+    path = tmp_path_factory.mktemp("exported") / "export"
+    assert export([str(ranks), f"--out={path}", *lenient]) == 0
+    return path
+
+
+@pytest.fixture(scope="module")
+def anew(command_line: Command, log: Path, ranks: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Day 1 with local tables and new accumulators, after the run of two processes."""
+    return train(command_line, log, tmp_path_factory.mktemp("anew") / "run", 1, f"warm_start={ranks}", RESET)
+
+
+@pytest.mark.parametrize("words", [(), ALONE], ids=["local", "one process"])
+def test_from_an_export_of_sharded_tables(
+    command_line: Command, log: Path, exported: Path, anew: Path, tmp_path: Path, words: tuple[str, ...]
+) -> None:
+    run = train(command_line, log, tmp_path / "run", 1, *words, f"warm_start={exported}", RESET)
+
+    assert_close(run, anew)
+    said = finished(run).summary["warm_start"]
+    assert (said["kind"], said["not_as_it_was"]) == ("export", [])
+
+
+def test_from_an_export_to_two_processes(log: Path, exported: Path, anew: Path, tmp_path: Path) -> None:
+    words = (*SHARDED, *TWO_RANKS, f"warm_start={exported}", RESET)
+    run = train(trained, log, tmp_path / "run", 1, *words)
+
+    assert_close(run, anew)
+
+
+def test_an_export_has_no_accumulators_to_keep(
+    command_line: Command, log: Path, exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        train(command_line, log, tmp_path / "run", 1, *ALONE, f"warm_start={exported}")
+
+    assert "add warm_start.accumulators=reset" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("how", ["decay", pytest.param("reset", marks=pytest.mark.slow)])

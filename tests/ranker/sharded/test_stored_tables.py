@@ -149,6 +149,19 @@ def test_damaged_or_other_tables_are_refused(written: tuple[Path, dict[str, Whol
         stored_tables.of_sharded({SHARDED: {"tables": [["nobody", 1, 4]]}}, folder / "row_wise-adagrad")
 
 
-def test_an_export_is_refused() -> None:
-    with pytest.raises(UserError, match=r"an export has whole tables.*give the run folder or a checkpoint"):
-        TablesOfRun(made(), {"lr": 0.1}).kept_rows(SCHEMA, SCHEMA, None)
+def test_tables_among_the_weights_of_a_net_are_read_as_they_are() -> None:
+    net = {
+        "embeddings.tables.dim_8.weight": torch.rand(61 + 14 + 2, 8),
+        "embeddings.tables.dim_16.weight": torch.rand(32, 16),
+    }
+
+    found = stored_tables.of_weights(net, SCHEMA, Path("export"))
+
+    eight, places = net["embeddings.tables.dim_8.weight"], torch.tensor([13, 0, 7])
+    assert torch.equal(found["tags"].weight.read(places, 2, 3), eight[61:75][places, 2:5])
+    assert torch.equal(found["item"].weight.read(places, 0, 16), net["embeddings.tables.dim_16.weight"][places])
+    assert [table.accumulator for table in found.values()] == [None] * 4
+    with pytest.raises(
+        UserError, match=r"dim_8.weight of export has not the 77 rows of 8 columns that its schema says"
+    ):
+        stored_tables.of_weights({**net, "embeddings.tables.dim_8.weight": eight[1:]}, SCHEMA, Path("export"))

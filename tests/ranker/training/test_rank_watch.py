@@ -201,6 +201,39 @@ def test_a_process_that_ended_well_is_not_lost() -> None:
         watch.end()
 
 
+def test_a_process_that_ends_after_its_farewell_is_lost_only_to_who_waits_for_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A signal ends all ranks, each with its status, and one of them has files to write."""
+    monkeypatch.setattr(rank_watch, "GRACE_SECONDS", 5.0)
+    child = subprocess.Popen([sys.executable, "-c", "import sys; input(); sys.exit(143)"], stdin=subprocess.PIPE)
+    watch = RankWatch(0, timeout=600, children=[child])
+    watch.start()
+    try:
+        with said_by(1, watch) as connection:
+            connection.sendall(b"bye\n")
+            child.communicate(b"\n")
+            assert until_lost(watch, 2.5) is None
+        assert watch.wait() == "rank 1 ended with status 143"
+    finally:
+        watch.end()
+
+
+def test_the_first_rank_may_end_after_its_farewell(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rank_watch, "GRACE_SECONDS", 5.0)
+    watch = RankWatch(1, timeout=600, parent=2**22 + 1)  # no process has this number
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        watch.connect(server.getsockname(), token="t")
+        accepted, _ = server.accept()
+        with accepted:
+            accepted.sendall(b"bye\n")
+            watch.start()
+            try:
+                assert until_lost(watch, 2.5) is None
+            finally:
+                watch.end()
+
+
 def test_the_death_of_the_process_that_started_this_one_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rank_watch, "GRACE_SECONDS", 1e6)
     watch = RankWatch(1, timeout=600, parent=2**22 + 1)  # no process has this number
