@@ -135,7 +135,7 @@ def test_a_sweep_killed_while_a_group_trains_ends_as_if_it_had_not_been(
 
     process = train_process("-m", *TINY, *SHORT, f"hydra.sweep.dir={tmp_path / 'sweep'}", *words)
     going = [folders["clippy 0"], folders["clippy 3"]]
-    wait_for(lambda: all((x / "checkpoints" / "step=20.ckpt").is_file() for x in going), process, 400)
+    wait_for(lambda: all((x / "checkpoints" / "step=20.ckpt").is_file() for x in going), process)
     process.send_signal(signal.SIGKILL)
     process.communicate()
     ended = (folders["adagrad 7"] / "summary.json").stat().st_mtime_ns
