@@ -137,19 +137,21 @@ def test_population_stability_against_numbers_computed_by_hand(tmp_path: Path) -
     assert population_stability([day], low) == pytest.approx(float(((p - q) * np.log(p / q)).sum()))
 
 
-def test_stop_does_not_train_and_warn_does(
-    call: Callable[..., int],
-    jobs: Any,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+@pytest.fixture
+def no_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ends a day where its training would begin: whether it was begun is all that counts."""
     import ranker.daily.cycle as cycle
 
     def given_up(*_: Any, **__: Any) -> Any:
         raise cycle.JobFailedError("far enough", by_user=False)
 
-    monkeypatch.setattr(cycle, "attempt", given_up)  # whether the day was begun is all that counts
+    monkeypatch.setattr(cycle, "attempt", given_up)
+
+
+@pytest.mark.usefixtures("no_training")
+def test_stop_does_not_train_and_warn_does(
+    call: Callable[..., int], jobs: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     log = write_log(tmp_path / "log", 3)
     write_day(log, 3, lambda rows: rows.with_columns(pl.col("age") * 1000))
     write_day(log, 4)
@@ -168,18 +170,10 @@ def test_stop_does_not_train_and_warn_does(
     assert "drift:" not in capsys.readouterr().out
 
 
+@pytest.mark.usefixtures("no_training")
 def test_a_day_is_looked_at_again_by_another_schema(
-    call: Callable[..., int],
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+    call: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    import ranker.daily.cycle as cycle
-
-    def given_up(*_: Any, **__: Any) -> Any:
-        raise cycle.JobFailedError("far enough", by_user=False)
-
-    monkeypatch.setattr(cycle, "attempt", given_up)
     log = write_log(tmp_path / "log", 3)
     write_day(log, 3, lambda rows: rows.with_columns(pl.col("age") * 1000))
     write_day(log, 4)
