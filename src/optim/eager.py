@@ -203,6 +203,11 @@ class Eager:
         """Check all gradients."""
         return torch.stack([local.is_finite() for local in group.locals])
 
+    def apply_and_record(self, group: TensorGroup, ok: Tensor | None, rows: Sequence[Tensor]) -> bool:
+        """Return False: there is no faster way than that of `stats.py`."""
+        del group, ok, rows
+        return False
+
     def apply(self, group: TensorGroup, ok: Tensor | None, *, measure: bool) -> StepSize | None:
         """Take the step."""
         if _takes_fused(group):

@@ -15,6 +15,7 @@ from optim.eager import COMPILED, EAGER
 from optim.hyperparameters import SHARED, check_names
 from optim.local_params import LocalParam, lasting, make_local, named_params
 from optim.native.backend import NATIVE, is_available
+from optim.native.plan import Plan
 from optim.registry import Method, Update, get_info
 from optim.tensor_group import Backend, TensorGroup, all_finite, choose_sigma, make_groups
 
@@ -60,6 +61,8 @@ class SigmaOptimizer(torch.optim.Optimizer):
         TypeError: an unknown hyperparameter or a value of the wrong type. The message names the nearest.
         ValueError: an unknown method, a value out of range, no parameters.
     """
+
+    _plan: Plan | None = None  # not in __init__, which a copy or a loaded pickle does not run
 
     def __init__(self, params: Params, method: str, **hyperparameters: Any) -> None:
         shared = {}
@@ -143,21 +146,42 @@ class SigmaOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        groups = make_groups(self.gather(), self.backends)
+        groups = self._groups()
+        try:
+            self._step(groups)
+        finally:
+            if self._plan is not None:
+                self._plan.release()
+        return loss
+
+    def _step(self, groups: list[TensorGroup]) -> None:
         if not groups:
-            return loss
+            return
         for group in groups:
             choose_sigma(group)
         ok = self._check_finite(groups)
         for group in groups:
             go = ok.get(group.device)
-            if self.collect_stats:
-                reasons = stats.explain(group)  # before the step changes the weights that sigma was chosen for
-                size = group.backend.apply(group, go, measure=True)
-                stats.record(group, reasons, size, self.state, go)
-            else:
+            if not self.collect_stats:
                 group.backend.apply(group, go, measure=False)
-        return loss
+            elif not group.backend.apply_and_record(group, go, rows := stats.rows_of(group, self.state)):
+                reasons = stats.explain(group)  # before the step changes the weights that sigma was chosen for
+                stats.record(group, reasons, group.backend.apply(group, go, measure=True), rows, go)
+
+    def _groups(self) -> list[TensorGroup]:
+        """The groups of this step: those of the last one with the new gradients, where nothing else has changed."""
+        if torch.compiler.is_compiling():
+            return make_groups(self.gather(), self.backends)
+        treatment = [(id(group), self.defaults["backend"], *_treatment(group)) for group in self.param_groups]
+        params = [param for group in self.param_groups for param in group["params"]]
+        if self._plan is None or not self._plan.renew(treatment, params, self.state, self._again):
+            groups = make_groups(self.gather(), self.backends)
+            self._plan = Plan.of(groups, treatment, params, self.state)
+            return groups
+        return self._plan.groups
+
+    def _again(self, local: LocalParam) -> LocalParam:
+        return self._local(local.name, local.param, local.method, local.update, local.settings, keep_state=True)
 
     def gather(self, *, keep_state: bool = True, names: Collection[str] | None = None) -> list[LocalParam]:
         """Return every parameter with a gradient, in its local, dense form.
@@ -167,26 +191,29 @@ class SigmaOptimizer(torch.optim.Optimizer):
             names: Only parameters of these names; None for all.
         """
         gathered = []
-        treatment = {id(group): _treatment(group) for group in self.param_groups}
+        treatment = {id(group): _treatment(group)[:2] for group in self.param_groups}
         for group, name, param in named_params(self.param_groups):
-            if param.grad is None or (names is not None and name not in names):
-                continue
-            method, update = treatment[id(group)]
-            kept = self.state.get(param, {})
-            state = {key: value for key, value in kept.items() if key != stats.STATE_KEY}
-            if not state:
-                with lasting():
-                    state = update.init(param.detach(), group)
-                if keep_state:
-                    self.state[param].update(state)
-            for key, value in state.items():
-                # A count that a loader left on the CPU (ZeroRedundancyOptimizer does) would be copied at every step.
-                if not value.ndim and param.ndim and value.device != param.device:
-                    state[key] = value.to(param.device)
-                    if keep_state:
-                        kept[key] = state[key]
-            gathered.append(make_local(name, param, method, update, group, state))
+            if param.grad is not None and (names is None or name in names):
+                gathered.append(self._local(name, param, *treatment[id(group)], group, keep_state=keep_state))
         return gathered
+
+    def _local(
+        self, name: str, param: Tensor, method: Method, update: Update, group: dict[str, Any], *, keep_state: bool
+    ) -> LocalParam:
+        kept = self.state.get(param, {})
+        state = {key: value for key, value in kept.items() if key != stats.STATE_KEY}
+        if not state:
+            with lasting():
+                state = update.init(param.detach(), group)
+            if keep_state:
+                self.state[param].update(state)
+        for key, value in state.items():
+            # A count that a loader left on the CPU (ZeroRedundancyOptimizer does) would be copied at every step.
+            if not value.ndim and param.ndim and value.device != param.device:
+                state[key] = value.to(param.device)
+                if keep_state:
+                    kept[key] = state[key]
+        return make_local(name, param, method, update, group, state)
 
     def _check_finite(self, groups: list[TensorGroup]) -> dict[torch.device, Tensor]:
         """Return for every device whether to take the step; empty where nothing is checked."""
@@ -255,9 +282,11 @@ class SigmaOptimizer(torch.optim.Optimizer):
             handle.remove()
 
 
-def _treatment(group: dict[str, Any]) -> tuple[Method, Update]:
+def _treatment(group: dict[str, Any]) -> tuple[Method, Update, bool, bool]:
+    """How the settings of a group have its tensors treated: method, update, whether by unit, what G is fed."""
     method = get_info(group["method"])
-    return method, method.update if method.update_for is None else method.update_for(group)
+    update = method.update if method.update_for is None else method.update_for(group)
+    return method, update, method.per_unit(group), method.feeds_clipped(group)
 
 
 def _named(params: Any, names: list[str] | None, start: int) -> list[tuple[str, Tensor]]:

@@ -152,7 +152,7 @@ def record(
     group: TensorGroup,
     reasons: Reasons,
     size: StepSize | None,
-    state: Mapping[Tensor, dict[str, Any]],
+    rows: list[Tensor],
     ok: Tensor | None,
 ) -> None:
     """Update the rows of a group. A skipped step leaves them as they are.
@@ -161,11 +161,10 @@ def record(
         group: The step it has just taken.
         reasons: What `explain` returned before it.
         size: What the backend measured.
-        state: The optimizer's state, which holds the rows.
+        rows: Those of `rows_of`.
         ok: Whether the step was taken; None when it always is.
     """
     assert size is not None, "the backend was asked to measure"
-    rows = [_row(local, state[local.param]) for local in group.locals]
     before = torch.stack(rows)
     row = dict(zip(FIELDS, before.unbind(dim=1), strict=True))
     sigma, ranks = reasons.sigma, group.process_groups
@@ -197,6 +196,11 @@ def _summed(row: Mapping[str, Tensor], sigma: Tensor, lr: float | Tensor) -> dic
         return new if lr else {field: row[field] for field in new}
     counts = torch.zeros_like(sigma) + lr != 0
     return {field: torch.where(counts, value, row[field]) for field, value in new.items()}
+
+
+def rows_of(group: TensorGroup, state: Mapping[Tensor, dict[str, Any]]) -> list[Tensor]:
+    """Return the rows of a group's parameters, which are in the optimizer's state."""
+    return [_row(local, state[local.param]) for local in group.locals]
 
 
 def _row(local: LocalParam, state: dict[str, Any]) -> Tensor:

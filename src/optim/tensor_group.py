@@ -64,6 +64,13 @@ class Backend(Protocol):
         """
         ...
 
+    def apply_and_record(self, group: TensorGroup, ok: Tensor | None, rows: Sequence[Tensor]) -> bool:
+        """Take the step and update the rows of `clip_stats`, as `stats.explain` and `stats.record` do around `apply`.
+
+        Return False, with nothing done, where this backend has no faster way for it.
+        """
+        ...
+
 
 @dataclass(slots=True)
 class TensorGroup:
@@ -76,12 +83,14 @@ class TensorGroup:
         backend: What steps them.
         sigma: [N], or shaped to broadcast over the single tensor by unit; None where it is 1 for certain.
         scratch: What the backend keeps between `reduce` and `apply`.
+        prepared: What the backend keeps between steps of the same tensors.
     """
 
     locals: list[LocalParam]
     backend: Backend
     sigma: Tensor | None = None
     scratch: Any = None
+    prepared: Any = None
 
     @property
     def method(self) -> Method:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import ctypes
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass, field
+from operator import is_not
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +17,7 @@ from optim.local_params import CHUNK, LocalParam, Piece, coupled_decay, decays_u
 from optim.native.library import load
 from optim.native.structs import SettingsStruct, TensorStruct
 from optim.registry import Method, Reduction
+from optim.stats import FIELDS
 from optim.tensor_group import Limiting, StepSize, TensorGroup, largest_term
 from optim.torch_private import is_plain
 from optim.updates import Adagrad, Adam
@@ -25,13 +28,14 @@ COLUMNS = (*REDUCTIONS, "index", "weight", "grad", "total", "moment")
 """Then, for the largest overshoot: its flat index, and w, g (sign and decay included), G (of Adam v) and m there."""
 OVERSHOOT = COLUMNS.index("overshoot")
 NO_BOUND = (0.0, 0.0, 0.0)
+_ROW = torch.Size([len(FIELDS)])
 
 
 class _Scratch(NamedTuple):
-    """Of one step of a group: its tensors as the C code sees them, and what the first pass made of each."""
+    """Of one step of a group: what the C code is given, and what the first pass made of each tensor."""
 
-    tensors: ctypes.Array[TensorStruct]
-    columns: Tensor | None
+    settings: SettingsStruct
+    columns: Tensor
 
 
 def is_available() -> bool:
@@ -61,13 +65,13 @@ class Native:
 
     def reduce(self, group: TensorGroup, reductions: Sequence[Reduction]) -> dict[str, Tensor]:
         """Reduce the local parts, in float64."""
-        tensors = _tensors(group)
-        chunks = sum(-(-tensor.size // CHUNK) for tensor in tensors)
-        parts, columns = _buffer(chunks, len(COLUMNS)), _buffer(len(tensors), len(COLUMNS))
+        prepared, settings = prepare(group), _settings(group, reductions)
+        parts = _buffer(prepared.all_chunks, len(COLUMNS))
+        columns = _buffer(len(group.locals), len(COLUMNS))
         # An overshoot of at most 1 / lr does not clip, so the search for the largest one starts there.
-        lr = _lr(group) if any(reduction.kernel == "overshoot" for reduction in reductions) else None
-        _call("optim_reduce", tensors, _settings(group, reductions), lr, parts, columns)
-        group.scratch = _Scratch(tensors, columns)
+        lr = _lr(group) if settings.overshoot else None
+        _call("optim_reduce", prepared, settings, lr, parts, columns)
+        group.scratch = _Scratch(settings, columns)
         found = {reduction: columns[:, COLUMNS.index(reduction.kernel or "")] for reduction in reductions}
         return {
             reduction.name: column.sqrt() if reduction.combine == "norm" else column
@@ -93,23 +97,30 @@ class Native:
     def finite(self, group: TensorGroup) -> Tensor:
         """Check all gradients."""
         finite = torch.empty(len(group.locals), dtype=torch.bool, device="cpu")
-        _call("optim_finite", _tensors(group), _settings(group, ()), finite)
+        _call("optim_finite", prepare(group), _settings(group, ()), finite)
         return finite
 
     def apply(self, group: TensorGroup, ok: Tensor | None, *, measure: bool) -> StepSize | None:
         """Take the step."""
-        tensors = group.scratch.tensors if group.scratch else _tensors(group)
-        parts, out = None, None
-        if measure:
-            chunks = max(-(-tensor.size // CHUNK) for tensor in tensors)
-            parts, out = _buffer(chunks, 2), _buffer(len(tensors), 2)
-        sigma = None if group.sigma is None else group.sigma.double().contiguous()
-        _call("optim_step", tensors, _settings(group, ()), sigma, _lr(group), ok, parts, out)
-        # Autograd must know that these were written to, as after any in-place operation.
-        torch.autograd.graph.increment_version([local.weight for local in group.locals])
-        for local in group.locals:
-            local.write_back()
-        return None if out is None else StepSize(largest=out[:, 1], norm=out[:, 0].sqrt())
+        sizes = _buffer(len(group.locals), 2) if measure else None
+        _step(group, ok, sizes)
+        return None if sizes is None else StepSize(largest=sizes[:, 1], norm=sizes[:, 0].sqrt())
+
+    def apply_and_record(self, group: TensorGroup, ok: Tensor | None, rows: Sequence[Tensor]) -> bool:
+        """Take the step and update the rows, in C. Shards, and limits that C does not know, take the other way."""
+        limiting, prepared = group.method.limiting, prepare(group)
+        if not prepared.whole or not (limiting is None or limiting.kernel == "overshoot"):
+            return False
+        if len(prepared.rows) != len(rows) or any(map(is_not, prepared.rows, rows)):
+            if not all(_holds_a_row(row) for row in rows):
+                return False
+            prepared.rows = list(rows)
+            prepared.row_pointers = (ctypes.c_void_p * len(rows))(*[row.data_ptr() for row in rows])
+        sizes = _buffer(len(rows), 2)
+        settings, sigma = _step(group, ok, sizes)
+        columns = None if limiting is None or group.scratch is None else group.scratch.columns
+        _call("optim_record", prepared, settings, sigma, _lr(group), ok, columns, sizes, prepared.row_pointers)
+        return True
 
 
 NATIVE = Native()
@@ -129,42 +140,103 @@ def _takes_adam(local: LocalParam) -> bool:
 
 
 def _have_memory(weight: Tensor, *others: Tensor) -> bool:
-    """Whether C may walk the memory of tensors: no subclass, no wrapper, no lazy negation; on the CPU, contiguous."""
-    for tensor in (weight, *others):
-        if not (
-            is_plain(tensor)
-            and tensor.is_cpu
-            and tensor.dtype == weight.dtype
-            and tensor.layout is torch.strided
-            and tensor.shape == weight.shape
-            and tensor.is_contiguous()
-            and not tensor.is_neg()
-            and (tensor.data_ptr() or not tensor.numel())  # memory that FSDP1 has freed for a while
-        ):
-            return False
-    return True
+    """Whether C may walk the memory of all tensors together: of one dtype and shape."""
+    dtype, shape = weight.dtype, weight.shape
+    return has_plain_memory(weight) and all(
+        has_plain_memory(tensor) and tensor.dtype is dtype and tensor.shape == shape for tensor in others
+    )
+
+
+def has_plain_memory(tensor: Tensor) -> bool:
+    """Whether C may walk the memory of a tensor: no subclass, no wrapper, no lazy negation; on the CPU, contiguous."""
+    return (
+        is_plain(tensor)
+        and tensor.is_cpu
+        and tensor.layout is torch.strided
+        and tensor.is_contiguous()
+        and not tensor.is_neg()
+        and bool(tensor.data_ptr() or not tensor.numel())  # memory that FSDP1 has freed for a while
+    )
 
 
 def _buffer(rows: int, columns: int) -> Tensor:
     return torch.empty(max(1, rows), columns, dtype=torch.float64, device="cpu")
 
 
-def _tensors(group: TensorGroup) -> ctypes.Array[TensorStruct]:
-    tensors = []
+@dataclass(slots=True)
+class Prepared:
+    """The tensors of a group as the C code sees them.
+
+    Attributes:
+        tensors: The structures.
+        all_chunks: Number of chunks of all tensors.
+        most_chunks: Number of chunks of the largest.
+        whole: Whether no tensor is a shard of a parameter.
+        rows: The rows of `clip_stats` of the last step.
+        row_pointers: Where they are.
+    """
+
+    tensors: ctypes.Array[TensorStruct]
+    all_chunks: int
+    most_chunks: int
+    whole: bool
+    rows: list[Tensor] = field(default_factory=list)
+    row_pointers: ctypes.Array[ctypes.c_void_p] | None = None
+
+
+def prepare(group: TensorGroup) -> Prepared:
+    """Return the tensors of a group for the C code, which may be those of the last step. See `Plan`."""
+    if group.prepared is None:
+        tensors = (TensorStruct * len(group.locals))(*map(_struct, group.locals))
+        chunks = [-(-tensor.size // CHUNK) for tensor in tensors]
+        group.prepared = Prepared(tensors, sum(chunks), max(chunks), not group.process_groups)
+    prepared: Prepared = group.prepared
+    return prepared
+
+
+def replace_tensor(group: TensorGroup, place: int) -> None:
+    """Describe a tensor of a group to the C code again."""
+    prepared = prepare(group)
+    struct = _struct(group.locals[place])
+    chunks = -(-struct.size // CHUNK)
+    prepared.all_chunks += chunks - -(-prepared.tensors[place].size // CHUNK)
+    prepared.most_chunks = max(prepared.most_chunks, chunks)  # for a buffer, which may be too large
+    prepared.tensors[place] = struct
+
+
+def _struct(local: LocalParam) -> TensorStruct:
+    """Return one tensor as the C code sees it."""
+    total, moment = _state(local)
+    return TensorStruct(
+        local.weight.data_ptr(),
+        local.grad.data_ptr(),
+        total.data_ptr(),
+        None if moment is None else moment.data_ptr(),
+        None if moment is None else local.state["step"].data_ptr(),
+        None if local.rows is None else local.rows.data_ptr(),
+        local.weight.shape[1:].numel(),
+        local.weight.numel(),
+        local.weight.dtype == torch.float64,
+    )
+
+
+def _step(group: TensorGroup, ok: Tensor | None, sizes: Tensor | None) -> tuple[SettingsStruct, Tensor | None]:
+    """Take the step of a group, and fill `sizes` [N, 2] with how far each tensor moved. Return settings and sigma."""
+    prepared = prepare(group)
+    settings = group.scratch.settings if group.scratch else _settings(group, ())
+    parts = None if sizes is None else _buffer(prepared.most_chunks, 2)
+    sigma = None if group.sigma is None else group.sigma.double().contiguous()
+    _call("optim_step", prepared, settings, sigma, _lr(group), ok, parts, sizes)
+    # Autograd must know that these were written to, as after any in-place operation.
+    torch.autograd.graph.increment_version([local.weight for local in group.locals])
     for local in group.locals:
-        total, moment = _state(local)
-        tensors.append(
-            TensorStruct(
-                local.weight.data_ptr(),
-                local.grad.data_ptr(),
-                total.data_ptr(),
-                None if moment is None else moment.data_ptr(),
-                None if moment is None else local.state["step"].data_ptr(),
-                local.weight.numel(),
-                local.weight.dtype == torch.float64,
-            )
-        )
-    return (TensorStruct * len(tensors))(*tensors)
+        if local.rows is not None:
+            local.write_back()
+    return settings, sigma
+
+
+def _holds_a_row(row: Tensor) -> bool:
+    return is_plain(row) and row.is_cpu and row.dtype == torch.float64 and row.shape == _ROW and row.is_contiguous()
 
 
 def _settings(group: TensorGroup, reductions: Sequence[Reduction]) -> SettingsStruct:
@@ -197,16 +269,14 @@ def _settings(group: TensorGroup, reductions: Sequence[Reduction]) -> SettingsSt
     )
 
 
-def _call(
-    name: str,
-    tensors: ctypes.Array[TensorStruct],
-    settings: SettingsStruct,
-    *arguments: Tensor | ctypes.c_double | None,
-) -> None:
+_Argument = Tensor | ctypes.c_double | ctypes.Array[ctypes.c_void_p] | None
+
+
+def _call(name: str, prepared: Prepared, settings: SettingsStruct, *arguments: _Argument) -> None:
     library = load()
     assert library is not None, "takes() checked that the kernels are there"
-    count, threads = ctypes.c_int64(len(tensors)), ctypes.c_int64(_threads())
-    getattr(library, name)(tensors, count, ctypes.byref(settings), *map(_pointer, arguments), threads)
+    count, threads = ctypes.c_int64(len(prepared.tensors)), ctypes.c_int64(_threads())
+    getattr(library, name)(prepared.tensors, count, ctypes.byref(settings), *map(_pointer, arguments), threads)
 
 
 class _Team:
@@ -239,7 +309,7 @@ def _lr(group: TensorGroup) -> Tensor | ctypes.c_double:
     return lr.to(device="cpu", dtype=torch.float64) if isinstance(lr, Tensor) else ctypes.c_double(lr)
 
 
-def _pointer(given: Tensor | ctypes.c_double | None) -> Any:
+def _pointer(given: _Argument) -> Any:
     if isinstance(given, Tensor):
         return ctypes.c_void_p(given.data_ptr())
     return None if given is None else ctypes.byref(given)

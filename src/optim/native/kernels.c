@@ -15,6 +15,8 @@ typedef struct {
     void *total;       /* the accumulator G; of Adam v */
     void *moment;      /* m of Adam; null for Adagrad */
     float *count;      /* Adam's steps before this one */
+    const int64_t *rows; /* which rows of a table these are; null for a whole tensor */
+    int64_t width;       /* of a row */
     int64_t size;      /* coordinates */
     int64_t is_double; /* float otherwise */
 } Tensor;
@@ -36,6 +38,10 @@ typedef struct {
 
 enum { GRAD_SQ, WEIGHT_SQ, UPDATE_SQ, UPDATE_MAX, OVERSHOOT, INDEX, WEIGHT, GRAD, TOTAL, MOMENT, COLUMNS };
 enum { MOVED_SQ, MOVED_MAX, SIZES }; /* of the step taken, lr and sigma included */
+/* The row of a tensor, as FIELDS of stats.py has it. */
+enum { SIGMA, SIGMA_MIN, SIGMA_MEAN, STEPS, CLIPPED, STEP_MAX, STEP_NORM, COORDINATE, TERM, STILL, FIELDS };
+enum { RELATIVE, ABSOLUTE, ACCUMULATOR }; /* TERMS of registry.py */
+#define DECAY 0.99                        /* of stats.py */
 /* A float chunk of w, g and G fits a 1 MiB cache. */
 enum { CHUNK = 1 << 16, BLOCK = 512, LANES = 32, WAYS = 4 };
 
@@ -70,7 +76,7 @@ enum { CHUNK = 1 << 16, BLOCK = 512, LANES = 32, WAYS = 4 };
 #include "adam.h"
 
 /* Compared with structs.py before anything else is called. */
-int optim_layout(void) { return sizeof(Tensor) * 10000 + sizeof(Settings); }
+int optim_layout(void) { return (sizeof(Tensor) * 10000 + sizeof(Settings)) * 100 + FIELDS; }
 
 static int64_t chunks(const Tensor *t) { return (t->size + CHUNK - 1) / CHUNK; }
 
@@ -189,5 +195,47 @@ void optim_step(const Tensor *tensors, int64_t count, const Settings *s, const d
             size[MOVED_SQ] += parts[c * SIZES + MOVED_SQ];
             size[MOVED_MAX] = larger(size[MOVED_MAX], parts[c * SIZES + MOVED_MAX]);
         }
+    }
+}
+
+/* The largest term of the bound at the coordinate that limits sigma. Of equal ones the first. */
+static int largest_term(const double *at, const Settings *s) {
+    const double relative = s->bound_rel * fabs(at[WEIGHT]);
+    const int term = s->bound_abs > relative ? ABSOLUTE : RELATIVE;
+    if (!s->bound_acc) return term;
+    const double scale = 1 / root_double(at[TOTAL], at[GRAD], s->eps, s->delayed, s->inside);
+    return s->bound_acc * scale > (term ? s->bound_abs : relative) ? ACCUMULATOR : term;
+}
+
+/* The flat index in the whole parameter. */
+static double place_of(const Tensor *tensor, int64_t index) {
+    if (!tensor->rows) return index;
+    return tensor->rows[index / tensor->width] * tensor->width + index % tensor->width;
+}
+
+/* After a step, writes the row of each tensor as `explain` and `record` of stats.py do, with the same rounding. columns:
+ * of optim_reduce, or null where no coordinate limits sigma; sizes: of optim_step; the rest as there. */
+void optim_record(const Tensor *tensors, int64_t count, const Settings *s, const double *sigma, const double *lr,
+                  const uint8_t *ok, const double *columns, const double *sizes, double *const *rows, int64_t threads) {
+    (void)threads;
+    if (ok && !*ok) return;
+    for (int64_t t = 0; t < count; t++) {
+        double *row = rows[t];
+        const double *at = columns + t * COLUMNS, *size = sizes + t * SIZES, factor = sigma ? sigma[t] : 1;
+        const int limited = columns && factor < 1 && at[OVERSHOOT] == at[OVERSHOOT];
+        row[SIGMA] = factor;
+        if (*lr != 0) {
+            /* Not fused into one rounding, which torch does not do either. */
+            const volatile double kept = row[SIGMA_MEAN] * DECAY, added = factor * (1 - DECAY);
+            row[SIGMA_MEAN] = kept + added;
+            if (factor != factor || factor < row[SIGMA_MIN]) row[SIGMA_MIN] = factor;
+            row[STEPS] += 1;
+            row[CLIPPED] += factor < 1;
+        }
+        row[STEP_MAX] = size[MOVED_MAX];
+        row[STEP_NORM] = sqrt(size[MOVED_SQ]);
+        row[COORDINATE] = limited ? place_of(&tensors[t], at[INDEX]) : -1;
+        row[TERM] = limited ? largest_term(at, s) : -1;
+        row[STILL] = limited ? at[WEIGHT] == 0 : -1;
     }
 }

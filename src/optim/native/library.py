@@ -27,7 +27,7 @@ _FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-sha
 # Apple's compiler has no -fopenmp, others no -march=native. The variants without them are slower, not different.
 _VARIANTS = ((*_FLAGS, "-fopenmp"), _FLAGS, tuple(flag for flag in _FLAGS if flag != "-march=native"))
 
-FUNCTIONS = ("optim_layout", "optim_reduce", "optim_finite", "optim_step")
+FUNCTIONS = ("optim_layout", "optim_reduce", "optim_finite", "optim_step", "optim_record")
 _WITHOUT = "all methods run in plain torch, several times slower"
 
 

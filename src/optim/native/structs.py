@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ctypes
 
+from optim.stats import FIELDS
+
 
 class TensorStruct(ctypes.Structure):
     """`Tensor` of kernels.c: one tensor with its gradient and state."""
@@ -14,6 +16,8 @@ class TensorStruct(ctypes.Structure):
         ("total", ctypes.c_void_p),
         ("moment", ctypes.c_void_p),
         ("count", ctypes.c_void_p),
+        ("rows", ctypes.c_void_p),
+        ("width", ctypes.c_int64),
         ("size", ctypes.c_int64),
         ("is_double", ctypes.c_int64),
     )
@@ -30,5 +34,5 @@ class SettingsStruct(ctypes.Structure):
     )
 
 
-LAYOUT = ctypes.sizeof(TensorStruct) * 10_000 + ctypes.sizeof(SettingsStruct)
+LAYOUT = (ctypes.sizeof(TensorStruct) * 10_000 + ctypes.sizeof(SettingsStruct)) * 100 + len(FIELDS)
 """What `optim_layout` returns. A library of another version of the sources would read beyond these structures."""
