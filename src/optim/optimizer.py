@@ -150,7 +150,7 @@ class SigmaOptimizer(torch.optim.Optimizer):
         try:
             self._step(groups)
         finally:
-            if self._plan is not None:
+            if self._plan is not None and not torch.compiler.is_compiling():
                 self._plan.release()
         return loss
 
@@ -164,7 +164,9 @@ class SigmaOptimizer(torch.optim.Optimizer):
             go = ok.get(group.device)
             if not self.collect_stats:
                 group.backend.apply(group, go, measure=False)
-            elif not group.backend.apply_and_record(group, go, rows := stats.rows_of(group, self.state)):
+                continue
+            rows = stats.rows_of(group, self.state)
+            if not group.backend.apply_and_record(group, go, rows):
                 reasons = stats.explain(group)  # before the step changes the weights that sigma was chosen for
                 stats.record(group, reasons, group.backend.apply(group, go, measure=True), rows, go)
 
