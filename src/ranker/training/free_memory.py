@@ -35,6 +35,6 @@ class FreeMemory:
 def _trim() -> Callable[[int], int] | None:
     """``malloc_trim`` of glibc; None with another C library."""
     try:
-        return ctypes.CDLL(None).malloc_trim  # type: ignore[no-any-return]
+        return ctypes.CDLL(None).malloc_trim
     except (OSError, AttributeError, TypeError):  # TypeError: on Windows there is no library of this name
         return None
