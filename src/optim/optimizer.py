@@ -146,12 +146,11 @@ class SigmaOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        groups = self._groups()
-        try:
-            self._step(groups)
-        finally:
-            if self._plan is not None and not torch.compiler.is_compiling():
-                self._plan.release()
+        groups, plan = self._groups()
+        self._step(groups)
+        if plan is not None:
+            plan.release()
+            self._plan = plan
         return loss
 
     def _step(self, groups: list[TensorGroup]) -> None:
@@ -170,17 +169,18 @@ class SigmaOptimizer(torch.optim.Optimizer):
                 reasons = stats.explain(group)  # before the step changes the weights that sigma was chosen for
                 stats.record(group, reasons, group.backend.apply(group, go, measure=True), rows, go)
 
-    def _groups(self) -> list[TensorGroup]:
-        """The groups of this step: those of the last one with the new gradients, where nothing else has changed."""
+    def _groups(self) -> tuple[list[TensorGroup], Plan | None]:
+        """The groups of this step, those of the last one where only gradients are new, and the plan that has them."""
         if torch.compiler.is_compiling():
-            return make_groups(self.gather(), self.backends)
-        treatment = [(id(group), self.defaults["backend"], *_treatment(group)) for group in self.param_groups]
+            return make_groups(self.gather(), self.backends), None
+        # Taken out at once: another thread must not step the same groups, nor a step go on from one that raised.
+        plan: Plan | None = self.__dict__.pop("_plan", None)
+        treatment = [(id(group), self.defaults["backend"], *_sorting(group)) for group in self.param_groups]
         params = [param for group in self.param_groups for param in group["params"]]
-        if self._plan is None or not self._plan.renew(treatment, params, self.state, self._again):
-            groups = make_groups(self.gather(), self.backends)
-            self._plan = Plan.of(groups, treatment, params, self.state)
-            return groups
-        return self._plan.groups
+        if plan is not None and plan.renew(treatment, params, self.state, self._again):
+            return plan.groups, plan
+        groups = make_groups(self.gather(), self.backends)
+        return groups, Plan.of(groups, treatment, params, self.state)
 
     def _again(self, local: LocalParam) -> LocalParam:
         return self._local(local.name, local.param, local.method, local.update, local.settings, keep_state=True)
@@ -193,7 +193,7 @@ class SigmaOptimizer(torch.optim.Optimizer):
             names: Only parameters of these names; None for all.
         """
         gathered = []
-        treatment = {id(group): _treatment(group)[:2] for group in self.param_groups}
+        treatment = {id(group): _treatment(group) for group in self.param_groups}
         for group, name, param in named_params(self.param_groups):
             if param.grad is not None and (names is None or name in names):
                 gathered.append(self._local(name, param, *treatment[id(group)], group, keep_state=keep_state))
@@ -284,11 +284,16 @@ class SigmaOptimizer(torch.optim.Optimizer):
             handle.remove()
 
 
-def _treatment(group: dict[str, Any]) -> tuple[Method, Update, bool, bool]:
-    """How the settings of a group have its tensors treated: method, update, whether by unit, what G is fed."""
+def _treatment(group: dict[str, Any]) -> tuple[Method, Update]:
     method = get_info(group["method"])
-    update = method.update if method.update_for is None else method.update_for(group)
-    return method, update, method.per_unit(group), method.feeds_clipped(group)
+    return method, method.update if method.update_for is None else method.update_for(group)
+
+
+def _sorting(group: dict[str, Any]) -> tuple[Any, ...]:
+    """All of a parameter group, beside its tensors, that decides how these are named, sorted and by what stepped."""
+    method, update = _treatment(group)
+    names = tuple(group.get("param_names") or ())
+    return method, update, method.per_unit(group), method.feeds_clipped(group), names, len(group["params"])
 
 
 def _named(params: Any, names: list[str] | None, start: int) -> list[tuple[str, Tensor]]:

@@ -11,10 +11,12 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 import optim
 from optim.native import plan
 from optim.native.backend import NATIVE
+from optim.stats import FIELDS
 
 pytestmark = pytest.mark.skipif(not optim.native.backend.is_available(), reason="no C compiler")
 
@@ -72,6 +74,31 @@ def _other_strides(scene: Scene) -> None:
     """The same memory and shape."""
     weight = scene.params[0]
     weight.data = weight.data.view(5, 6).t() if weight.is_contiguous() else weight.data.t().view(6, 5)
+
+
+def _other_strides_of_state(scene: Scene) -> None:
+    """The same memory and shape, too."""
+    state = scene.optimizer.state[scene.params[0]]["sum"]
+    state.data = state.as_strided((6, 5), (1, 6))
+
+
+def _all_state_moves(scene: Scene) -> None:
+    """As Hogwild has it, and loops that bring an optimizer to another device: rows of `clip_stats`, too."""
+    for state in scene.optimizer.state.values():
+        for tensor in state.values():
+            tensor.data = tensor.data.clone() if tensor.is_shared() else tensor.share_memory_()
+
+
+def _subclass(scene: Scene) -> None:
+    """In the same memory."""
+    param = scene.params[0]
+    grad, param.grad = param.grad, None
+    torch.utils.swap_tensors(param, nn.Parameter(param.detach().as_subclass(_Subclass)))
+    param.grad = grad
+
+
+class _Subclass(torch.Tensor):
+    pass
 
 
 def _double(scene: Scene) -> None:
@@ -157,10 +184,20 @@ def _group_added(scene: Scene) -> None:
         late.grad = torch.ones(3)
 
 
+def _moved_to_another_group(scene: Scene) -> None:
+    _group_added(scene)
+    first, second = scene.optimizer.param_groups
+    second["lr"] = 0.01
+    second["params"].insert(0, first["params"].pop())
+
+
 CHANGES = [
     _nothing,
     _new_memory,
     _other_strides,
+    _other_strides_of_state,
+    _all_state_moves,
+    _subclass,
     _double,
     _no_gradient,
     _loaded,
@@ -179,6 +216,7 @@ CHANGES = [
     _sparse,
     _not_finite,
     _group_added,
+    _moved_to_another_group,
 ]
 
 
@@ -236,16 +274,85 @@ def test_a_size_that_no_longer_fits_is_refused_as_without_a_plan() -> None:
         scene.optimizer.step()
 
 
-def test_gradients_are_not_kept_after_the_step() -> None:
+def test_a_parameter_that_comes_twice_is_stepped_twice() -> None:
+    scene, other = Scene(), Scene(plans=False)
+    for each in (scene, other):
+        each.optimizer.param_groups[0]["params"].append(each.params[0])
+        for _ in range(4):
+            each.gradients()
+            each.step()
+    for one, two in zip(scene.outcome(), other.outcome(), strict=True):
+        torch.testing.assert_close(one, two, rtol=0, atol=0)
+    assert not any(scene.renewed), "a plan knows one place of a parameter"
+
+
+def test_messages_have_the_names_of_the_moment() -> None:
+    scene = Scene(on_nonfinite="raise")
+    for name in ("p1", "bias"):
+        scene.optimizer.param_groups[0]["param_names"][1] = name
+        scene.gradients()
+        scene.step()
+    scene.params[1].grad.fill_(torch.nan)  # type: ignore[union-attr]
+    with pytest.raises(FloatingPointError, match="gradient of bias is"):
+        scene.optimizer.step()
+
+
+def test_a_step_in_the_middle_of_another_has_its_own_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a step in another thread does, which C runs beside it."""
+    outcomes = []
+    for plans in (True, False):
+        scene = Scene(plans=plans)
+        for _ in range(2):
+            scene.gradients()
+            scene.step()
+        scene.gradients()
+        check = scene.optimizer._check_finite
+
+        def inner(groups: Any, scene: Scene = scene, check: Callable[..., Any] = check) -> Any:
+            monkeypatch.setattr(scene.optimizer, "_check_finite", check)
+            scene.gradients()
+            scene.step()
+            return check(groups)
+
+        monkeypatch.setattr(scene.optimizer, "_check_finite", inner)
+        scene.step()
+        outcomes.append(scene.outcome())
+    for one, two in zip(*outcomes, strict=True):
+        torch.testing.assert_close(one, two, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_nothing_is_kept_from_one_step_to_the_next(fails: bool) -> None:
+    """Gradients, and weights and state that are replaced, such as the touched rows of stacked tables."""
     scene = Scene()
     for _ in range(3):
         scene.gradients()
         scene.step()
+    scene.gradients()
+    if fails:
+        scene.optimizer.state[scene.params[2]]["sum"].resize_(39, 4)
+        with pytest.raises(ValueError, match="p2: state 'sum'"):
+            scene.optimizer.step()
     held = [weakref.ref(param.grad) for param in scene.params]
+    held += [weakref.ref(value) for param in scene.params for value in scene.optimizer.state.pop(param).values()]
+    storages = [StorageWeakRef(param.untyped_storage()) for param in scene.params]
     for param in scene.params:
-        param.grad = None
+        param.grad, param.data = None, torch.zeros_like(param)
     gc.collect()
-    assert [ref() for ref in held] == [None] * len(held)
+    small = torch.Size([len(FIELDS)])
+    assert [ref for ref in held if (value := ref()) is not None and value.shape != small] == []
+    assert all(storage.expired() for storage in storages)
+
+
+def test_copies_of_touched_rows_are_not_kept_after_the_step() -> None:
+    scene = Scene()
+    scene.sparse = True
+    for _ in range(3):
+        scene.gradients()
+        scene.step()
+    gc.collect()
+    tensors = [value for value in gc.get_objects() if type(value) is torch.Tensor]
+    assert [tensor for tensor in tensors if tensor.shape[1:] == SHAPES[2][1:] and len(tensor) < SHAPES[2][0]] == []
 
 
 def test_a_copy_does_not_share_the_plan() -> None:
@@ -302,7 +409,7 @@ def test_c_writes_the_statistics_that_python_writes(
 
 def test_the_plan_is_what_makes_steps_equal_here(monkeypatch: pytest.MonkeyPatch) -> None:
     """The comparison above would not see a plan that takes over an old gradient, unless it fails where one does."""
-    monkeypatch.setattr(plan._Entry, "renew", lambda self, kept: kept is self.kept)
+    monkeypatch.setattr(plan._Entry, "renew", lambda self, grad, kept: bool(kept))
     scene, other = Scene(), Scene(plans=False)
     for each in (scene, other):
         for _ in range(3):

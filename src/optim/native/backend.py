@@ -6,8 +6,7 @@ import ctypes
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from operator import is_not
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,13 +28,6 @@ COLUMNS = (*REDUCTIONS, "index", "weight", "grad", "total", "moment")
 OVERSHOOT = COLUMNS.index("overshoot")
 NO_BOUND = (0.0, 0.0, 0.0)
 _ROW = torch.Size([len(FIELDS)])
-
-
-class _Scratch(NamedTuple):
-    """Of one step of a group: what the C code is given, and what the first pass made of each tensor."""
-
-    settings: SettingsStruct
-    columns: Tensor
 
 
 def is_available() -> bool:
@@ -66,13 +58,11 @@ class Native:
     def reduce(self, group: TensorGroup, reductions: Sequence[Reduction]) -> dict[str, Tensor]:
         """Reduce the local parts, in float64."""
         prepared, settings = prepare(group), _settings(group, reductions)
-        parts = _buffer(prepared.all_chunks, len(COLUMNS))
-        columns = _buffer(len(group.locals), len(COLUMNS))
         # An overshoot of at most 1 / lr does not clip, so the search for the largest one starts there.
         lr = _lr(group) if settings.overshoot else None
-        _call("optim_reduce", prepared, settings, lr, parts, columns)
-        group.scratch = _Scratch(settings, columns)
-        found = {reduction: columns[:, COLUMNS.index(reduction.kernel or "")] for reduction in reductions}
+        _call("optim_reduce", prepared, settings, lr, prepared.parts, prepared.columns)
+        group.scratch = settings
+        found = {reduction: prepared.columns[:, COLUMNS.index(reduction.kernel or "")] for reduction in reductions}
         return {
             reduction.name: column.sqrt() if reduction.combine == "norm" else column
             for reduction, column in found.items()
@@ -83,7 +73,7 @@ class Native:
         limiting = group.method.limiting
         if limiting is None or limiting.kernel != "overshoot":
             return EAGER.limiting(group)
-        columns = group.scratch.columns
+        columns = prepare(group).columns
         value, index, *at = (column.contiguous() for column in columns[:, OVERSHOOT:].unbind(dim=1))
         weight, grad, total, moment = at
         state = {"sum": total, "exp_avg": moment, "exp_avg_sq": total}
@@ -102,7 +92,7 @@ class Native:
 
     def apply(self, group: TensorGroup, ok: Tensor | None, *, measure: bool) -> StepSize | None:
         """Take the step."""
-        sizes = _buffer(len(group.locals), 2) if measure else None
+        sizes = prepare(group).sizes if measure else None
         _step(group, ok, sizes)
         return None if sizes is None else StepSize(largest=sizes[:, 1], norm=sizes[:, 0].sqrt())
 
@@ -111,15 +101,14 @@ class Native:
         limiting, prepared = group.method.limiting, prepare(group)
         if not prepared.whole or not (limiting is None or limiting.kernel == "overshoot"):
             return False
-        if len(prepared.rows) != len(rows) or any(map(is_not, prepared.rows, rows)):
-            if not all(_holds_a_row(row) for row in rows):
+        if len(prepared.rows) != len(rows) or not all(map(_is_known, rows, prepared.rows)):
+            if not all(map(_holds_a_row, rows)):
                 return False
-            prepared.rows = list(rows)
+            prepared.rows = [(row, place_of(row)) for row in rows]
             prepared.row_pointers = (ctypes.c_void_p * len(rows))(*[row.data_ptr() for row in rows])
-        sizes = _buffer(len(rows), 2)
-        settings, sigma = _step(group, ok, sizes)
-        columns = None if limiting is None or group.scratch is None else group.scratch.columns
-        _call("optim_record", prepared, settings, sigma, _lr(group), ok, columns, sizes, prepared.row_pointers)
+        settings, sigma = _step(group, ok, prepared.sizes)
+        columns = None if limiting is None or group.scratch is None else prepared.columns
+        _call("optim_record", prepared, settings, sigma, _lr(group), ok, columns, prepared.sizes, prepared.row_pointers)
         return True
 
 
@@ -159,49 +148,77 @@ def has_plain_memory(tensor: Tensor) -> bool:
     )
 
 
+Place = tuple[int, torch.Size, torch.dtype]
+"""Where the memory of a tensor begins, its shape and its dtype."""
+
+
+def place_of(tensor: Tensor) -> Place:
+    """Return where a tensor is."""
+    return tensor.data_ptr(), tensor.shape, tensor.dtype
+
+
+def is_at(tensor: Tensor, place: Place) -> bool:
+    """Whether a tensor that C could walk is where it was. Its `data`, `set_`, `t_`, `share_memory_` may have moved it.
+
+    A lazy negation, as of an imaginary part, is not contiguous.
+    """
+    pointer, shape, dtype = place
+    return tensor.data_ptr() == pointer and tensor.is_contiguous() and tensor.dtype is dtype and tensor.shape == shape
+
+
 def _buffer(rows: int, columns: int) -> Tensor:
     return torch.empty(max(1, rows), columns, dtype=torch.float64, device="cpu")
 
 
 @dataclass(slots=True)
 class Prepared:
-    """The tensors of a group as the C code sees them.
+    """The tensors of a group as the C code sees them, and room for what it finds out about them, in float64.
 
     Attributes:
         tensors: The structures.
-        all_chunks: Number of chunks of all tensors.
-        most_chunks: Number of chunks of the largest.
         whole: Whether no tensor is a shard of a parameter.
-        rows: The rows of `clip_stats` of the last step.
-        row_pointers: Where they are.
+        chunks: Number of chunks of all tensors.
+        parts: [chunks or more, COLUMNS], for the chunks.
+        columns: [N, COLUMNS], for the tensors.
+        sizes: [N, 2], for how far each moved.
+        rows: The rows of `clip_stats` of the last step, and where they are.
+        row_pointers: The same for C.
     """
 
     tensors: ctypes.Array[TensorStruct]
-    all_chunks: int
-    most_chunks: int
     whole: bool
-    rows: list[Tensor] = field(default_factory=list)
+    chunks: int
+    parts: Tensor
+    columns: Tensor
+    sizes: Tensor
+    rows: list[tuple[Tensor, Place]] = field(default_factory=list)
     row_pointers: ctypes.Array[ctypes.c_void_p] | None = None
 
 
 def prepare(group: TensorGroup) -> Prepared:
     """Return the tensors of a group for the C code, which may be those of the last step. See `Plan`."""
     if group.prepared is None:
-        tensors = (TensorStruct * len(group.locals))(*map(_struct, group.locals))
-        chunks = [-(-tensor.size // CHUNK) for tensor in tensors]
-        group.prepared = Prepared(tensors, sum(chunks), max(chunks), not group.process_groups)
+        count = len(group.locals)
+        tensors = (TensorStruct * count)(*map(_struct, group.locals))
+        chunks = sum(map(_chunks, tensors))
+        parts, columns = _buffer(chunks, len(COLUMNS)), _buffer(count, len(COLUMNS))
+        group.prepared = Prepared(tensors, not group.process_groups, chunks, parts, columns, _buffer(count, 2))
     prepared: Prepared = group.prepared
     return prepared
 
 
-def replace_tensor(group: TensorGroup, place: int) -> None:
+def replace_tensor(group: TensorGroup, number: int) -> None:
     """Describe a tensor of a group to the C code again."""
-    prepared = prepare(group)
-    struct = _struct(group.locals[place])
-    chunks = -(-struct.size // CHUNK)
-    prepared.all_chunks += chunks - -(-prepared.tensors[place].size // CHUNK)
-    prepared.most_chunks = max(prepared.most_chunks, chunks)  # for a buffer, which may be too large
-    prepared.tensors[place] = struct
+    prepared, struct = prepare(group), _struct(group.locals[number])
+    prepared.chunks += _chunks(struct) - _chunks(prepared.tensors[number])
+    if prepared.chunks > len(prepared.parts):
+        prepared.parts = _buffer(prepared.chunks, len(COLUMNS))
+    prepared.tensors[number] = struct
+
+
+def _chunks(struct: TensorStruct) -> int:
+    chunks: int = -(-struct.size // CHUNK)
+    return chunks
 
 
 def _struct(local: LocalParam) -> TensorStruct:
@@ -214,7 +231,7 @@ def _struct(local: LocalParam) -> TensorStruct:
         None if moment is None else moment.data_ptr(),
         None if moment is None else local.state["step"].data_ptr(),
         None if local.rows is None else local.rows.data_ptr(),
-        local.weight.shape[1:].numel(),
+        max(1, local.weight.shape[1:].numel()),  # C divides by it
         local.weight.numel(),
         local.weight.dtype == torch.float64,
     )
@@ -223,8 +240,8 @@ def _struct(local: LocalParam) -> TensorStruct:
 def _step(group: TensorGroup, ok: Tensor | None, sizes: Tensor | None) -> tuple[SettingsStruct, Tensor | None]:
     """Take the step of a group, and fill `sizes` [N, 2] with how far each tensor moved. Return settings and sigma."""
     prepared = prepare(group)
-    settings = group.scratch.settings if group.scratch else _settings(group, ())
-    parts = None if sizes is None else _buffer(prepared.most_chunks, 2)
+    settings: SettingsStruct = group.scratch or _settings(group, ())
+    parts = None if sizes is None else prepared.parts
     sigma = None if group.sigma is None else group.sigma.double().contiguous()
     _call("optim_step", prepared, settings, sigma, _lr(group), ok, parts, sizes)
     # Autograd must know that these were written to, as after any in-place operation.
@@ -237,6 +254,10 @@ def _step(group: TensorGroup, ok: Tensor | None, sizes: Tensor | None) -> tuple[
 
 def _holds_a_row(row: Tensor) -> bool:
     return is_plain(row) and row.is_cpu and row.dtype == torch.float64 and row.shape == _ROW and row.is_contiguous()
+
+
+def _is_known(row: Tensor, known: tuple[Tensor, Place]) -> bool:
+    return row is known[0] and is_at(row, known[1])
 
 
 def _settings(group: TensorGroup, reductions: Sequence[Reduction]) -> SettingsStruct:

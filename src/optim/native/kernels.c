@@ -12,13 +12,13 @@
 typedef struct {
     void *weight;
     const void *grad;
-    void *total;       /* the accumulator G; of Adam v */
-    void *moment;      /* m of Adam; null for Adagrad */
-    float *count;      /* Adam's steps before this one */
+    void *total;         /* the accumulator G; of Adam v */
+    void *moment;        /* m of Adam; null for Adagrad */
+    float *count;        /* Adam's steps before this one */
     const int64_t *rows; /* which rows of a table these are; null for a whole tensor */
-    int64_t width;       /* of a row */
-    int64_t size;      /* coordinates */
-    int64_t is_double; /* float otherwise */
+    int64_t width;       /* of a row, at least 1 */
+    int64_t size;        /* coordinates */
+    int64_t is_double;   /* float otherwise */
 } Tensor;
 
 typedef struct {
@@ -221,8 +221,8 @@ void optim_record(const Tensor *tensors, int64_t count, const Settings *s, const
     if (ok && !*ok) return;
     for (int64_t t = 0; t < count; t++) {
         double *row = rows[t];
-        const double *at = columns + t * COLUMNS, *size = sizes + t * SIZES, factor = sigma ? sigma[t] : 1;
-        const int limited = columns && factor < 1 && at[OVERSHOOT] == at[OVERSHOOT];
+        const double *at = columns ? columns + t * COLUMNS : 0, *size = sizes + t * SIZES, factor = sigma ? sigma[t] : 1;
+        const int limited = at && factor < 1 && at[OVERSHOOT] == at[OVERSHOOT];
         row[SIGMA] = factor;
         if (*lr != 0) {
             /* Not fused into one rounding, which torch does not do either. */

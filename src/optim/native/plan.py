@@ -7,6 +7,7 @@ arithmetic. The plan compares what may have changed, and takes over the rest.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from optim.local_params import LocalParam
-from optim.native.backend import NATIVE, Native, has_plain_memory, prepare, replace_tensor
+from optim.native.backend import NATIVE, Native, Place, has_plain_memory, is_at, place_of, prepare, replace_tensor
 from optim.tensor_group import TensorGroup
 from optim.torch_private import is_plain
 
@@ -23,7 +24,8 @@ Make = Callable[[LocalParam], LocalParam]
 """Brings a parameter to its local form again, from an earlier one."""
 
 _NOWHERE = -1
-_NO_GRADIENT = torch.empty(0, device="cpu")  # a plan that held gradients would keep their memory until the next step
+_NO_STATE: Mapping[str, Tensor] = {}
+_NOTHING = torch.empty(0, device="cpu")
 
 
 @dataclass(slots=True)
@@ -32,56 +34,52 @@ class _Entry:
 
     Attributes:
         param: The parameter.
-        kept: What the optimizer keeps of it.
-        state: Its state: the key, the tensor, where its memory begins, and its size.
+        kind: Its type, which `torch.utils.swap_tensors` changes.
+        state: Its state: the key, the tensor (which must not live longer for being seen), and its place.
         group: Its group.
-        place: Its place in the group.
-        pointer: Where the memory of its weight begins.
-        shape: Its shape.
-        dtype: Its dtype.
+        number: Its number in the group.
+        place: Where its weight is; see `is_at`.
     """
 
     param: Tensor
-    kept: Mapping[str, Tensor]
-    state: list[tuple[str, Tensor, int, int]]
+    kind: type
+    state: list[tuple[str, weakref.ref[Tensor], Place]]
     group: TensorGroup
-    place: int
-    pointer: int
-    shape: torch.Size
-    dtype: torch.dtype
+    number: int
+    place: Place
 
     @classmethod
-    def of(cls, group: TensorGroup, place: int, kept: Mapping[str, Tensor]) -> _Entry | None:
+    def of(cls, group: TensorGroup, number: int, kept: Mapping[str, Tensor]) -> _Entry | None:
         """Look at a tensor of a group. None for a shard, and for a state that is not the one that is kept."""
-        local = group.locals[place]
-        param, weight = local.param, local.weight
+        local = group.locals[number]
+        param = local.param
         if local.rows is not None:  # of a sparse gradient: other rows at every step
-            return cls(param, kept, [], group, place, _NOWHERE, param.shape, param.dtype)
+            return cls(param, type(param), [], group, number, (_NOWHERE, param.shape, param.dtype))
         if not is_plain(param) or any(kept.get(key) is not value for key, value in local.state.items()):
             return None
-        state = [(key, value, value.data_ptr(), value.numel()) for key, value in local.state.items()]
-        return cls(param, kept, state, group, place, weight.data_ptr(), weight.shape, weight.dtype)
+        state = [(key, weakref.ref(value), place_of(value)) for key, value in local.state.items()]
+        return cls(param, type(param), state, group, number, place_of(param))
 
-    def renew(self, kept: Mapping[str, Tensor] | None) -> bool:
+    def renew(self, grad: Tensor, kept: Mapping[str, Tensor]) -> bool:
         """Take over a new gradient. False, with nothing changed, if anything else is new."""
-        param, grad = self.param, self.param.grad
+        param, place = self.param, self.place
         if (
-            kept is not self.kept
-            or grad is None
-            or param.data_ptr() != self.pointer
-            or param.shape != self.shape
-            or param.dtype is not self.dtype
-            or not param.is_contiguous()
+            type(param) is not self.kind
+            or not is_at(param, place)
             or not has_plain_memory(grad)
-            or grad.shape != self.shape
-            or grad.dtype is not self.dtype
+            or grad.dtype is not place[2]
+            or grad.shape != place[1]
         ):
             return False
-        for key, tensor, pointer, size in self.state:
-            if kept.get(key) is not tensor or tensor.data_ptr() != pointer or tensor.numel() != size:
+        state = {}
+        for key, known, place in self.state:
+            tensor = known()
+            if tensor is None or kept.get(key) is not tensor or not is_at(tensor, place):
                 return False
-        self.group.locals[self.place].grad = grad
-        self.group.prepared.tensors[self.place].grad = grad.data_ptr()
+            state[key] = tensor
+        local = self.group.locals[self.number]
+        local.weight, local.grad, local.state = param, grad, state
+        self.group.prepared.tensors[self.number].grad = grad.data_ptr()
         return True
 
 
@@ -91,7 +89,7 @@ class Plan:
 
     Attributes:
         groups: The groups, all of them stepped by C.
-        treatment: By parameter group: the group, and how it is treated; see `SigmaOptimizer`.
+        treatment: By parameter group: all that decides what its tensors are sorted and stepped by.
         entries: By parameter, in the order of the parameter groups: the parameter, and None without a gradient.
     """
 
@@ -107,14 +105,17 @@ class Plan:
         params: Sequence[Tensor],
         state: Mapping[Tensor, Mapping[str, Tensor]],
     ) -> Plan | None:
-        """Return the plan of a step that was just prepared. None where a tensor is sharded, or not stepped by C."""
+        """Return the plan of a step that was just prepared.
+
+        None where a tensor is sharded, not stepped by C, or stepped twice because the groups have it twice.
+        """
         found: dict[int, _Entry] = {}
         if not all(isinstance(group.backend, Native) and prepare(group).whole for group in groups):
             return None
         for group in groups:
-            for place, local in enumerate(group.locals):
-                entry = _Entry.of(group, place, state[local.param])
-                if entry is None:
+            for number, local in enumerate(group.locals):
+                entry = _Entry.of(group, number, state[local.param])
+                if entry is None or id(local.param) in found:
                     return None
                 found[id(local.param)] = entry
         return cls(groups, treatment, [(param, found.get(id(param))) for param in params])
@@ -126,34 +127,35 @@ class Plan:
         state: Mapping[Tensor, Mapping[str, Tensor]],
         make: Make,
     ) -> bool:
-        """Take over the gradients of the same parameters. False if a new plan must be made.
+        """Take over the gradients of the same parameters. False if a new plan must be made: this one is of no use then.
 
         A parameter that has other memory or another state than before, such as the touched rows of a table, is brought
         to its local form again by `make`.
         """
         if treatment != self.treatment or len(params) != len(self.entries):
             return False
-        for number, (param, (known, entry)) in enumerate(zip(params, self.entries, strict=True)):
-            if param is not known or (entry is None) != (param.grad is None):
+        for position, (param, (known, entry)) in enumerate(zip(params, self.entries, strict=True)):
+            grad = param.grad
+            if param is not known or (entry is None) != (grad is None):
                 return False
-            if entry is None or entry.renew(state.get(param)):
+            if entry is None or grad is None or entry.renew(grad, state.get(param, _NO_STATE)):
                 continue
-            old = entry.group.locals[entry.place]
+            old = entry.group.locals[entry.number]
             again = make(old)
             if not NATIVE.takes(again) or again.shard_groups != old.shard_groups:
                 return False
-            entry.group.locals[entry.place] = again
-            new = _Entry.of(entry.group, entry.place, state[param])
+            entry.group.locals[entry.number] = again
+            new = _Entry.of(entry.group, entry.number, state[param])
             if new is None:
                 return False
-            self.entries[number] = (param, new)
-            replace_tensor(entry.group, entry.place)
-        for group in self.groups:
-            group.sigma = group.scratch = None
+            self.entries[position] = (param, new)
+            replace_tensor(entry.group, entry.number)
         return True
 
     def release(self) -> None:
-        """Let go of the gradients."""
+        """Let go of gradients, weights and state, which may be replaced and freed before the next step."""
         for group in self.groups:
+            group.sigma = group.scratch = None
             for local in group.locals:
-                local.grad = _NO_GRADIENT
+                local.weight = local.grad = _NOTHING
+                local.rows, local.state, local.tables = None, {}, []
