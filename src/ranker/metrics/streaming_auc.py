@@ -163,7 +163,8 @@ class StreamingAUC(nn.Module):
         if all_ranks and dist.is_available() and dist.is_initialized():
             dist.all_reduce(flat)
         batch, histograms = flat.split([self._batch_SKT.numel(), 2 * self._running_STCK.numel()])
-        values = batch.view_as(self._batch_SKT).unbind(1)
+        # A copy: a view would keep all histograms in memory as long as somebody keeps a number of the batch.
+        values = batch.clone().view_as(self._batch_SKT).unbind(1)
         deviation_ST, finite_ST, nonfinite_ST, labels_ST, sum_ST, square_ST, *squares = values
         negative_2STK, positive_2STK = histograms.view(2, *self._running_STCK.shape).unbind(3)
         below_2STK = negative_2STK.cumsum(3) - negative_2STK / 2

@@ -101,18 +101,18 @@ def sections(data: Data, found: Found) -> Sections:
 
 
 def _events(events: pl.DataFrame, runs: pl.DataFrame, seeds: Sequence[int]) -> str:
-    """First step, step of the verdict, and what the rollback left out."""
+    """First step of the divergence (not of an earlier spike), step of the verdict, and what the rollback left out."""
     rows = []
     for seed in seeds:
         event = events.row(by_predicate=pl.col("seed") == seed, named=True)
         back = matching(runs, (f"lr_mult={RATE:g}", f"seed={seed}", "mitigation=rollback"), KEYS)
         left_out = [f"{n} of {event['steps']}" for n in back["batches_left_out"]]
-        rows.append([str(seed), *(_whole(event[key]) for key in ("first_step", "verdict_step")), *(left_out or ["-"])])
+        rows.append([str(seed), *(_whole(event[key]) for key in ("event_step", "verdict_step")), *(left_out or ["-"])])
     unhurt = events.filter(pl.col("event_step").is_null()).height
     early, last = events.filter(~LATE).height, events.filter(~IN_TIME).height
     text = f"{events.height} seeds at {RATE:g}x: {unhurt} undisturbed, {early} lost in the first {LEARNED} steps and "
     text += f"{last} with a verdict in the last {LEFT} (not treated here).\n\n"
-    return text + as_markdown(["seed", "first step", "verdict at step", "batches that the rollback left out"], rows)
+    return text + as_markdown(["seed", "first step of the divergence", "verdict at step", "batches that the rollback left out"], rows)
 
 
 def _whole(value: float | None) -> str:

@@ -15,6 +15,7 @@ from ranker.errors import UserError
 from ranker.runs.run_folder import TRACKED
 from ranker.training import trackers
 from ranker.training.fit import Fit
+from ranker.training.free_memory import FreeMemory
 from ranker.training.lightning_private import with_more_batches
 
 
@@ -112,6 +113,7 @@ class Bookkeeping(Callback):
             self._first = (self._rows, self._seconds, self._waited)
             self._rows, self._seconds, self._waited = 0, 0.0, 0.0
         self._resume_clock()
+        FreeMemory.release()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Sends the last rows, also of a batch that did not end. A disk that is full has said so already."""

@@ -185,3 +185,10 @@ def test_weights_count_like_copies_and_make_the_numbers_of_labels_effective():
     weighted.update(logits, labels, mask & False, weight.float())
     assert weighted.stats().labels_T.tolist() == [0.0] * 3
     assert weighted.stats().positives_T.tolist() == [0.0] * 3
+
+
+def test_values_that_are_kept_do_not_keep_the_histograms():
+    logits, labels, mask = some_rows()
+    values = streamed(logits, labels, mask)
+    together = StreamingAUC(SCHEMA).update_all(logits[None], labels[None], mask[None])
+    assert all(value.untyped_storage().nbytes() <= 200 for value in (*values, *together))
