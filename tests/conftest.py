@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import os
 import runpy
@@ -17,9 +18,16 @@ from support import ROOT, TINY, Finished, end_processes, finished
 
 
 def pytest_configure() -> None:
+    gc.disable()  # until the tests are collected: what is imported stays, so there is nothing to find
     torch.set_num_threads(1)
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ["WANDB_MODE"] = "offline"
+
+
+def pytest_collection_finish() -> None:
+    """What is there now stays until the end, so the garbage collector looks only through what tests make."""
+    gc.freeze()
+    gc.enable()
 
 
 def pytest_collection_modifyitems(items: Sequence[pytest.Item]) -> None:

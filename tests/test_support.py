@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import sys
@@ -35,3 +36,8 @@ def test_processes_that_tests_start_ignore_no_signal() -> None:
         assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+def test_the_garbage_collector_looks_through_what_tests_make_alone() -> None:
+    assert gc.isenabled()
+    assert gc.get_freeze_count() > 50_000, "what is imported is looked through again and again"

@@ -19,6 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from ranker import config, stop_signals
 from ranker.errors import UserError, disk_trouble
+from ranker.hydra_private import composed_once
 from ranker.runs import run_lock
 from ranker.runs.run_folder import RUN_DIR_VARIABLE
 from ranker.sweeps.watch import accounted
@@ -86,7 +87,13 @@ def run(main: Callable[[], None]) -> None:
         os.environ[NOT_BY_USER] = "1"
     os.environ[FULL_ERROR] = "1"  # else Hydra prints and exits before the error reaches us
     try:
-        with stop_signals.one_line(), _asked_for_stack(wanted == "1"), one_line_errors(outermost=True), accounted():
+        with (
+            stop_signals.one_line(),
+            _asked_for_stack(wanted == "1"),
+            one_line_errors(outermost=True),
+            accounted(),
+            composed_once(sys.argv[1:]),
+        ):
             main()
     finally:  # a second call in this process must not take it for the user's wish
         os.environ.pop(NOT_BY_USER, None)

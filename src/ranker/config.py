@@ -15,6 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from ranker.data.base_lr import read_base_lr
 from ranker.errors import UserError, one_of, suggest
+from ranker.hydra_private import read_yaml_in_c
 from ranker.runs import config_identity, objective
 from ranker.stability.detector_settings import DetectorSettings
 
@@ -240,7 +241,9 @@ def _register_resolvers() -> None:
     )
 
 
-_register_resolvers()  # at import, because a worker of a parallel sweep imports this module and calls nothing
+# At import, because a worker of a parallel sweep imports this module and calls nothing.
+_register_resolvers()
+read_yaml_in_c()
 
 
 def one_line(error: BaseException) -> str:

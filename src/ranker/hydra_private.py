@@ -6,18 +6,26 @@ outside ``hydra._internal``, but not documented.
 
 The launchers announce every job in lines of their own, also a job that a group has trained before. No option leaves
 them out, so a filter on the loggers does (``announce_only``).
+
+Hydra composes the configuration twice: first only to look up ``hydra.mode``, which no file of ours sets
+(``composed_once``). And OmegaConf reads YAML with the parser in Python, though the one in C is a part of PyYAML
+(``read_yaml_in_c``). Both are seconds of a sweep and tenths of a second of each start.
 """
 
 from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from types import SimpleNamespace
 
+import yaml
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
+from omegaconf import _utils
 
 
 def parse(arguments: Iterable[str], config_loader: ConfigLoader | None = None) -> list[Override]:
@@ -64,3 +72,30 @@ def announce_only(left: Collection[int] | None) -> None:
             logger.removeFilter(known)
         if left is not None:
             logger.addFilter(_Only(left))
+
+
+def read_yaml_in_c() -> None:
+    """Lets OmegaConf parse YAML in C, where PyYAML was built with it. What is read is the same."""
+    if hasattr(yaml, "CSafeLoader"):
+        _utils.yaml = SimpleNamespace(**vars(yaml) | {"SafeLoader": yaml.CSafeLoader})  # type: ignore[assignment]
+
+
+ELSEWHERE = ("--config-dir", "-cd", "--config-path", "-cp", "--config-name", "-cn")  # files that are not ours
+
+
+@contextmanager
+def composed_once(words: Sequence[str]) -> Iterator[None]:
+    """Lets Hydra's main compose a configuration once, unless a word may set ``hydra.mode``.
+
+    Args:
+        words: the command line.
+    """
+    from hydra._internal.hydra import Hydra
+
+    plain = Hydra.get_mode
+    if not any("hydra.mode" in word or word.startswith(ELSEWHERE) for word in words):
+        Hydra.get_mode = lambda *_, **__: None  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        Hydra.get_mode = plain  # type: ignore[method-assign]

@@ -86,8 +86,8 @@ def test_a_replay_reproduces_every_loss_to_the_bit(lost: Finished, replay: Repla
     "overrides",
     [
         ["trainer.precision=bf16-mixed"],
-        ["trainer.accumulate_grad_batches=3"],
-        ["model.net.sparse_embeddings=true", "trainer.gradient_clip_val=5"],
+        pytest.param(["trainer.accumulate_grad_batches=3"], marks=pytest.mark.slow),
+        pytest.param(["model.net.sparse_embeddings=true", "trainer.gradient_clip_val=5"], marks=pytest.mark.slow),
         [
             "model.net.sparse_embeddings=true",
             "trainer.gradient_clip_val=0.5",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import math
 import subprocess
@@ -105,8 +106,17 @@ def test_a_checkpoint_loads_without_unpickling_code(completed: Finished) -> None
     assert torch.load(newest, weights_only=True)["global_step"] == 24
 
 
-@pytest.mark.parametrize("model", ["small", "large", "large_dcn", "moe", "ple"])
-@pytest.mark.parametrize("optim", ["adagrad", "gc", "agc", "lamb", "clippy"])
+MODELS, OPTIMIZERS = ("small", "large", "large_dcn", "moe", "ple"), ("clippy", "adagrad", "gc", "agc", "lamb")
+PAIRED = set(zip(MODELS, OPTIMIZERS, strict=True))  # each once; the other pairs are slow tests
+
+
+@pytest.mark.parametrize(
+    ("model", "optim"),
+    [
+        pytest.param(*pair, marks=() if pair in PAIRED else pytest.mark.slow)
+        for pair in itertools.product(MODELS, OPTIMIZERS)
+    ],
+)
 def test_every_model_trains_with_every_optimizer(train_tiny: Train, tmp_path: Path, model: str, optim: str) -> None:
     looks = ("callbacks.early_signs.every=2", "callbacks.early_signs.task_gradients=2")
     run = train_tiny(

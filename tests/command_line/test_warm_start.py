@@ -121,14 +121,23 @@ def test_rows_that_the_parent_has_seen_are_warned_of(
     assert f"{seen:,} of {rows:,} training rows are from before the last row of the parent" in capsys.readouterr().out
 
 
+STILL = ("train.max_steps=1", "lr_mult=1e-30", "warm_start.warmup_steps=10")  # nothing moves in one step
+
+
+@pytest.fixture(scope="module")
+def kept(command_line: Command, log: Path, yesterday: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A day that takes the accumulators over as they are."""
+    return train(command_line, log, tmp_path_factory.mktemp("kept"), 1, 1, f"warm_start={yesterday}", *STILL)
+
+
 @pytest.mark.parametrize("how", ["reset", "decay", "floor"])
-def test_accumulators_by_choice(command_line: Command, log: Path, tmp_path: Path, yesterday: Path, how: str) -> None:
+def test_accumulators_by_choice(
+    command_line: Command, log: Path, tmp_path: Path, yesterday: Path, kept: Path, how: str
+) -> None:
     rows = finished(yesterday).summary["examples"]
     words = {"reset": [], "decay": [f"warm_start.half_life_rows={rows}"], "floor": ["warm_start.floor=2"]}[how]
-    zero = ("train.max_steps=1", "lr_mult=1e-30", "warm_start.warmup_steps=10")  # nothing moves in one step
     given = (f"warm_start={yesterday}", f"warm_start.accumulators={how}")
-    today = train(command_line, log, tmp_path / "t", 1, 1, *given, *words, *zero)
-    kept = train(command_line, log, tmp_path / "k", 1, 1, f"warm_start={yesterday}", *zero)
+    today = train(command_line, log, tmp_path / "t", 1, 1, *given, *words, *STILL)
     state, as_kept, before = (last_checkpoint(folder) for folder in (today, kept, yesterday))
     assert_equal(before["state_dict"]["net.bottom.layers.0.weight"], state["state_dict"]["net.bottom.layers.0.weight"])
     names = state["optimizer_states"][0]["param_groups"][-1]["param_names"]
@@ -153,9 +162,8 @@ def test_new_rows_words_features_and_tasks_start_fresh_and_are_listed(
     schema = schema.replace("- {name: price}\n", "- {name: watch_before, column: watch}\n- {name: price}\n")
     schema = schema.replace("- {name: click}\n", "- {name: long, column: watch, at_least: 2}\n- {name: click}\n")
     (changed / "schema.yaml").write_text(schema)
-    words = ("train.max_steps=1", "lr_mult=1e-30", "warm_start.warmup_steps=10")
     capsys.readouterr()
-    today = train(command_line, changed, tmp_path / "today", 1, 1, f"warm_start={yesterday}", *words)
+    today = train(command_line, changed, tmp_path / "today", 1, 1, f"warm_start={yesterday}", *STILL)
     said = capsys.readouterr().out
     for line in (
         "task 'long' is new",
@@ -268,12 +276,11 @@ def test_an_export_gives_its_weights(
 ) -> None:
     lenient = ("--min-auc", "0", "--max-calibration", "9", "--max-relative-loss", "9")
     assert export([str(yesterday), "--out", str(tmp_path / "export"), *lenient]) == 0
-    zero = ("train.max_steps=1", "lr_mult=1e-30", "warm_start.warmup_steps=10")
     given = f"warm_start={tmp_path / 'export'}"
     with pytest.raises(SystemExit):
         train(command_line, log, tmp_path / "kept", 1, 1, given)
     assert "add warm_start.accumulators=reset" in capsys.readouterr().err
-    today = train(command_line, log, tmp_path / "today", 1, 1, given, "warm_start.accumulators=reset", *zero)
+    today = train(command_line, log, tmp_path / "today", 1, 1, given, "warm_start.accumulators=reset", *STILL)
     now, old = last_checkpoint(today), last_checkpoint(yesterday)
     for name in (name for name in now["state_dict"] if name.startswith("net.")):
         assert_equal(old["state_dict"][name], now["state_dict"][name], name)
@@ -285,7 +292,10 @@ def test_an_export_gives_its_weights(
     "words",
     [
         ("warm_start.accumulators=decay", "warm_start.half_life_rows=900", "train.warmup_steps=25"),
-        ("warm_start.accumulators=reset", "warm_start.warmup_steps=6", "optim=clippy_adam"),
+        pytest.param(
+            ("warm_start.accumulators=reset", "warm_start.warmup_steps=6", "optim=clippy_adam"),
+            marks=pytest.mark.slow,
+        ),
         pytest.param(("warm_start.accumulators=floor", "optim=gc"), marks=pytest.mark.slow),
         pytest.param(("warm_start.accumulators=keep", "warm_start.warmup_steps=6"), marks=pytest.mark.slow),
         pytest.param(("warm_start.accumulators=reset", "optim=adagrad"), marks=pytest.mark.slow),

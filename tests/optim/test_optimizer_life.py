@@ -318,10 +318,13 @@ def test_a_torch_adagrad_checkpoint_brings_its_accumulator() -> None:
     assert ours.state[param]["sum"].equal(torch.full((3,), 2.0))
 
 
+TRACED = ("agc", "clippy", "clippy_sgd", "lamb_adam")  # a rule by unit, by coordinate, without state and on Adam
+
+
 @pytest.mark.parametrize(
     ("name", "compiler"),
     [
-        *((name, "eager") for name in NAMES),
+        *(pytest.param(name, "eager", marks=() if name in TRACED else pytest.mark.slow) for name in NAMES),
         pytest.param("clippy", "inductor", marks=[pytest.mark.slow, pytest.mark.timeout(1200)]),
     ],
 )

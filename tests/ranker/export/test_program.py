@@ -73,7 +73,10 @@ def assert_agrees(path: Path, served: Served, statistics: DenseStatistics, *, at
         assert difference(engine, served, served.net, batch, statistics) <= at_most, (rows, longest)
 
 
-@pytest.mark.parametrize("model", MODELS)
+# Other tests of the default suite export a small model (below) and cross layers (tests/command_line/test_export.py).
+@pytest.mark.parametrize(
+    "model", [pytest.param(x, marks=pytest.mark.slow if x in ("small", "large_dcn") else ()) for x in MODELS]
+)
 def test_a_torch_program_agrees_at_any_size(model: str, tmp_path: Path) -> None:
     served = served_model(MODELS[model], SCHEMA, STATISTICS)
     torch.export.save(to_program(served), tmp_path / "model.pt2")

@@ -76,7 +76,9 @@ def run(fit: Run, rows_above: float, verdicts: dict[int, int], more: tuple[Any, 
             {"optim": other("gc"), "lr_factor": 0.5},
         ),  # takes the accumulators over, and goes back behind the switch
         ({22: 18, 25: 24}, {"optim": other("clippy_adam"), "lr_factor": 0.5}),  # keeps others
-        ({22: 18, 34: 30}, {"optim": other("clippy_adam"), "restore": "accumulators"}),
+        pytest.param(
+            {22: 18, 34: 30}, {"optim": other("clippy_adam"), "restore": "accumulators"}, marks=pytest.mark.slow
+        ),
     ],
     ids=["start", "often", "accumulators", "switched", "adam", "adam, accumulators"],
 )
@@ -92,7 +94,7 @@ def test_a_rollback_has_the_bits_of_one_with_whole_tables(
     assert max(rows.kept) > 0
 
 
-@pytest.mark.parametrize("how", ["reset", "decay"])
+@pytest.mark.parametrize("how", [pytest.param("reset", marks=pytest.mark.slow), "decay"])
 def test_a_rollback_over_a_boundary_has_the_accumulators_of_before_it(fit: Run, how: str) -> None:
     settings = WarmStartSettings(accumulators=how, half_life_rows=500, at_windows=True)  # windows of 8 steps
     more = (lambda stability: Boundaries(settings, stability),)
@@ -103,7 +105,7 @@ def test_a_rollback_over_a_boundary_has_the_accumulators_of_before_it(fit: Run, 
         assert_equal(expected, found, f"step {step}")
 
 
-@pytest.mark.parametrize("how", ["reset", "decay"])
+@pytest.mark.parametrize("how", [pytest.param("reset", marks=pytest.mark.slow), "decay"])
 def test_checkpoints_of_touched_rows_follow_a_boundary(fit: Run, tmp_path: Any, how: str) -> None:
     settings = WarmStartSettings(accumulators=how, half_life_rows=500, at_windows=True)
     for name, plugin in (("rows", DurableCheckpointIO(rows_above=1e-6)), ("whole", DurableCheckpointIO())):
@@ -116,7 +118,7 @@ def test_checkpoints_of_touched_rows_follow_a_boundary(fit: Run, tmp_path: Any, 
         assert_equal(expected["optimizer_states"], found["optimizer_states"], path.name)
 
 
-@pytest.mark.parametrize("how", ["reset", "decay"])
+@pytest.mark.parametrize("how", ["reset", pytest.param("decay", marks=pytest.mark.slow)])
 def test_checkpoints_of_a_run_that_resumes_at_a_boundary_have_the_changed_accumulators(
     fit: Run, tmp_path: Any, how: str
 ) -> None:

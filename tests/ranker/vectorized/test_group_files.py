@@ -101,7 +101,7 @@ def kill(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     return call
 
 
-@pytest.mark.parametrize("order_seed", [0, None])
+@pytest.mark.parametrize("order_seed", [0, pytest.param(None, marks=pytest.mark.slow)])  # 0: as in a sweep
 def test_a_killed_group_goes_on_from_its_checkpoints_as_if_nothing_had_been(
     train_jobs: Train, kill: Callable[[int], None], command_line: Callable[..., None], order_seed: int | None
 ) -> None:
