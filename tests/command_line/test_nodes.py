@@ -70,7 +70,6 @@ def assert_same_end(got: Path, expected: Path) -> None:
         assert_equal(newest_checkpoint(expected)[part], newest_checkpoint(got)[part], part)
 
 
-@pytest.mark.slow  # four processes; test_processes.py trains two as one, and ranker/test_meeting.py has the rest
 def test_two_nodes_train_as_one_process_and_agree_on_the_run_folder(
     train_tiny: Callable[..., Finished], tmp_path: Path
 ) -> None:

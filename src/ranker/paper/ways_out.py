@@ -112,7 +112,8 @@ def _events(events: pl.DataFrame, runs: pl.DataFrame, seeds: Sequence[int]) -> s
     early, last = events.filter(~LATE).height, events.filter(~IN_TIME).height
     text = f"{events.height} seeds at {RATE:g}x: {unhurt} undisturbed, {early} lost in the first {LEARNED} steps and "
     text += f"{last} with a verdict in the last {LEFT} (not treated here).\n\n"
-    return text + as_markdown(["seed", "first step of the divergence", "verdict at step", "batches that the rollback left out"], rows)
+    head = ["seed", "first step of the divergence", "verdict at step", "batches that the rollback left out"]
+    return text + as_markdown(head, rows)
 
 
 def _whole(value: float | None) -> str:
