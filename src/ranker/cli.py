@@ -20,6 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 from ranker import config, stop_signals
 from ranker.errors import UserError, disk_trouble
 from ranker.hydra_private import composed_once
+from ranker.installation import conf_folder
 from ranker.runs import run_lock
 from ranker.runs.run_folder import RUN_DIR_VARIABLE
 from ranker.sweeps.watch import accounted
@@ -92,7 +93,7 @@ def run(main: Callable[[], None]) -> None:
             _asked_for_stack(wanted == "1"),
             one_line_errors(outermost=True),
             accounted(),
-            composed_once(sys.argv[1:]),
+            composed_once(sys.argv[1:], conf_folder()),
         ):
             main()
     finally:  # a second call in this process must not take it for the user's wish

@@ -7,7 +7,7 @@ outside ``hydra._internal``, but not documented.
 The launchers announce every job in lines of their own, also a job that a group has trained before. No option leaves
 them out, so a filter on the loggers does (``announce_only``).
 
-Hydra composes the configuration twice: first only to look up ``hydra.mode``, which no file of ours sets
+Hydra composes the configuration twice: first only to look up ``hydra.mode``, which hardly anybody sets
 (``composed_once``). And OmegaConf reads YAML with the parser in Python, though the one in C is a part of PyYAML
 (``read_yaml_in_c``). Both are seconds of a sweep and tenths of a second of each start.
 """
@@ -18,6 +18,7 @@ import logging
 import re
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from types import SimpleNamespace
 
 import yaml
@@ -80,20 +81,24 @@ def read_yaml_in_c() -> None:
         _utils.yaml = SimpleNamespace(**vars(yaml) | {"SafeLoader": yaml.CSafeLoader})  # type: ignore[assignment]
 
 
-ELSEWHERE = ("--config-dir", "-cd", "--config-path", "-cp", "--config-name", "-cn")  # files that are not ours
+_MULTIRUN = "MULTIRUN"
+_ELSEWHERE = ("--config-dir", "-cd", "--config-path", "-cp", "--config-name", "-cn")  # files of another folder
+_SETS_MODE = ("hydra.mode", "hydra.searchpath")
 
 
 @contextmanager
-def composed_once(words: Sequence[str]) -> Iterator[None]:
-    """Lets Hydra's main compose a configuration once, unless a word may set ``hydra.mode``.
+def composed_once(words: Sequence[str], conf: Path) -> Iterator[None]:
+    """Lets Hydra's main compose a configuration once, unless a word or a file may set ``hydra.mode``.
 
     Args:
         words: the command line.
+        conf: the folder with the configuration files, in which somebody may have written ``mode: MULTIRUN``.
     """
     from hydra._internal.hydra import Hydra
 
     plain = Hydra.get_mode
-    if not any("hydra.mode" in word or word.startswith(ELSEWHERE) for word in words):
+    by_word = any(word.startswith(_ELSEWHERE) or any(key in word for key in _SETS_MODE) for word in words)
+    if not by_word and not any(_MULTIRUN in file.read_text("utf-8", "replace") for file in conf.rglob("*.yaml")):
         Hydra.get_mode = lambda *_, **__: None  # type: ignore[method-assign]
     try:
         yield

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from pathlib import Path
 
@@ -50,15 +49,21 @@ def test_a_command_composes_its_configuration_once_where_no_word_may_set_the_mod
     def main(cfg: DictConfig) -> None:
         assert cfg.model.name == "small"
 
-    with composed_once(words):
+    with composed_once(words, ROOT / "conf"):
         main()
 
     assert len(composed) == times, FOUND
 
 
-def test_no_file_of_the_configuration_sets_the_mode_of_hydra() -> None:
-    for path in (ROOT / "conf").rglob("*.yaml"):
-        assert not re.search(r"^\s*mode:|hydra\.mode", path.read_text(), re.MULTILINE), path
+def test_a_file_that_asks_for_a_sweep_is_obeyed(tmp_path: Path) -> None:
+    plain = Hydra.get_mode
+    (tmp_path / "experiment").mkdir()
+    file = tmp_path / "experiment" / "mine.yaml"
+    for text, replaced in (("# @package _global_\nseed: 1\n", True), ("hydra:\n  mode: MULTIRUN\n", False)):
+        file.write_text(text)
+        with composed_once(["experiment=mine"], tmp_path):
+            assert (Hydra.get_mode is not plain) == replaced
+        assert Hydra.get_mode is plain
 
 
 def test_yaml_that_is_parsed_in_c_is_read_as_omegaconf_reads_it(monkeypatch: pytest.MonkeyPatch) -> None:
