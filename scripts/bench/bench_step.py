@@ -29,9 +29,12 @@ import time
 from collections.abc import Mapping, Sequence
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from step_clock import CLOCKS, Turns
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 LABELS = {"small": "Small", "large": "Large", "large_dcn": "Large+DCN", "moe": "MMoE", "ple": "PLE"}
@@ -42,8 +45,8 @@ WARM = 20  # first steps, which are not measured; a round then ends with the che
 HELD = 64  # batches in memory, used in turns
 
 
-def bare(overrides: Sequence[str], turns: Turns) -> None:
-    """The bare loop, until it is ended."""
+def net_and_batches(overrides: Sequence[str]) -> tuple[Any, DictConfig, list[Any]]:
+    """The module of a run in training mode, its configuration, and batches that lie in memory."""
     import torch
     from hydra import compose, initialize_config_dir
 
@@ -67,9 +70,14 @@ def bare(overrides: Sequence[str], turns: Turns) -> None:
         dense_statistics=cfg.data.dense_statistics,
     )
     module.start_heads(data)
-    batches = [batch for _, batch in zip(range(HELD), data.train_dataloader(), strict=False)]
-    optimizer = module.make_optimizer()
     module.net.train()
+    return module, cfg, [batch for _, batch in zip(range(HELD), data.train_dataloader(), strict=False)]
+
+
+def bare(overrides: Sequence[str], turns: Turns) -> None:
+    """The bare loop, until it is ended."""
+    module, cfg, batches = net_and_batches(overrides)
+    optimizer = module.make_optimizer()
     for step in count():
         turns.before_step()
         batch = batches[step % len(batches)]

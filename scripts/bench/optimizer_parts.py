@@ -14,19 +14,11 @@ import random
 import statistics
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
-import torch
-from hydra import compose, initialize_config_dir
-
+from bench_step import net_and_batches
 from optim.native.backend import NATIVE
-from ranker import config
-from ranker.data.datamodule import RankingDataModule
-from ranker.parts import build_module, open_log
 from ranker.runs.provenance import machine
 
-ROOT = Path(__file__).resolve().parents[2]
-HELD = 64  # batches in memory, used in turns
 STEPS = 20  # of a block; two more before it are not measured
 KINDS = {"neither": (False, False), "the plan": (True, False), "statistics in C": (False, True), "both": (True, True)}
 
@@ -37,25 +29,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("overrides", nargs="*", help="of train.py")
     parser.add_argument("--blocks", type=int, default=60, help="of each kind")
     options = parser.parse_args(arguments)
-    config.register()
-    with initialize_config_dir(version_base="1.3", config_dir=str(ROOT / "conf")):
-        cfg = compose("config", overrides=["data.log.train_rows=100000", *options.overrides])
-    torch.manual_seed(cfg.seed)
-    torch.set_num_threads(1)
-    log = open_log(cfg)
-    module = build_module(cfg, log.schema)
-    data = RankingDataModule(
-        log,
-        batch_size=cfg.scale.batch_size,
-        window=cfg.data.window,
-        seed=cfg.seed,
-        num_workers=cfg.data.num_workers,
-        dense_statistics=cfg.data.dense_statistics,
-    )
-    module.start_heads(data)
-    batches = [batch for _, batch in zip(range(HELD), data.train_dataloader(), strict=False)]
+    words = ["data.log.train_rows=100000", "train.threads=1", *options.overrides]
+    module, _, batches = net_and_batches(words)
     optimizer = module.make_optimizer()
-    module.net.train()
     in_c, taken = type(NATIVE).apply_and_record, 0
 
     def block(steps: int, *, plan: bool, statistics_in_c: bool) -> tuple[float, float]:
